@@ -8,14 +8,15 @@ for its derivatives, and every array that had a part in it learns how much it ma
 >>> loss.backward()
 >>> print(x.grad)
 [2. 4. 6.]
->>> print(grad(grad(np.sin))(0.5) + np.sin(0.5))
-0.0
+>>> print(grad(grad(lambda x: x ** 3))(2.0))
+12.0
 
 Read from top to bottom, the chapters are: the **tensor**; the **tape** it writes and the walk back
 along it; the **functional transforms** (`grad`, `vjp`, `jvp`, `hvp`, `hessian`), which make new
 functions out of yours; the **operations**, each with its derivative; **modules**, which hold
 parameters; **optimizers**, which move them; **loaders**, which fetch data; and last **saving,
-drawing and the public names**. You need NumPy and a little calculus, and no other file.
+drawing and the public names**. You need NumPy, a little calculus, and no other file.
+`python nanoad.py` gives a tour.
 """
 
 from __future__ import annotations
@@ -46,15 +47,14 @@ import numpy as np
 # of `y`, the chain rule says it changes by `g * w` per unit of `x` and by `g * x` per unit of `w`.
 # To say so we must know three things: *which operation* made `y`, *what it was made of*, and the
 # *values* that went in. A Tensor is an array plus exactly these, and nothing happens with them
-# until a derivative is wanted. All Tensors of one computation, each pointing at its parents, are
+# until a derivative is wanted. All Tensors of one computation, each pointing at its operands, are
 # what the field calls the tape.
 #
-# The one field that needs a word is `_seq`, a number drawn from one global counter when the tensor
-# is made. A result is always made after its operands, so sorting by `_seq` sorts a computation in
-# an order in which it could have happened. The walk back, further down, needs no other map.
+# One field needs a word. `_seq` is drawn from a global counter when the tensor is made. A result
+# is always made after its operands, so sorting by `_seq` sorts a computation into an order in
+# which it could have happened. The walk back, further down, needs no other map.
 
 _clock = itertools.count(1)
-
 
 class _Mode(threading.local):
     """What each thread has to itself: whether it writes a tape, and its random numbers."""
@@ -62,16 +62,13 @@ class _Mode(threading.local):
     recording = True
     rng: np.random.Generator | None = None
 
-
 _mode = _Mode()
-
 
 def _rng() -> np.random.Generator:
     """The calling thread's source of random numbers."""
     if _mode.rng is None:
         _mode.rng = np.random.default_rng()
     return _mode.rng
-
 
 def manual_seed(seed: int | Sequence[int]) -> None:
     """Fix initialization, dropout, shuffling and sampling of the calling thread.
@@ -80,7 +77,6 @@ def manual_seed(seed: int | Sequence[int]) -> None:
     one another's results. A sequence of integers, such as `(seed, step)`, names a stream too.
     """
     _mode.rng = np.random.default_rng(seed)
-
 
 class Tensor:
     """An n-dimensional array that can be differentiated through.
@@ -99,20 +95,16 @@ class Tensor:
                  "_op", "_args", "_values", "_params", "_pullback", "__weakref__")
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
-        made = identity(data) if isinstance(data, Tensor) else None
-        if isinstance(data, (list, tuple)) and _holds_tensor(data):
-            made = _stack_nested(data)
-        if made is not None:
-            for slot in ("_data", "_op", "_args", "_values", "_params", "_pullback"):
+        made = None
+        if isinstance(data, Tensor):
+            made = identity(data)
+        elif isinstance(data, (list, tuple)) and _holds_tensor(data):
+            made = as_tensor(data)
+        _fill(self, _real_array(data if made is None else made._data, copy=True), requires_grad)
+        self.label = label
+        if made is not None and made._op is not None:
+            for slot in ("requires_grad", "_op", "_args", "_values", "_params", "_pullback"):
                 setattr(self, slot, getattr(made, slot))
-            requires_grad = requires_grad and (made._op is None or made.requires_grad)
-        else:
-            self._data = _real_array(data, copy=True)
-            self._op = self._args = self._values = self._params = self._pullback = None
-        self.requires_grad, self.grad, self.label = requires_grad, None, label
-        self._seq, self._guard = next(_clock), None
-
-    # ### What it looks like from outside
 
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
     dtype = property(lambda self: self._data.dtype, doc="The NumPy type of the elements.")
@@ -124,9 +116,9 @@ class Tensor:
     def data(self) -> np.ndarray:
         """The array itself. Writing into it is not recorded on the tape.
 
-        Between a forward pass and its backward pass the tape still needs the values it saw, so a
-        write in between must not pass unnoticed. Whenever the array of a tracked tensor is handed
-        out, we note the time and a checksum; the walk back compares (`_check_unwritten`).
+        Between a forward and its backward pass the tape needs the values it saw, so a write in
+        between must not pass unnoticed. When the array of a tracked tensor is handed out, we note
+        the time and a checksum, which the walk back compares (`_check_unwritten`).
         """
         if not isinstance(self._data, np.ndarray):  # NumPy returns scalars for 0-d results
             return np.asarray(self._data)
@@ -140,13 +132,13 @@ class Tensor:
 
     @data.setter
     def data(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            value = value.numpy()
+        value = value.numpy() if isinstance(value, Tensor) else value
         array = np.asarray(value, dtype=None if isinstance(value, np.ndarray) else self.dtype)
         if array.shape != self.shape or array.dtype != self.dtype:
-            raise ValueError(f"t.data is {self.dtype} of shape {self.shape}; it cannot be replaced by "
-                             f"{array.dtype} of shape {array.shape}. Make a new Tensor for that.")
-        self._data, self._guard = array, (next(_clock), 0, None)
+            raise ValueError(f"t.data is {self.dtype} of shape {self.shape}; it cannot be replaced "
+                             f"by {array.dtype} of shape {array.shape}; make a new Tensor for that")
+        self._data = array
+        _note_write(self)
 
     def numpy(self) -> np.ndarray:
         """The array, for code outside nanoad: the same memory as `t.data`."""
@@ -155,12 +147,8 @@ class Tensor:
     def item(self) -> float:
         """The one element, as a Python number. Raises ValueError if there is not exactly one."""
         if self.size != 1:
-            raise ValueError(f"item() needs a tensor of one element; this one has shape {self.shape}")
+            raise ValueError(f"item() needs a tensor of one element; this has shape {self.shape}")
         return self._data.item()
-
-    def tolist(self) -> Any:
-        """The values as nested Python lists."""
-        return self._data.tolist()
 
     def detach(self) -> Tensor:
         """The same array as a constant: nothing behind it will be differentiated."""
@@ -177,14 +165,16 @@ class Tensor:
         non-scalar without `grad` or a `grad` of another shape, RuntimeError if there is no tape.
         """
         if not self.requires_grad:
-            raise RuntimeError("backward: this tensor was made of constants, so nothing would get a gradient. "
-                               "Make an input with Tensor(...), and not inside no_grad().")
-        seed = _seed("backward", self, grad, create_graph)
-        retain_graph = retain_graph or create_graph or retain_grads
+            raise RuntimeError("backward: this tensor was made of constants, so nothing would get a"
+                               " gradient. Make an input with Tensor(...), outside of no_grad().")
+        seeds = [(self, _seed("backward", self, grad, create_graph))]
         with _recording(create_graph):
-            for t, g in _walk([(self, seed)], None, create_graph, retain_graph):
+            for t, g in _walk(seeds, None, create_graph,
+                              retain_graph or create_graph or retain_grads):
                 if t._op is None or retain_grads:
-                    g = g if create_graph else _wrap(np.array(g) if retain_grads else np.asarray(g))
+                    if not _tracked(g):
+                        shared = create_graph or retain_grads
+                        g = _wrap((np.array if shared else np.asarray)(_value(g)))
                     t.grad = g if t.grad is None else t.grad + g
 
     def __repr__(self) -> str:
@@ -201,9 +191,6 @@ class Tensor:
     def __float__(self) -> float:
         return float(self.item())
 
-    def __int__(self) -> int:
-        return int(self.item())
-
     def __bool__(self) -> bool:
         return bool(self._data)
 
@@ -211,13 +198,13 @@ class Tensor:
         return len(self._data)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self._data)))
+        return (self[i] for i in range(len(self)))
 
     __hash__ = object.__hash__
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor's elements cannot be assigned, since the tape needs what was there; "
-                        "use np.where or np.concatenate, or write to t.data outside of a computation")
+        raise TypeError("a Tensor's elements cannot be assigned, since the tape needs what was "
+                        "there; use np.where, or write to t.data outside of a computation")
 
     def __reduce__(self) -> tuple:
         # Copies and pickles are new leaves: they must not share `_seq` with the original.
@@ -236,17 +223,17 @@ class Tensor:
         if self.requires_grad:
             raise TypeError("this Tensor needs a gradient, which a plain array would lose: "
                             "use t.numpy() for its values, or a nanoad operation")
-        return np.array(self._data, dtype=dtype) if copy else np.asarray(self._data, dtype=dtype)
+        return (np.array if copy else np.asarray)(self._data, dtype=dtype)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        plain = not any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
-        if method == "__call__" and (ufunc in _WITHOUT_GRADIENT or (plain and "out" in kwargs)):
+        constant = not any(map(_tracked, inputs))
+        if method == "__call__" and (ufunc in _WITHOUT_GRADIENT or constant and "out" in kwargs):
             return ufunc(*map(_value, inputs), **kwargs)
         if method != "__call__" or kwargs or ufunc not in _UFUNCS:
             how = "" if method == "__call__" else f".{method}"
-            extra = f" with {', '.join(kwargs)}=" if kwargs else ""
-            raise TypeError(f"np.{ufunc.__name__}{how}{extra} does not know Tensors, and nanoad has no "
-                            "derivative for it; use t.numpy() if none is needed")
+            given = f" with {', '.join(kwargs)}=" if kwargs else ""
+            raise TypeError(f"np.{ufunc.__name__}{how}{given}: nanoad has no derivative for this; "
+                            "use t.numpy() if none is needed")
         return _UFUNCS[ufunc](*inputs)
 
     def __array_function__(self, function: Callable, kinds: Any, args: tuple, kwargs: dict) -> Any:
@@ -254,25 +241,36 @@ class Tensor:
             return _FUNCTIONS[function](*args, **kwargs)
         if function in _WITHOUT_GRADIENT:
             return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
-        raise TypeError(f"np.{function.__name__} does not know Tensors, and nanoad has no derivative "
-                        "for it; use t.numpy() if none is needed")
-
+        raise TypeError(f"np.{function.__name__}: nanoad has no derivative for this; "
+                        "use t.numpy() if none is needed")
 
 Value = Tensor
 
-
-def _wrap(array: Any, requires_grad: bool = False) -> Tensor:
-    """A leaf around an array as it is: no copy, no conversion."""
-    t = Tensor.__new__(Tensor)
+def _fill(t: Tensor, array: Any, requires_grad: bool) -> Tensor:
+    """Make `t` a leaf that holds `array` as it is."""
     t._data, t.requires_grad, t.grad, t.label = array, requires_grad, None, ""
     t._seq, t._guard = next(_clock), None
     t._op = t._args = t._values = t._params = t._pullback = None
     return t
 
+def _wrap(array: Any, requires_grad: bool = False) -> Tensor:
+    """A leaf around an array: no copy, no conversion."""
+    return _fill(Tensor.__new__(Tensor), array, requires_grad)
+
+def _record(y: Any, op: Callable, args: tuple, values: Any, params: dict,
+            pullback: Callable | None) -> Tensor:
+    """A result that remembers how it was made."""
+    t = Tensor.__new__(Tensor)
+    t._data, t.requires_grad, t.grad, t.label = y, True, None, ""
+    t._seq, t._guard = next(_clock), None
+    t._op, t._args, t._values, t._params, t._pullback = op, args, values, params, pullback
+    return t
 
 def _value(a: Any) -> Any:
     return a._data if isinstance(a, Tensor) else a
 
+def _tracked(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.requires_grad
 
 def _real_array(data: Any, copy: bool = False) -> np.ndarray:
     """`data` as an array of real floating-point numbers."""
@@ -283,7 +281,6 @@ def _real_array(data: Any, copy: bool = False) -> np.ndarray:
         raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
     return array
 
-
 def as_tensor(data: Any) -> Tensor:
     """`data` itself if it is a Tensor, else a constant Tensor of it (shared memory, no gradient).
 
@@ -292,22 +289,19 @@ def as_tensor(data: Any) -> Tensor:
     if isinstance(data, Tensor):
         return data
     if isinstance(data, (list, tuple)) and _holds_tensor(data):
-        return _stack_nested(data)
+        return stack([as_tensor(a) for a in data])
     return _wrap(_real_array(data))
 
-
 def _holds_tensor(items: Any) -> bool:
-    return any(isinstance(a, Tensor) or (isinstance(a, (list, tuple)) and _holds_tensor(a))
-                        for a in items)
-
-
-def _stack_nested(items: Sequence) -> Tensor:
-    return stack([_stack_nested(a) if isinstance(a, (list, tuple)) else a for a in items])
-
+    return any(isinstance(a, Tensor) or isinstance(a, (list, tuple)) and _holds_tensor(a)
+               for a in items)
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
+def _note_write(t: Tensor) -> None:
+    """Note that the data of `t` changed just now; a tape that still needs it will say so."""
+    t._guard = (next(_clock), 0, None)
 
 # ## The tape
 #
@@ -320,9 +314,9 @@ def _checksum(array: np.ndarray) -> int:
 # product is all we ever need, never the Jacobian alone, so each operation brings a function that
 # computes it: its **VJP rule** (vector-Jacobian product). For `mul` it is `g * b`. An array used
 # in several places receives from each, and the parts add up. Visit every tensor after all that
-# were made from it, hand its finished cotangent to its rule, pass the results on to its parents:
-# that is reverse-mode differentiation. It costs a small multiple of the forward pass, no matter
-# how many inputs there are, and that one fact is why neural networks can be trained.
+# were made from it, hand its finished cotangent to its rule, pass the results on to its operands:
+# that is reverse-mode differentiation. It costs a small multiple of the forward pass, however many
+# inputs there are, and that one fact is why neural networks can be trained.
 #
 # Three properties of this walk carry the rest of the file:
 #
@@ -339,21 +333,21 @@ def _checksum(array: np.ndarray) -> int:
 _RELEASED = ("the tape behind this tensor was already walked and let go; "
              "call backward(retain_graph=True) the first time to walk it again")
 
-
-def _walk(seeds: list, needed: set | None, create_graph: bool, retain_graph: bool) -> Iterator[tuple]:
+def _walk(seeds: list, needed: set | None, create_graph: bool,
+          retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
     """Yield each tensor behind `seeds` with its finished cotangent, the newest first.
 
     `seeds` are pairs (tensor, cotangent). If `needed` is a set, only tensors whose `_seq` is in
     it are visited. Cotangents are ndarrays, or Tensors under `create_graph`.
     """
-    pending: dict = {}
+    pending: dict = {}  # _seq -> (tensor, the sum of what it has received so far)
     heap: list = []
     for t, g in seeds:
         if t._seq in pending:
             g = pending[t._seq][1] + g
         else:
             heapq.heappush(heap, -t._seq)
-        pending[t._seq] = (t, g)
+        pending[t._seq] = t, g
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
         yield t, g
@@ -362,54 +356,52 @@ def _walk(seeds: list, needed: set | None, create_graph: bool, retain_graph: boo
         for parent, part in zip(t._args, _pull(t, g, needed, create_graph)):
             if part is None:
                 continue
-            data = parent._data
+            data, seq = parent._data, parent._seq
             if part.shape != data.shape:
                 part = unbroadcast(part, data.shape)
             if part.dtype != data.dtype:
                 part = part.astype(data.dtype)
-            seq = parent._seq
             if seq in pending:
-                pending[seq] = (parent, pending[seq][1] + part)
-            else:
-                # A rule may return its own g or a view of it. A leaf keeps what it receives, and
-                # two leaves must not share memory: clipping one gradient would change the other.
-                if parent._op is None and not create_graph and (part is g or part.base is not None):
-                    part = part.copy()
-                pending[seq] = (parent, part)
-                heapq.heappush(heap, -seq)
+                pending[seq] = parent, pending[seq][1] + part
+                continue
+            # A rule may return its own g, or a view. A leaf keeps what it receives, and two
+            # leaves must not share memory: clipping one gradient would change the other.
+            if parent._op is None and not create_graph and (part is g or part.base is not None):
+                part = part.copy()
+            pending[seq] = parent, part
+            heapq.heappush(heap, -seq)
         if not retain_graph:
             t._args = t._values = t._params = t._pullback = None
 
-
 def _pull(t: Tensor, g: Any, needed: set | None, create_graph: bool) -> list:
     """What each operand of `t` receives from the cotangent `g` of `t`; None where nothing is due."""
+    op = t._op
     if t._args is None:
-        raise RuntimeError(f"{t._op.__name__}: {_RELEASED}")
+        raise RuntimeError(f"{op.__name__}: {_RELEASED}")
     if t._guard is not None:
-        _check_unwritten(t, t._seq, t._op)
+        _check_unwritten(t, t._seq, op)
     wanted = []
     for a in t._args:
         due = isinstance(a, Tensor) and a.requires_grad and (needed is None or a._seq in needed)
         if due and a._guard is not None:
-            _check_unwritten(a, t._seq, t._op)
+            _check_unwritten(a, t._seq, op)
         wanted.append(due)
     if t._pullback is not None:
-        if create_graph and t._op.definition is not None:
+        if create_graph and op.definition is not None:
             return _pull_by_definition(t, g, wanted)
         return [part if due else None for part, due in zip(t._pullback(g, wanted), wanted)]
     y, values = (t, t._args) if create_graph else (t._data, t._values)
-    rules, params = t._op.rules, t._params
+    rules, params = op.rules, t._params
     return [rules[i](g, y, *values, **params) if due else None for i, due in enumerate(wanted)]
-
 
 def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
     """Raise if the array of `t` was written to after the operation made at `since` saw it."""
     written, handed_out, checksum = t._guard
-    if written > since or (handed_out > since and _checksum(t._data) != checksum):
+    if written > since or handed_out > since and _checksum(t._data) != checksum:
         name = f"{t.label!r}, " if t.label else ""
-        raise RuntimeError(f"{op.__name__}: the data of an operand ({name}shape {t.shape}) was changed between "
-                           "forward and backward, so its gradient would be wrong; backward first, then write")
-
+        raise RuntimeError(f"{op.__name__}: the data of a tensor ({name}shape {t.shape}) was "
+                           "changed between forward and backward, and the gradient would be wrong; "
+                           "call backward first, then write")
 
 # ### Broadcasting, and the sum it leaves behind
 #
@@ -418,35 +410,19 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 # the cotangent arrives with shape `(4, 3)` and has to be added up over the four. This holds for
 # every operation that broadcasts, so the walk does it, here and only here; no rule mentions it.
 #
-# >>> row = Tensor([1.0, 2.0, 3.0])
-# >>> (np.ones((4, 3)) * row).sum().backward()
-# >>> print(row.grad)
-# [4. 4. 4.]
-
+#     row = Tensor([1.0, 2.0, 3.0])
+#     (np.ones((4, 3)) * row).sum().backward()
+#     print(row.grad)                              # [4. 4. 4.]
 
 def unbroadcast(g: Any, shape: tuple) -> Any:
     """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from `shape`.
 
-    >>> unbroadcast(np.ones((4, 3)), (3,))
-    array([4., 4., 4.])
+    >>> unbroadcast(np.ones((4, 3)), (1, 3))
+    array([[4., 4., 4.]])
     """
     extra = g.ndim - len(shape)
     stretched = [i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1]
     return np.sum(g, axis=(*range(extra), *stretched)).reshape(shape)
-
-
-@contextlib.contextmanager
-def no_grad() -> Iterator[None]:
-    """A context manager and a decorator: inside, this thread writes no tape.
-
-    >>> w = Tensor(3.0)
-    >>> with no_grad():
-    ...     print((w * w).requires_grad)
-    False
-    """
-    with _recording(False):
-        yield
-
 
 @contextlib.contextmanager
 def _recording(on: bool) -> Iterator[None]:
@@ -456,6 +432,15 @@ def _recording(on: bool) -> Iterator[None]:
     finally:
         _mode.recording = before
 
+def no_grad() -> contextlib.AbstractContextManager:
+    """A context manager, and with its parentheses a decorator: this thread writes no tape inside.
+
+    >>> w = Tensor(3.0)
+    >>> with no_grad():
+    ...     print((w * w).requires_grad)
+    False
+    """
+    return _recording(False)
 
 # ### The reverse pass as a function
 #
@@ -464,14 +449,13 @@ def _recording(on: bool) -> Iterator[None]:
 # keep that cheap. Nothing older than the oldest input can depend on any input, so the search stops
 # at that age. And of what is younger, only tensors on a path from an input to an output matter.
 
-
 def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[set, list]:
-    """The `_seq` of every tensor on a path from `inputs` to `outputs`, and the tracked tensors older
-    than all inputs that had a part in the outputs. Unless `beyond`, paths end at the first input."""
+    """The `_seq` of every tensor on a path from `inputs` to `outputs`, and the tracked tensors
+    older than all inputs that had a part in the outputs. Unless `beyond`, an input ends a path."""
     oldest = builtins.min((t._seq for t in inputs), default=math.inf)
     needed = {t._seq for t in inputs}
-    found = {t._seq: t for t in outputs}
-    waiting, older = list(outputs), {}
+    found, older = {t._seq: t for t in outputs}, {}
+    waiting = list(outputs)
     while waiting:
         t = waiting.pop()
         if t._op is None or t._seq < oldest or (t._seq in needed and not beyond):
@@ -490,7 +474,6 @@ def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[set, list]
             needed.add(seq)
     return needed, list(older.values())
 
-
 def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
     """The cotangent to start from: 1 for a scalar, else the array given, which must fit."""
     if not isinstance(output, Tensor):
@@ -498,15 +481,31 @@ def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
                         f"{type(output).__name__} ({str(output)[:40]})")
     if cotangent is None:
         if output.size != 1:
-            raise ValueError(f"{name}: the output has shape {output.shape}, and only a scalar has a gradient; "
-                             "reduce it with .sum() or .mean(), or pass a cotangent of that shape")
+            raise ValueError(f"{name}: the output has shape {output.shape}, and only a scalar has a"
+                             " gradient; reduce it with .sum() or .mean(), or pass a cotangent")
         cotangent = np.ones(output.shape, output.dtype)
     if np.shape(cotangent) != output.shape:
-        raise ValueError(f"{name}: the cotangent has shape {np.shape(cotangent)}, the output {output.shape}")
+        raise ValueError(f"{name}: the cotangent has shape {np.shape(cotangent)}, and the output "
+                         f"{output.shape}")
     if create_graph:
         return as_tensor(cotangent)
     return np.asarray(_value(cotangent)).astype(output.dtype, copy=False)
 
+def _gradients(seeds: list, inputs: list, create_graph: bool, retain_graph: bool,
+               needed: set | None = None) -> list[Tensor]:
+    """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
+    if needed is None:
+        needed, _ = _paths([t for t, _ in seeds], inputs)
+    wanted = {t._seq for t in inputs}
+    seeds = [(t, g) for t, g in seeds if t._seq in needed]
+    with _recording(create_graph):
+        arrived = {t._seq: g for t, g in _walk(seeds, needed, create_graph, retain_graph)
+                   if t._seq in wanted}
+    results = []
+    for t in inputs:
+        g = arrived[t._seq] if t._seq in arrived else np.zeros(t.shape, t.dtype)
+        results.append(g if isinstance(g, Tensor) else _wrap(g))
+    return results
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
@@ -519,25 +518,8 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not all(isinstance(t, Tensor) for t in inputs):
         raise TypeError("gradients: every input must be a Tensor that had a part in the output")
-    seed = _seed("gradients", output, grad, create_graph)
-    return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph or create_graph))
-
-
-def _gradients(seeds: list, inputs: list, create_graph: bool, retain_graph: bool,
-               needed: set | None = None) -> list[Tensor]:
-    if needed is None:
-        needed, _ = _paths([t for t, _ in seeds], inputs)
-    wanted = {t._seq for t in inputs}
-    seeds = [(t, g) for t, g in seeds if t._seq in needed]
-    with _recording(create_graph):
-        arrived = {t._seq: g for t, g in _walk(seeds, needed, create_graph, retain_graph) if t._seq in wanted}
-    results = []
-    for t in inputs:
-        g = arrived.get(t._seq)
-        g = np.zeros(t.shape, t.dtype) if g is None else g
-        results.append(g if isinstance(g, Tensor) else _wrap(g))
-    return results
-
+    seeds = [(output, _seed("gradients", output, grad, create_graph))]
+    return tuple(_gradients(seeds, inputs, create_graph, retain_graph or create_graph))
 
 # ## Functional transforms
 #
@@ -555,12 +537,11 @@ def _gradients(seeds: list, inputs: list, create_graph: bool, retain_graph: bool
 #
 # **Why nested transforms do not get confused.** Look at
 #
-# >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
-# 6.0
+#     grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0)
 #
 # The inner derivative is `x`, so the whole is the derivative of `x * x`, which is 6 at 3. An engine
 # that marks "the variable we differentiate by" with a flag on the values cannot tell the `x` that
-# occurs inside from the `y` it is asked about; it may answer 3, or 5. The mistake is called
+# occurs inside from the `y` it is asked about, and may answer 3, or 5. The mistake is called
 # perturbation confusion, and here it has no room. Every call of a transform makes *new* tensors for
 # its own arguments and asks for the derivative by *those objects*. `x` is another object, older
 # than `y`, so the inner walk stops at it; but the inner result was computed from it, so to the
@@ -570,12 +551,6 @@ def _gradients(seeds: list, inputs: list, create_graph: bool, retain_graph: bool
 # still ask, that is when a tracked tensor older than the transform's own inputs had a part in the
 # result. `_paths` reports those; if there are none, the walk runs on bare ndarrays.
 
-
-def _map_tree(f: Callable, tree: Any) -> Any:
-    leaves, rebuild = _flatten(tree)
-    return rebuild([f(leaf) for leaf in leaves])
-
-
 def _flatten(tree: Any) -> tuple[list, Callable[[list], Any]]:
     """The leaves of nested dicts, lists and tuples, and a function that builds the same nest again.
 
@@ -584,7 +559,7 @@ def _flatten(tree: Any) -> tuple[list, Callable[[list], Any]]:
     if isinstance(tree, dict):
         children, build = list(tree.values()), lambda items: dict(zip(tree, items))
     elif isinstance(tree, tuple):
-        children, build = tree, lambda items: type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+        children, build = tree, getattr(type(tree), "_make", tuple)
     elif isinstance(tree, list) and not _only_numbers(tree):
         children, build = tree, list
     else:
@@ -597,31 +572,30 @@ def _flatten(tree: Any) -> tuple[list, Callable[[list], Any]]:
 
     return [leaf for part, _ in parts for leaf in part], rebuild
 
-
 def _only_numbers(items: list) -> bool:
-    return all(_only_numbers(a) if isinstance(a, list) else isinstance(a, (int, float, np.generic)) for a in items)
+    return all(_only_numbers(a) if isinstance(a, list) else isinstance(a, (int, float, np.generic))
+               for a in items)
 
+def _map_tree(f: Callable, tree: Any) -> Any:
+    leaves, rebuild = _flatten(tree)
+    return rebuild([f(leaf) for leaf in leaves])
 
 def _input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by. It is tied to `x` if `x` is tracked by somebody else."""
+    """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
     if isinstance(x, Tensor):
         return identity(x) if x.requires_grad and _mode.recording else _wrap(x._data, True)
-    try:
-        array = np.asarray(x)
-    except ValueError:
-        array = np.empty(0, object)
+    array = np.asarray(x)
     if array.dtype.kind != "f":
-        raise TypeError(f"{name}: can only differentiate by real floating-point numbers, not by {str(x)[:40]} "
-                        f"({array.dtype}); write 3.0 for 3, or .astype(float)")
+        raise TypeError(f"{name}: can differentiate only by real floating-point numbers, not by "
+                        f"{str(x)[:40]} ({array.dtype}); write 3.0 for 3, or use .astype(float)")
     return _wrap(array, True)
-
 
 def _run(name: str, f: Callable, args: tuple, argnums: int | Sequence[int], kwargs: dict) -> tuple:
     """Call `f` with the arguments at `argnums` made fresh tensors: (its result, those tensors as a
     flat list, a function that gives such a list the structure of the arguments)."""
     positions = [argnums] if isinstance(argnums, int) else list(argnums)
     for i in positions:
-        if not -len(args) <= i < len(args):
+        if i not in range(-len(args), len(args)):
             raise ValueError(f"{name}: argnums asks for argument {i}, but the function was called "
                              f"with {len(args)} positional arguments")
     leaves, rebuild = _flatten(tuple(args[i] for i in positions))
@@ -631,23 +605,20 @@ def _run(name: str, f: Callable, args: tuple, argnums: int | Sequence[int], kwar
         call[i] = argument
     with _recording(True):
         out = f(*call, **kwargs)
-    structure = (lambda flat: rebuild(flat)[0]) if isinstance(argnums, int) else rebuild
-    return out, inputs, structure
-
+    one = isinstance(argnums, int)
+    return out, inputs, (lambda flat: rebuild(flat)[0]) if one else rebuild
 
 def _outputs(name: str, out: Any) -> tuple[list, Callable]:
     leaves, rebuild = _flatten(out)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name}: the function must return Tensors computed from its arguments; it returned "
-                            f"{type(leaf).__name__} ({str(leaf)[:40]}), which has lost track of them")
+            raise TypeError(f"{name}: the function must return Tensors computed from its arguments;"
+                            f" {type(leaf).__name__} ({str(leaf)[:40]}) has lost track of them")
     return leaves, rebuild
-
 
 def _settle(a: Any, recorded: bool) -> Any:
     """What leaves a transform: still on the tape if somebody can ask, else a constant."""
     return a.detach() if isinstance(a, Tensor) and not recorded else a
-
 
 def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
                    argnum: int | None = None) -> Callable:
@@ -661,8 +632,28 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     >>> print(value, slope)
     10.0 [2. 6.]
     """
-    return _gradient_function("value_and_grad", f, argnums if argnum is None else argnum, has_aux)
+    argnums = argnums if argnum is None else argnum
 
+    @functools.wraps(f)
+    def value_and_gradient(*args: Any, **kwargs: Any) -> tuple:
+        out, inputs, structure = _run("grad", f, args, argnums, kwargs)
+        aux = None
+        if has_aux:
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise TypeError("grad: with has_aux the function must return (scalar, aux)")
+            out, aux = out
+        seed = _seed("grad", out, None, False)
+        beside = [a for a in _flatten(aux)[0] if isinstance(a, Tensor)]
+        needed, older = _paths([out, *beside], inputs)
+        recorded = bool(older) and _mode.recording
+        seeds = [(out, as_tensor(seed) if recorded else seed)]
+        slope = structure(_gradients(seeds, inputs, recorded, recorded, needed))
+        value = _settle(out, recorded)
+        if has_aux:
+            value = value, _map_tree(lambda a: _settle(a, recorded), aux)
+        return value, slope
+
+    return value_and_gradient
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
          argnum: int | None = None) -> Callable:
@@ -670,46 +661,23 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 
     Otherwise as `value_and_grad`. Transforms nest in any combination:
 
-    >>> print(grad(grad(lambda x: x ** 3))(2.0))
-    12.0
+    >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
+    6.0
     """
-    both = _gradient_function("grad", f, argnums if argnum is None else argnum, has_aux)
+    both = value_and_grad(f, argnums, has_aux, argnum=argnum)
 
-    @functools.wraps(both)
+    @functools.wraps(f)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         value, slope = both(*args, **kwargs)
         return (slope, value[1]) if has_aux else slope
 
     return gradient
 
-
-def _gradient_function(name: str, f: Callable, argnums: int | Sequence[int], has_aux: bool) -> Callable:
-    @functools.wraps(f)
-    def value_and_gradient(*args: Any, **kwargs: Any) -> tuple:
-        out, inputs, structure = _run(name, f, args, argnums, kwargs)
-        aux = None
-        if has_aux:
-            if not (isinstance(out, tuple) and len(out) == 2):
-                raise TypeError(f"{name}: with has_aux the function must return a pair (scalar, aux)")
-            out, aux = out
-        seed = _seed(name, out, None, False)
-        beside = [a for a in _flatten(aux)[0] if isinstance(a, Tensor)]
-        needed, older = _paths([out, *beside], inputs)
-        recorded = bool(older) and _mode.recording
-        slopes = _gradients([(out, as_tensor(seed) if recorded else seed)], inputs, recorded, recorded, needed)
-        value = _settle(out, recorded)
-        if has_aux:
-            value = value, _map_tree(lambda a: _settle(a, recorded), aux)
-        return value, structure(slopes)
-
-    return value_and_gradient
-
-
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """`(f(*primals), vjp_fn)`, where `vjp_fn(cotangent)` is the tuple of the primals' cotangents.
 
-    The cotangent has the structure and shapes of f's result. `vjp_fn` may be called many times;
-    f runs once.
+    The cotangent has the structure and shapes of f's result. f runs once, however often `vjp_fn`
+    is called.
     """
     out, inputs, structure = _run("vjp", f, primals, range(len(primals)), {})
     outputs, rebuild = _outputs("vjp", out)
@@ -718,53 +686,43 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     def vjp_fn(cotangent: Any) -> tuple:
         parts, _ = _flatten(cotangent)
         if len(parts) != len(outputs):
-            raise ValueError(f"vjp: the function returned {len(outputs)} arrays, the cotangent has {len(parts)}")
-        tracked = any(isinstance(c, Tensor) and c.requires_grad for c in parts)
-        recorded = _mode.recording and (bool(older) or tracked)
+            raise ValueError(f"vjp: the function returned {len(outputs)} arrays, and the cotangent "
+                             f"has {len(parts)}")
+        recorded = _mode.recording and (bool(older) or any(map(_tracked, parts)))
         seeds = [(t, _seed("vjp", t, c, recorded)) for t, c in zip(outputs, parts)]
         return structure(_gradients(seeds, inputs, recorded, True, needed))
 
     recorded = bool(older) and _mode.recording
     return rebuild([_settle(t, recorded) for t in outputs]), vjp_fn
 
-
-def _tangents(name: str, tangents: Any, inputs: list) -> list:
-    """The flat tangents, each checked against the primal it belongs to."""
-    flat, _ = _flatten(tuple(tangents) if isinstance(tangents, list) else tangents)
-    if len(flat) != len(inputs):
-        raise ValueError(f"{name}: {len(inputs)} primal arrays need as many tangents, not {len(flat)}; "
-                         "primals and tangents are both tuples, one entry per argument")
-    for x, v in zip(inputs, flat):
-        if np.shape(v) != x.shape:
-            raise ValueError(f"{name}: a tangent of shape {np.shape(v)} for a primal of shape {x.shape}")
-    return [as_tensor(v) for v in flat]
-
-
-def _inner(parts: list, vectors: list) -> Tensor:
+def _inner(name: str, parts: list, vectors: Any, inputs: list) -> Tensor:
+    """The inner product of `parts` with `vectors`, which must be shaped like `inputs`."""
+    vectors, _ = _flatten(tuple(vectors) if isinstance(vectors, list) else vectors)
+    shapes = [x.shape for x in inputs]
+    if [np.shape(v) for v in vectors] != shapes:
+        raise ValueError(f"{name}: primals of shapes {shapes} need tangents of the same shapes, not"
+                         f" {[np.shape(v) for v in vectors]}; both are tuples, an entry per argument")
     return functools.reduce(add, ((a * v).sum() for a, v in zip(parts, vectors)))
-
 
 def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     """`(f(*primals), the directional derivative of f along tangents)`.
 
     Forward mode out of reverse mode: `u -> vjp_fn(u)` is linear, and the transpose of a linear map
-    is what its own VJP computes; so differentiate `<vjp_fn(u), tangent>` by `u` (J. Townsend, 2017).
+    is what its own VJP computes; so differentiate `<vjp_fn(u), tangent>` by `u` (Townsend, 2017).
 
     >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
     2.0
     """
-    primals = tuple(primals)
-    out, inputs, _ = _run("jvp", f, primals, range(len(primals)), {})
+    out, inputs, _ = _run("jvp", f, tuple(primals), range(len(primals)), {})
     outputs, rebuild = _outputs("jvp", out)
-    vectors = _tangents("jvp", tangents, inputs)
     needed, older = _paths(outputs, inputs)
-    recorded = _mode.recording and (bool(older) or any(v.requires_grad for v in vectors))
+    recorded = _mode.recording and (bool(older) or any(map(_tracked, _flatten(tangents)[0])))
     u = [_wrap(np.zeros(t.shape, t.dtype), True) for t in outputs]
     with _recording(True):
-        pulled = _inner(_gradients(list(zip(outputs, u)), inputs, True, True, needed), vectors)
+        parts = _gradients(list(zip(outputs, u)), inputs, True, True, needed)
+        pulled = _inner("jvp", parts, tangents, inputs)
     pushed = _gradients([(pulled, _seed("jvp", pulled, None, recorded))], u, recorded, recorded)
     return rebuild([_settle(t, recorded) for t in outputs]), rebuild(pushed)
-
 
 def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
     """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`.
@@ -772,42 +730,34 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
     The Hessian is never formed: this is the gradient of `<grad f, vector>`, a few times the cost
     of one gradient (Pearlmutter, 1994).
     """
-    primals = tuple(primals)
-    out, inputs, structure = _run("hvp", f, primals, range(len(primals)), {})
-    seed = as_tensor(_seed("hvp", out, None, False))
-    vectors = _tangents("hvp", vector, inputs)
+    out, inputs, structure = _run("hvp", f, tuple(primals), range(len(primals)), {})
+    seed = _seed("hvp", out, None, True)
     needed, older = _paths([out], inputs)
-    recorded = _mode.recording and (bool(older) or any(v.requires_grad for v in vectors))
+    recorded = _mode.recording and (bool(older) or any(map(_tracked, _flatten(vector)[0])))
     with _recording(True):
-        slope = _inner(_gradients([(out, seed)], inputs, True, True, needed), vectors)
-    product = _gradients([(slope, _seed("hvp", slope, None, recorded))], inputs, recorded, recorded)
-    return _settle(out, recorded), structure(product)
-
+        slopes = _gradients([(out, seed)], inputs, True, True, needed)
+        slope = _inner("hvp", slopes, vector, inputs)
+    seeds = [(slope, _seed("hvp", slope, None, recorded))]
+    return _settle(out, recorded), structure(_gradients(seeds, inputs, recorded, recorded))
 
 def _jacobians(outputs: list, inputs: list, recorded: bool) -> list[list[Tensor]]:
-    """For each output and each input, the array of shape out.shape + in.shape, a row at a time."""
+    """For each output and each input, the array of shape out.shape + in.shape, a walk per row."""
     blocks = []
     for out in outputs:
         needed, _ = _paths([out], inputs)
         rows = []
-        for i in range(out.size):
-            unit = np.zeros(out.shape, out.dtype)
-            unit.reshape(-1)[i] = 1
+        for unit in np.eye(out.size, dtype=out.dtype).reshape(out.size, *out.shape):
             seed = as_tensor(unit) if recorded else unit
             rows.append(_gradients([(out, seed)], inputs, recorded, True, needed))
-        columns = zip(*rows) if rows else ([] for _ in inputs)
-        blocks.append([_block(column, out, x, recorded) for column, x in zip(columns, inputs)])
+        blocks.append([])
+        for i, x in enumerate(inputs):
+            column = [row[i] for row in rows]
+            block = stack(column) if column else _wrap(np.zeros(0, x.dtype))
+            blocks[-1].append(block.reshape(out.shape + x.shape))
     return blocks
 
-
-def _block(rows: Sequence, out: Tensor, x: Tensor, recorded: bool) -> Tensor:
-    shape = out.shape + x.shape
-    if recorded and rows:
-        return stack(rows).reshape(shape)
-    return _wrap(np.array([row._data for row in rows], x.dtype).reshape(shape))
-
-
-def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: int | None = None) -> Callable:
+def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
+             argnum: int | None = None) -> Callable:
     """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk per row.
 
     >>> print(jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
@@ -825,9 +775,9 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: int | Non
 
     return jacobian_of_f
 
-
-def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: int | None = None) -> Callable:
-    """The function that returns the Hessian of a scalar f: (size, size) for an argument of that size.
+def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
+            argnum: int | None = None) -> Callable:
+    """The function that returns the Hessian of a scalar f: (size, size) for an argument of `size`.
 
     For an argument that is a nest of arrays, a nest of nests of such blocks. f runs once, its
     gradient is computed once and recorded, and each row is one walk along that record.
@@ -841,17 +791,15 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: int | None
     @functools.wraps(f)
     def hessian_of_f(*args: Any, **kwargs: Any) -> Any:
         out, inputs, structure = _run("hessian", f, args, argnums, kwargs)
-        seed = as_tensor(_seed("hessian", out, None, False))
+        seed = _seed("hessian", out, None, True)
         needed, older = _paths([out], inputs)
         recorded = bool(older) and _mode.recording
         slopes = _gradients([(out, seed)], inputs, True, True, needed)
-        with _recording(recorded):
-            rows = [[block.reshape(g.size, x.size) for block, x in zip(row, inputs)]
-                    for row, g in zip(_jacobians(slopes, inputs, recorded), slopes)]
-        return structure([structure(row) for row in rows])
+        rows = [structure([block.reshape(g.size, x.size) for block, x in zip(row, inputs)])
+                for row, g in zip(_jacobians(slopes, inputs, recorded), slopes)]
+        return structure(rows)
 
     return hessian_of_f
-
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
     """f(*args) as it is, but its intermediate results are recomputed in the backward pass.
@@ -885,60 +833,62 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return parts if again else [part._data for part in parts]
 
     operands = (*(args[i] for i in which), *closed_over)
-    tracked = any(a.requires_grad for a in operands)
-    return _record(out._data, checkpoint, operands, None, {}, pullback) if tracked else out.detach()
-
+    if not any(a.requires_grad for a in operands):
+        return out.detach()
+    return _record(out._data, checkpoint, operands, None, {}, pullback)
 
 checkpoint.definition = None
 
+def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
+               eps: float = 1e-5) -> float:
+    """Compare derivatives of f with central differences, up to `order`: how to test an operation.
 
-def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5, eps: float = 1e-5) -> float:
-    """Compare the derivatives of f with central differences, up to `order`: how to test an operation.
-
-    f takes arrays and returns a Tensor of any shape; it is tested at `args`, in float64, by every
-    floating-point argument. Returns the largest error found, relative to max(1, |derivative|).
-    Raises AssertionError that names the worst element, its index and both values.
+    f takes Tensors and returns one of any shape. It is tested at `args`, in float64, by each of
+    them that holds floating-point numbers. Returns the largest error found, relative to
+    max(1, |derivative|). Raises AssertionError that names the worst element and both its values.
 
     >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
     True
     """
-    args = tuple(a if np.asarray(_value(a)).dtype.kind != "f" else np.array(_value(a), np.float64) for a in args)
+    if order < 1:
+        raise ValueError(f"check_grad: order must be at least 1, not {order}")
+    args = [np.array(_value(a), np.float64) if np.asarray(_value(a)).dtype.kind == "f" else a
+            for a in args]
     which = [i for i, a in enumerate(args) if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
-    rng = np.random.default_rng(0)
-    weights = rng.uniform(0.5, 1.5, f(*map(_as_operand, args)).shape)
+    rng, weights = np.random.default_rng(0), None
 
     def weighted(*a: Any) -> Tensor:
-        return (f(*map(_as_operand, a)) * weights).sum()
+        nonlocal weights
+        y = f(*(as_tensor(x) if i in which else x for i, x in enumerate(a)))
+        _outputs("check_grad", [y])
+        weights = rng.uniform(0.5, 1.5, y.shape) if weights is None else weights
+        return (y * weights).sum()
 
-    analytic = grad(weighted, which)(*args)
-    worst = 0.0
-    for k, (i, exact) in enumerate(zip(which, analytic)):
+    worst = (-1.0, "")
+    for i, exact in zip(which, grad(weighted, which)(*args)):
         for index in np.ndindex(args[i].shape):
-            numeric = _central_difference(weighted, args, i, index, eps)
-            error = builtins.abs(numeric - exact._data[index]) / builtins.max(1.0, builtins.abs(numeric))
-            if not error <= rtol:
-                raise AssertionError(f"check_grad: derivative by argument {i} at index {index}: "
-                                     f"numeric {numeric:.9g}, analytic {exact._data[index]:.9g}")
-            worst = builtins.max(worst, float(error))
+            numeric, exact_here = _slope(weighted, args, i, index, eps), float(exact._data[index])
+            error = builtins.abs(numeric - exact_here) / builtins.max(1, builtins.abs(numeric))
+            error = math.inf if math.isnan(error) else error
+            worst = builtins.max(worst, (error, f"by argument {i} at index {index}: numeric "
+                                                f"{numeric:.9g}, analytic {exact_here:.9g}"))
+    if worst[0] > rtol:
+        raise AssertionError(f"check_grad: the derivative {worst[1]}")
     if order == 1 or not which:
-        return worst
+        return worst[0]
     along = [rng.uniform(0.5, 1.5, args[i].shape) for i in which]
-    return builtins.max(worst, check_grad(lambda *a: _inner(grad(weighted, which)(*a), along), *args,
-                                          order=order - 1, rtol=rtol, eps=eps))
+    return builtins.max(worst[0], check_grad(
+        lambda *a: _inner("check_grad", grad(weighted, which)(*a), along, along),
+        *args, order=order - 1, rtol=rtol, eps=eps))
 
-
-def _as_operand(a: Any) -> Any:
-    return _wrap(a) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
-
-
-def _central_difference(f: Callable, args: tuple, i: int, index: tuple, eps: float) -> float:
+def _slope(f: Callable, args: list, i: int, index: tuple, eps: float) -> float:
+    """The central difference of f by one element of its argument i."""
     def at(step: float) -> float:
         moved = args[i].copy()
         moved[index] += step
         return float(f(*args[:i], moved, *args[i + 1:]))
 
     return (at(eps) - at(-eps)) / (2 * eps)
-
 
 # ## Operations
 #
@@ -963,16 +913,12 @@ def _central_difference(f: Callable, args: tuple, i: int, index: tuple, eps: flo
 # derivatives, because under `create_graph` the walk differentiates the definition instead. So the
 # definition is at once the explanation, the test oracle, and the source of every higher derivative.
 
-_OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
-
-
 def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
     """Decorate a function on arrays to make it an operation with these VJP rules, one per operand.
 
     An operation on any number of operands gives one rule `each(i, g, y, *operands)` instead.
     """
-    return lambda forward: _operation(forward, rules if each is None else _EachOperand(each), False, None)
-
+    return lambda forward: _operation(forward, _Each(each) if each else rules, False, None)
 
 def fused(definition: Callable) -> Callable:
     """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
@@ -982,8 +928,7 @@ def fused(definition: Callable) -> Callable:
     """
     return lambda kernel: _operation(kernel, (), True, definition)
 
-
-class _EachOperand:
+class _Each:
     """Rules for operand 0, 1, 2, ... out of one rule that is told which."""
 
     def __init__(self, rule: Callable) -> None:
@@ -992,27 +937,35 @@ class _EachOperand:
     def __getitem__(self, i: int) -> Callable:
         return functools.partial(self.rule, i)
 
+_OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
-def _operation(forward: Callable, rules: Any, is_fused: bool, definition: Callable | None) -> Callable:
+def _operation(forward: Callable, rules: Any, is_fused: bool,
+               definition: Callable | None) -> Callable:
     @functools.wraps(forward)
     def operation(*args: Any, **params: Any) -> Tensor:
-        values, tracked = [], False
+        values, constant, tracked = [], True, False
         for a in args:
             if isinstance(a, Tensor):
-                tracked = tracked or a.requires_grad
+                constant, tracked = False, tracked or a.requires_grad
                 a = a._data
-            elif a.__class__ is list and _holds_tensor(a):
-                return operation(*(as_tensor(b) if b is a else b for b in args), **params)
+            elif a.__class__ is list and a:
+                if _holds_tensor(a):
+                    return operation(*(as_tensor(b) if b is a else b for b in args), **params)
+                a = np.asarray(a)
             values.append(a)
         if params and any(isinstance(p, Tensor) for p in params.values()):
             return operation(*inspect.signature(forward).bind(*args, **params).args)
+        if constant:
+            values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
         try:
             y = forward(*values, **params)
+            pullback = None
+            if is_fused:
+                y, pullback = y
+            if y.dtype.kind != "f":
+                y = _real_array(y)
         except (ValueError, TypeError, IndexError) as error:
             raise _at_the_call(operation, values, error) from None
-        pullback = None
-        if is_fused:
-            y, pullback = y
         if _OLD_NUMPY:
             y = _with_weak_numbers(y, args)
         if tracked and _mode.recording:
@@ -1022,28 +975,18 @@ def _operation(forward: Callable, rules: Any, is_fused: bool, definition: Callab
     operation.rules, operation.definition = rules, definition
     return operation
 
-
-def _record(y: Any, op: Callable, args: tuple, values: Any, params: dict, pullback: Callable | None) -> Tensor:
-    """A tensor that remembers how it was made."""
-    t = Tensor.__new__(Tensor)
-    t._data, t.requires_grad, t.grad, t.label = y, True, None, ""
-    t._seq, t._guard = next(_clock), None
-    t._op, t._args, t._values, t._params, t._pullback = op, args, values, params, pullback
-    return t
-
-
 def _at_the_call(op: Callable, values: list, error: Exception) -> Exception:
     """The same error, saying which operation failed and on what shapes."""
-    shapes = ", ".join(str(np.shape(v)) for v in values if isinstance(v, (np.ndarray, np.generic)))
+    shapes = ", ".join(str(v.shape) for v in values if isinstance(v, (np.ndarray, np.generic)))
     kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
-    return kind(f"{op.__name__} on shapes {shapes}: {error}")
-
+    return kind(f"{op.__name__.strip('_')} of shapes {shapes}: {error}")
 
 def _with_weak_numbers(y: Any, args: tuple) -> Any:
     """NumPy 1 computes float32 scalars with Python numbers in float64; NumPy 2 does not."""
-    dtypes = {a.dtype for a in args if isinstance(a, (Tensor, np.ndarray, np.generic))}
-    return y.astype(dtypes.pop()) if len(dtypes) == 1 and y.dtype.kind == "f" else y
-
+    if not any(isinstance(a, (int, float)) for a in args):
+        return y
+    dtypes = {a.dtype for a in args if isinstance(a, (Tensor, np.ndarray))}
+    return y.astype(dtypes.pop()) if len(dtypes) == 1 else y
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
     """What `_pull` returns, from a recording of the operation's definition at the same operands."""
@@ -1053,125 +996,57 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
     parts = iter(_gradients([(out, g)], inputs, True, True))
     return [next(parts) if due else None for due in wanted]
 
-
 # ### Element by element
 #
-# The rule of a function of one variable is `g` times its derivative, and where the derivative is
-# simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
+# Most operations are one NumPy function and a rule of one line, so they stand in a table: the name,
+# the function, the rules. The rule of a function of one variable is `g` times its derivative, and
+# where the derivative is simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
 
+def _elementwise(name: str, forward: Callable, *rules: Callable) -> Callable:
+    forward.__name__ = forward.__qualname__ = name
+    forward.__doc__ = f"{name}, element by element, with NumPy's broadcasting."
+    return primitive(*rules)(forward)
 
-@primitive(lambda g, y, x: g)
-def identity(x: Any) -> Tensor:
-    """x itself, as a new tensor."""
-    return x
+identity = _elementwise("identity", lambda x: x, lambda g, y, x: g)
+neg = _elementwise("neg", lambda x: -x, lambda g, y, x: -g)
+add = _elementwise("add", lambda a, b: a + b, lambda g, y, a, b: g, lambda g, y, a, b: g)
+sub = _elementwise("sub", lambda a, b: a - b, lambda g, y, a, b: g, lambda g, y, a, b: -g)
+mul = _elementwise("mul", lambda a, b: a * b, lambda g, y, a, b: g * b, lambda g, y, a, b: g * a)
+div = _elementwise("div", lambda a, b: np.true_divide(a, b),
+                   lambda g, y, a, b: g / b, lambda g, y, a, b: -g * y / b)
+exp = _elementwise("exp", lambda x: np.exp(x), lambda g, y, x: g * y)
+expm1 = _elementwise("expm1", lambda x: np.expm1(x), lambda g, y, x: g * (y + 1))
+log = _elementwise("log", lambda x: np.log(x), lambda g, y, x: g / x)
+log1p = _elementwise("log1p", lambda x: np.log1p(x), lambda g, y, x: g / (1 + x))
+sqrt = _elementwise("sqrt", lambda x: np.sqrt(x), lambda g, y, x: g / (2 * y))
+sin = _elementwise("sin", lambda x: np.sin(x), lambda g, y, x: g * np.cos(x))
+cos = _elementwise("cos", lambda x: np.cos(x), lambda g, y, x: -g * np.sin(x))
+tanh = _elementwise("tanh", lambda x: np.tanh(x), lambda g, y, x: g * (1 - y * y))
+copy = _elementwise("copy", lambda x: np.array(x), lambda g, y, x: g)
 
+# At a kink any slope between the two sides is right. abs and relu take 0 there.
 
-@primitive(lambda g, y, a, b: g,
-           lambda g, y, a, b: g)
-def add(a: Any, b: Any) -> Tensor:
-    """a + b."""
-    return a + b
+abs = _elementwise("abs", lambda x: np.abs(x), lambda g, y, x: g * np.sign(x))
+relu = _elementwise("relu", lambda x: np.maximum(x, np.zeros((), x.dtype)),
+                    lambda g, y, x: g * np.greater(x, 0))
 
+# Where two operands tie, each gets half: `a >= b` and `a > b` count 2 for a win, 1 for a tie.
 
-@primitive(lambda g, y, a, b: g,
-           lambda g, y, a, b: -g)
-def sub(a: Any, b: Any) -> Tensor:
-    """a - b."""
-    return a - b
+maximum = _elementwise("maximum", lambda a, b: np.maximum(a, b),
+                       lambda g, y, a, b: (g * np.greater_equal(a, b) + g * np.greater(a, b)) * 0.5,
+                       lambda g, y, a, b: (g * np.greater_equal(b, a) + g * np.greater(b, a)) * 0.5)
+minimum = _elementwise("minimum", lambda a, b: np.minimum(a, b),
+                       lambda g, y, a, b: (g * np.less_equal(a, b) + g * np.less(a, b)) * 0.5,
+                       lambda g, y, a, b: (g * np.less_equal(b, a) + g * np.less(b, a)) * 0.5)
 
+# `log(1 + exp(x))` overflows at x = 89 in float32; `logaddexp(x, 0)` is the same and does not.
+# Its derivative is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x).
 
-@primitive(lambda g, y, a, b: g * b,
-           lambda g, y, a, b: g * a)
-def mul(a: Any, b: Any) -> Tensor:
-    """a * b."""
-    return a * b
-
-
-@primitive(lambda g, y, a, b: g / b,
-           lambda g, y, a, b: -g * y / b)
-def div(a: Any, b: Any) -> Tensor:
-    """a / b."""
-    return np.true_divide(a, b)
-
-
-@primitive(lambda g, y, x: -g)
-def neg(x: Any) -> Tensor:
-    """-x."""
-    return -x
-
-
-def _to_the(x: Any, p: Any) -> Any:
-    """x ** p in array code; small powers are products, ten times faster than the C library's pow."""
-    if isinstance(p, (int, float)):
-        if p == 0:
-            return np.ones_like(x)
-        if p in (1, 2, 3):
-            return x if p == 1 else x * x if p == 2 else x * x * x
-        if p in (0.5, -1):
-            return np.sqrt(x) if p == 0.5 else 1 / x
-    return np.power(x, p)
-
-
-@primitive(lambda g, y, x, p: g * (p * _to_the(x, p - 1)),
-           lambda g, y, x, p: g * (y * np.log(np.where(np.equal(x, 0), 1, x))))
-def power(x: Any, p: Any) -> Tensor:
-    """x ** p, element by element. The derivative by p is taken as 0 where x is 0."""
-    return _to_the(x, p)
-
-
-@primitive(lambda g, y, x: g * y)
-def exp(x: Any) -> Tensor:
-    """e to the x."""
-    return np.exp(x)
-
-
-@primitive(lambda g, y, x: g / x)
-def log(x: Any) -> Tensor:
-    """The natural logarithm."""
-    return np.log(x)
-
-
-@primitive(lambda g, y, x: g * (y + 1))
-def expm1(x: Any) -> Tensor:
-    """exp(x) - 1, exact also for small x."""
-    return np.expm1(x)
-
-
-@primitive(lambda g, y, x: g / (1 + x))
-def log1p(x: Any) -> Tensor:
-    """log(1 + x), exact also for small x."""
-    return np.log1p(x)
-
-
-@primitive(lambda g, y, x: g / (2 * y))
-def sqrt(x: Any) -> Tensor:
-    """The square root."""
-    return np.sqrt(x)
-
-
-@primitive(lambda g, y, x: g * np.sign(x))
-def abs(x: Any) -> Tensor:
-    """The absolute value, with derivative 0 at 0."""
-    return np.abs(x)
-
-
-@primitive(lambda g, y, x: g * np.cos(x))
-def sin(x: Any) -> Tensor:
-    """The sine."""
-    return np.sin(x)
-
-
-@primitive(lambda g, y, x: -g * np.sin(x))
-def cos(x: Any) -> Tensor:
-    """The cosine."""
-    return np.cos(x)
-
-
-@primitive(lambda g, y, x: g * (1 - y * y))
-def tanh(x: Any) -> Tensor:
-    """The hyperbolic tangent."""
-    return np.tanh(x)
-
+softplus = _elementwise("softplus", lambda x: np.logaddexp(x, np.zeros((), x.dtype)),
+                        lambda g, y, x: -g * np.expm1(-y))
+logaddexp = _elementwise("logaddexp", lambda a, b: np.logaddexp(a, b),
+                         lambda g, y, a, b: g * np.exp(a - _finite(y)),
+                         lambda g, y, a, b: g * np.exp(b - _finite(y)))
 
 @primitive(lambda g, y, x: g * (y * (1 - y)))
 def sigmoid(x: Any) -> Tensor:
@@ -1179,91 +1054,75 @@ def sigmoid(x: Any) -> Tensor:
     e = np.exp(-np.abs(x))
     return np.where(np.greater_equal(x, 0), 1, e) / (1 + e)
 
+def _to_the(x: Any, p: Any) -> Any:
+    """x ** p in array code; small powers are products, ten times faster than the C library's pow."""
+    if isinstance(p, (int, float)):
+        if p in (0, 1, 2, 3):
+            return (np.ones_like, lambda x: x, lambda x: x * x, lambda x: x * x * x)[int(p)](x)
+        if p in (0.5, -1):
+            return np.sqrt(x) if p == 0.5 else 1 / x
+    return np.power(x, p)
 
-# `log(1 + exp(x))` overflows at x = 89 in float32; `logaddexp(0, x)` is the same and does not.
-# Its derivative is sigmoid(x) = exp(x - y), since exp(y) = 1 + exp(x).
-@primitive(lambda g, y, x: g * np.exp(x - y))
-def softplus(x: Any) -> Tensor:
-    """log(1 + exp(x)), a smooth relu."""
-    return np.logaddexp(x, np.zeros((), x.dtype))
+def _lower(p: Any) -> Any:
+    """The exponent that the derivative p * x ** (p - 1) has. For p = 0 any does, but 0 ** -1."""
+    return (p - 1 if p else 1) if isinstance(p, (int, float)) else np.where(np.equal(p, 0), 1, p - 1)
 
+@primitive(lambda g, y, x, p: g * (p * _to_the(x, _lower(p))),
+           lambda g, y, x, p: g * (y * np.log(np.where(np.equal(x, 0), 1, x))))
+def power(x: Any, p: Any) -> Tensor:
+    """x ** p, element by element. The derivative by p is taken as 0 where x is 0."""
+    return _to_the(x, p)
 
-@primitive(lambda g, y, x: g * np.greater(x, 0))
-def relu(x: Any) -> Tensor:
-    """x where it is positive, else 0; derivative 0 at 0."""
-    return np.maximum(x, np.zeros((), x.dtype))
-
-
-# Where two operands tie, each gets half: `a >= b` and `a > b` count 2 for a win, 1 for a tie.
-@primitive(lambda g, y, a, b: (g * np.greater_equal(a, b) + g * np.greater(a, b)) * 0.5,
-           lambda g, y, a, b: (g * np.greater_equal(b, a) + g * np.greater(b, a)) * 0.5)
-def maximum(a: Any, b: Any) -> Tensor:
-    """The larger of a and b, element by element; ties share the gradient."""
-    return np.maximum(a, b)
-
-
-@primitive(lambda g, y, a, b: (g * np.less_equal(a, b) + g * np.less(a, b)) * 0.5,
-           lambda g, y, a, b: (g * np.less_equal(b, a) + g * np.less(b, a)) * 0.5)
-def minimum(a: Any, b: Any) -> Tensor:
-    """The smaller of a and b, element by element; ties share the gradient."""
-    return np.minimum(a, b)
-
-
-@primitive(None,
-           lambda g, y, condition, a, b: np.where(condition, g, 0),
+@primitive(None, lambda g, y, condition, a, b: np.where(condition, g, 0),
            lambda g, y, condition, a, b: np.where(condition, 0, g))
-def _where(condition: Any, a: Any, b: Any) -> Tensor:
+def where(condition: Any, a: Any, b: Any) -> Tensor:
+    """a where the bool array `condition` holds, else b. The condition has no gradient."""
+    if np.asarray(condition).dtype.kind != "b":
+        raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
 
-
-def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the bool array `condition` holds, else b."""
-    if isinstance(condition, Tensor):
-        raise TypeError("where: the condition is a bool array, such as x > 0; it has no gradient, "
-                        "and this one is a Tensor")
-    return _where(np.asarray(condition, bool), a, b)
-
-
-@primitive(lambda g, y, x, low=None, high=None: g * np.equal(x, y))
-def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
-    """x limited to [low, high], which are constants; the gradient passes where x is within, ends included."""
+@primitive(lambda g, y, x, low, high: g * np.equal(x, y))
+def _clip(x: Any, low: Any, high: Any) -> Tensor:
     return np.clip(x, low, high)
 
+def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
+    """x limited to [low, high], which are constants; the gradient passes where x is within."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        raise TypeError("clip: the bounds are constants; for a Tensor use maximum and minimum")
+    return _clip(x, low, high)
 
 @primitive(lambda g, y, x, dtype: g)
 def astype(x: Any, dtype: Any) -> Tensor:
-    """x converted to another floating-point type; the gradient is converted back."""
+    """x as another floating-point type; the gradient is converted back (by the walk)."""
     if np.dtype(dtype).kind != "f":
-        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}; use t.numpy().astype")
+        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
     return x.astype(dtype)
-
 
 # **How to add an operation.** Write the function and one rule per operand, and check it; there is
 # nothing to register. The rule is array code: operators, and functions of `np`.
 #
-# >>> @primitive(lambda g, y, x: g / (1 + x * x))
-# ... def arctan(x):
-# ...     return np.arctan(x)
-# >>> check_grad(arctan, np.array([-1.0, 0.5, 2.0]), order=2) < 1e-6
-# True
+#     @primitive(lambda g, y, x: g / (1 + x * x))
+#     def arctan(x):
+#         return np.arctan(x)
 #
-# The definition of gelu is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and
-# PyTorch calls `approximate="tanh"`; the exact one needs erf, which NumPy lacks.
+#     check_grad(arctan, np.array([-1.0, 0.5, 2.0]), order=3)
+#
+# **A fused one.** The definition of gelu is the approximation of Hendrycks and Gimpel (2016) that
+# GPT-2 uses and PyTorch calls `approximate="tanh"`; the exact one needs erf, which NumPy lacks.
 
 _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
-
 
 def _gelu_definition(x: Any) -> Any:
     return 0.5 * x * (1 + np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x * x * x)))
 
-
 # With `t` for the tanh and `u` for its argument, `y = x/2 (1 + t)` and
 # `dy/dx = (1 + t)/2 + x/2 (1 - t*t) du/dx`. The kernel goes over the array in blocks that stay in
 # the processor's cache, since the arithmetic is quick and memory is what one waits for.
+
 @fused(_gelu_definition)
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
-    x = np.ascontiguousarray(x)
+    shape, x = x.shape, np.ascontiguousarray(x)
     y, t = np.empty_like(x), np.empty_like(x)
     for x_, y_, t_ in _blocks(x, y, t):
         np.multiply(x_, x_, out=t_)
@@ -1289,13 +1148,11 @@ def gelu(x: Any) -> Tensor:
             d += 1
             d *= g_
             d *= 0.5
-        return (dx,)
+        return (dx.reshape(shape),)
 
-    return y, pullback
+    return y.reshape(shape), pullback
 
-
-_BLOCK = 1 << 15  # elements: three float32 blocks fit a level-2 cache of 512 KiB
-
+_BLOCK = 1 << 15  # elements: a handful of float32 blocks fit a level-2 cache of 1 MiB
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of contiguous arrays of the same size, as flat views."""
@@ -1303,248 +1160,210 @@ def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
 
-
 # ### Shape
 #
 # These move elements about without touching them; the rule moves them back. Most of them return
 # views, so they cost next to nothing.
 
-
 @primitive(lambda g, y, x, shape: g.reshape(x.shape))
 def _reshape(x: Any, shape: tuple) -> Tensor:
     return x.reshape(shape)
 
-
-def _shape_of(shape: tuple) -> tuple:
-    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-
+def _spread(args: tuple) -> tuple:
+    return tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
 
 def reshape(x: Any, *shape: Any) -> Tensor:
     """x with another shape of the same size, `reshape(x, 2, -1)` or `reshape(x, (2, -1))`."""
-    return _reshape(as_tensor(x), _shape_of(shape))
+    return _reshape(as_tensor(x), _spread(shape))
 
-
-@primitive(lambda g, y, x, axes=None: np.transpose(g, None if axes is None else tuple(np.argsort(axes))))
-def _transpose(x: Any, axes: tuple | None = None) -> Tensor:
+@primitive(lambda g, y, x, axes: np.transpose(g, tuple(np.argsort(axes))))
+def _transpose(x: Any, axes: tuple) -> Tensor:
     return x.transpose(axes)
-
 
 def transpose(x: Any, *axes: Any) -> Tensor:
     """x with its axes in another order; reversed if none is given."""
-    axes = _shape_of(axes) if axes and axes[0] is not None else None
-    x = as_tensor(x)
-    return _transpose(x, axes if axes is None else tuple(a + x.ndim if a < 0 else a for a in axes))
+    x, axes = as_tensor(x), _spread(axes)
+    axes = range(x.ndim)[::-1] if axes in ((), (None,)) else axes
+    return _transpose(x, tuple(a + x.ndim if a < 0 else a for a in axes))
 
-
-@primitive(lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2))
 def swapaxes(x: Any, axis1: int, axis2: int) -> Tensor:
     """x with two axes exchanged."""
-    return x.swapaxes(axis1, axis2)
-
-
-def expand_dims(x: Any, axis: int | tuple) -> Tensor:
-    """x with a new axis of size 1 at each position `axis` of the result."""
     x = as_tensor(x)
-    return x.reshape(np.expand_dims(x._data, axis).shape)
-
-
-def squeeze(x: Any, axis: int | tuple | None = None) -> Tensor:
-    """x without its axes of size 1, or without those named."""
-    x = as_tensor(x)
-    return x.reshape(np.squeeze(x._data, axis).shape)
-
+    order = list(range(x.ndim))
+    order[axis1], order[axis2] = order[axis2], order[axis1]
+    return _transpose(x, tuple(order))
 
 def moveaxis(x: Any, source: Any, destination: Any) -> Tensor:
     """x with some axes moved to new positions; the others keep their order."""
     x = as_tensor(x)
-    from_, to = ([a % x.ndim for a in np.atleast_1d(axes).tolist()] for axes in (source, destination))
-    order = [a for a in range(x.ndim) if a not in from_]
-    for position, axis in sorted(zip(to, from_)):
+    axes = range(x.ndim)
+    old, new = ([axes[a] for a in np.atleast_1d(which).tolist()] for which in (source, destination))
+    order = [a for a in axes if a not in old]
+    for position, axis in sorted(zip(new, old)):
         order.insert(position, axis)
     return transpose(x, order)
 
+@primitive(lambda g, y, x, axis: g.reshape(x.shape))
+def expand_dims(x: Any, axis: int | tuple) -> Tensor:
+    """x with a new axis of size 1 at each position `axis` of the result."""
+    return np.expand_dims(x, axis)
+
+@primitive(lambda g, y, x, axis=None: g.reshape(x.shape))
+def squeeze(x: Any, axis: int | tuple | None = None) -> Tensor:
+    """x without its axes of size 1, or without those named."""
+    return np.squeeze(x, axis)
 
 @primitive(lambda g, y, x, shape: g)
 def broadcast_to(x: Any, shape: tuple) -> Tensor:
     """x stretched to `shape` by NumPy's rules. (The sum in the backward pass is the walk's.)"""
     return np.broadcast_to(x, shape)
 
+def _slice(axis: int, start: int, stop: int) -> tuple:
+    """The index that takes start:stop along an axis."""
+    return (*[slice(None)] * axis, slice(start, stop))
 
-@primitive(each=lambda i, g, y, *xs, axis: np.moveaxis(
-    np.moveaxis(g, axis, 0)[builtins.sum(x.shape[axis] for x in xs[:i]):][:xs[i].shape[axis]], 0, axis))
+@primitive(each=lambda i, g, y, *xs, axis: g[_slice(
+    axis, start := builtins.sum(x.shape[axis] for x in xs[:i]), start + xs[i].shape[axis])])
 def _concatenate(*xs: Any, axis: int) -> Tensor:
     return np.concatenate(xs, axis)
 
-
 def concatenate(tensors: Sequence, axis: int | None = 0) -> Tensor:
     """The tensors joined end to end along an axis they have; None flattens them first."""
-    if axis is None:
-        tensors, axis = [reshape(t, -1) for t in tensors], 0
-    return _concatenate(*map(as_tensor, tensors), axis=axis)
-
+    tensors = [reshape(t, -1) if axis is None else as_tensor(t) for t in tensors]
+    axis = axis or 0
+    return _concatenate(*tensors, axis=axis + tensors[0].ndim if axis < 0 else axis)
 
 def stack(tensors: Sequence, axis: int = 0) -> Tensor:
     """The tensors, all of one shape, side by side along a new axis."""
-    tensors = [as_tensor(t) for t in tensors]
-    if len({t.shape for t in tensors}) > 1:
-        raise ValueError(f"stack: all tensors must have one shape, not {sorted({t.shape for t in tensors})}")
+    shapes = {np.shape(t) for t in tensors}
+    if len(shapes) != 1:
+        raise ValueError(f"stack: needs tensors of one shape, and was given {sorted(shapes)}")
     return concatenate([expand_dims(t, axis) for t in tensors], axis)
-
 
 def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
     """x cut along an axis into equal sections (a number) or at indices (a list), as np.split does."""
     x = as_tensor(x)
-    places = np.split(np.arange(x.shape[axis]), sections)
-    before = (slice(None),) * (axis % x.ndim)
-    stops = np.cumsum([len(p) for p in places])
-    return [x[(*before, slice(stop - len(p), stop))] for p, stop in zip(places, stops)]
+    sizes = [piece.shape[axis] for piece in np.split(x._data, sections, axis)]
+    stops = np.cumsum(sizes).tolist()
+    return [x[_slice(axis % x.ndim, stop - n, stop)] for n, stop in zip(sizes, stops)]
 
-
-@primitive(lambda g, y, x, widths: g[tuple(slice(a, a + n) for (a, _), n in zip(widths, x.shape))])
-def _pad(x: Any, widths: list) -> Tensor:
-    return np.pad(x, widths)
-
-
+@primitive(lambda g, y, x, pad_width: g[tuple(
+    slice(a, a + n) for (a, _), n in zip(np.broadcast_to(pad_width, (x.ndim, 2)).tolist(), x.shape))])
 def pad(x: Any, pad_width: Any) -> Tensor:
     """x with zeros around it: `pad_width` is a number, (before, after), or one such pair per axis."""
-    x = as_tensor(x)
-    return _pad(x, np.broadcast_to(pad_width, (x.ndim, 2)).tolist())
-
+    return np.pad(x, pad_width)
 
 # Indexing takes elements out, scatter-add puts them back, and each is the other's rule. An index
 # may name an element twice, and then both cotangents must arrive: hence *add*. `np.add.at` does
 # that slowly; numbering the elements and counting with weights does the same and is fast.
 
-
 @primitive(lambda g, y, x, index: _scatter(g, index, x.shape))
-def _getitem(x: Any, index: Any) -> Tensor:
+def getitem(x: Any, index: Any) -> Tensor:
+    """x[index], with NumPy's basic and advanced indexing."""
     return x[index]
-
 
 @primitive(lambda g, y, x, index, shape: g[index])
 def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
     """Zeros of `shape` with the elements of x added at `index`: the transpose of indexing."""
-    if _is_basic(index):
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(p is None or p is ... or isinstance(p, (int, np.integer, slice)) for p in parts):
         out = np.zeros(shape, x.dtype)
-        out[index] = x
+        out[index] = x  # a basic index names no element twice
         return out
     size = math.prod(shape)
     number = np.arange(size).reshape(shape)[index]
-    return np.bincount(number.ravel(), np.broadcast_to(x, number.shape).ravel(), size).reshape(shape).astype(x.dtype)
-
+    weights = np.broadcast_to(x, number.shape).ravel()
+    return np.bincount(number.ravel(), weights, size).reshape(shape).astype(x.dtype)
 
 def _scatter(g: Any, index: Any, shape: tuple) -> Any:
-    return scatter_add(g, index, shape) if isinstance(g, Tensor) else scatter_add.__wrapped__(g, index, shape)
-
-
-def _is_basic(index: Any) -> bool:
-    """Whether an index has only integers, slices, None and ..., so that no element occurs twice."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(p is None or p is Ellipsis or isinstance(p, (int, np.integer, slice)) for p in parts)
-
-
-def getitem(x: Any, index: Any) -> Tensor:
-    """x[index], with NumPy's basic and advanced indexing. Raises IndexError, TypeError for bad indices."""
-    for part in index if isinstance(index, tuple) else (index,):
-        if isinstance(part, Tensor) or (isinstance(part, list) and _holds_tensor(part)):
-            raise TypeError("getitem: an index is made of integers, slices and integer or bool arrays, and has "
-                            "no gradient; this one is a Tensor. Use t.numpy().astype(int)")
-    return _getitem(as_tensor(x), index)
-
+    op = scatter_add if isinstance(g, Tensor) else scatter_add.__wrapped__
+    return op(g, index, shape)
 
 # ### Reductions
 #
 # A sum hands its cotangent to everything that was added up. `_restore` gives a reduced array the
 # shape that stretches against what it was reduced from.
 
+def _axes(x: Any, axis: Any) -> list[int]:
+    """The axes that `axis` names, as numbers from 0."""
+    axes = range(x.ndim)
+    return list(axes if axis is None else [axes[a] for a in (axis if isinstance(axis, tuple) else (axis,))])
 
 def _restore(y: Any, x: Any, axis: Any, keepdims: bool) -> Any:
-    if keepdims or x.ndim == 0:
-        return y
-    axes = range(x.ndim) if axis is None else [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
-    return y.reshape(tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
-
+    reduced = _axes(x, axis)
+    return y if keepdims else y.reshape(tuple(1 if i in reduced else n for i, n in enumerate(x.shape)))
 
 def _stretch(y: Any, x: Any, axis: Any, keepdims: bool) -> Any:
     return np.broadcast_to(_restore(y, x, axis, keepdims), x.shape)
-
 
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis, keepdims))
 def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
     return np.sum(x, axis=axis, keepdims=keepdims)
 
-
-@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g * (y.size / builtins.max(1, x.size)), x, axis, keepdims))
+@primitive(lambda g, y, x, axis=None, keepdims=False:
+           _stretch(g * (y.size / builtins.max(1, x.size)), x, axis, keepdims))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
     return np.mean(x, axis=axis, keepdims=keepdims)
-
 
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
     x = as_tensor(x)
     centred = x - mean(x, axis, keepdims=True)
-    total = sum(centred * centred, axis, keepdims)
-    return total / (x.size / total.size - ddof)
-
+    count = math.prod(x.shape[a] for a in _axes(x, axis)) - ddof
+    if count <= 0:
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {count + ddof} elements are too few")
+    return sum(centred * centred, axis, keepdims) / count
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The standard deviation, the square root of `var`."""
     return sqrt(var(x, axis, ddof, keepdims))
 
-
-def _shared_by_ties(g: Any, y: Any, x: Any, axis: Any, keepdims: bool) -> Any:
+def _shared_by_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     winners = np.equal(x, _restore(y, x, axis, keepdims))
-    return _stretch(g, x, axis, keepdims) * winners / np.sum(winners, axis=axis, keepdims=True)
+    share = _restore(g, x, axis, keepdims) / np.sum(winners, axis=axis, keepdims=True)
+    return np.where(winners, share, 0)
 
-
-@primitive(lambda g, y, x, axis=None, keepdims=False: _shared_by_ties(g, y, x, axis, keepdims))
+@primitive(_shared_by_ties)
 def max(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The largest element; ties share the gradient evenly."""
     return np.max(x, axis=axis, keepdims=keepdims)
 
-
-@primitive(lambda g, y, x, axis=None, keepdims=False: _shared_by_ties(g, y, x, axis, keepdims))
+@primitive(_shared_by_ties)
 def min(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The smallest element; ties share the gradient evenly."""
     return np.min(x, axis=axis, keepdims=keepdims)
 
-
 # The exponentials of large numbers overflow, but softmax does not change when a constant is
 # subtracted from all its inputs. Subtract the largest, and nothing exceeds exp(0) = 1.
 
+def _finite(m: Any) -> Any:
+    """m with 0 for what is infinite: in a row of nothing but -inf, -inf minus its largest stays -inf."""
+    return np.where(np.isfinite(m), m, 0)
 
-def _finite_max(x: np.ndarray, axis: Any) -> np.ndarray:
-    """The largest element along an axis, or 0 where all are -inf, so that -inf minus it is -inf."""
-    m = np.max(x, axis=axis, keepdims=True)
-    return np.where(np.isneginf(m), np.zeros((), x.dtype), m)
-
-
-@primitive(lambda g, y, x, axis=None, keepdims=False: _restore(g, x, axis, keepdims) * np.exp(
-    x - np.where(np.isneginf(_restore(y, x, axis, keepdims)), 0, _restore(y, x, axis, keepdims))))
+@primitive(lambda g, y, x, axis=None, keepdims=False: _restore(g, x, axis, keepdims)
+           * np.exp(x - _finite(_restore(y, x, axis, keepdims))))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """log(sum(exp(x))), without overflow. The derivative is softmax(x) = exp(x - y)."""
-    m = _finite_max(x, axis)
+    m = _finite(np.max(x, axis=axis, keepdims=True)).astype(x.dtype)
     with np.errstate(divide="ignore"):  # log(0) = -inf is the right answer for a row of -inf
         y = np.log(np.sum(np.exp(x - m), axis=axis, keepdims=True)) + m
-    return y if keepdims else y.reshape(np.sum(y, axis=axis).shape)
-
+    return y if keepdims else np.squeeze(y, axis)
 
 def _softmax_definition(x: Any, axis: int = -1) -> Any:
     return np.exp(_log_softmax_definition(x, axis))
 
-
 def _log_softmax_definition(x: Any, axis: int = -1) -> Any:
     return x - logsumexp(x, axis, keepdims=True)
 
-
 # With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`, so `g` comes back as
 # `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
+
 @fused(_softmax_definition)
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
-    y = x - _finite_max(x, axis)
+    y = x - np.max(x, axis=axis, keepdims=True)
     np.exp(y, out=y)
     y /= np.sum(y, axis=axis, keepdims=True)
 
@@ -1555,11 +1374,10 @@ def softmax(x: Any, axis: int = -1) -> Tensor:
 
     return y, pullback
 
-
 @fused(_log_softmax_definition)
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """The logarithm of softmax, exact also where softmax underflows."""
-    y = x - _finite_max(x, axis)
+    y = x - np.max(x, axis=axis, keepdims=True)
     y -= np.log(np.sum(np.exp(y), axis=axis, keepdims=True))
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
@@ -1570,19 +1388,16 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 
     return y, pullback
 
-
 # ### Linear algebra
 #
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it
 # receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Nothing but the shapes
 # would have allowed anything else.
 
-
 @primitive(lambda g, y, a, b: g @ b.swapaxes(-1, -2),
            lambda g, y, a, b: a.swapaxes(-1, -2) @ g)
 def _matmul(a: Any, b: Any) -> Tensor:
     return np.matmul(a, b)
-
 
 def matmul(a: Any, b: Any) -> Tensor:
     """a @ b with NumPy's meaning for every rank: vectors, matrices, and stacks of matrices.
@@ -1591,106 +1406,95 @@ def matmul(a: Any, b: Any) -> Tensor:
     """
     a, b = as_tensor(a), as_tensor(b)
     if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
-        raise ValueError(f"matmul: shapes {a.shape} and {b.shape} do not fit: the last axis of the first "
-                         "must be as long as the last but one (or only) axis of the second")
+        raise ValueError(f"matmul of shapes {a.shape}, {b.shape}: the last axis of the first must "
+                         "be as long as the last but one (or only) axis of the second")
     if a.ndim == 1:
         return matmul(expand_dims(a, 0), b).squeeze(0 if b.ndim == 1 else -2)
     if b.ndim == 1:
         return matmul(a, expand_dims(b, 1)).squeeze(-1)
     if a.ndim > 2 and b.ndim == 2:  # a stack times one matrix is one tall matrix times it
-        return _matmul(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[1])
+        rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
+        return _matmul(rows, b).reshape(*a.shape[:-1], b.shape[1])
     return _matmul(a, b)
-
 
 def bmm(a: Any, b: Any) -> Tensor:
     """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j), one by one."""
     a, b = as_tensor(a), as_tensor(b)
     if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0]:
-        raise ValueError(f"bmm: needs two stacks of as many matrices, not shapes {a.shape} and {b.shape}")
+        raise ValueError(f"bmm of shapes {a.shape}, {b.shape}: needs two stacks of as many matrices")
     return matmul(a, b)
-
 
 # An einsum is a sum of products over indices, so by an operand it differentiates into an einsum of
 # the cotangent with the other operands. Two cases need one more factor: an index that only this
 # operand has was summed away, and comes back by a row of ones; an index it has twice picked a
 # diagonal, and comes back by an identity matrix.
 
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def _einsum_rule(i: int, g: Any, y: Any, *xs: Any, spec: str) -> Any:
     inputs, output = spec.split("->")
     names = inputs.split(",")
-    mine, others = names[i], [(n, x) for k, (n, x) in enumerate(zip(names, xs)) if k != i]
+    others = [(names[k], x) for k, x in enumerate(xs) if k != i]
     factors, target = [(output, g)], ""
-    for position, c in enumerate(mine):
-        n = xs[i].shape[position]
+    for c, n in zip(names[i], xs[i].shape):
         if c in target:
             fresh = next(f for f in _LETTERS if f not in spec + target)
             factors.append((c + fresh, np.eye(n, dtype=g.dtype)))
             c = fresh
-        elif c not in output and not any(c in other for other, _ in others):
+        elif not any(c in name for name, _ in [(output, g), *others]):
             factors.append((c, np.ones(n, g.dtype)))
         target += c
     factors += others
     return np.einsum(",".join(n for n, _ in factors) + "->" + target, *(x for _, x in factors))
 
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
 @primitive(each=_einsum_rule)
 def _einsum(*xs: Any, spec: str) -> Tensor:
     return np.einsum(spec, *xs, optimize=len(xs) > 1)
 
-
 def einsum(subscripts: str, *operands: Any) -> Tensor:
-    """np.einsum with a subscripts string: `einsum("bij,bjk->bik", a, b)`, with `...` and implicit output."""
+    """np.einsum with a subscripts string, `einsum("bij,bjk->bik", a, b)`; `...` is understood."""
+    if not isinstance(subscripts, str):
+        raise TypeError("einsum: the subscripts must be a string, such as 'ij,jk->ik'")
     xs = [as_tensor(x) for x in operands]
-    names, arrow, output = subscripts.replace(" ", "").partition("->")
-    names = names.split(",")
-    if len(names) != len(xs):
-        raise ValueError(f"einsum: {subscripts!r} has {len(names)} operands, but {len(xs)} were given")
-    free = [c for c in _LETTERS if c not in subscripts]
-    extra = [builtins.max(0, x.ndim - len(n) + 3) if "..." in n else 0 for n, x in zip(names, xs)]
-    ellipsis = "".join(free[:builtins.max(extra, default=0)])
+    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
+    names, unused = inputs.split(","), "".join(c for c in _LETTERS if c not in subscripts)
+    extra = [x.ndim - len(n) + 3 if "..." in n else 0 for n, x in zip(names, xs)]
+    if len(names) != len(xs) or any(e < 0 or len(n) - 3 * ("..." in n) + e != x.ndim
+                                    for n, x, e in zip(names, xs, extra)):
+        raise ValueError(f"einsum: {subscripts!r} does not fit shapes {[x.shape for x in xs]}")
+    dots = unused[:builtins.max(extra)]  # the letters that `...` stands for, aligned at the right
     if not arrow:
-        letters = "".join(names).replace(".", "")
-        output = ("..." if ellipsis else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    names = [n.replace("...", ellipsis[len(ellipsis) - e:]) for n, e in zip(names, extra)]
-    for n, x in zip(names, xs):
-        if len(n) != x.ndim:
-            raise ValueError(f"einsum: {subscripts!r} does not fit an operand of shape {x.shape}")
-    return _einsum(*xs, spec=",".join(names) + "->" + output.replace("...", ellipsis))
-
+        once = sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1)
+        output = "..." * ("..." in inputs) + "".join(once)
+    names = [n.replace("...", dots[len(dots) - e:]) for n, e in zip(names, extra)]
+    return _einsum(*xs, spec=",".join(names) + "->" + output.replace("...", dots))
 
 # `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All leading axes
 # of x are one long axis to it, so each of its three gradients is a single product.
-
 
 def _linear_definition(x: Any, weight: Any, bias: Any = None) -> Any:
     y = x @ np.transpose(weight)
     return y if bias is None else y + bias
 
-
 @fused(_linear_definition)
 def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
     """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"an input of shape {x.shape} does not fit a weight of shape {weight.shape} (out, in)")
+        raise ValueError(f"an input {x.shape} does not fit a weight {weight.shape}, (out, in)")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"a bias of shape {bias.shape} does not fit a weight of shape {weight.shape} (out, in)")
-    rows = x.reshape(-1, x.shape[-1])
+        raise ValueError(f"a bias {bias.shape} does not fit a weight {weight.shape}, (out, in)")
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = rows @ weight.T
     if bias is not None:
         y += bias
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.reshape(-1, weight.shape[0])
+        g = g.reshape(len(rows), len(weight))
         dx = (g @ weight).reshape(x.shape) if wanted[0] else None
         dw = g.T @ rows if wanted[1] else None
         return dx, dw, np.ones(len(g), g.dtype) @ g if bias is not None and wanted[-1] else None
 
-    return y.reshape(*x.shape[:-1], weight.shape[0]), pullback
-
+    return y.reshape(*x.shape[:-1], len(weight)), pullback
 
 # ### Images
 #
@@ -1698,21 +1502,19 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
 # Said with arrays: *gather* all windows, then multiply by the weights, once. Images are stored as
 # (N, C, H, W): batch, channels, height, width.
 
-
 def _pair(value: Any) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-
 
 def _out_size(x: Any, kernel: tuple, stride: tuple) -> tuple[int, int]:
     """Height and width of the result of a window over x (already padded). Raises ValueError."""
     if x.ndim != 4:
-        raise ValueError(f"images are (batch, channels, height, width); this has shape {x.shape}")
+        raise ValueError("images are (batch, channels, height, width)")
     if builtins.min(*kernel, *stride) < 1:
-        raise ValueError(f"kernel {kernel} and stride {stride} must be at least 1")
+        raise ValueError(f"kernel size {kernel} and stride {stride} must be at least 1")
     if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
-        raise ValueError(f"a window of {kernel} is larger than the image, {x.shape[2:]} with its padding")
+        raise ValueError(f"a window of {tuple(kernel)} is larger than the (padded) image, "
+                         f"{x.shape[2:]}: the result would be empty")
     return (x.shape[2] - kernel[0]) // stride[0] + 1, (x.shape[3] - kernel[1]) // stride[1] + 1
-
 
 def _windows(x: Any, kernel: tuple, stride: tuple) -> Any:
     """All windows of x, (N, C, H, W) -> (N, C, kh, kw, oh, ow), in array code."""
@@ -1721,7 +1523,6 @@ def _windows(x: Any, kernel: tuple, stride: tuple) -> Any:
     columns = np.arange(kernel[1])[:, None] + stride[1] * np.arange(ow)  # (kw, ow)
     return x[:, :, rows[:, None, :, None], columns[None, :, None, :]]
 
-
 def _shifts(x: np.ndarray, kernel: tuple, stride: tuple) -> Iterator[tuple]:
     """For each position (i, j) in a window, the view of x that all windows have there."""
     oh, ow = _out_size(x, kernel, stride)
@@ -1729,13 +1530,11 @@ def _shifts(x: np.ndarray, kernel: tuple, stride: tuple) -> Iterator[tuple]:
         for j in range(kernel[1]):
             yield i, j, x[:, :, i:i + stride[0] * oh:stride[0], j:j + stride[1] * ow:stride[1]]
 
-
 def _conv2d_definition(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0) -> Any:
     (top, left), kernel = _pair(padding), weight.shape[2:]
     windows = _windows(np.pad(x, ((0, 0), (0, 0), (top, top), (left, left))), kernel, _pair(stride))
     y = np.einsum("ncijhw,ocij->nohw", windows, weight)
     return y if bias is None else y + bias.reshape(-1, 1, 1)
-
 
 # The kernel lays the windows out as the columns of a matrix per image (im2col: Chellapilla and
 # others, 2006), so the sum becomes a matrix product. Backward, the product is undone by its two
@@ -1748,12 +1547,12 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
     and for an empty result.
     """
     (top, left), stride = _pair(padding), _pair(stride)
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"images {x.shape} (N, C, H, W) and weight {weight.shape} (O, C, kh, kw) disagree")
+    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or top < 0 or left < 0:
+        raise ValueError(f"images (N, C, H, W) and weight (O, C, kh, kw) must have the same C, and "
+                         f"padding {padding} must not be negative")
     (n, c, h, w), (o, _, *kernel) = x.shape, weight.shape
-    padded = x if top == left == 0 else np.zeros((n, c, h + 2 * top, w + 2 * left), x.dtype)
-    if padded is not x:
-        padded[:, :, top:top + h, left:left + w] = x
+    padded = np.zeros((n, c, h + 2 * top, w + 2 * left), x.dtype)
+    padded[:, :, top:top + h, left:left + w] = x
     oh, ow = _out_size(padded, kernel, stride)
     columns = np.empty((n, c, *kernel, oh, ow), x.dtype)
     for i, j, view in _shifts(padded, kernel, stride):
@@ -1777,22 +1576,20 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
 
     return y.reshape(n, o, oh, ow), pullback
 
-
 def _max_pool2d_definition(x: Any, kernel_size: Any, stride: Any = None) -> Any:
     kernel = _pair(kernel_size)
-    windows = _windows(x, kernel, _pair(stride or kernel))  # (N, C, kh, kw, oh, ow)
+    windows = _windows(x, kernel, _pair(kernel if stride is None else stride))  # (N, C, kh, kw, oh, ow)
     n, c, _, _, oh, ow = windows.shape
     windows = windows.reshape(n, c, -1, oh, ow)
     first = np.argmax(windows, axis=2)
     n, c, h, w = np.ogrid[:n, :c, :oh, :ow]
     return windows[n, c, first, h, w]
 
-
 @fused(_max_pool2d_definition)
 def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The largest element of each window, (N, C, H, W) -> (N, C, oh, ow); the first gets the gradient."""
     kernel = _pair(kernel_size)
-    stride = _pair(stride or kernel)
+    stride = _pair(kernel if stride is None else stride)
     y = None
     for i, j, view in _shifts(x, kernel, stride):
         y = view.copy() if y is None else np.maximum(y, view, out=y)
@@ -1807,18 +1604,17 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
     return y, pullback
 
-
 def _avg_pool2d_definition(x: Any, kernel_size: Any, stride: Any = None) -> Any:
     kernel = _pair(kernel_size)
-    return np.mean(_windows(x, kernel, _pair(stride or kernel)), axis=(2, 3))
-
+    return np.mean(_windows(x, kernel, _pair(kernel if stride is None else stride)), axis=(2, 3))
 
 @fused(_avg_pool2d_definition)
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The mean of each window, (N, C, H, W) -> (N, C, oh, ow)."""
     kernel = _pair(kernel_size)
-    stride, share = _pair(stride or kernel), 1 / math.prod(kernel)
+    stride = _pair(kernel if stride is None else stride)
     y = np.zeros((*x.shape[:2], *_out_size(x, kernel, stride)), x.dtype)
+    share = 1 / math.prod(kernel)
     for _, _, view in _shifts(x, kernel, stride):
         y += view
     y *= share
@@ -1831,7 +1627,6 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
     return y, pullback
 
-
 # ### Normalization
 #
 # Batch norm and layer norm do the same over different axes: subtract the mean, divide by the
@@ -1843,7 +1638,6 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 # Both kernels are this line. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
 
-
 def _batch_norm_definition(x: Any, weight: Any, bias: Any, eps: float, note: Any = None) -> Any:
     axes = (0, *range(2, x.ndim))
     shape = (1, -1, *[1] * (x.ndim - 2))
@@ -1851,39 +1645,40 @@ def _batch_norm_definition(x: Any, weight: Any, bias: Any, eps: float, note: Any
     variance = np.mean(centred * centred, axis=axes, keepdims=True)
     return centred / np.sqrt(variance + eps) * weight.reshape(shape) + bias.reshape(shape)
 
+# In float32 the mean of large numbers is off by a rounding error, which would pass for a signal
+# where all numbers are equal. So the mean of what is left is subtracted once more.
 
 @fused(_batch_norm_definition)
 def _batch_norm(x: Any, weight: Any, bias: Any, eps: float, note: Any = None) -> Tensor:
-    n, c = x.shape[:2]
-    x3 = x.reshape(n, c, -1)  # (N, C, positions)
-    count = n * x3.shape[2]
+    x3 = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))  # (N, C, positions)
+    count, ones = x3.shape[0] * x3.shape[2], np.ones(x3.shape[2], x.dtype)
 
-    def column(per_channel: np.ndarray) -> np.ndarray:
-        return per_channel[:, None].astype(x.dtype)
+    def channel_sums(a: np.ndarray) -> np.ndarray:
+        return np.sum(a @ ones, axis=0)
 
-    mean = np.sum(x3 @ np.ones(x3.shape[2], x.dtype), axis=0) / count
-    centred = x3 - column(mean)
+    mean = channel_sums(x3) / count
+    centred = x3 - mean[:, None]
+    rest = channel_sums(centred) / count
+    centred -= rest[:, None]
     variance = np.einsum("ncp,ncp->c", centred, centred) / count
-    inverse = 1 / np.sqrt(variance + eps)
+    inverse = 1 / np.sqrt(variance + np.asarray(eps, x.dtype))
     if note is not None:
-        note(mean, variance, count)
-    y = centred * column(weight * inverse)
-    y += column(bias)
+        note(mean + rest, variance, count)
+    y = centred * (weight * inverse)[:, None]
+    y += bias[:, None]
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.reshape(x3.shape)
-        along = np.einsum("ncp,ncp->c", g, centred) * inverse  # sum of g * xhat
-        total = np.sum(g @ np.ones(g.shape[2], g.dtype), axis=0)
-        dx = None
-        if wanted[0]:
-            dx = centred * column(-along / count * inverse)
+        g, dx = g.reshape(x3.shape), None
+        total, along = channel_sums(g), np.einsum("ncp,ncp->c", g, centred) * inverse
+        if wanted[0]:  # along is the sum of g * xhat
+            dx = centred * (-along * inverse / count)[:, None]
             dx += g
-            dx -= column(total / count)
-            dx *= column(weight * inverse)
-        return dx if dx is None else dx.reshape(x.shape), along, total
+            dx -= (total / count)[:, None]
+            dx *= (weight * inverse)[:, None]
+            dx = dx.reshape(x.shape)
+        return dx, along, total
 
     return y.reshape(x.shape), pullback
-
 
 def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight: Any, bias: Any,
                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
@@ -1895,13 +1690,15 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
     """
     x = as_tensor(x)
     if x.ndim < 2 or x.shape[1] != weight.shape[0]:
-        raise ValueError(f"batch_norm: {weight.shape[0]} channels expected on axis 1 of an input of shape {x.shape}")
+        raise ValueError(f"batch_norm: axis 1 of the input {x.shape} must have {len(weight)} channels")
     if not training:
         shape = (1, -1, *[1] * (x.ndim - 2))
         scale = as_tensor(weight) / np.sqrt(running_var + eps).astype(x.dtype)
-        return x * scale.reshape(shape) + (bias - scale * running_mean.astype(x.dtype)).reshape(shape)
+        shift = bias - scale * running_mean.astype(x.dtype)
+        return x * scale.reshape(shape) + shift.reshape(shape)
     if x.size // builtins.max(1, x.shape[1]) < 2:
-        raise ValueError(f"batch_norm: training needs more than one value per channel; the input is {x.shape}")
+        raise ValueError(f"batch_norm: training needs more than one value per channel, and the "
+                         f"input is {x.shape}")
 
     def note(mean: np.ndarray, variance: np.ndarray, count: int) -> None:
         running_mean.__iadd__(momentum * (mean - running_mean))
@@ -1909,24 +1706,22 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
 
     return _batch_norm(x, weight, bias, eps, note=note)
 
-
 def _layer_norm_definition(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
     centred = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(centred * centred, axis=-1, keepdims=True)
     y = centred / np.sqrt(variance + eps) * weight
     return y if bias is None else y + bias
 
-
 @fused(_layer_norm_definition)
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    """Normalize x over its last axis, then scale by `weight` and shift by `bias`, both of that size."""
+    """Normalize x over its last axis, scale by `weight` and shift by `bias`, both of that size."""
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"the last axis of {x.shape} and the weight {weight.shape} must be of one size")
-    rows = x.reshape(-1, x.shape[-1])
-    ones = np.ones(rows.shape[1], x.dtype)
-    share = np.divide(1, rows.shape[1], dtype=x.dtype)
-    xhat = rows - (rows @ ones * share)[:, None]
-    inverse = 1 / np.sqrt(np.einsum("ij,ij->i", xhat, xhat) * share + np.asarray(eps, x.dtype))
+        raise ValueError("the weight must be as long as the last axis of the input")
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    averages = np.full(rows.shape[1], 1 / rows.shape[1], x.dtype)
+    xhat = rows - (rows @ averages)[:, None]
+    xhat -= (xhat @ averages)[:, None]
+    inverse = 1 / np.sqrt(np.einsum("ij,ij->i", xhat, xhat) / rows.shape[1] + np.asarray(eps, x.dtype))
     xhat *= inverse[:, None]
     y = xhat * weight
     if bias is not None:
@@ -1937,8 +1732,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         dx = None
         if wanted[0]:
             dx = g * weight
-            along = np.einsum("ij,ij->i", dx, xhat) * share
-            dx -= (dx @ ones * share)[:, None]
+            along = np.einsum("ij,ij->i", dx, xhat) / rows.shape[1]
+            dx -= (dx @ averages)[:, None]
             dx -= xhat * along[:, None]
             dx *= inverse[:, None]
             dx = dx.reshape(x.shape)
@@ -1947,7 +1742,6 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
     return y.reshape(x.shape), pullback
 
-
 # ### Attention, embedding, dropout
 #
 # Attention (Vaswani and others, 2017) lets each position of a sequence look at others: its *query*
@@ -1955,18 +1749,15 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 # weights. Causal means that a position sees itself and what came before. Shapes: B sequences, H
 # heads, T positions, D numbers per head.
 
-
 def _attention_definition(q: Any, k: Any, v: Any, is_causal: bool = False) -> Any:
     scores = q @ np.swapaxes(k, -1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
     if is_causal:
         scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
     return softmax(scores) @ v
 
-
 # The backward step is the softmax's and three products'. With P the weights, `Y = P V`:
 # `dV = P^T g`, and what reaches the scores is `P * (g V^T - rowsum(...))`. That row sum is
 # `sum(P * g V^T) = sum(g * Y)` (Dao and others, 2022), over D numbers instead of T.
-
 
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, is_causal: bool) -> tuple[np.ndarray, np.ndarray]:
     """The result and the attention weights P."""
@@ -1978,7 +1769,6 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, is_causal: bool) -> tup
     p /= np.sum(p, axis=-1, keepdims=True)
     return p @ v, p
 
-
 def _attend_back(g: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, p: np.ndarray,
                  y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ds = g @ v.swapaxes(-1, -2)
@@ -1987,7 +1777,6 @@ def _attend_back(g: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, p: 
     ds *= np.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
     return ds @ k, ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ g
 
-
 @fused(_attention_definition)
 def scaled_dot_product_attention(q: Any, k: Any, v: Any, is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: (..., T, D), (..., S, D), (..., S, D) -> (..., T, D).
@@ -1995,36 +1784,31 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any, is_causal: bool = False
     With `is_causal`, position i sees positions 0 to i. Raises ValueError if the shapes disagree.
     """
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"queries {q.shape}, keys {k.shape} and values {v.shape} must agree in all leading axes; "
-                         "queries and keys in the last; keys and values in the last but one")
+        raise ValueError("queries, keys and values must agree in all leading axes; queries and keys "
+                         "in the last axis; keys and values in the last but one")
     y, p = _attend(q, k, v, is_causal)
     return y, lambda g, wanted: _attend_back(g, q, k, v, p, y)
 
-
 # A transformer computes q, k and v of all heads by one product, side by side in one array. Taking
 # them out as views, and writing their gradients into views of one array, saves all the copying.
-
 
 def _heads(qkv: Any, num_heads: int) -> Any:
     b, t, c = qkv.shape
     return qkv.reshape(b, t, 3, num_heads, c // (3 * num_heads)).transpose(2, 0, 3, 1, 4)  # (3, B, H, T, D)
 
-
 def _merge(y: Any) -> Any:
     b, h, t, d = y.shape
     return y.transpose(0, 2, 1, 3).reshape(b, t, h * d)
-
 
 def _self_attention_definition(qkv: Any, num_heads: int) -> Any:
     heads = _heads(qkv, num_heads)
     return _merge(_attention_definition(heads[0], heads[1], heads[2], is_causal=True))
 
-
 @fused(_self_attention_definition)
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C), queries, keys, values in one."""
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"needs (batch, time, 3 * channels) with channels divisible by {num_heads} heads")
+        raise ValueError(f"needs (batch, time, 3 * channels), channels divisible by {num_heads} heads")
     q, k, v = _heads(qkv, num_heads)
     y, p = _attend(q, k, v, True)
 
@@ -2038,7 +1822,6 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
 
     return _merge(y), pullback
 
-
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
     """`ids` as an integer array with all elements in 0..count-1, or an error that says what is not."""
     ids = np.asarray(ids)
@@ -2049,10 +1832,8 @@ def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
         raise ValueError(f"{what} must be from 0 to {count - 1}; found {bad}")
     return ids
 
-
 def _embedding_definition(ids: Any, weight: Any) -> Any:
     return weight[ids]
-
 
 # Looking up row i is multiplying by a one-hot vector. For the backward pass of a small vocabulary
 # we really do multiply: one product beats adding up rows one at a time.
@@ -2070,24 +1851,23 @@ def embedding(ids: Any, weight: Any) -> Tensor:
 
     return weight[ids], pullback
 
+def _check_dropout(p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p must be at least 0 and below 1, not {p}")
 
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     """In training, set elements to 0 with probability p and scale the others by 1 / (1 - p)."""
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout: p must be at least 0 and below 1, not {p}")
+    _check_dropout(p)
     x = as_tensor(x)
     if not training or p == 0:
         return x
     keep = _rng().random(x.shape, np.float32) >= p
     return x * (keep * np.asarray(1 / (1 - p), x.dtype))
 
-
 # ### Losses
-
 
 def _cross_entropy_definition(logits: Any, targets: Any) -> Any:
     return -np.mean(log_softmax(logits)[np.arange(len(targets)), targets])
-
 
 # The gradient of the softmax's logarithm is what makes this loss pleasant: `softmax - one_hot`.
 @fused(_cross_entropy_definition)
@@ -2098,13 +1878,13 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     that are not a plain integer array.
     """
     if logits.ndim != 2 or np.shape(targets) != logits.shape[:1]:
-        raise ValueError(f"logits must be (N, C) and targets (N,), not {logits.shape} and {np.shape(targets)}; "
-                         "reshape a sequence of logits (B, T, C) to (B * T, C) and its targets to (B * T,)")
+        raise ValueError("logits must be (N, C) and targets (N,); of a sequence, reshape logits "
+                         "(B, T, C) to (B * T, C) and targets to (B * T,)")
     if len(logits) == 0:
         raise ValueError("the mean over no rows at all is undefined")
     targets = _whole_numbers("targets", targets, logits.shape[1])
     rows = np.arange(len(targets))
-    p = logits - _finite_max(logits, -1)
+    p = logits - np.max(logits, axis=1, keepdims=True)
     picked = p[rows, targets]
     np.exp(p, out=p)
     total = np.sum(p, axis=1)
@@ -2117,20 +1897,18 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
 
     return loss, pullback
 
-
 def _prediction_and_target(name: str, prediction: Any, target: Any) -> tuple[Tensor, Any]:
     """Both, of one shape and dtype. A loss never broadcasts: (N, 1) against (N,) would be (N, N)."""
     prediction = as_tensor(prediction)
-    if not isinstance(target, Tensor):
-        target = as_tensor(target)
-        target = target if target.requires_grad else target._data.astype(prediction.dtype)
+    target = as_tensor(target)
+    if not target.requires_grad:
+        target = target.astype(prediction.dtype)
     if prediction.shape != target.shape:
-        raise ValueError(f"{name}: prediction {prediction.shape} and target {target.shape} must have one shape; "
-                         "reshape one of them, for a loss does not broadcast")
+        raise ValueError(f"{name}: prediction {prediction.shape} and target {target.shape} must have "
+                         "one shape; reshape one of them, for a loss does not broadcast")
     if prediction.size == 0:
         raise ValueError(f"{name}: the mean over no elements is undefined")
     return prediction, target
-
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference of two arrays of one shape."""
@@ -2138,15 +1916,13 @@ def mse_loss(prediction: Any, target: Any) -> Tensor:
     difference = prediction - target
     return mean(difference * difference)
 
-
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
-    """The mean of -log probability where sigmoid(logits) is the probability of target 1; never overflows.
+    """The mean of -log probability, where sigmoid(logits) is the probability of target 1.
 
-    With s the sigmoid, `-(t log s + (1-t) log(1-s)) = softplus(x) - t x`.
+    With s the sigmoid, `-(t log s + (1-t) log(1-s)) = softplus(x) - t x`, which never overflows.
     """
     logits, target = _prediction_and_target("binary_cross_entropy_with_logits", logits, target)
     return mean(softplus(logits) - logits * target)
-
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """The same of probabilities in [0, 1], their logarithms held above -100 as PyTorch does."""
@@ -2157,7 +1933,6 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     least = math.exp(-100)
     return -mean(target * log(clip(p, least)) + (1 - target) * log(clip(1 - p, least)))
 
-
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
     prediction, target = _prediction_and_target("hinge_loss", prediction, target)
@@ -2165,91 +1940,86 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
         raise ValueError("hinge_loss: targets must be -1 or 1")
     return mean(relu(1 - prediction * target))
 
-
 # ### What a Tensor can do, and what NumPy may ask of it
 #
 # The operations exist; here they become operators, methods and NumPy's own functions.
 
-
-def _reflected(op: Callable) -> Callable:
-    return lambda self, other: op(other, self)
-
-
 for _name, _op in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=matmul).items():
     setattr(Tensor, f"__{_name}__", _op)
-    setattr(Tensor, f"__r{_name}__", _reflected(_op))
-Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__ = neg, abs, getitem
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Tensor, f"__{_name}__", lambda a, b, compare=f"__{_name}__": getattr(
-        np.asarray(a._data), compare)(_value(b)))
-for _op in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, sum, mean, var, std, max, min,
-            reshape, transpose, swapaxes, squeeze):
+    setattr(Tensor, f"__r{_name}__", lambda self, other, op=_op: op(other, self))
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Tensor, _name, lambda self, other, compare=_name: getattr(
+        np.asarray(self._data), compare)(_value(other)))
+for _op in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, copy, sum, mean, var,
+            std, max, min, reshape, transpose, swapaxes, squeeze):
     setattr(Tensor, _op.__name__, _op)
+Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__ = neg, abs, getitem
 Tensor.flatten = Tensor.ravel = lambda self: reshape(self, -1)
 Tensor.dot = lambda self, other: _dot(self, other)
-Tensor.argmax = lambda self, axis=None: np.argmax(self._data, axis)
-Tensor.argmin = lambda self, axis=None: np.argmin(self._data, axis)
-Tensor.copy = identity
-
+for _name in ("argmax", "argmin", "tolist"):
+    setattr(Tensor, _name, lambda self, *args, ask=_name: getattr(np.asarray(self._data), ask)(*args))
 
 def _dot(a: Any, b: Any) -> Tensor:
     a, b = as_tensor(a), as_tensor(b)
-    if a.ndim == 0 or b.ndim == 0:
-        return a * b
-    if b.ndim <= 2:
-        return matmul(a, b)
-    raise TypeError(f"np.dot of a Tensor knows vectors and matrices; for shape {b.shape} use np.matmul or np.einsum")
+    if b.ndim > 2:
+        raise TypeError(f"np.dot with a Tensor of shape {b.shape}: use np.matmul or np.einsum")
+    return a * b if a.ndim == 0 or b.ndim == 0 else matmul(a, b)
 
+def _reduction(op: Callable) -> Callable:
+    """A reduction with the arguments that NumPy passes."""
+    def reduce(a: Any, axis: Any = None, dtype: Any = None, *, keepdims: bool = False, **ddof: int) -> Tensor:
+        return op(as_tensor(a) if dtype is None else astype(a, dtype), axis, keepdims=keepdims, **ddof)
 
-def _like_numpy(reduction: Callable) -> Callable:
-    """A reduction with the arguments NumPy gives it."""
-    def reduce(a: Any, axis: Any = None, dtype: Any = None, out: None = None, **rest: Any) -> Tensor:
-        if out is not None:
-            raise TypeError(f"np.{reduction.__name__}: a result with a gradient cannot be written to out=")
-        unknown = set(rest) - {"keepdims", "ddof"}
-        if unknown:
-            raise TypeError(f"np.{reduction.__name__}: {', '.join(unknown)}= is not known for Tensors")
-        a = as_tensor(a) if dtype is None else astype(a, dtype)
-        return reduction(a, tuple(axis) if isinstance(axis, list) else axis, **rest)
+    return reduce
 
-    def extremum(a: Any, axis: Any = None, out: None = None, **rest: Any) -> Tensor:
-        return reduce(a, axis, None, out, **rest)
-
-    return extremum if reduction in (max, min) else reduce
-
+def _only_zeros(array: Any, pad_width: Any, mode: str = "constant") -> Tensor:
+    if mode != "constant":
+        raise TypeError(f"np.pad of a Tensor: mode {mode!r} has no derivative here; pads with zeros")
+    return pad(array, pad_width)
 
 _UFUNCS = {
     np.add: add, np.subtract: sub, np.multiply: mul, np.true_divide: div, np.power: power,
-    np.negative: neg, np.positive: identity, np.absolute: abs, np.fabs: abs, np.square: lambda x: x * x,
-    np.reciprocal: lambda x: 1 / x, np.exp: exp, np.log: log, np.sqrt: sqrt, np.sin: sin, np.cos: cos,
-    np.tan: lambda x: sin(x) / cos(x), np.tanh: tanh, np.log1p: log1p, np.expm1: expm1,
-    np.logaddexp: lambda a, b: b + softplus(a - b), np.maximum: maximum, np.minimum: minimum,
+    np.negative: neg, np.positive: identity, np.absolute: abs, np.fabs: abs,
+    np.square: lambda x: x * x, np.reciprocal: lambda x: 1 / x, np.exp: exp, np.expm1: expm1,
+    np.log: log, np.log1p: log1p, np.logaddexp: logaddexp, np.sqrt: sqrt, np.sin: sin, np.cos: cos,
+    np.tan: lambda x: sin(x) / cos(x), np.tanh: tanh, np.maximum: maximum, np.minimum: minimum,
     np.matmul: matmul,
 }
 
 _FUNCTIONS = {
-    np.sum: _like_numpy(sum), np.mean: _like_numpy(mean), np.var: _like_numpy(var), np.std: _like_numpy(std),
-    np.max: _like_numpy(max), np.min: _like_numpy(min), np.amax: _like_numpy(max), np.amin: _like_numpy(min),
-    np.where: where, np.clip: lambda a, a_min=None, a_max=None, **k: clip(a, k.get("min", a_min), k.get("max", a_max)),
-    np.reshape: lambda a, shape=None, **k: reshape(a, k.get("newshape", shape)),
-    np.ravel: lambda a: reshape(a, -1), np.transpose: transpose, np.swapaxes: swapaxes, np.moveaxis: moveaxis,
-    np.expand_dims: expand_dims, np.squeeze: squeeze, np.broadcast_to: broadcast_to, np.copy: identity,
-    np.concatenate: concatenate, np.stack: stack, np.split: split, np.pad: pad,
-    np.vstack: lambda tup: concatenate([as_tensor(t).reshape(-1, as_tensor(t).shape[-1]) for t in tup]),
-    np.dot: _dot, np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)), np.einsum: einsum,
+    np.sum: _reduction(sum), np.mean: _reduction(mean), np.var: _reduction(var),
+    np.std: _reduction(std), np.max: _reduction(max), np.min: _reduction(min),
+    np.amax: _reduction(max), np.amin: _reduction(min), np.where: where,
+    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None: clip(
+        a, min if a_min is None else a_min, max if a_max is None else a_max),
+    np.reshape: lambda a, shape=None, *, newshape=None: reshape(a, newshape if shape is None else shape),
+    np.ravel: lambda a: reshape(a, -1), np.transpose: lambda a, axes=None: transpose(a, axes),
+    np.swapaxes: swapaxes, np.moveaxis: lambda a, source, destination: moveaxis(a, source, destination),
+    np.expand_dims: lambda a, axis: expand_dims(a, axis), np.squeeze: lambda a, axis=None: squeeze(a, axis),
+    np.broadcast_to: lambda array, shape: broadcast_to(array, shape), np.copy: lambda a: copy(a),
+    np.concatenate: lambda arrays, axis=0: concatenate(arrays, axis),
+    np.stack: lambda arrays, axis=0: stack(arrays, axis), np.pad: _only_zeros,
+    np.vstack: lambda tup: concatenate([t.reshape(1, -1) if t.ndim < 2 else t for t in map(as_tensor, tup)]),
+    np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
+    np.dot: lambda a, b: _dot(a, b), np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
     np.outer: lambda a, b: reshape(a, -1, 1) * reshape(b, 1, -1),
+    np.einsum: lambda subscripts, *operands, optimize=None: einsum(subscripts, *operands),
+    np.full_like: lambda a, fill_value: broadcast_to(as_tensor(fill_value), np.shape(a)),
 }
+for _function, _op in _FUNCTIONS.items():  # so that an unknown argument's TypeError says whose it was
+    if _op.__qualname__ in ("<lambda>", "_reduction.<locals>.reduce"):
+        _op.__qualname__ = f"np.{_function.__name__}"
 
 # Their derivative is zero wherever it exists: they give plain arrays, and so do questions of shape.
 _WITHOUT_GRADIENT = {
-    np.sign, np.floor, np.ceil, np.trunc, np.rint, np.round, np.floor_divide, np.isnan, np.isinf, np.isfinite,
-    np.signbit, np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal, np.logical_and,
-    np.logical_or, np.logical_not, np.logical_xor, np.isneginf, np.isposinf, np.isclose, np.allclose,
-    np.array_equal, np.argmax, np.argmin, np.argsort, np.searchsorted, np.nonzero, np.count_nonzero, np.any, np.all,
-    np.shape, np.ndim, np.size, np.zeros_like, np.ones_like, np.empty_like, np.full_like, np.array2string,
-    np.array_repr, np.array_str, np.result_type, np.may_share_memory, np.shares_memory,
+    np.sign, np.floor, np.ceil, np.trunc, np.rint, np.round, np.floor_divide, np.isnan, np.isinf,
+    np.isfinite, np.signbit, np.equal, np.not_equal, np.less, np.less_equal, np.greater,
+    np.greater_equal, np.logical_and, np.logical_or, np.logical_not, np.logical_xor, np.isneginf,
+    np.isposinf, np.isclose, np.allclose, np.array_equal, np.argmax, np.argmin, np.argsort,
+    np.searchsorted, np.nonzero, np.count_nonzero, np.any, np.all, np.shape, np.ndim, np.size,
+    np.zeros_like, np.ones_like, np.empty_like, np.array2string, np.array_repr, np.array_str,
+    np.result_type, np.may_share_memory, np.shares_memory,
 }
-
 
 # ## Modules
 #
@@ -2260,12 +2030,10 @@ _WITHOUT_GRADIENT = {
 # the order in which they were set. An ndarray attribute (batch norm's running mean) is saved with
 # the parameters but not trained. Names and shapes are PyTorch's, so its state_dict is ours too.
 
-
 class Parameter(Tensor):
     """A Tensor that its module trains."""
 
     __slots__ = ()
-
 
 class Module:
     """The base of all layers and networks: give it attributes in `__init__`, write `forward`.
@@ -2334,7 +2102,7 @@ class Module:
                 raise ValueError(f"load_state_dict: {name} has shape {array.shape}; this module needs {own[name].shape}")
         for name, _, _, item in self._named():
             if isinstance(item, Parameter):
-                _written(item)
+                _note_write(item)
             own[name][...] = arrays[name]
 
     def astype(self, dtype: Any) -> Module:
@@ -2342,7 +2110,7 @@ class Module:
         for _, module, key, item in list(self._named()):
             if isinstance(item, Parameter):
                 item._data, item.grad = item._data.astype(dtype), None
-                _written(item)
+                _note_write(item)
             else:
                 setattr(module, key, item.astype(dtype))
         return self
@@ -2362,17 +2130,16 @@ class Module:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def _details(self) -> str:
-        """What the repr says between the parentheses."""
-        return ""
-
     def __repr__(self) -> str:
-        children = [(name, item) for key, value in vars(self).items()
-                    for name, item in _numbered(key, value) if isinstance(item, Module)]
-        lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in children]
-        inside = "\n" + "\n".join(lines) + "\n" if lines else self._details()
-        return f"{type(self).__name__}({inside})"
-
+        below, details = "", []
+        for name, item in (pair for items in vars(self).items() for pair in _numbered(*items)):
+            if isinstance(item, Module):
+                below += f"\n  ({name}): " + repr(item).replace("\n", "\n  ")
+            elif isinstance(item, Tensor):
+                details.append(f"{name}: {item.shape}")
+            elif isinstance(item, (int, float, tuple)) and name != "training":
+                details.append(f"{name}={item}")
+        return f"{type(self).__name__}({', '.join(details)}{below}{chr(10) * bool(below)})"
 
 def _numbered(name: str, value: Any) -> list[tuple[str, Any]]:
     """(name, value), or for a list of modules or parameters (name.0, ...), (name.1, ...), ..."""
@@ -2380,23 +2147,15 @@ def _numbered(name: str, value: Any) -> list[tuple[str, Any]]:
         return [(f"{name}.{i}", v) for i, v in enumerate(value)]
     return [(name, value)]
 
-
-def _written(t: Tensor) -> None:
-    """Note that the data of `t` was changed in place; a tape that still needs it will say so."""
-    t._guard = (next(_clock), 0, None)
-
-
 def _uniform(shape: tuple, fan_in: int) -> Parameter:
     """PyTorch's default for linear and convolutional layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / math.sqrt(fan_in)
     return Parameter(_rng().uniform(-bound, bound, shape).astype(np.float32))
 
-
 def _positive(name: str, **sizes: int) -> None:
     for key, size in sizes.items():
         if not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{name}: {key} must be a positive integer, not {size!r}")
-
 
 class Linear(Module):
     """x @ weight.T + bias, weight (out_features, in_features): (..., in) -> (..., out)."""
@@ -2408,10 +2167,6 @@ class Linear(Module):
 
     def forward(self, x: Any) -> Tensor:
         return linear(as_tensor(x), self.weight, self.bias)
-
-    def _details(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
-
 
 class Conv2d(Module):
     """`conv2d` with weight (out_channels, in_channels, kh, kw): (N, C, H, W) -> (N, O, oh, ow)."""
@@ -2427,18 +2182,9 @@ class Conv2d(Module):
     def forward(self, x: Any) -> Tensor:
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
-    def _details(self) -> str:
-        out, in_, *kernel = self.weight.shape
-        return f"{in_}, {out}, kernel_size={tuple(kernel)}, stride={self.stride}, padding={self.padding}"
-
-
 class _Pool(Module):
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
         self.kernel_size, self.stride = kernel_size, stride
-
-    def _details(self) -> str:
-        return f"kernel_size={self.kernel_size}, stride={self.stride or self.kernel_size}"
-
 
 class MaxPool2d(_Pool):
     """`max_pool2d`: the largest element of each window."""
@@ -2446,13 +2192,11 @@ class MaxPool2d(_Pool):
     def forward(self, x: Any) -> Tensor:
         return max_pool2d(x, self.kernel_size, self.stride)
 
-
 class AvgPool2d(_Pool):
     """`avg_pool2d`: the mean of each window."""
 
     def forward(self, x: Any) -> Tensor:
         return avg_pool2d(x, self.kernel_size, self.stride)
-
 
 class BatchNorm2d(Module):
     """`batch_norm` over the channels of (N, C, H, W), with running statistics for evaluation."""
@@ -2467,10 +2211,6 @@ class BatchNorm2d(Module):
         return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
                           self.training, self.momentum, self.eps)
 
-    def _details(self) -> str:
-        return str(len(self.weight))
-
-
 class LayerNorm(Module):
     """`layer_norm` over the last axis."""
 
@@ -2482,10 +2222,6 @@ class LayerNorm(Module):
     def forward(self, x: Any) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def _details(self) -> str:
-        return str(len(self.weight))
-
-
 class Embedding(Module):
     """A table (num_embeddings, embedding_dim) looked up by integers: (...) -> (..., embedding_dim)."""
 
@@ -2496,22 +2232,15 @@ class Embedding(Module):
     def forward(self, ids: Any) -> Tensor:
         return embedding(ids, self.weight)
 
-    def _details(self) -> str:
-        return "{}, {}".format(*self.weight.shape)
-
-
 class Dropout(Module):
     """`dropout`: active in training, nothing in evaluation."""
 
     def __init__(self, p: float = 0.5) -> None:
+        _check_dropout(p)
         self.p = p
 
     def forward(self, x: Any) -> Tensor:
         return dropout(x, self.p, self.training)
-
-    def _details(self) -> str:
-        return f"p={self.p}"
-
 
 class Flatten(Module):
     """(N, ...) -> (N, everything else)."""
@@ -2519,48 +2248,14 @@ class Flatten(Module):
     def forward(self, x: Any) -> Tensor:
         return reshape(x, len(x), -1) if len(x) else reshape(x, 0, math.prod(x.shape[1:]))
 
+def _layer(name: str, function: Callable) -> type:
+    """A module without parameters that does what a function does."""
+    return type(name, (Module,), {"forward": lambda self, *args: function(*args), "__module__": __name__,
+                                  "__doc__": f"`{function.__name__}` as a module."})
 
-class ReLU(Module):
-    """`relu` as a layer."""
-
-    def forward(self, x: Any) -> Tensor:
-        return relu(x)
-
-
-class GELU(Module):
-    """`gelu` as a layer (PyTorch's GELU(approximate="tanh"))."""
-
-    def forward(self, x: Any) -> Tensor:
-        return gelu(x)
-
-
-class Tanh(Module):
-    """`tanh` as a layer."""
-
-    def forward(self, x: Any) -> Tensor:
-        return tanh(x)
-
-
-class Sigmoid(Module):
-    """`sigmoid` as a layer."""
-
-    def forward(self, x: Any) -> Tensor:
-        return sigmoid(x)
-
-
-class CrossEntropy(Module):
-    """`cross_entropy` as an object."""
-
-    def forward(self, logits: Any, targets: Any) -> Tensor:
-        return cross_entropy(logits, targets)
-
-
-class MSE(Module):
-    """`mse_loss` as an object."""
-
-    def forward(self, prediction: Any, target: Any) -> Tensor:
-        return mse_loss(prediction, target)
-
+ReLU, GELU, Tanh, Sigmoid = (_layer(name, f) for name, f in (
+    ("ReLU", relu), ("GELU", gelu), ("Tanh", tanh), ("Sigmoid", sigmoid)))
+CrossEntropy, MSE = _layer("CrossEntropy", cross_entropy), _layer("MSE", mse_loss)
 
 class Sequential(Module):
     """The layers given, one after another."""
@@ -2580,7 +2275,6 @@ class Sequential(Module):
             x = layer(x)
         return x
 
-
 class MLP(Sequential):
     """Linear layers of these sizes with relu between them: (N, nin) -> (N, nouts[-1]).
 
@@ -2592,6 +2286,7 @@ class MLP(Sequential):
     """
 
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
+        _positive("MLP", layers=len(nouts))
         layers: list[Module] = []
         for fan_in, fan_out in itertools.pairwise([nin, *nouts]):
             layers += [Linear(fan_in, fan_out), ReLU()]
@@ -2601,13 +2296,11 @@ class MLP(Sequential):
         y = super().forward(x)
         return y.squeeze(-1) if y.shape[-1] == 1 else y
 
-
 # ### A transformer
 #
 # The GPT below is the decoder of "Language Models are Unsupervised Multitask Learners" (Radford
 # and others, 2019). Each block adds two things to a running sum, the residual stream: what the
 # positions learn from one another (attention), and what each makes of it by itself (the MLP).
-
 
 class _KeysAndValues:
     """What one attention layer has seen of a text: keys and values of shape (B, H, T, D)."""
@@ -2619,7 +2312,6 @@ class _KeysAndValues:
     def extend(self, k: np.ndarray, v: np.ndarray) -> None:
         self.k = k if self.k is None else np.concatenate([self.k, k], axis=2)
         self.v = v if self.v is None else np.concatenate([self.v, v], axis=2)
-
 
 class MultiHeadAttention(Module):
     """Causal self-attention in `num_heads` heads: (B, T, C) -> (B, T, C)."""
@@ -2642,7 +2334,6 @@ class MultiHeadAttention(Module):
         y, _ = _attend(q, seen.k, seen.v, is_causal=q.shape[2] > 1)
         return self.proj(_wrap(_merge(y)))
 
-
 class _Block(Module):
     def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
         self.ln1, self.ln2 = LayerNorm(embed_dim), LayerNorm(embed_dim)
@@ -2653,7 +2344,6 @@ class _Block(Module):
     def forward(self, x: Tensor, seen: _KeysAndValues | None = None) -> Tensor:
         x = x + self.attn(self.ln1(x), seen)
         return x + self.mlp(self.ln2(x))
-
 
 class GPT(Module):
     """A decoder-only transformer: integers (B, T), T <= block_size -> logits (B, T, vocab_size).
@@ -2697,8 +2387,12 @@ class GPT(Module):
         window is read anew. `temperature` divides the logits; `top_k` samples among the k likeliest.
         """
         idx = np.array(idx)
+        if idx.ndim != 2 or idx.shape[1] == 0 or max_new_tokens < 0:
+            raise ValueError(f"generate: token ids {idx.shape} must be (batch, time) with time at "
+                             f"least 1, and max_new_tokens {max_new_tokens} not negative")
         if not temperature > 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"generate: temperature {temperature} must be above 0 and top_k {top_k} at least 1")
+            raise ValueError(f"generate: temperature {temperature} must be above 0, and top_k {top_k}"
+                             " at least 1")
         modes = [(m, m.training) for m in self.modules()]
         self.eval()
         try:
@@ -2715,7 +2409,6 @@ class GPT(Module):
                 module.training = mode
         return idx
 
-
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
     """One index per row of logits (B, V), drawn from their softmax: (B, 1)."""
     if top_k is not None and top_k < logits.shape[1]:
@@ -2723,7 +2416,6 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
         logits = np.where(logits < least, -np.inf, logits)
     # The Gumbel-max trick: argmax(logits + Gumbel noise) is a draw from softmax(logits).
     return np.argmax(logits + _rng().gumbel(size=logits.shape), axis=1)[:, None]
-
 
 # ## Optimizers
 #
@@ -2733,7 +2425,6 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # call NumPy ten times on each takes longer than the arithmetic. So the optimizer works on one flat
 # array that all parameters are copied into, and its own state is as flat. It goes over it in
 # pieces that fit the cache, then copies the results back.
-
 
 class Optimizer:
     """The base of all optimizers. A subclass names its state arrays and writes `_update`."""
@@ -2745,7 +2436,10 @@ class Optimizer:
         if not self.params:
             raise ValueError(f"{type(self).__name__}: there are no parameters to optimize")
         if not all(isinstance(p, Tensor) and p._op is None for p in self.params):
-            raise TypeError(f"{type(self).__name__}: parameters must be leaf Tensors, such as model.parameters()")
+            raise TypeError(f"{type(self).__name__}: parameters must be leaf Tensors, such as "
+                            "model.parameters()")
+        if len({id(p) for p in self.params}) < len(self.params):
+            raise ValueError(f"{type(self).__name__}: a parameter is listed more than once")
         for name, value in dict(lr=lr, **settings).items():
             if not value >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative, and is {value}")
@@ -2779,7 +2473,7 @@ class Optimizer:
         for p in params:
             end += p.size
             p._data[...] = x[end - p.size:end].reshape(p.shape)
-            _written(p)
+            _note_write(p)
 
     def _update(self, x: np.ndarray, g: np.ndarray, *state: np.ndarray) -> None:
         """Change x and the state in place; g is the gradient and may be overwritten."""
@@ -2802,7 +2496,6 @@ class Optimizer:
             own[...] = state[name]
         self.steps, self.lr = int(state["steps"]), float(state["lr"])
 
-
 @functools.cache
 def _calm_the_allocator() -> None:
     """Make glibc keep freed memory: once, when training begins.
@@ -2813,7 +2506,6 @@ def _calm_the_allocator() -> None:
     (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; see mallopt(3)) for the rest of the process.
     """
     np.empty((32 << 20) - (1 << 16), np.uint8)
-
 
 class SGD(Optimizer):
     """Gradient descent with momentum, Nesterov's if asked (Sutskever and others, 2013), as PyTorch's."""
@@ -2835,7 +2527,6 @@ class SGD(Optimizer):
             velocity += g
             g = g + self.momentum * velocity if self.nesterov else velocity
         x -= self.lr * g
-
 
 class Adam(Optimizer):
     """Steps of about lr in every direction: the mean gradient over its root mean square.
@@ -2873,7 +2564,6 @@ class Adam(Optimizer):
         if self.weight_decay:
             g += self.weight_decay * x
 
-
 class AdamW(Adam):
     """Adam with decoupled weight decay: x shrinks by lr * weight_decay each step, whatever its
     gradient (Loshchilov and Hutter, 2019)."""
@@ -2885,7 +2575,6 @@ class AdamW(Adam):
     def _decay(self, x: np.ndarray, g: np.ndarray) -> None:
         x *= 1 - self.lr * self.weight_decay
 
-
 class CosineWarmupLR:
     """Sets an optimizer's lr: a straight line up to its first lr, then half a cosine down to min_lr.
 
@@ -2893,6 +2582,8 @@ class CosineWarmupLR:
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr: float = 0.0) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"CosineWarmupLR: needs an optimizer, not {type(optimizer).__name__}")
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"CosineWarmupLR: warmup_steps {warmup_steps} must be below total_steps {total_steps}")
         self.optimizer, self.max_lr, self.min_lr = optimizer, optimizer.lr, min_lr
@@ -2920,7 +2611,6 @@ class CosineWarmupLR:
         self.steps, self.max_lr = int(state["steps"]), float(state["max_lr"])
         self.optimizer.lr = self.rate(self.steps)
 
-
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together so that their joint 2-norm is at most max_norm; returns it as it was.
 
@@ -2928,13 +2618,15 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
-    grads = [p.grad._data for p in params if p.grad is not None]
-    norm = math.sqrt(builtins.sum(float(np.vdot(g, g)) for g in grads))
+    params = [p for p in params if p.grad is not None]
+    norm = math.sqrt(builtins.sum(float(np.vdot(p.grad._data, p.grad._data)) for p in params))
     if max_norm < norm < math.inf:
-        for g in grads:
-            g *= max_norm / norm
+        for p in params:
+            if p.grad.requires_grad:  # made by create_graph: still to be differentiated
+                p.grad = p.grad * (max_norm / norm)
+            else:
+                p.grad._data *= max_norm / norm
     return norm
-
 
 # ## Loaders
 #
@@ -2968,7 +2660,6 @@ _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
 # on each read alone would let a server that sends one byte at a time hold us for days.
 _TIMEOUT = 10.0
 
-
 def _fetch(url: str, size: int) -> bytes:
     """The bytes behind `url`, of which no more than about `size` are accepted."""
     import time
@@ -2987,7 +2678,6 @@ def _fetch(url: str, size: int) -> bytes:
     if on_terminal:
         print(file=sys.stderr)
     return bytes(received)
-
 
 def _verified(raw: bytes, where: str, name: str) -> bytes:
     """The content of `raw`, unpacked if `where` ends in .gz; ValueError if it is not `name`'s."""
@@ -3008,7 +2698,6 @@ def _verified(raw: bytes, where: str, name: str) -> bytes:
                          f"{len(content):,} bytes with SHA-256 {found}{flaw}; the file starts "
                          f"{raw[:24]!r}")
     return content
-
 
 # A file must appear under its final name whole or not at all, even if the power fails or two
 # processes write it at once. So each writer fills a file of its own *in the same folder* (a rename
@@ -3034,7 +2723,6 @@ def _write_whole(path: str, write: Callable[[BinaryIO], Any]) -> None:
         finally:
             os.close(folder)
 
-
 def _download(name: str, path: str) -> bytes:
     """The content of data file `name` from the first mirror that has it, stored at `path` too."""
     from http.client import HTTPException
@@ -3055,7 +2743,6 @@ def _download(name: str, path: str) -> bytes:
         f"cannot get {name}:\n  " + "\n  ".join(failures) + f"\nPut it by hand at {path} (content "
         f"of {size:,} bytes, SHA-256 {digest}), or name a folder that has it by NANOAD_DATA.")
 
-
 # A download is stored unpacked under the plain name, which is looked at first. So a damaged file,
 # of either form, is in nobody's way once its replacement has arrived.
 def _content(name: str) -> bytes:
@@ -3072,7 +2759,6 @@ def _content(name: str) -> bytes:
             warnings.warn(f"{error}; looking for a good copy", stacklevel=3)
     return _download(name, path)
 
-
 # MNIST (LeCun, Cortes and Burges 1998) comes as IDX: two zero bytes, 8 for unsigned bytes, the
 # number of dimensions, each dimension as a big-endian uint32, and then the array itself.
 def _read_idx(raw: bytes, name: str, ndim: int) -> np.ndarray:
@@ -3086,12 +2772,10 @@ def _read_idx(raw: bytes, name: str, ndim: int) -> np.ndarray:
                          f"{shape}, found {len(raw) - start:,}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
-
 def _by_split(split: str, train: Any, test: Any) -> Any:
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     return train if split == "train" else test
-
 
 def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
@@ -3107,7 +2791,6 @@ def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray,
         raise ValueError(f"{label_file}: expected {len(images):,} labels, found {len(labels):,}")
     x = np.divide(images, 255, dtype=np.float32)
     return x.reshape(len(x), -1) if flatten else x[:, None], labels.astype(np.int64)
-
 
 # CIFAR-10 (Krizhevsky 2009) is read in its binary form, since the other one is a pickle, and a
 # pickle is a program. Each record is a label byte and 3 x 32 x 32 bytes of red, green and blue. The
@@ -3132,7 +2815,6 @@ def _read_cifar10(raw: bytes, name: str, batches: list[str]) -> tuple[np.ndarray
     records = np.frombuffer(b"".join(members[m] for m in wanted), np.uint8).reshape(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
 
-
 def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs.
 
@@ -3144,11 +2826,9 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     images, labels = _read_cifar10(_content(name), name, batches)
     return np.divide(images, 255, dtype=np.float32), labels
 
-
 def load_tinyshakespeare() -> str:
     """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on."""
     return _content("tinyshakespeare/input.txt").decode("utf-8")
-
 
 def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Two interleaving half circles, the smallest problem that no straight line solves.
@@ -3164,7 +2844,6 @@ def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np
     side = 1 - 2 * y  # +1 for the upper moon; the lower one is its half turn, shifted
     x = np.stack([side * np.cos(angle) + y, side * np.sin(angle) + 0.5 * y], axis=1)
     return (x + noise * rng.standard_normal(x.shape)).astype(np.float32), y.astype(np.int64)
-
 
 class DataLoader:
     """Iterate over `x` and `y` (same length) in batches of (x_batch, y_batch), as ndarrays.
@@ -3200,7 +2879,6 @@ class DataLoader:
             x = self.x.take(rows, axis=0)
             yield x if self.transform is None else self.transform(x, _rng()), self.y.take(rows, 0)
 
-
 class CharTokenizer:
     """Number the distinct characters of `text` from 0, in code point order.
 
@@ -3235,7 +2913,6 @@ class CharTokenizer:
             raise ValueError(f"CharTokenizer: id {bad} is outside 0..{self.vocab_size - 1}")
         return "".join(map(self.chars.__getitem__, ids.tolist()))
 
-
 # ## Saving
 #
 # How does a night of training survive the power cut at six? A checkpoint is whatever nested dict
@@ -3246,7 +2923,6 @@ class CharTokenizer:
 # that a zip file may end with), so one comparison tells a whole checkpoint from a damaged one
 # before any parser has read a byte of it.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
-
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     """What JSON stores for `value`, once its arrays have been put into `arrays`.
@@ -3276,7 +2952,6 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     raise TypeError(f"save: {path or 'the state'} is a {type(value).__name__}; what can be saved "
                     "is dicts, lists, tuples, arrays, Tensors, numbers, strings and None")
 
-
 def _write_members(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
     import hashlib
     import zipfile
@@ -3291,7 +2966,6 @@ def _write_members(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256")
     file.write(digest.hexdigest().encode())
-
 
 def save(path: str | os.PathLike, state: Any) -> None:
     """Write `state`, nested dicts and lists of arrays, Tensors and plain values, to `path`.
@@ -3310,7 +2984,6 @@ def save(path: str | os.PathLike, state: Any) -> None:
     except OSError as error:
         why = f"save: {error.strerror or error}; what was there before is untouched"
         raise OSError(error.errno, why, path) from error
-
 
 def load(path: str | os.PathLike) -> Any:
     """The state that `save` wrote to `path`. Reads only: nothing in the file is run or unpacked.
@@ -3340,7 +3013,6 @@ def load(path: str | os.PathLike) -> Any:
     except Exception as error:  # the digest is right and the content wrong: somebody's handiwork
         raise ValueError(f"{path} is not a checkpoint written by nanoad.save: {error}") from error
 
-
 def _rebuild(value: Any, members: Mapping[str, np.ndarray]) -> Any:
     """The inverse of `_describe`."""
     if isinstance(value, dict):
@@ -3352,7 +3024,6 @@ def _rebuild(value: Any, members: Mapping[str, np.ndarray]) -> Any:
         return members[items[0] + ".npy"]
     return {"list": list, "tuple": tuple}[kind](_rebuild(item, members) for item in items)
 
-
 # ## Drawing
 #
 # What does a tape look like? A graph with the output on top and each operation over its operands.
@@ -3360,7 +3031,6 @@ def _rebuild(value: Any, members: Mapping[str, np.ndarray]) -> Any:
 # characters anywhere. Both come from one walk. It uses a stack of its own, since a tape may be
 # deeper than Python recurses, and stops after 200 lines, since nobody reads a drawing of more.
 _MOST_LINES = 200
-
 
 def _tape_rows(output: Tensor) -> Iterator[tuple[Any, Any, str, bool]]:
     """Yield (node, the result it is an operand of, indentation, seen before), results first.
@@ -3383,11 +3053,9 @@ def _tape_rows(output: Tensor) -> Iterator[tuple[Any, Any, str, bool]]:
             return
     yield None, stack[-1][1], stack[-1][2], False
 
-
 def _in_short(array: Any) -> str:
     array = np.asarray(array)
     return f"{array.item():.5g}" if array.size == 1 else f"{array.dtype}{list(array.shape)}"
-
 
 def _caption(node: Any, gap: str) -> str:
     """`label = op`, the value or else type and shape, and the gradient or else its norm."""
@@ -3402,7 +3070,6 @@ def _caption(node: Any, gap: str) -> str:
         parts.append(f"grad {_in_short(g) if g.size == 1 else f'norm {np.linalg.norm(g):.5g}'}")
     return gap.join(filter(None, parts))
 
-
 def _draw_text(output: Tensor) -> str:
     rows = list(_tape_rows(output))
     again = dict.fromkeys(id(node) for node, _, _, seen in rows if seen)  # these get a number
@@ -3412,7 +3079,6 @@ def _draw_text(output: Tensor) -> str:
         text = f"{node.label} {mark} above" if seen else f"{_caption(node, '  ')}  {mark}"
         lines.append(indent + text.strip())
     return "\n".join(lines)
-
 
 def draw(tensor: Tensor, format: str = "svg") -> Any:
     """Draw the tape of `tensor`: operations, labels, values or shapes, gradients where set.
@@ -3446,7 +3112,6 @@ def draw(tensor: Tensor, format: str = "svg") -> Any:
         if result is not None:
             graph.edge(name, str(id(result)))
     return graph
-
 
 # A loss curve belongs in the terminal too, under the numbers that made it.
 def plot(values: Any, width: int = 72, height: int = 12) -> str:
@@ -3483,7 +3148,6 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
     margin = builtins.max(map(len, ticks))
     return "\n".join(f"{t:>{margin}} ┤{''.join(row).rstrip()}" for t, row in zip(ticks, grid))
-
 
 # ## The tour
 #
@@ -3554,7 +3218,6 @@ print("\\n".join(map("".join, picture)))
 '''),
 ]
 
-
 def _tour() -> None:
     scope = dict(globals())
     for heading, code in _TOUR:
@@ -3562,7 +3225,6 @@ def _tour() -> None:
         exec(code, scope)
         print()
     print("Next: python train_gpt.py, python train_mnist.py, or read nanoad.py from the top.")
-
 
 # ### Public names
 #
