@@ -97,9 +97,9 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
         made = None
         if isinstance(data, Tensor):
-            made = identity(data)
+            made = identity(data) if requires_grad else data.detach()
         elif isinstance(data, (list, tuple)) and _holds_tensor(data):
-            made = as_tensor(data)
+            made = as_tensor(data) if requires_grad else as_tensor(data).detach()
         _fill(self, _real_array(data if made is None else made._data, copy=True), requires_grad)
         self.label = label
         if made is not None and made._op is not None:
@@ -333,12 +333,12 @@ def _note_write(t: Tensor) -> None:
 _RELEASED = ("the tape behind this tensor was already walked and let go; "
              "call backward(retain_graph=True) the first time to walk it again")
 
-def _walk(seeds: list, needed: set | None, create_graph: bool,
+def _walk(seeds: list, needed: dict | None, create_graph: bool,
           retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
     """Yield each tensor behind `seeds` with its finished cotangent, the newest first.
 
-    `seeds` are pairs (tensor, cotangent). If `needed` is a set, only tensors whose `_seq` is in
-    it are visited. Cotangents are ndarrays, or Tensors under `create_graph`.
+    `seeds` are pairs (tensor, cotangent). Only tensors whose `_seq` is in `needed` are visited, or
+    all if it is None. Cotangents are ndarrays, or Tensors under `create_graph`.
     """
     pending: dict = {}  # _seq -> (tensor, the sum of what it has received so far)
     heap: list = []
@@ -351,7 +351,7 @@ def _walk(seeds: list, needed: set | None, create_graph: bool,
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
         yield t, g
-        if t._op is None:
+        if t._op is None or (needed is not None and not needed[t._seq]):
             continue
         for parent, part in zip(t._args, _pull(t, g, needed, create_graph)):
             if part is None:
@@ -373,7 +373,7 @@ def _walk(seeds: list, needed: set | None, create_graph: bool,
         if not retain_graph:
             t._args = t._values = t._params = t._pullback = None
 
-def _pull(t: Tensor, g: Any, needed: set | None, create_graph: bool) -> list:
+def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
     """What each operand of `t` receives from the cotangent `g` of `t`; None where nothing is due."""
     op = t._op
     if t._args is None:
@@ -449,16 +449,17 @@ def no_grad() -> contextlib.AbstractContextManager:
 # keep that cheap. Nothing older than the oldest input can depend on any input, so the search stops
 # at that age. And of what is younger, only tensors on a path from an input to an output matter.
 
-def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[set, list]:
-    """The `_seq` of every tensor on a path from `inputs` to `outputs`, and the tracked tensors
-    older than all inputs that had a part in the outputs. Unless `beyond`, an input ends a path."""
+def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list]:
+    """The `_seq` of every tensor on a path from `inputs` to `outputs`, with whether to walk on from
+    it (from an input only if `beyond`); and the tracked tensors older than all inputs that had a
+    part in the outputs."""
     oldest = builtins.min((t._seq for t in inputs), default=math.inf)
-    needed = {t._seq for t in inputs}
+    needed = {t._seq: beyond for t in inputs}
     found, older = {t._seq: t for t in outputs}, {}
     waiting = list(outputs)
     while waiting:
         t = waiting.pop()
-        if t._op is None or t._seq < oldest or (t._seq in needed and not beyond):
+        if t._op is None or t._seq < oldest or not needed.get(t._seq, True):
             continue
         if t._args is None:
             raise RuntimeError(f"{t._op.__name__}: {_RELEASED}")
@@ -471,7 +472,7 @@ def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[set, list]
                     waiting.append(a)
     for seq in sorted(found):
         if any(isinstance(a, Tensor) and a._seq in needed for a in found[seq]._args or ()):
-            needed.add(seq)
+            needed.setdefault(seq, True)
     return needed, list(older.values())
 
 def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
@@ -492,7 +493,7 @@ def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
     return np.asarray(_value(cotangent)).astype(output.dtype, copy=False)
 
 def _gradients(seeds: list, inputs: list, create_graph: bool, retain_graph: bool,
-               needed: set | None = None) -> list[Tensor]:
+               needed: dict | None = None) -> list[Tensor]:
     """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
     if needed is None:
         needed, _ = _paths([t for t, _ in seeds], inputs)
@@ -949,9 +950,8 @@ def _operation(forward: Callable, rules: Any, is_fused: bool,
                 constant, tracked = False, tracked or a.requires_grad
                 a = a._data
             elif a.__class__ is list and a:
-                if _holds_tensor(a):
-                    return operation(*(as_tensor(b) if b is a else b for b in args), **params)
-                a = np.asarray(a)
+                convert = as_tensor if _holds_tensor(a) else np.asarray
+                return operation(*(convert(b) if b is a else b for b in args), **params)
             values.append(a)
         if params and any(isinstance(p, Tensor) for p in params.values()):
             return operation(*inspect.signature(forward).bind(*args, **params).args)
@@ -1557,7 +1557,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
     columns = np.empty((n, c, *kernel, oh, ow), x.dtype)
     for i, j, view in _shifts(padded, kernel, stride):
         columns[:, :, i, j] = view
-    columns = columns.reshape(n, -1, oh * ow)  # (N, C kh kw, oh ow)
+    columns = columns.reshape(n, math.prod(weight.shape[1:]), oh * ow)  # (N, C kh kw, oh ow)
     matrix = weight.reshape(o, -1)  # (O, C kh kw)
     y = matrix @ columns
     if bias is not None:
@@ -1579,8 +1579,8 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
 def _max_pool2d_definition(x: Any, kernel_size: Any, stride: Any = None) -> Any:
     kernel = _pair(kernel_size)
     windows = _windows(x, kernel, _pair(kernel if stride is None else stride))  # (N, C, kh, kw, oh, ow)
-    n, c, _, _, oh, ow = windows.shape
-    windows = windows.reshape(n, c, -1, oh, ow)
+    n, c, kh, kw, oh, ow = windows.shape
+    windows = windows.reshape(n, c, kh * kw, oh, ow)
     first = np.argmax(windows, axis=2)
     n, c, h, w = np.ogrid[:n, :c, :oh, :ow]
     return windows[n, c, first, h, w]
@@ -1847,7 +1847,7 @@ def embedding(ids: Any, weight: Any) -> Tensor:
             return None, scatter_add.__wrapped__(g, ids, weight.shape)
         one_hot = np.zeros((ids.size, len(weight)), g.dtype)
         one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
-        return None, one_hot.T @ g.reshape(ids.size, -1)
+        return None, one_hot.T @ g.reshape(ids.size, weight.shape[1])
 
     return weight[ids], pullback
 
@@ -1956,8 +1956,9 @@ for _op in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, co
 Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__ = neg, abs, getitem
 Tensor.flatten = Tensor.ravel = lambda self: reshape(self, -1)
 Tensor.dot = lambda self, other: _dot(self, other)
-for _name in ("argmax", "argmin", "tolist"):
-    setattr(Tensor, _name, lambda self, *args, ask=_name: getattr(np.asarray(self._data), ask)(*args))
+Tensor.argmax = lambda self, axis=None: np.argmax(self._data, axis)
+Tensor.argmin = lambda self, axis=None: np.argmin(self._data, axis)
+Tensor.tolist = lambda self: self._data.tolist()
 
 def _dot(a: Any, b: Any) -> Tensor:
     a, b = as_tensor(a), as_tensor(b)
@@ -2004,7 +2005,8 @@ _FUNCTIONS = {
     np.dot: lambda a, b: _dot(a, b), np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
     np.outer: lambda a, b: reshape(a, -1, 1) * reshape(b, 1, -1),
     np.einsum: lambda subscripts, *operands, optimize=None: einsum(subscripts, *operands),
-    np.full_like: lambda a, fill_value: broadcast_to(as_tensor(fill_value), np.shape(a)),
+    np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
+        astype(fill_value, dtype or a.dtype), a.shape),
 }
 for _function, _op in _FUNCTIONS.items():  # so that an unknown argument's TypeError says whose it was
     if _op.__qualname__ in ("<lambda>", "_reduction.<locals>.reduce"):
@@ -2096,7 +2098,7 @@ class Module:
         unknown = [name for name in state if name not in own] if strict else []
         if missing or unknown:
             raise KeyError(f"load_state_dict: missing {missing[:5]}, not in this {type(self).__name__}: {unknown[:5]}")
-        arrays = {name: np.asarray(_value(state[name])) for name in own}
+        arrays = {name: np.asarray(_value(state[name]), own[name].dtype) for name in own}
         for name, array in arrays.items():
             if array.shape != own[name].shape:
                 raise ValueError(f"load_state_dict: {name} has shape {array.shape}; this module needs {own[name].shape}")
@@ -2107,6 +2109,8 @@ class Module:
 
     def astype(self, dtype: Any) -> Module:
         """Convert all parameters and running statistics in place, for instance to float64; returns self."""
+        if np.dtype(dtype).kind != "f":
+            raise TypeError(f"Module.astype: parameters are floating-point numbers, not {dtype}")
         for _, module, key, item in list(self._named()):
             if isinstance(item, Parameter):
                 item._data, item.grad = item._data.astype(dtype), None
@@ -2175,6 +2179,7 @@ class Conv2d(Module):
                  padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
         kernel, self.stride, self.padding = _pair(kernel_size), stride, padding
+        _positive("Conv2d", kernel_height=kernel[0], kernel_width=kernel[1])
         fan_in = in_channels * math.prod(kernel)
         self.weight = _uniform((out_channels, in_channels, *kernel), fan_in)
         self.bias = _uniform((out_channels,), fan_in) if bias else None
