@@ -117,17 +117,13 @@ class Tensor:
         """The array itself. Writing into it is not recorded on the tape.
 
         Between a forward and its backward pass the tape needs the values it saw, so a write in
-        between must not pass unnoticed. When the array of a tracked tensor is handed out, we note
-        the time and a checksum, which the walk back compares (`_check_unwritten`).
+        between must not pass unnoticed. Once the array of a tracked tensor has been handed out,
+        its checksum is kept, and compared when it is used and when the walk back needs it.
         """
         if not isinstance(self._data, np.ndarray):  # NumPy returns scalars for 0-d results
             return np.asarray(self._data)
         if self.requires_grad:
-            written, handed_out, checksum = self._guard or (0, 0, None)
-            now = _checksum(self._data)
-            if checksum is not None and checksum != now:
-                written = handed_out
-            self._guard = (written, next(_clock), now)
+            _renew_guard(self)
         return self._data
 
     @data.setter
@@ -299,9 +295,16 @@ def _holds_tensor(items: Any) -> bool:
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
+# A guard is None, or (when the data was last written to, its checksum or None).
+
 def _note_write(t: Tensor) -> None:
     """Note that the data of `t` changed just now; a tape that still needs it will say so."""
-    t._guard = (next(_clock), 0, None)
+    t._guard = next(_clock), None
+
+def _renew_guard(t: Tensor) -> None:
+    """Take the checksum of `t`, and note a write if it is not what it was."""
+    (written, before), now = t._guard or (0, None), _checksum(t._data)
+    t._guard = written if before in (None, now) else next(_clock), now
 
 # ## The tape
 #
@@ -396,8 +399,8 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
 
 def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
     """Raise if the array of `t` was written to after the operation made at `since` saw it."""
-    written, handed_out, checksum = t._guard
-    if written > since or handed_out > since and _checksum(t._data) != checksum:
+    written, checksum = t._guard
+    if written > since or checksum not in (None, _checksum(t._data)):
         name = f"{t.label!r}, " if t.label else ""
         raise RuntimeError(f"{op.__name__}: the data of a tensor ({name}shape {t.shape}) was "
                            "changed between forward and backward, and the gradient would be wrong; "
@@ -948,6 +951,8 @@ def _operation(forward: Callable, rules: Any, is_fused: bool,
         for a in args:
             if isinstance(a, Tensor):
                 constant, tracked = False, tracked or a.requires_grad
+                if a._guard is not None and a._guard[1] is not None:
+                    _renew_guard(a)
                 a = a._data
             elif a.__class__ is list and a:
                 convert = as_tensor if _holds_tensor(a) else np.asarray

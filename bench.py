@@ -1,0 +1,311 @@
+"""How fast is nanoad, and how much memory does it take? Beside PyTorch, where that is installed.
+
+    python bench.py                          every row, in under three minutes
+    python bench.py --filter 'conv|pool'     some of them
+    python bench.py --threads 1 --json speed.json
+
+Forward and backward are medians in microseconds; a training step's backward includes clipping and
+the optimizer. Peak is the most memory held during one forward and backward beyond what was there
+before. The ratio is nanoad's forward plus backward over PyTorch's: below 1, nanoad is faster.
+
+nanoad can use several cores in two ways, and the table has both. With one Python thread, BLAS
+spreads each matrix product over the cores. Or the batch is cut into shards, one per Python thread,
+and BLAS stays on the core it is called from. PyTorch always has all the threads it is given.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+add = parser.add_argument
+add("--filter", metavar="REGEX", default="", help="only rows whose name matches")
+add("--repeat", metavar="N", type=int, default=7, help="turns per row (default 7)")
+add("--threads", metavar="N", type=int, default=os.cpu_count(), help="for both (default: all cores)")
+add("--json", metavar="FILE", help="write the measurements there too")
+# What needs a process of its own, this script does as a child of itself that is told its part.
+add("--part", default="all", help=argparse.SUPPRESS)
+options = parser.parse_args()
+if options.repeat < 1 or options.threads < 1:
+    parser.error("--repeat and --threads must be at least 1")
+
+# A BLAS reads how many threads it may have when NumPy is imported, so it is told before.
+SHARDS = options.threads if options.part == "shards" else 1
+for blas in ("OPENBLAS_NUM", "MKL_NUM", "OMP_NUM", "VECLIB_MAXIMUM"):
+    os.environ[f"{blas}_THREADS"] = str(options.threads // SHARDS)
+import numpy as np  # noqa: E402
+import nanoad  # noqa: E402
+
+try:
+    import torch
+    import torch.nn.functional as F
+    torch.set_num_threads(options.threads)
+except ImportError:
+    torch = None
+LIBRARIES = [nanoad, F] if torch else [nanoad]
+clock = time.perf_counter
+nanoad._calm_the_allocator()  # as every training process does: making an optimizer calls it
+
+# ## Operations
+#
+# Each is a name, its inputs (a shape stands for random numbers that want a gradient, an array for
+# itself), and one expression that both libraries understand, F being nanoad or PyTorch.
+def chain(a, b):
+    y = a
+    for _ in range(500):
+        y = y * a + b
+    return y
+
+def attention(F, qkv, heads):
+    return nanoad.causal_self_attention(qkv, heads) if F is nanoad else torch_attention(qkv, heads)
+
+BIG, TEN, MANY = (128, 64, 14, 14), np.arange(128) % 10, np.arange(1024) % 65
+OPS = [
+    ("add", [BIG, BIG], lambda F, a, b: a + b),
+    ("sub", [BIG, BIG], lambda F, a, b: a - b),
+    ("mul", [BIG, BIG], lambda F, a, b: a * b),
+    ("div", [BIG, BIG], lambda F, a, b: a / b),
+    ("power 3", [BIG], lambda F, x: x ** 3),
+    ("relu", [BIG], lambda F, x: x.relu()),
+    ("tanh", [BIG], lambda F, x: x.tanh()),
+    ("gelu", [BIG], lambda F, x: F.gelu(x, **{} if F is nanoad else {"approximate": "tanh"})),
+    ("exp", [BIG], lambda F, x: x.exp()),
+    ("matmul", [(128, 784), (784, 128)], lambda F, a, b: a @ b),
+    ("transpose", [(128, 16, 7, 7)], lambda F, x: x.swapaxes(1, 3)),
+    ("reshape", [(128, 784)], lambda F, x: x.reshape(128, 16, 7, 7)),
+    ("sum over 2 and 3", [BIG], lambda F, x: x.sum((2, 3))),
+    ("mean over 2 and 3", [BIG], lambda F, x: x.mean((2, 3))),
+    ("softmax", [(128, 10)], lambda F, x: F.softmax(x, -1)),
+    ("softmax", [(4096, 65)], lambda F, x: F.softmax(x, -1)),
+    ("cross_entropy", [(128, 10), TEN], lambda F, x, t: F.cross_entropy(x, t)),
+    ("cross_entropy", [(1024, 65), MANY], lambda F, x, t: F.cross_entropy(x, t)),
+    ("conv2d", [(128, 8, 14, 14), (16, 8, 3, 3)], lambda F, x, w: F.conv2d(x, w, padding=1)),
+    ("max_pool2d by 2", [(128, 16, 14, 14)], lambda F, x: F.max_pool2d(x, 2)),
+    ("batch_norm", [(128, 8, 28, 28), np.zeros(8, "f"), np.ones(8, "f"), (8,), (8,)],
+     lambda F, x, mean, var, w, b: F.batch_norm(x, mean, var, w, b, training=True)),
+    ("layer_norm", [(32, 32, 64), (64,), (64,)],
+     lambda F, x, w, b: F.layer_norm(x, *[] if F is nanoad else [w.shape], w, b)),
+    ("attention module", [(32, 32, 64), (192, 64), (64, 64)],
+     lambda F, x, w, v: F.linear(attention(F, F.linear(x, w), 4), v)),
+    ("embedding of 1,024 ids", [(65, 64), MANY], lambda F, w, ids: F.embedding(ids, w)),
+    ("chain of 1,000 scalar ops", [(), ()], lambda F, a, b: chain(a, b)),
+    ("one scalar op", [(), ()], lambda F, a, b: a * b),
+]
+
+# A job does its work once and returns the seconds of its forward and of its backward pass.
+def op_job(F, f, inputs):
+    draw = np.random.default_rng(0).standard_normal  # the same numbers for both
+    array = np.asarray if F is nanoad else torch.tensor
+    leaf = nanoad.Tensor if F is nanoad else lambda a: torch.tensor(a, requires_grad=True)
+    inputs = [leaf(np.array(draw(x), "f")) if isinstance(x, tuple) else array(x) for x in inputs]
+    cotangent = array(np.array(draw(f(F, *inputs).shape), "f"))
+    leaves = [x for x in inputs if getattr(x, "requires_grad", False)]
+
+    def job():
+        start = clock()
+        y = f(F, *inputs)
+        middle = clock()
+        y.backward(cotangent)
+        end = clock()
+        for x in leaves:
+            x.grad = None
+        return middle - start, end - middle
+    return job
+
+# ## Networks
+#
+# nanoad's, and the same in PyTorch. Its GPT is a function of nanoad's weights.
+GPTS = {  # vocabulary, width, heads, layers, context; `small` is train_gpt.py's
+    "width 32": (64, 32, 2, 2, 16), "width 64": (65, 64, 4, 4, 32),
+    "width 256": (65, 256, 8, 6, 128), "small": (65, 128, 4, 4, 64),
+}
+
+def torch_attention(qkv, heads, seen=None):
+    b, t, c = qkv.shape
+    q, k, v = qkv.view(b, t, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    if seen is not None:  # what was read before, if anything
+        k, v = seen[:] = [torch.cat([*seen[i:i + 1], new], 2) for i, new in enumerate((k, v))]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+    return y.transpose(1, 2).reshape(b, t, c // 3)
+
+def torch_gpt(weights, heads, ids, seen=None):
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"])
+
+    def linear(x, name):
+        return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
+
+    start = seen[0][0].shape[2] if seen and seen[0] else 0
+    places = torch.arange(start, start + ids.shape[1])
+    x = F.embedding(ids, weights["tok_emb.weight"]) + F.embedding(places, weights["pos_emb.weight"])
+    for i in range(sum(name.endswith("qkv.weight") for name in weights)):
+        block = f"blocks.{i}."
+        y = linear(norm(x, block + "ln1"), block + "attn.qkv")
+        x = x + linear(torch_attention(y, heads, seen and seen[i]), block + "attn.proj")
+        y = F.gelu(linear(norm(x, block + "ln2"), block + "mlp.0"), approximate="tanh")
+        x = x + linear(y, block + "mlp.2")
+    return linear(norm(x, "ln_f"), "tok_emb")
+
+def cnn(nn):
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * 7 * 7, 10))
+
+def network(F, size):
+    """(the network, its parameters, its optimizer)"""
+    model = nanoad.GPT(*GPTS[size]) if size in GPTS else cnn(nanoad.nn if F is nanoad else torch.nn)
+    optimizers = nanoad if F is nanoad else torch.optim
+    parameters = list(model.parameters())
+    if F is not nanoad and size in GPTS:
+        weights = {name: torch.tensor(a).requires_grad_() for name, a in model.state_dict().items()}
+        parameters, heads = list(weights.values()), GPTS[size][2]
+        model = lambda ids, seen=None: torch_gpt(weights, heads, ids, seen)
+    return model, parameters, (optimizers.AdamW if size in GPTS else optimizers.Adam)(parameters)
+
+# A step as train_gpt.py does it: each thread has a shard of the batch, and the gradients are added
+# up. torch.autograd.grad is the counterpart of nanoad.gradients, so the text is the same for both.
+def step_job(F, size, count):
+    model, parameters, optimizer = network(F, size)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 10, (count, GPTS[size][-1]) if size in GPTS else count)
+    x = y[:, ::-1].copy() if size in GPTS else rng.random((count, 1, 28, 28), np.float32)
+    if F is nanoad:
+        gradients, clip = nanoad.gradients, nanoad.clip_grad_norm
+        shards = [np.array_split(a, SHARDS) for a in (x, y)]
+    else:
+        gradients, clip = torch.autograd.grad, torch.nn.utils.clip_grad_norm_
+        shards = [[torch.tensor(a)] for a in (x, y)]
+    each = ThreadPoolExecutor(SHARDS).map if len(shards[0]) > 1 else map
+
+    def share(x, y):
+        logits = model(x)
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+        loss = loss * (len(x) / count)
+        return clock(), gradients(loss, parameters)
+
+    def job():
+        start = clock()
+        (middle, *_), parts = zip(*each(share, *shards))
+        for p, (one, *others) in zip(parameters, zip(*parts)):
+            p.grad = sum(others, one)
+        clip(parameters, 1.0)
+        optimizer.step()
+        return middle - start, clock() - middle
+    return job
+
+def generate_job(F, size="small", count=400):
+    """Both keep keys and values; when the window is full, it slides and is read anew."""
+    model, context = network(F, size)[0], GPTS[size][-1]
+
+    def torch_generate(ids, count, seen=None):
+        for _ in range(count):
+            full = seen is None or seen[0][0].shape[2] == context
+            seen = [[] for _ in range(GPTS[size][3])] if full else seen
+            logits = model(ids[:, -context:] if full else ids[:, -1:], seen)[:, -1]
+            ids = torch.cat([ids, torch.multinomial(F.softmax(logits, -1), 1)], 1)
+
+    def job():
+        start = clock()
+        if F is nanoad:
+            model.generate(np.zeros((1, 1), int), count)
+        else:
+            torch.no_grad()(torch_generate)(torch.zeros((1, 1), dtype=torch.long), count)
+        return clock() - start, 0.0
+    return job
+
+# ## Measuring
+#
+# Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both.
+def alternate(jobs):
+    """The median (forward, backward) seconds of each job."""
+    start, counts, samples = clock(), [], [[] for _ in jobs]
+    for job in jobs:
+        job()
+        counts.append(1 + int(0.02 / sum(job())))  # what is short runs often in a turn
+    for turn in range(options.repeat):
+        if turn < 3 or clock() - start < 8:  # and what takes seconds has fewer turns
+            for job, count, sample in zip(jobs, counts, samples):
+                time.sleep(0.05)
+                if count > 1:
+                    job()
+                sample += [job() for _ in range(count)]
+    return [tuple(map(statistics.median, zip(*sample))) for sample in samples]
+
+def measure(name, make):
+    if sys.stderr.isatty():
+        print(f"\r\033[K{name}", end="", file=sys.stderr, flush=True)
+    jobs = [make(F) for F in LIBRARIES]
+    tracemalloc.start()  # NumPy tells it of its arrays
+    jobs[0]()
+    row = {"work": name, "peak KiB": tracemalloc.get_traced_memory()[1] / 1024}
+    tracemalloc.stop()
+    for who, (forward, backward) in zip(("", "PyTorch "), alternate(jobs)):
+        row |= {who + "forward us": forward * 1e6, who + "backward us": backward * 1e6,
+                "ratio": (row.get("forward us", 0) + row.get("backward us", 0)) / 1e6 / (forward + backward)}
+    return row
+
+def output_of(*command):
+    return json.loads(subprocess.run([sys.executable, *command], stdout=-1, check=True).stdout)
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+if options.part in ("0", "1"):  # the memory that two steps take of the system, in a fresh process
+    before = resident("VmRSS")
+    job = step_job(LIBRARIES[int(options.part)], "width 256", 32)
+    job()
+    job()
+    sys.exit(print(resident("VmHWM") - before))
+
+rows = []
+if options.part == "all":
+    for name, inputs, f in OPS:
+        shapes = ", ".join(str(x) for x in inputs if isinstance(x, tuple)).replace("(8,)", "")
+        rows.append((f"{name} {inputs[0]}", functools.partial(op_job, f=f, inputs=inputs)))
+    rows.append(("gpt_step, width 32", lambda F: step_job(F, "width 32", 8)))
+mode = f"{SHARDS} Python thread" + "s" * (SHARDS > 1)
+rows += [(f"GPT step, width 64, {mode}", lambda F: step_job(F, "width 64", 32)),
+         (f"GPT step, width 256, {mode}", lambda F: step_job(F, "width 256", 32)),
+         (f"CNN step, {mode}", lambda F: step_job(F, "cnn", 128)),
+         (f"generate 400 tokens, {mode}", generate_job)]
+table = [measure(name, make) for name, make in rows if re.search(options.filter, name)]
+if options.part == "shards":
+    sys.exit(print(json.dumps(table)))
+
+again = [__file__, "--filter", options.filter, "--repeat", str(options.repeat),
+         "--threads", str(options.threads), "--part"]
+if options.threads > 1:
+    table += output_of(*again, "shards")
+name = "GPT step, width 256, resident memory"
+if re.search(options.filter, name) and os.path.exists("/proc/self/status"):
+    peaks = [output_of(*again, str(i)) for i in range(len(LIBRARIES))]
+    table.append({"work": name, "peak KiB": peaks[0], "PyTorch peak KiB": peaks[-1], "ratio": peaks[0] / peaks[-1]})
+name = "import nanoad, after NumPy"
+if re.search(options.filter, name):
+    code = "import time, numpy; t = time.perf_counter(); import nanoad; print(time.perf_counter() - t)"
+    table.append({"work": name, "forward us": 1e6 * statistics.median(output_of("-c", code) for _ in range(9))})
+
+columns = ["work", "forward us", "backward us", "peak KiB", "PyTorch forward us", "PyTorch backward us", "PyTorch peak KiB", "ratio"]
+columns = columns if torch else columns[:4]
+print("|", " | ".join(columns), "|\n|", " | ".join(["---"] + ["---:"] * (len(columns) - 1)), "|")
+for row in table:
+    cells = [row.get(c, "") for c in columns]
+    print("|", " | ".join(f"{c:,.{2 if c < 10 else 0}f}" if isinstance(c, float | int) else c for c in cells), "|")
+ratios = [row["ratio"] for row in table if row["work"] in dict(rows[:-4]) and row["work"] != "one scalar op"]
+if torch and ratios:
+    print(f"\nGeometric mean of the {len(ratios)} ratios of operations: {statistics.geometric_mean(ratios):.2f}")
+if options.json:
+    machine = dict(python=platform.python_version(), numpy=np.__version__, torch=torch and torch.__version__, threads=options.threads, machine=platform.platform())
+    with open(options.json, "w") as file:
+        json.dump({"machine": machine, "rows": table}, file, indent=1)
