@@ -1,9 +1,5 @@
 """How fast is nanoad, and how much memory does it take? Beside PyTorch, where that is installed.
 
-    python bench.py                          every row, in under three minutes
-    python bench.py --filter 'conv|pool'     some of them
-    python bench.py --threads 1 --json speed.json
-
 Forward and backward are medians in microseconds; a training step's backward includes clipping and
 the optimizer. Peak is the most memory held during one forward and backward beyond what was there
 before. The ratio is nanoad's forward plus backward over PyTorch's: below 1, nanoad is faster.
@@ -65,9 +61,6 @@ def chain(a, b):
         y = y * a + b
     return y
 
-def attention(F, qkv, heads):
-    return nanoad.causal_self_attention(qkv, heads) if F is nanoad else torch_attention(qkv, heads)
-
 BIG, TEN, MANY = (128, 64, 14, 14), np.arange(128) % 10, np.arange(1024) % 65
 OPS = [
     ("add", [BIG, BIG], lambda F, a, b: a + b),
@@ -94,8 +87,8 @@ OPS = [
      lambda F, x, mean, var, w, b: F.batch_norm(x, mean, var, w, b, training=True)),
     ("layer_norm", [(32, 32, 64), (64,), (64,)],
      lambda F, x, w, b: F.layer_norm(x, *[] if F is nanoad else [w.shape], w, b)),
-    ("attention module", [(32, 32, 64), (192, 64), (64, 64)],
-     lambda F, x, w, v: F.linear(attention(F, F.linear(x, w), 4), v)),
+    ("attention module", [(32, 32, 64), (192, 64), (64, 64)], lambda F, x, w, v: F.linear(
+        (nanoad.causal_self_attention if F is nanoad else torch_attention)(F.linear(x, w), 4), v)),
     ("embedding of 1,024 ids", [(65, 64), MANY], lambda F, w, ids: F.embedding(ids, w)),
     ("chain of 1,000 scalar ops", [(), ()], lambda F, a, b: chain(a, b)),
     ("one scalar op", [(), ()], lambda F, a, b: a * b),
@@ -137,7 +130,7 @@ def torch_attention(qkv, heads, seen=None):
     y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
     return y.transpose(1, 2).reshape(b, t, c // 3)
 
-def torch_gpt(weights, heads, ids, seen=None):
+def torch_gpt(weights, heads, layers, ids, seen=None):
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"])
 
@@ -147,12 +140,11 @@ def torch_gpt(weights, heads, ids, seen=None):
     start = seen[0][0].shape[2] if seen and seen[0] else 0
     places = torch.arange(start, start + ids.shape[1])
     x = F.embedding(ids, weights["tok_emb.weight"]) + F.embedding(places, weights["pos_emb.weight"])
-    for i in range(sum(name.endswith("qkv.weight") for name in weights)):
-        block = f"blocks.{i}."
-        y = linear(norm(x, block + "ln1"), block + "attn.qkv")
-        x = x + linear(torch_attention(y, heads, seen and seen[i]), block + "attn.proj")
-        y = F.gelu(linear(norm(x, block + "ln2"), block + "mlp.0"), approximate="tanh")
-        x = x + linear(y, block + "mlp.2")
+    for i in range(layers):
+        qkv = linear(norm(x, f"blocks.{i}.ln1"), f"blocks.{i}.attn.qkv")
+        x = x + linear(torch_attention(qkv, heads, seen and seen[i]), f"blocks.{i}.attn.proj")
+        y = linear(norm(x, f"blocks.{i}.ln2"), f"blocks.{i}.mlp.0")
+        x = x + linear(F.gelu(y, approximate="tanh"), f"blocks.{i}.mlp.2")
     return linear(norm(x, "ln_f"), "tok_emb")
 
 def cnn(nn):
@@ -162,29 +154,27 @@ def cnn(nn):
         nn.Flatten(), nn.Linear(16 * 7 * 7, 10))
 
 def network(F, size):
-    """(the network, its parameters, its optimizer)"""
+    """A network and its parameters."""
     model = nanoad.GPT(*GPTS[size]) if size in GPTS else cnn(nanoad.nn if F is nanoad else torch.nn)
-    optimizers = nanoad if F is nanoad else torch.optim
-    parameters = list(model.parameters())
-    if F is not nanoad and size in GPTS:
-        weights = {name: torch.tensor(a).requires_grad_() for name, a in model.state_dict().items()}
-        parameters, heads = list(weights.values()), GPTS[size][2]
-        model = lambda ids, seen=None: torch_gpt(weights, heads, ids, seen)
-    return model, parameters, (optimizers.AdamW if size in GPTS else optimizers.Adam)(parameters)
+    if F is nanoad or size not in GPTS:
+        return model, list(model.parameters())
+    weights = {name: torch.tensor(a).requires_grad_() for name, a in model.state_dict().items()}
+    return functools.partial(torch_gpt, weights, *GPTS[size][2:4]), list(weights.values())
 
 # A step as train_gpt.py does it: each thread has a shard of the batch, and the gradients are added
 # up. torch.autograd.grad is the counterpart of nanoad.gradients, so the text is the same for both.
 def step_job(F, size, count):
-    model, parameters, optimizer = network(F, size)
+    model, parameters = network(F, size)
     rng = np.random.default_rng(0)
     y = rng.integers(0, 10, (count, GPTS[size][-1]) if size in GPTS else count)
     x = y[:, ::-1].copy() if size in GPTS else rng.random((count, 1, 28, 28), np.float32)
     if F is nanoad:
-        gradients, clip = nanoad.gradients, nanoad.clip_grad_norm
+        optimizers, gradients, clip = nanoad, nanoad.gradients, nanoad.clip_grad_norm
         shards = [np.array_split(a, SHARDS) for a in (x, y)]
     else:
-        gradients, clip = torch.autograd.grad, torch.nn.utils.clip_grad_norm_
+        optimizers, gradients, clip = torch.optim, torch.autograd.grad, torch.nn.utils.clip_grad_norm_
         shards = [[torch.tensor(a)] for a in (x, y)]
+    optimizer = (optimizers.AdamW if size in GPTS else optimizers.Adam)(parameters)
     each = ThreadPoolExecutor(SHARDS).map if len(shards[0]) > 1 else map
 
     def share(x, y):
@@ -203,29 +193,31 @@ def step_job(F, size, count):
         return middle - start, clock() - middle
     return job
 
-def generate_job(F, size="small", count=400):
-    """Both keep keys and values; when the window is full, it slides and is read anew."""
-    model, context = network(F, size)[0], GPTS[size][-1]
+def generate_job(F):
+    model, (_, _, _, layers, context) = network(F, "small")[0], GPTS["small"]
 
-    def torch_generate(ids, count, seen=None):
-        for _ in range(count):
+    def generate(ids):
+        seen = None
+        for _ in range(400):
             full = seen is None or seen[0][0].shape[2] == context
-            seen = [[] for _ in range(GPTS[size][3])] if full else seen
+            seen = [[] for _ in range(layers)] if full else seen  # read anew, as nanoad's GPT does
             logits = model(ids[:, -context:] if full else ids[:, -1:], seen)[:, -1]
             ids = torch.cat([ids, torch.multinomial(F.softmax(logits, -1), 1)], 1)
 
     def job():
         start = clock()
         if F is nanoad:
-            model.generate(np.zeros((1, 1), int), count)
+            model.generate(np.zeros((1, 1), int), 400)
         else:
-            torch.no_grad()(torch_generate)(torch.zeros((1, 1), dtype=torch.long), count)
+            torch.no_grad()(generate)(torch.zeros((1, 1), dtype=torch.long))
         return clock() - start, 0.0
     return job
 
 # ## Measuring
 #
-# Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both.
+# Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both. After
+# a product OpenBLAS lets its idle threads spin for up to 70 ms in case of another, and PyTorch for
+# 8, which would take a core from the other's turn; so each turn begins with a pause.
 def alternate(jobs):
     """The median (forward, backward) seconds of each job."""
     start, counts, samples = clock(), [], [[] for _ in jobs]
@@ -235,77 +227,77 @@ def alternate(jobs):
     for turn in range(options.repeat):
         if turn < 3 or clock() - start < 8:  # and what takes seconds has fewer turns
             for job, count, sample in zip(jobs, counts, samples):
-                time.sleep(0.05)
-                if count > 1:
+                time.sleep(0.1)
+                for _ in range(1 if count > 1 else 0):
                     job()
                 sample += [job() for _ in range(count)]
     return [tuple(map(statistics.median, zip(*sample))) for sample in samples]
 
 def measure(name, make):
     if sys.stderr.isatty():
-        print(f"\r\033[K{name}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{name}\r", end="", file=sys.stderr, flush=True)
     jobs = [make(F) for F in LIBRARIES]
     tracemalloc.start()  # NumPy tells it of its arrays
     jobs[0]()
-    row = {"work": name, "peak KiB": tracemalloc.get_traced_memory()[1] / 1024}
+    peak = tracemalloc.get_traced_memory()[1] / 1024
     tracemalloc.stop()
-    for who, (forward, backward) in zip(("", "PyTorch "), alternate(jobs)):
-        row |= {who + "forward us": forward * 1e6, who + "backward us": backward * 1e6,
-                "ratio": (row.get("forward us", 0) + row.get("backward us", 0)) / 1e6 / (forward + backward)}
+    (f, b), *theirs = alternate(jobs)
+    row = {"work": name, "forward us": f * 1e6, "backward us": b * 1e6, "peak KiB": peak}
+    for tf, tb in theirs:
+        row |= {"torch forward us": tf * 1e6, "torch backward us": tb * 1e6, "ratio": (f + b) / (tf + tb)}
     return row
 
 def output_of(*command):
+    """What another Python process prints."""
     return json.loads(subprocess.run([sys.executable, *command], stdout=-1, check=True).stdout)
 
 def resident(field):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field))
 
-if options.part in ("0", "1"):  # the memory that two steps take of the system, in a fresh process
-    before = resident("VmRSS")
-    job = step_job(LIBRARIES[int(options.part)], "width 256", 32)
-    job()
-    job()
+if options.part in "01":  # the memory that two steps of one library need, in a fresh process
+    before, job = resident("VmRSS"), step_job(LIBRARIES[int(options.part)], "width 256", 32)
+    job(), job()
     sys.exit(print(resident("VmHWM") - before))
-
 rows = []
 if options.part == "all":
-    for name, inputs, f in OPS:
-        shapes = ", ".join(str(x) for x in inputs if isinstance(x, tuple)).replace("(8,)", "")
-        rows.append((f"{name} {inputs[0]}", functools.partial(op_job, f=f, inputs=inputs)))
-    rows.append(("gpt_step, width 32", lambda F: step_job(F, "width 32", 8)))
-mode = f"{SHARDS} Python thread" + "s" * (SHARDS > 1)
-rows += [(f"GPT step, width 64, {mode}", lambda F: step_job(F, "width 64", 32)),
-         (f"GPT step, width 256, {mode}", lambda F: step_job(F, "width 256", 32)),
-         (f"CNN step, {mode}", lambda F: step_job(F, "cnn", 128)),
-         (f"generate 400 tokens, {mode}", generate_job)]
+    rows = [(f"{name} {inputs[0]}", functools.partial(op_job, f=f, inputs=inputs)) for name, inputs, f in OPS]
+    rows.append(("GPT step, width 32", functools.partial(step_job, size="width 32", count=8)))
+mode = f"{SHARDS} Python thread{'s' * (SHARDS > 1)}"
+for name, size, count in ("GPT", "width 64", 32), ("GPT", "width 256", 32), ("CNN", "8-16", 128):
+    rows.append((f"{name} step, {size}, {mode}", functools.partial(step_job, size=size, count=count)))
+rows.append((f"generate 400 tokens, {mode}", generate_job))
 table = [measure(name, make) for name, make in rows if re.search(options.filter, name)]
 if options.part == "shards":
     sys.exit(print(json.dumps(table)))
 
 again = [__file__, "--filter", options.filter, "--repeat", str(options.repeat),
          "--threads", str(options.threads), "--part"]
-if options.threads > 1:
-    table += output_of(*again, "shards")
-name = "GPT step, width 256, resident memory"
+table += output_of(*again, "shards") if options.threads > 1 else []
+name = "GPT step, width 256, memory of the process"
 if re.search(options.filter, name) and os.path.exists("/proc/self/status"):
     peaks = [output_of(*again, str(i)) for i in range(len(LIBRARIES))]
-    table.append({"work": name, "peak KiB": peaks[0], "PyTorch peak KiB": peaks[-1], "ratio": peaks[0] / peaks[-1]})
+    table.append({"work": name, "peak KiB": peaks[0]})
+    if torch:
+        table[-1] |= {"torch peak KiB": peaks[1], "ratio": peaks[0] / peaks[1]}
 name = "import nanoad, after NumPy"
 if re.search(options.filter, name):
     code = "import time, numpy; t = time.perf_counter(); import nanoad; print(time.perf_counter() - t)"
-    table.append({"work": name, "forward us": 1e6 * statistics.median(output_of("-c", code) for _ in range(9))})
+    seconds = statistics.median(output_of("-c", code) for _ in range(9))
+    table.append({"work": name, "forward us": seconds * 1e6})
 
-columns = ["work", "forward us", "backward us", "peak KiB", "PyTorch forward us", "PyTorch backward us", "PyTorch peak KiB", "ratio"]
-columns = columns if torch else columns[:4]
-print("|", " | ".join(columns), "|\n|", " | ".join(["---"] + ["---:"] * (len(columns) - 1)), "|")
+columns = ["work", "forward us", "backward us", "peak KiB"]
+columns += ["torch forward us", "torch backward us", "torch peak KiB", "ratio"] if torch else []
+print("|", " | ".join(columns), "|\n| --- |", " | ".join(["---:"] * (len(columns) - 1)), "|")
 for row in table:
-    cells = [row.get(c, "") for c in columns]
-    print("|", " | ".join(f"{c:,.{2 if c < 10 else 0}f}" if isinstance(c, float | int) else c for c in cells), "|")
-ratios = [row["ratio"] for row in table if row["work"] in dict(rows[:-4]) and row["work"] != "one scalar op"]
-if torch and ratios:
-    print(f"\nGeometric mean of the {len(ratios)} ratios of operations: {statistics.geometric_mean(ratios):.2f}")
+    cells = [f"{row[c]:,.{0 if row[c] > 10 else 2}f}" if c in row else "" for c in columns[1:]]
+    print("|", row["work"], "|", " | ".join(cells), "|")
+names = [name for name, _ in rows[:27] if name != "one scalar op ()"]
+ratios = [row["ratio"] for row in table if torch and row["work"] in names]
+if ratios:
+    print(f"\nGeometric mean of {len(ratios)} operations' ratios: {statistics.geometric_mean(ratios):.2f}")
 if options.json:
-    machine = dict(python=platform.python_version(), numpy=np.__version__, torch=torch and torch.__version__, threads=options.threads, machine=platform.platform())
+    machine = {"machine": platform.platform(), "python": platform.python_version(),
+               "numpy": np.__version__, "torch": torch and torch.__version__, "threads": options.threads}
     with open(options.json, "w") as file:
-        json.dump({"machine": machine, "rows": table}, file, indent=1)
+        json.dump({**machine, "rows": table}, file, indent=1)
