@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -25,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 add = parser.add_argument
 add("--filter", metavar="REGEX", default="", help="only rows whose name matches")
-add("--repeat", metavar="N", type=int, default=7, help="turns per row (default 7)")
-add("--threads", metavar="N", type=int, default=os.cpu_count(), help="for both (default: all cores)")
+add("--repeat", metavar="N", type=int, default=5, help="turns per row (default 5)")
+add("--threads", metavar="N", type=int, default=os.cpu_count(), help="(default: one per core)")
 add("--json", metavar="FILE", help="write the measurements there too")
 # What needs a process of its own, this script does as a child of itself that is told its part.
-add("--part", default="all", help=argparse.SUPPRESS)
+add("--part", default="all", choices=["all", "shards", "0", "1"], help=argparse.SUPPRESS)
 options = parser.parse_args()
 if options.repeat < 1 or options.threads < 1:
     parser.error("--repeat and --threads must be at least 1")
@@ -49,18 +48,12 @@ except ImportError:
     torch = None
 LIBRARIES = [nanoad, F] if torch else [nanoad]
 clock = time.perf_counter
-nanoad._calm_the_allocator()  # as every training process does: making an optimizer calls it
+nanoad._calm_the_allocator()  # as in every training process, where making an optimizer calls it
 
 # ## Operations
 #
 # Each is a name, its inputs (a shape stands for random numbers that want a gradient, an array for
 # itself), and one expression that both libraries understand, F being nanoad or PyTorch.
-def chain(a, b):
-    y = a
-    for _ in range(500):
-        y = y * a + b
-    return y
-
 BIG, TEN, MANY = (128, 64, 14, 14), np.arange(128) % 10, np.arange(1024) % 65
 OPS = [
     ("add", [BIG, BIG], lambda F, a, b: a + b),
@@ -72,7 +65,7 @@ OPS = [
     ("tanh", [BIG], lambda F, x: x.tanh()),
     ("gelu", [BIG], lambda F, x: F.gelu(x, **{} if F is nanoad else {"approximate": "tanh"})),
     ("exp", [BIG], lambda F, x: x.exp()),
-    ("matmul", [(128, 784), (784, 128)], lambda F, a, b: a @ b),
+    ("matmul by 784 x 128", [(128, 784), (784, 128)], lambda F, a, b: a @ b),
     ("transpose", [(128, 16, 7, 7)], lambda F, x: x.swapaxes(1, 3)),
     ("reshape", [(128, 784)], lambda F, x: x.reshape(128, 16, 7, 7)),
     ("sum over 2 and 3", [BIG], lambda F, x: x.sum((2, 3))),
@@ -90,7 +83,8 @@ OPS = [
     ("attention module", [(32, 32, 64), (192, 64), (64, 64)], lambda F, x, w, v: F.linear(
         (nanoad.causal_self_attention if F is nanoad else torch_attention)(F.linear(x, w), 4), v)),
     ("embedding of 1,024 ids", [(65, 64), MANY], lambda F, w, ids: F.embedding(ids, w)),
-    ("chain of 1,000 scalar ops", [(), ()], lambda F, a, b: chain(a, b)),
+    ("chain of 1,000 scalar ops", [(), ()],
+     lambda F, a, b: functools.reduce(lambda y, _: y * a + b, range(500), a)),
     ("one scalar op", [(), ()], lambda F, a, b: a * b),
 ]
 
@@ -102,7 +96,6 @@ def op_job(F, f, inputs):
     inputs = [leaf(np.array(draw(x), "f")) if isinstance(x, tuple) else array(x) for x in inputs]
     cotangent = array(np.array(draw(f(F, *inputs).shape), "f"))
     leaves = [x for x in inputs if getattr(x, "requires_grad", False)]
-
     def job():
         start = clock()
         y = f(F, *inputs)
@@ -116,7 +109,7 @@ def op_job(F, f, inputs):
 
 # ## Networks
 #
-# nanoad's, and the same in PyTorch. Its GPT is a function of nanoad's weights.
+# nanoad's, and the same in PyTorch, where the GPT is a function of nanoad's weights.
 GPTS = {  # vocabulary, width, heads, layers, context; `small` is train_gpt.py's
     "width 32": (64, 32, 2, 2, 16), "width 64": (65, 64, 4, 4, 32),
     "width 256": (65, 256, 8, 6, 128), "small": (65, 128, 4, 4, 64),
@@ -125,7 +118,7 @@ GPTS = {  # vocabulary, width, heads, layers, context; `small` is train_gpt.py's
 def torch_attention(qkv, heads, seen=None):
     b, t, c = qkv.shape
     q, k, v = qkv.view(b, t, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-    if seen is not None:  # what was read before, if anything
+    if seen is not None:  # the keys and values of what was read before, if anything
         k, v = seen[:] = [torch.cat([*seen[i:i + 1], new], 2) for i, new in enumerate((k, v))]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
     return y.transpose(1, 2).reshape(b, t, c // 3)
@@ -133,10 +126,8 @@ def torch_attention(qkv, heads, seen=None):
 def torch_gpt(weights, heads, layers, ids, seen=None):
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"])
-
     def linear(x, name):
         return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
-
     start = seen[0][0].shape[2] if seen and seen[0] else 0
     places = torch.arange(start, start + ids.shape[1])
     x = F.embedding(ids, weights["tok_emb.weight"]) + F.embedding(places, weights["pos_emb.weight"])
@@ -147,42 +138,37 @@ def torch_gpt(weights, heads, layers, ids, seen=None):
         x = x + linear(F.gelu(y, approximate="tanh"), f"blocks.{i}.mlp.2")
     return linear(norm(x, "ln_f"), "tok_emb")
 
-def cnn(nn):
-    return nn.Sequential(
+def network(F, size):
+    """A network and its parameters."""
+    nn, ours = nanoad.nn if F is nanoad else torch.nn, F is nanoad
+    model = nanoad.GPT(*GPTS[size]) if size in GPTS else nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(16 * 7 * 7, 10))
-
-def network(F, size):
-    """A network and its parameters."""
-    model = nanoad.GPT(*GPTS[size]) if size in GPTS else cnn(nanoad.nn if F is nanoad else torch.nn)
-    if F is nanoad or size not in GPTS:
+    if ours or size not in GPTS:
         return model, list(model.parameters())
     weights = {name: torch.tensor(a).requires_grad_() for name, a in model.state_dict().items()}
     return functools.partial(torch_gpt, weights, *GPTS[size][2:4]), list(weights.values())
 
 # A step as train_gpt.py does it: each thread has a shard of the batch, and the gradients are added
-# up. torch.autograd.grad is the counterpart of nanoad.gradients, so the text is the same for both.
+# up. torch.autograd.grad is the counterpart of nanoad.gradients, so both do the same.
 def step_job(F, size, count):
-    model, parameters = network(F, size)
-    rng = np.random.default_rng(0)
+    (model, parameters), rng = network(F, size), np.random.default_rng(0)
     y = rng.integers(0, 10, (count, GPTS[size][-1]) if size in GPTS else count)
     x = y[:, ::-1].copy() if size in GPTS else rng.random((count, 1, 28, 28), np.float32)
     if F is nanoad:
-        optimizers, gradients, clip = nanoad, nanoad.gradients, nanoad.clip_grad_norm
+        optim, gradients, clip = nanoad, nanoad.gradients, nanoad.clip_grad_norm
         shards = [np.array_split(a, SHARDS) for a in (x, y)]
     else:
-        optimizers, gradients, clip = torch.optim, torch.autograd.grad, torch.nn.utils.clip_grad_norm_
+        optim, gradients, clip = torch.optim, torch.autograd.grad, torch.nn.utils.clip_grad_norm_
         shards = [[torch.tensor(a)] for a in (x, y)]
-    optimizer = (optimizers.AdamW if size in GPTS else optimizers.Adam)(parameters)
+    optimizer = (optim.AdamW if size in GPTS else optim.Adam)(parameters)
     each = ThreadPoolExecutor(SHARDS).map if len(shards[0]) > 1 else map
-
     def share(x, y):
         logits = model(x)
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
         loss = loss * (len(x) / count)
         return clock(), gradients(loss, parameters)
-
     def job():
         start = clock()
         (middle, *_), parts = zip(*each(share, *shards))
@@ -193,58 +179,48 @@ def step_job(F, size, count):
         return middle - start, clock() - middle
     return job
 
-def generate_job(F):
+def writing_job(F):
     model, (_, _, _, layers, context) = network(F, "small")[0], GPTS["small"]
-
-    def generate(ids):
+    def generate(ids, count):  # as GPT.generate: when the window is full it slides, and is read anew
         seen = None
-        for _ in range(400):
+        for _ in range(count):
             full = seen is None or seen[0][0].shape[2] == context
-            seen = [[] for _ in range(layers)] if full else seen  # read anew, as nanoad's GPT does
+            seen = [[] for _ in range(layers)] if full else seen
             logits = model(ids[:, -context:] if full else ids[:, -1:], seen)[:, -1]
             ids = torch.cat([ids, torch.multinomial(F.softmax(logits, -1), 1)], 1)
-
+    write = model.generate if F is nanoad else torch.no_grad()(generate)
+    prompt = np.zeros((1, 1), int) if F is nanoad else torch.zeros((1, 1), dtype=torch.long)
     def job():
         start = clock()
-        if F is nanoad:
-            model.generate(np.zeros((1, 1), int), 400)
-        else:
-            torch.no_grad()(generate)(torch.zeros((1, 1), dtype=torch.long))
+        write(prompt, 400)
         return clock() - start, 0.0
     return job
 
 # ## Measuring
 #
 # Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both. After
-# a product OpenBLAS lets its idle threads spin for up to 70 ms in case of another, and PyTorch for
-# 8, which would take a core from the other's turn; so each turn begins with a pause.
-def alternate(jobs):
-    """The median (forward, backward) seconds of each job."""
-    start, counts, samples = clock(), [], [[] for _ in jobs]
-    for job in jobs:
-        job()
-        counts.append(1 + int(0.02 / sum(job())))  # what is short runs often in a turn
-    for turn in range(options.repeat):
-        if turn < 3 or clock() - start < 8:  # and what takes seconds has fewer turns
-            for job, count, sample in zip(jobs, counts, samples):
-                time.sleep(0.1)
-                for _ in range(1 if count > 1 else 0):
-                    job()
-                sample += [job() for _ in range(count)]
-    return [tuple(map(statistics.median, zip(*sample))) for sample in samples]
-
+# a product, OpenBLAS lets idle threads spin for up to 70 ms (PyTorch, 8) in case of another, which
+# would take a core from the other's turn; so a turn begins with a pause and an uncounted call.
 def measure(name, make):
     if sys.stderr.isatty():
         print(f"\r\033[K{name}\r", end="", file=sys.stderr, flush=True)
-    jobs = [make(F) for F in LIBRARIES]
+    begun, jobs = clock(), [make(F) for F in LIBRARIES]
     tracemalloc.start()  # NumPy tells it of its arrays
     jobs[0]()
-    peak = tracemalloc.get_traced_memory()[1] / 1024
+    row = {"work": name, "peak KiB": tracemalloc.get_traced_memory()[1] / 1024}
     tracemalloc.stop()
-    (f, b), *theirs = alternate(jobs)
-    row = {"work": name, "forward us": f * 1e6, "backward us": b * 1e6, "peak KiB": peak}
-    for tf, tb in theirs:
-        row |= {"torch forward us": tf * 1e6, "torch backward us": tb * 1e6, "ratio": (f + b) / (tf + tb)}
+    counts = [1 + int(0.02 / sum(job() and job())) for job in jobs]  # what is short runs often
+    samples = [[] for _ in jobs]
+    for turn in range(options.repeat):
+        if turn < 3 or clock() - begun < 8:  # and what takes seconds has fewer turns
+            for job, count, sample in zip(jobs, counts, samples):
+                time.sleep(0.1)
+                times = [job() for _ in range(count + (count > 1))]
+                sample += times[count > 1:]
+    for who, sample in zip(("", "torch "), samples):
+        forward, backward = (1e6 * statistics.median(seconds) for seconds in zip(*sample))
+        row |= {who + "forward us": forward, who + "backward us": backward}
+        row["ratio"] = (row["forward us"] + row["backward us"]) / (forward + backward)
     return row
 
 def output_of(*command):
@@ -255,18 +231,17 @@ def resident(field):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field))
 
-if options.part in "01":  # the memory that two steps of one library need, in a fresh process
+if options.part in "01":  # the memory of a process that takes two steps with one library
     before, job = resident("VmRSS"), step_job(LIBRARIES[int(options.part)], "width 256", 32)
-    job(), job()
-    sys.exit(print(resident("VmHWM") - before))
-rows = []
+    sys.exit(print(job() and job() and resident("VmHWM") - before))
+steps = [("GPT step, width 64", functools.partial(step_job, size="width 64", count=32)),
+         ("GPT step, width 256", functools.partial(step_job, size="width 256", count=32)),
+         ("CNN step", functools.partial(step_job, size="CNN", count=128)),
+         ("generate 400 tokens", writing_job)]
+rows = [(f"{name}, {SHARDS} Python thread" + "s" * (SHARDS > 1), make) for name, make in steps]
 if options.part == "all":
-    rows = [(f"{name} {inputs[0]}", functools.partial(op_job, f=f, inputs=inputs)) for name, inputs, f in OPS]
-    rows.append(("GPT step, width 32", functools.partial(step_job, size="width 32", count=8)))
-mode = f"{SHARDS} Python thread{'s' * (SHARDS > 1)}"
-for name, size, count in ("GPT", "width 64", 32), ("GPT", "width 256", 32), ("CNN", "8-16", 128):
-    rows.append((f"{name} step, {size}, {mode}", functools.partial(step_job, size=size, count=count)))
-rows.append((f"generate 400 tokens, {mode}", generate_job))
+    ops = [(f"{name} {i[0]}", functools.partial(op_job, f=f, inputs=i)) for name, i, f in OPS]
+    rows = [*ops, ("gpt_step", functools.partial(step_job, size="width 32", count=8)), *rows]
 table = [measure(name, make) for name, make in rows if re.search(options.filter, name)]
 if options.part == "shards":
     sys.exit(print(json.dumps(table)))
@@ -276,28 +251,26 @@ again = [__file__, "--filter", options.filter, "--repeat", str(options.repeat),
 table += output_of(*again, "shards") if options.threads > 1 else []
 name = "GPT step, width 256, memory of the process"
 if re.search(options.filter, name) and os.path.exists("/proc/self/status"):
-    peaks = [output_of(*again, str(i)) for i in range(len(LIBRARIES))]
-    table.append({"work": name, "peak KiB": peaks[0]})
-    if torch:
-        table[-1] |= {"torch peak KiB": peaks[1], "ratio": peaks[0] / peaks[1]}
-name = "import nanoad, after NumPy"
-if re.search(options.filter, name):
-    code = "import time, numpy; t = time.perf_counter(); import nanoad; print(time.perf_counter() - t)"
-    seconds = statistics.median(output_of("-c", code) for _ in range(9))
-    table.append({"work": name, "forward us": seconds * 1e6})
+    ours, theirs = [*(output_of(*again, str(i)) for i in range(len(LIBRARIES))), None][:2]
+    table.append({"work": name, "peak KiB": ours})
+    table[-1] |= {"torch peak KiB": theirs, "ratio": ours / theirs} if torch else {}
+name, code = "import nanoad", "import time, numpy; t = time.time(); import nanoad; print(time.time() - t)"
+if re.search(options.filter, name):  # in fresh processes that have NumPy already
+    table.append({"work": name, "forward us": 1e6 * statistics.median(
+        output_of("-c", code) for _ in range(9))})
 
-columns = ["work", "forward us", "backward us", "peak KiB"]
+columns = ["forward us", "backward us", "peak KiB"]
 columns += ["torch forward us", "torch backward us", "torch peak KiB", "ratio"] if torch else []
-print("|", " | ".join(columns), "|\n| --- |", " | ".join(["---:"] * (len(columns) - 1)), "|")
+print("| work |", " | ".join(columns), "|\n|", " --- |" + " ---: |" * len(columns))
 for row in table:
-    cells = [f"{row[c]:,.{0 if row[c] > 10 else 2}f}" if c in row else "" for c in columns[1:]]
+    cells = [f"{row[c]:,.{0 if row[c] > 10 else 2}f}" if c in row else "" for c in columns]
     print("|", row["work"], "|", " | ".join(cells), "|")
-names = [name for name, _ in rows[:27] if name != "one scalar op ()"]
-ratios = [row["ratio"] for row in table if torch and row["work"] in names]
-if ratios:
-    print(f"\nGeometric mean of {len(ratios)} operations' ratios: {statistics.geometric_mean(ratios):.2f}")
+names = [name for name, _ in rows[:-4] if "one scalar op" not in name]
+ratios = [row["ratio"] for row in table if row["work"] in names]
+if torch and ratios:
+    mean = statistics.geometric_mean(ratios)
+    print(f"\nGeometric mean of the ratios of {len(ratios)} operations: {mean:.2f}")
 if options.json:
-    machine = {"machine": platform.platform(), "python": platform.python_version(),
-               "numpy": np.__version__, "torch": torch and torch.__version__, "threads": options.threads}
+    versions = {"python": sys.version, "numpy": np.__version__, "torch": torch and torch.__version__}
     with open(options.json, "w") as file:
-        json.dump({**machine, "rows": table}, file, indent=1)
+        json.dump({**versions, "threads": options.threads, "rows": table}, file, indent=1)

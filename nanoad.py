@@ -169,7 +169,7 @@ class Tensor:
                               retain_graph or create_graph or retain_grads):
                 if t._op is None or retain_grads:
                     if not _tracked(g):
-                        shared = create_graph or retain_grads
+                        shared = create_graph or retain_grads or t is self
                         g = _wrap((np.array if shared else np.asarray)(_value(g)))
                     t.grad = g if t.grad is None else t.grad + g
 
@@ -385,10 +385,10 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
         _check_unwritten(t, t._seq, op)
     wanted = []
     for a in t._args:
-        due = isinstance(a, Tensor) and a.requires_grad and (needed is None or a._seq in needed)
+        due = isinstance(a, Tensor) and a.requires_grad
         if due and a._guard is not None:
             _check_unwritten(a, t._seq, op)
-        wanted.append(due)
+        wanted.append(due and (needed is None or a._seq in needed))
     if t._pullback is not None:
         if create_graph and op.definition is not None:
             return _pull_by_definition(t, g, wanted)
@@ -960,7 +960,7 @@ def _operation(forward: Callable, rules: Any, is_fused: bool,
             values.append(a)
         if params and any(isinstance(p, Tensor) for p in params.values()):
             return operation(*inspect.signature(forward).bind(*args, **params).args)
-        if constant:
+        if constant and not any(isinstance(v, np.ndarray) for v in values):
             values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
         try:
             y = forward(*values, **params)
@@ -988,7 +988,7 @@ def _at_the_call(op: Callable, values: list, error: Exception) -> Exception:
 
 def _with_weak_numbers(y: Any, args: tuple) -> Any:
     """NumPy 1 computes float32 scalars with Python numbers in float64; NumPy 2 does not."""
-    if not any(isinstance(a, (int, float)) for a in args):
+    if any(isinstance(a, (type, np.dtype)) for a in args):  # astype
         return y
     dtypes = {a.dtype for a in args if isinstance(a, (Tensor, np.ndarray))}
     return y.astype(dtypes.pop()) if len(dtypes) == 1 else y
@@ -1027,7 +1027,7 @@ sqrt = _elementwise("sqrt", lambda x: np.sqrt(x), lambda g, y, x: g / (2 * y))
 sin = _elementwise("sin", lambda x: np.sin(x), lambda g, y, x: g * np.cos(x))
 cos = _elementwise("cos", lambda x: np.cos(x), lambda g, y, x: -g * np.sin(x))
 tanh = _elementwise("tanh", lambda x: np.tanh(x), lambda g, y, x: g * (1 - y * y))
-copy = _elementwise("copy", lambda x: np.array(x), lambda g, y, x: g)
+_copy = _elementwise("copy", lambda x: np.array(x), lambda g, y, x: g)
 
 # At a kink any slope between the two sides is right. abs and relu take 0 there.
 
@@ -1206,22 +1206,15 @@ def transpose(x: Any, *axes: Any) -> Tensor:
     axes = range(x.ndim)[::-1] if axes in ((), (None,)) else axes
     return _transpose(x, tuple(a + x.ndim if a < 0 else a for a in axes))
 
+@primitive(lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2))
 def swapaxes(x: Any, axis1: int, axis2: int) -> Tensor:
     """x with two axes exchanged."""
-    x = as_tensor(x)
-    order = list(range(x.ndim))
-    order[axis1], order[axis2] = order[axis2], order[axis1]
-    return _transpose(x, tuple(order))
+    return x.swapaxes(axis1, axis2)
 
+@primitive(lambda g, y, x, source, destination: np.moveaxis(g, destination, source))
 def moveaxis(x: Any, source: Any, destination: Any) -> Tensor:
     """x with some axes moved to new positions; the others keep their order."""
-    x = as_tensor(x)
-    axes = range(x.ndim)
-    old, new = ([axes[a] for a in np.atleast_1d(which).tolist()] for which in (source, destination))
-    order = [a for a in axes if a not in old]
-    for position, axis in sorted(zip(new, old)):
-        order.insert(position, axis)
-    return transpose(x, order)
+    return np.moveaxis(x, source, destination)
 
 @primitive(lambda g, y, x, axis: g.reshape(x.shape))
 def expand_dims(x: Any, axis: int | tuple) -> Tensor:
@@ -1262,10 +1255,10 @@ def stack(tensors: Sequence, axis: int = 0) -> Tensor:
 
 def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
     """x cut along an axis into equal sections (a number) or at indices (a list), as np.split does."""
-    x = as_tensor(x)
+    x, axis = as_tensor(x), _axes(as_tensor(x), axis)[0]
     sizes = [piece.shape[axis] for piece in np.split(x._data, sections, axis)]
     stops = np.cumsum(sizes).tolist()
-    return [x[_slice(axis % x.ndim, stop - n, stop)] for n, stop in zip(sizes, stops)]
+    return [x[_slice(axis, stop - n, stop)] for n, stop in zip(sizes, stops)]
 
 @primitive(lambda g, y, x, pad_width: g[tuple(
     slice(a, a + n) for (a, _), n in zip(np.broadcast_to(pad_width, (x.ndim, 2)).tolist(), x.shape))])
@@ -1306,8 +1299,10 @@ def _scatter(g: Any, index: Any, shape: tuple) -> Any:
 
 def _axes(x: Any, axis: Any) -> list[int]:
     """The axes that `axis` names, as numbers from 0."""
-    axes = range(x.ndim)
-    return list(axes if axis is None else [axes[a] for a in (axis if isinstance(axis, tuple) else (axis,))])
+    named = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if any(a not in range(-x.ndim, x.ndim) for a in named):
+        raise ValueError(f"axis {axis} is out of bounds for an array of shape {x.shape}")
+    return [a % x.ndim for a in named]
 
 def _restore(y: Any, x: Any, axis: Any, keepdims: bool) -> Any:
     reduced = _axes(x, axis)
@@ -1538,7 +1533,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
         g = g.reshape(len(rows), len(weight))
         dx = (g @ weight).reshape(x.shape) if wanted[0] else None
         dw = g.T @ rows if wanted[1] else None
-        return dx, dw, np.ones(len(g), g.dtype) @ g if bias is not None and wanted[-1] else None
+        return dx, dw, np.ones(len(g), g.dtype) @ g if any(wanted[2:]) else None
 
     return y.reshape(*x.shape[:-1], len(weight)), pullback
 
@@ -1630,7 +1625,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
             dx = _batch_first(dx[:, top:top + h, left:left + w])
         if wanted[1]:  # (g @ columns.T, written so that OpenBLAS is twice as fast)
             dw = (columns @ g.T).T.reshape(weight.shape)
-        if bias is not None and wanted[-1]:
+        if any(wanted[2:]):
             db = g @ np.ones(g.shape[1], g.dtype)
         return dx, dw, db
 
@@ -1797,7 +1792,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
             dx *= inverse[:, None]
             dx = dx.reshape(x.shape)
         dw = np.einsum("ij,ij->j", g, xhat) if wanted[1] else None
-        return dx, dw, np.ones(len(g), g.dtype) @ g if bias is not None and wanted[-1] else None
+        return dx, dw, np.ones(len(g), g.dtype) @ g if any(wanted[2:]) else None
 
     return y.reshape(x.shape), pullback
 
@@ -2023,7 +2018,7 @@ for _name, _op in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, lambda self, other, compare=_name: getattr(
         np.asarray(self._data), compare)(_value(other)))
-for _op in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, copy, sum, mean, var,
+for _op in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
             std, max, min, reshape, transpose, swapaxes, squeeze):
     setattr(Tensor, _op.__name__, _op)
 Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__ = neg, abs, getitem
@@ -2034,10 +2029,9 @@ Tensor.argmin = lambda self, axis=None: np.argmin(self._data, axis)
 Tensor.tolist = lambda self: self._data.tolist()
 
 def _dot(a: Any, b: Any) -> Tensor:
-    a, b = as_tensor(a), as_tensor(b)
-    if b.ndim > 2:
-        raise TypeError(f"np.dot with a Tensor of shape {b.shape}: use np.matmul or np.einsum")
-    return a * b if a.ndim == 0 or b.ndim == 0 else matmul(a, b)
+    if np.ndim(b) > 2:
+        raise TypeError(f"np.dot with a Tensor of shape {np.shape(b)}: use np.matmul or np.einsum")
+    return mul(a, b) if np.ndim(a) == 0 or np.ndim(b) == 0 else matmul(a, b)
 
 def _reduction(op: Callable) -> Callable:
     """A reduction with the arguments that NumPy passes."""
@@ -2070,7 +2064,7 @@ _FUNCTIONS = {
     np.ravel: lambda a: reshape(a, -1), np.transpose: lambda a, axes=None: transpose(a, axes),
     np.swapaxes: swapaxes, np.moveaxis: lambda a, source, destination: moveaxis(a, source, destination),
     np.expand_dims: lambda a, axis: expand_dims(a, axis), np.squeeze: lambda a, axis=None: squeeze(a, axis),
-    np.broadcast_to: lambda array, shape: broadcast_to(array, shape), np.copy: lambda a: copy(a),
+    np.broadcast_to: lambda array, shape: broadcast_to(array, shape), np.copy: lambda a: _copy(a),
     np.concatenate: lambda arrays, axis=0: concatenate(arrays, axis),
     np.stack: lambda arrays, axis=0: stack(arrays, axis), np.pad: _only_zeros,
     np.vstack: lambda tup: concatenate([t.reshape(1, -1) if t.ndim < 2 else t for t in map(as_tensor, tup)]),
@@ -2147,8 +2141,11 @@ class Module:
 
     def named_parameters(self) -> list[tuple[str, Parameter]]:
         """(dotted name, parameter) pairs; one that occurs twice is listed once."""
-        seen = {id(item): (name, item) for name, _, _, item in reversed(list(self._named()))}
-        return [pair for pair in reversed(seen.values()) if isinstance(pair[1], Parameter)]
+        named: dict = {}
+        for name, _, _, item in self._named():
+            if isinstance(item, Parameter):
+                named.setdefault(id(item), (name, item))
+        return list(named.values())
 
     def parameters(self) -> list[Parameter]:
         """The parameters, each once."""
@@ -3313,7 +3310,7 @@ def _tour() -> None:
 
 _NAMESPACES = {
     "functional": "grad value_and_grad vjp jvp hvp jacobian hessian gradients checkpoint check_grad add sub mul div "
-                  "neg power exp expm1 log log1p sqrt abs sin cos tanh sigmoid relu gelu softplus maximum minimum "
+                  "neg power exp expm1 log log1p sqrt abs sin cos tanh sigmoid relu gelu softplus logaddexp maximum minimum "
                   "where clip astype identity reshape transpose swapaxes moveaxis expand_dims squeeze broadcast_to "
                   "concatenate stack split pad getitem scatter_add embedding sum mean var std max min logsumexp "
                   "softmax log_softmax matmul bmm einsum linear conv2d max_pool2d avg_pool2d batch_norm layer_norm "

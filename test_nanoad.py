@@ -32,7 +32,8 @@ import pytest
 
 import nanoad
 from nanoad import (
-    Tensor, as_tensor, check_grad, checkpoint, grad, gradients, hessian, hvp, jacobian, jvp, manual_seed,
+    Tensor, as_tensor, check_grad, checkpoint, grad, gradients, hessian, hvp, jacobian, jvp,
+    manual_seed,
     no_grad, value_and_grad, vjp,
 )
 
@@ -62,9 +63,11 @@ def A(*shape, low=-1.5, high=1.5):
 
 
 def views(low=-1.5, high=1.5):
-    """Arrays of all kinds of layout: 0-d, size 1, empty, contiguous, transposed, reversed, strided, broadcast."""
-    return [A(low=low, high=high), A(1, low=low, high=high), A(0, 2, low=low, high=high), A(4, low=low, high=high),
-            A(3, 2, low=low, high=high).T, A(5, low=low, high=high)[::-2], A(2, 3, 2, low=low, high=high)[:, ::2, 1],
+    """Arrays of every layout: 0-d, size 1, empty, contiguous, transposed, reversed, strided."""
+    return [A(low=low, high=high), A(1, low=low, high=high), A(0, 2, low=low, high=high),
+            A(4, low=low, high=high),
+            A(3, 2, low=low, high=high).T, A(5, low=low, high=high)[::-2],
+            A(2, 3, 2, low=low, high=high)[:, ::2, 1],
             A(2, 1, low=low, high=high)[:, ::-1]]
 
 
@@ -74,21 +77,30 @@ def unary(f, **limits):
 
 def binary(f, first={}, second={}):
     """Broadcasting both ways, size 1, empty, strided."""
-    shapes = [((), ()), ((3,), (3,)), ((2, 3), (3,)), ((3,), (2, 3)), ((2, 1), (1, 3)), ((), (2, 2)), ((1, 3), (2, 1, 1)),
+    shapes = [((), ()), ((3,), (3,)), ((2, 3), (3,)), ((3,), (2, 3)), ((2, 1), (1, 3)),
+              ((), (2, 2)), ((1, 3), (2, 1, 1)),
               ((0, 2), (2,)), ((1,), (0,))]
     cases = [(f, A(*a, **first), A(*b, **second)) for a, b in shapes]
-    return cases + [(f, A(4, **first)[::-2], A(2, 2, **second).T), (f, A(3, 2, **first).T, A(6, **second)[::-2])]
+    return cases + [(f, A(4, **first)[::-2], A(2, 2, **second).T),
+                    (f, A(3, 2, **first).T, A(6, **second)[::-2])]
 
 
 def over_axes(f):
-    return [(f, A()), (f, A(2, 3)), (lambda x: f(x, axis=0), A(3, 2).T), (lambda x: f(x, axis=-1), A(2, 2, 2)[:, ::-1]),
-            (lambda x: f(x, axis=(0, 2)), A(2, 1, 3)), (lambda x: f(x, axis=1, keepdims=True), A(2, 3)),
+    return [(f, A()), (f, A(2, 3)), (lambda x: f(x, axis=0), A(3, 2).T),
+            (lambda x: f(x, axis=-1), A(2, 2, 2)[:, ::-1]),
+            (lambda x: f(x, axis=(0, 2)), A(2, 1, 3)),
+            (lambda x: f(x, axis=1, keepdims=True), A(2, 3)),
             (lambda x: f(x, axis=(), keepdims=False), A(3))]
 
 
-POSITIVE, AWAY = dict(low=0.4, high=2.0), dict(low=1.6, high=3.0)  # AWAY: beyond all that `A(...)` draws
+POSITIVE = dict(low=0.4, high=2.0)
 MASK = np.array([[True, False, True], [False, False, True]])
 TARGETS = np.array([2, 0, 1])
+
+
+def checkered(a, b):
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return np.arange(math.prod(shape)).reshape(shape) % 3 == 0
 
 
 def norm_arguments(shape, channels):
@@ -113,7 +125,8 @@ OPERATIONS = {
     "neg": unary(F.neg),
     "power": binary(F.power, first=POSITIVE)
              + [(lambda x, p=p: x ** p, A(4, **POSITIVE)) for p in (0, 1, 2, 3, 0.5, -1, 2.5, -2)]
-             + [(lambda x, p=p: x ** p, A(4)) for p in (1, 2, 3, 4, np.array([1, 2, 3, 4], np.float32))]
+             + [(lambda x, p=p: x ** p, A(4)) for p in (1, 2, 3, 4)]
+             + [(lambda x: x ** np.array([1, 2, 3, 4], np.float32), A(4))]
              + [(lambda p: 2.0 ** p, A(3))],
     "exp": unary(F.exp), "expm1": unary(F.expm1),
     "log": unary(F.log, **POSITIVE), "log1p": unary(F.log1p, low=-0.5, high=1.5),
@@ -123,88 +136,150 @@ OPERATIONS = {
     "sigmoid": unary(F.sigmoid), "softplus": unary(F.softplus),
     "relu": unary(F.relu), "gelu": unary(F.gelu),
     "maximum": binary(F.maximum), "minimum": binary(F.minimum),
-    "where": binary(lambda a, b: F.where(np.arange(math.prod(np.broadcast_shapes(a.shape, b.shape))).reshape(
-        np.broadcast_shapes(a.shape, b.shape)) % 3 == 0, a, b)) + [
+    "where": binary(lambda a, b: F.where(checkered(a, b), a, b)) + [
         (lambda a: F.where(MASK, a, 0.0), A(3)), (lambda b: F.where(MASK[0], 2.0, b), A(2, 1)),
         (lambda a, b: F.where(True, a, b), A(2), A(2))],
-    "clip": unary(lambda x: F.clip(x, -0.7, 0.8)) + [(lambda x: F.clip(x, low=0.1), A(3)), (lambda x: F.clip(x, None, 0.1), A(3)),
-                                                    (lambda x: F.clip(x, np.array([-1, 0], np.float32), 1.0), A(3, 2))],
+    "clip": unary(lambda x: F.clip(x, -0.7, 0.8))
+            + [(lambda x: F.clip(x, low=0.1), A(3)), (lambda x: F.clip(x, None, 0.1), A(3)),
+               (lambda x: F.clip(x, np.array([-1, 0], np.float32), 1.0), A(3, 2))],
     "astype": unary(lambda x: F.astype(x, np.float64)),
     "identity": unary(F.identity),
-    "reshape": [(lambda x: F.reshape(x, 2, -1), A(3, 2).T), (lambda x: F.reshape(x, (6,)), A(2, 3)), (lambda x: F.reshape(x, ()), A(1)),
+    "reshape": [(lambda x: F.reshape(x, 2, -1), A(3, 2).T), (lambda x: F.reshape(x, (6,)), A(2, 3)),
+                (lambda x: F.reshape(x, ()), A(1)),
                 (lambda x: F.reshape(x, 0, 5), A(0, 2)), (lambda x: F.reshape(x, -1), A())],
-    "transpose": [(F.transpose, A(2, 3)), (F.transpose, A()), (lambda x: F.transpose(x, 2, 0, 1), A(2, 3, 1)),
+    "transpose": [(F.transpose, A(2, 3)), (F.transpose, A()),
+                  (lambda x: F.transpose(x, 2, 0, 1), A(2, 3, 1)),
                   (lambda x: F.transpose(x, (0, -1, 1)), A(2, 3, 0)), (F.transpose, A(3))],
-    "swapaxes": [(lambda x: F.swapaxes(x, 0, -1), A(2, 3, 1)), (lambda x: F.swapaxes(x, 1, 0), A(2, 0))],
-    "moveaxis": [(lambda x: F.moveaxis(x, 0, -1), A(2, 3, 1)), (lambda x: F.moveaxis(x, (0, 1), (2, 0)), A(2, 3, 2))],
-    "expand_dims": [(lambda x: F.expand_dims(x, 1), A(3)), (lambda x: F.expand_dims(x, (0, -1)), A(2, 2)), (lambda x: F.expand_dims(x, 0), A())],
-    "squeeze": [(F.squeeze, A(1, 3, 1)), (lambda x: F.squeeze(x, -1), A(1, 3, 1)), (lambda x: F.squeeze(x, (0, 2)), A(1, 2, 1)), (F.squeeze, A())],
-    "broadcast_to": [(lambda x: F.broadcast_to(x, (2, 3)), A(3)), (lambda x: F.broadcast_to(x, (2, 2)), A()),
-                     (lambda x: F.broadcast_to(x, (3, 2, 2)), A(2, 1)), (lambda x: F.broadcast_to(x, (0, 3)), A(1, 3))],
-    "concatenate": [(lambda a, b: F.concatenate([a, b]), A(2, 3), A(1, 3)), (lambda a, b: F.concatenate([a, b, a], axis=-1), A(2, 1), A(2, 0)),
-                    (lambda a, b: F.concatenate([a, b], axis=1), A(3, 2).T, A(2, 4)[:, ::-2]), (lambda a: F.concatenate([a, np.ones(2, np.float32)]), A(2)),
+    "swapaxes": [(lambda x: F.swapaxes(x, 0, -1), A(2, 3, 1)),
+                 (lambda x: F.swapaxes(x, 1, 0), A(2, 0))],
+    "moveaxis": [(lambda x: F.moveaxis(x, 0, -1), A(2, 3, 1)),
+                 (lambda x: F.moveaxis(x, (0, 1), (2, 0)), A(2, 3, 2))],
+    "expand_dims": [(lambda x: F.expand_dims(x, 1), A(3)),
+                    (lambda x: F.expand_dims(x, (0, -1)), A(2, 2)),
+                    (lambda x: F.expand_dims(x, 0), A())],
+    "squeeze": [(F.squeeze, A(1, 3, 1)), (lambda x: F.squeeze(x, -1), A(1, 3, 1)),
+                (lambda x: F.squeeze(x, (0, 2)), A(1, 2, 1)), (F.squeeze, A())],
+    "broadcast_to": [(lambda x: F.broadcast_to(x, (2, 3)), A(3)),
+                     (lambda x: F.broadcast_to(x, (2, 2)), A()),
+                     (lambda x: F.broadcast_to(x, (3, 2, 2)), A(2, 1)),
+                     (lambda x: F.broadcast_to(x, (0, 3)), A(1, 3))],
+    "concatenate": [(lambda a, b: F.concatenate([a, b]), A(2, 3), A(1, 3)),
+                    (lambda a, b: F.concatenate([a, b, a], axis=-1), A(2, 1), A(2, 0)),
+                    (lambda a, b: F.concatenate([a, b], axis=1), A(3, 2).T, A(2, 4)[:, ::-2]),
+                    (lambda a: F.concatenate([a, np.ones(2, np.float32)]), A(2)),
                     (lambda a, b: F.concatenate((a, b), axis=None), A(2, 2), A(3))],
-    "stack": [(lambda a, b: F.stack([a, b]), A(2, 2), A(2, 2).T), (lambda a, b: F.stack([a, b, a], axis=-1), A(3), A(3)),
-              (lambda a: F.stack([a, a]), A()), (lambda a, b: F.stack([a, b], axis=1), A(2, 0), A(2, 0))],
-    "split": [(lambda x: F.split(x, 2)[1] * 2 + F.split(x, 2)[0], A(4)), (lambda x: F.split(x, [1, 3], axis=1)[1], A(2, 4)),
+    "stack": [(lambda a, b: F.stack([a, b]), A(2, 2), A(2, 2).T),
+              (lambda a, b: F.stack([a, b, a], axis=-1), A(3), A(3)),
+              (lambda a: F.stack([a, a]), A()),
+              (lambda a, b: F.stack([a, b], axis=1), A(2, 0), A(2, 0))],
+    "split": [(lambda x: F.split(x, 2)[1] * 2 + F.split(x, 2)[0], A(4)),
+              (lambda x: F.split(x, [1, 3], axis=1)[1], A(2, 4)),
               (lambda x: F.split(x, 3, axis=-1)[2] * F.split(x, 3, axis=-1)[0], A(2, 6))],
-    "pad": [(lambda x: F.pad(x, 1), A(2, 2)), (lambda x: F.pad(x, (0, 2)), A(3)[::-1]), (lambda x: F.pad(x, ((1, 0), (0, 2))), A(0, 2)),
+    "pad": [(lambda x: F.pad(x, 1), A(2, 2)), (lambda x: F.pad(x, (0, 2)), A(3)[::-1]),
+            (lambda x: F.pad(x, ((1, 0), (0, 2))), A(0, 2)),
             (lambda x: F.pad(x, ((0, 0), (1, 1))), A(3, 2).T)],
     "getitem": [(lambda x, i=i: F.getitem(x, i), x) for x, i in [
-        (A(3), 1), (A(3), -1), (A(3), slice(None, None, -2)), (A(2, 3), (slice(None), 1)), (A(2, 3), (Ellipsis, None, 0)),
-        (A(2, 3), [0, 0, 1]), (A(2, 3), np.array([[1, 1], [0, -1]])), (A(2, 3), (np.array([0, 1, 1]), np.array([2, 0, 0]))),
-        (A(2, 3), MASK), (A(3, 2).T, MASK), (A(3), np.array([False, True, True])), (A(2, 3), (slice(None), [0, 0])),
-        (A(2, 3, 2), (0, slice(None), [1, 1])), (A(2, 3, 2), ([0, 1], slice(None, None, 2), [1, 0])), (A(2, 3), np.array([], int)),
-        (A(2, 3), (np.array([1, 0])[:, None], np.array([0, 0, 2]))), (A(), ()), (A(), None), (A(3), np.int64(2)), (A(3), True)]],
+        (A(3), 1), (A(3), -1), (A(3), slice(None, None, -2)), (A(2, 3), (slice(None), 1)),
+        (A(2, 3), (Ellipsis, None, 0)),
+        (A(2, 3), [0, 0, 1]), (A(2, 3), np.array([[1, 1], [0, -1]])),
+        (A(2, 3), (np.array([0, 1, 1]), np.array([2, 0, 0]))),
+        (A(2, 3), MASK), (A(3, 2).T, MASK), (A(3), np.array([False, True, True])),
+        (A(2, 3), (slice(None), [0, 0])),
+        (A(2, 3, 2), (0, slice(None), [1, 1])),
+        (A(2, 3, 2), ([0, 1], slice(None, None, 2), [1, 0])), (A(2, 3), np.array([], int)),
+        (A(2, 3), (np.array([1, 0])[:, None], np.array([0, 0, 2]))), (A(), ()), (A(), None),
+        (A(3), np.int64(2)), (A(3), True)]],
     "scatter_add": [(lambda x, i=i, s=s: F.scatter_add(x, i, s), x) for x, i, s in [
-        (A(3), np.array([0, 2, 0]), (4,)), (A(2, 2), (slice(None), [1, 1]), (2, 3)), (A(2), slice(1, 3), (4,)), (A(3), MASK, (2, 3)),
+        (A(3), np.array([0, 2, 0]), (4,)), (A(2, 2), (slice(None), [1, 1]), (2, 3)),
+        (A(2), slice(1, 3), (4,)), (A(3), MASK, (2, 3)),
         (A(), 1, (3,)), (A(0), np.array([], int), (2,))]],
-    "embedding": [(lambda w, i=i: F.embedding(np.array(i, int), w), A(4, 2)) for i in ([0, 3, 0], [[1, 1], [2, 0]], 2, [])],
+    "embedding": [(lambda w, i=i: F.embedding(np.array(i, int), w), A(4, 2))
+                  for i in ([0, 3, 0], [[1, 1], [2, 0]], 2, [])],
     "sum": over_axes(F.sum) + [(F.sum, A(0, 2)), (lambda x: F.sum(x, axis=0), A(0, 2))],
-    "mean": over_axes(F.mean), "var": over_axes(F.var)[:-1] + [(lambda x: F.var(x, ddof=1), A(4)), (lambda x: F.var(x, 0, 1, True), A(3, 2))],
-    "std": [(F.std, A(4)), (lambda x: F.std(x, axis=1, ddof=1), A(2, 3)), (lambda x: F.std(x, 0, keepdims=True), A(3, 2))],
+    "mean": over_axes(F.mean),
+    "var": over_axes(F.var)[:-1] + [(lambda x: F.var(x, ddof=1), A(4)),
+                                    (lambda x: F.var(x, 0, 1, True), A(3, 2))],
+    "std": [(F.std, A(4)), (lambda x: F.std(x, axis=1, ddof=1), A(2, 3)),
+            (lambda x: F.std(x, 0, keepdims=True), A(3, 2))],
     "max": over_axes(F.max), "min": over_axes(F.min),
     "logsumexp": over_axes(F.logsumexp)[:-1],
-    "softmax": [(F.softmax, A(2, 3)), (lambda x: F.softmax(x, axis=0), A(3, 2).T), (F.softmax, A(1)), (F.softmax, A(0, 2)), (F.softmax, A(4)[::-2])],
-    "log_softmax": [(F.log_softmax, A(2, 3)), (lambda x: F.log_softmax(x, axis=0), A(3, 2).T), (F.log_softmax, A(1)), (F.log_softmax, A(0, 2))],
+    "softmax": [(F.softmax, A(2, 3)), (lambda x: F.softmax(x, axis=0), A(3, 2).T),
+                (F.softmax, A(1)), (F.softmax, A(0, 2)), (F.softmax, A(4)[::-2])],
+    "log_softmax": [(F.log_softmax, A(2, 3)), (lambda x: F.log_softmax(x, axis=0), A(3, 2).T),
+                    (F.log_softmax, A(1)), (F.log_softmax, A(0, 2))],
     "matmul": [(F.matmul, A(*a), A(*b)) for a, b in [
-        ((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 3), (3, 2)), ((2, 2, 3), (3, 2)), ((2, 3), (2, 3, 2)), ((2, 1, 2, 1), (3, 1, 2)),
+        ((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 3), (3, 2)), ((2, 2, 3), (3, 2)),
+        ((2, 3), (2, 3, 2)), ((2, 1, 2, 1), (3, 1, 2)),
         ((2,), (2, 2, 1)), ((2, 1, 2), (2,)), ((0, 2), (2, 3)), ((2, 0), (0, 2)), ((1, 1), (1, 1))]]
               + [(F.matmul, A(3, 2).T, A(3, 4)[:, ::-2]), (lambda a: a @ a.T, A(2, 3))],
     "bmm": [(F.bmm, A(2, 2, 3), A(2, 3, 1)), (F.bmm, A(2, 3, 2).swapaxes(1, 2), A(2, 3, 2)[::-1])],
-    "einsum": [(lambda *xs, s=s: F.einsum(s, *xs), *map(lambda shape: A(*shape), shapes)) for s, *shapes in [
-        ("ij,jk->ik", (2, 3), (3, 2)), ("ij,jk", (2, 3), (3, 2)), ("i,i", (3,), (3,)), ("ii", (2, 2)), ("ii->i", (3, 3)), ("iji->j", (2, 3, 2)),
-        ("ij->", (2, 3)), ("ij->j", (2, 3)), ("ij->ji", (2, 3)), ("i,j->ij", (2,), (3,)), ("bij,bjk->bik", (2, 2, 1), (2, 1, 2)),
-        ("...ij,...jk->...ik", (2, 1, 2), (2, 2)), ("...i->...", (2, 3)), ("i...,i...", (2, 3), (2, 1)), ("ij,j,i->", (2, 3), (3,), (2,)),
-        ("ij,kl->i", (2, 2), (2, 1)), ("ii,i->", (2, 2), (2,)), ("...,...->...", (2, 1), (3,)), (" i j , j -> i ", (2, 3), (3,)), ("iii->i", (2, 2, 2))]],
-    "linear": [(F.linear, A(2, 3), A(2, 3), A(2)), (F.linear, A(3), A(2, 3), A(2)), (F.linear, A(2, 1, 3), A(3, 2).T), (F.linear, A(0, 2), A(1, 2), A(1))],
-    "conv2d": [(F.conv2d, A(2, 1, 3, 3), A(2, 1, 2, 2), A(2)), (lambda x, w: F.conv2d(x, w, stride=2, padding=1), A(1, 2, 3, 3), A(1, 2, 2, 2)),
-               (lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1), padding=(0, 1)), A(1, 1, 4, 2), A(1, 1, 3, 2), A(1)),
-               (F.conv2d, A(1, 2, 2, 3).swapaxes(2, 3), A(2, 2, 1, 1)), (F.conv2d, A(0, 1, 2, 2), A(1, 1, 2, 2), A(1))],
-    "max_pool2d": [(lambda x: F.max_pool2d(x, 2), A(1, 2, 4, 3)), (lambda x: F.max_pool2d(x, 2, 1), A(2, 1, 3, 3)[:, :, ::-1]),
-                   (lambda x: F.max_pool2d(x, (1, 2), (2, 1)), A(1, 1, 3, 3)), (lambda x: F.max_pool2d(x, 1), A(0, 1, 2, 2))],
-    "avg_pool2d": [(lambda x: F.avg_pool2d(x, 2), A(1, 2, 4, 3)), (lambda x: F.avg_pool2d(x, 2, 1), A(2, 1, 3, 3)[:, :, ::-1]),
+    "einsum": [(lambda *xs, s=s: F.einsum(s, *xs), *(A(*shape) for shape in shapes)) for s,
+               *shapes in [
+        ("ij,jk->ik", (2, 3), (3, 2)), ("ij,jk", (2, 3), (3, 2)), ("i,i", (3,), (3,)),
+        ("ii", (2, 2)), ("ii->i", (3, 3)), ("iji->j", (2, 3, 2)),
+        ("ij->", (2, 3)), ("ij->j", (2, 3)), ("ij->ji", (2, 3)), ("i,j->ij", (2,), (3,)),
+        ("bij,bjk->bik", (2, 2, 1), (2, 1, 2)),
+        ("...ij,...jk->...ik", (2, 1, 2), (2, 2)), ("...i->...", (2, 3)),
+        ("i...,i...", (2, 3), (2, 1)), ("ij,j,i->", (2, 3), (3,), (2,)),
+        ("ij,kl->i", (2, 2), (2, 1)), ("ii,i->", (2, 2), (2,)), ("...,...->...", (2, 1), (3,)),
+        (" i j , j -> i ", (2, 3), (3,)), ("iii->i", (2, 2, 2))]],
+    "linear": [(F.linear, A(2, 3), A(2, 3), A(2)), (F.linear, A(3), A(2, 3), A(2)),
+               (F.linear, A(2, 1, 3), A(3, 2).T), (F.linear, A(0, 2), A(1, 2), A(1))],
+    "conv2d": [(F.conv2d, A(2, 1, 3, 3), A(2, 1, 2, 2), A(2)),
+               (lambda x, w: F.conv2d(x, w, stride=2, padding=1), A(1, 2, 3, 3), A(1, 2, 2, 2)),
+               (lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1), padding=(0, 1)), A(1, 1, 4, 2),
+                A(1, 1, 3, 2), A(1)),
+               (F.conv2d, A(1, 2, 2, 3).swapaxes(2, 3), A(2, 2, 1, 1)),
+               (F.conv2d, A(0, 1, 2, 2), A(1, 1, 2, 2), A(1)),
+               (lambda x, w, b: F.conv2d(x, w, b, 2, 1), A(1, 1, 3, 3), A(1, 1, 2, 2), A(1)),
+               (lambda w, b: F.conv2d(np.ones((1, 1, 2, 2), np.float32), w, b, 1, 0), A(1, 1, 2, 2),
+                A(1))],
+    "max_pool2d": [(lambda x: F.max_pool2d(x, 2), A(1, 2, 4, 3)),
+                   (lambda x: F.max_pool2d(x, 2, 1), A(2, 1, 3, 3)[:, :, ::-1]),
+                   (lambda x: F.max_pool2d(x, (1, 2), (2, 1)), A(1, 1, 3, 3)),
+                   (lambda x: F.max_pool2d(x, 1), A(0, 1, 2, 2))],
+    "avg_pool2d": [(lambda x: F.avg_pool2d(x, 2), A(1, 2, 4, 3)),
+                   (lambda x: F.avg_pool2d(x, 2, 1), A(2, 1, 3, 3)[:, :, ::-1]),
                    (lambda x: F.avg_pool2d(x, (1, 2), (2, 1)), A(1, 1, 3, 3))],
     "batch_norm": [(lambda *a, t=t: batch_norm(*a, training=t), *norm_arguments(s, s[1]))
                    for t in (True, False) for s in ((4, 2), (2, 2, 1, 2), (3, 1, 1, 1))],
-    "layer_norm": [(F.layer_norm, *norm_arguments((2, 3), 3)), (F.layer_norm, *norm_arguments((2, 3), 3)[:2]), (F.layer_norm, *norm_arguments((4,), 4)),
-                   (F.layer_norm, A(3, 2).T, A(3), A(3)), (F.layer_norm, *norm_arguments((0, 2), 2))],
+    "layer_norm": [(F.layer_norm, *norm_arguments((2, 3), 3)),
+                   (F.layer_norm, *norm_arguments((2, 3), 3)[:2]),
+                   (F.layer_norm, *norm_arguments((4,), 4)),
+                   (F.layer_norm, A(3, 2).T, A(3), A(3)),
+                   (F.layer_norm, *norm_arguments((0, 2), 2)),
+                   (lambda *a: F.layer_norm(*a, 1e-3), *norm_arguments((2, 2), 2)),
+                   (lambda b: F.layer_norm(np.ones((2, 2), np.float32), np.ones(2, np.float32), b,
+                                           1e-3), A(2))],
     "scaled_dot_product_attention": [
-        (lambda q, k, v, c=c: F.scaled_dot_product_attention(q, k, v, is_causal=c), A(*q), A(*k), A(*v))
-        for c in (False, True) for q, k, v in [((2, 2), (2, 2), (2, 2)), ((1, 2, 2, 1), (1, 2, 3, 1), (1, 2, 3, 2)), ((2, 3, 1), (2, 3, 1), (2, 3, 2))]],
-    "causal_self_attention": [(lambda x: F.causal_self_attention(x, 2), A(1, 2, 12)), (lambda x: F.causal_self_attention(x, 1), A(2, 3, 3))],
+        (lambda q, k, v, c=c: F.scaled_dot_product_attention(q, k, v, is_causal=c), A(*q), A(*k),
+         A(*v))
+        for c in (False, True) for q, k, v in [((2, 2), (2, 2), (2, 2)),
+                                               ((1, 2, 2, 1), (1, 2, 3, 1), (1, 2, 3, 2)),
+                                               ((2, 3, 1), (2, 3, 1), (2, 3, 2))]],
+    "causal_self_attention": [(lambda x: F.causal_self_attention(x, 2), A(1, 2, 12)),
+                              (lambda x: F.causal_self_attention(x, 1), A(2, 3, 3))],
     "dropout": [(dropped, A(6)), (lambda x: F.dropout(x, 0.5, training=False), A(2, 2))],
-    "cross_entropy": [(lambda x: F.cross_entropy(x, TARGETS), A(3, 4)), (lambda x: F.cross_entropy(x, TARGETS[:1]), A(1, 3)),
+    "cross_entropy": [(lambda x: F.cross_entropy(x, TARGETS), A(3, 4)),
+                      (lambda x: F.cross_entropy(x, TARGETS[:1]), A(1, 3)),
                       (lambda x: F.cross_entropy(x, TARGETS), A(3, 3).T)],
-    "mse_loss": [(F.mse_loss, A(3), A(3)), (F.mse_loss, A(), A()), (lambda x: F.mse_loss(x, [[1, 0]]), A(1, 2))],
-    "binary_cross_entropy": [(F.binary_cross_entropy, A(3, low=0.2, high=0.8), A(3, low=0.1, high=0.9)),
-                             (lambda p: F.binary_cross_entropy(p, [[0, 1]]), A(1, 2, low=0.2, high=0.8))],
-    "binary_cross_entropy_with_logits": [(F.binary_cross_entropy_with_logits, A(3), A(3, low=0.1, high=0.9)),
-                                         (lambda x: F.binary_cross_entropy_with_logits(x, [1, 0]), A(2))],
-    "hinge_loss": [(lambda x: F.hinge_loss(x, [1, -1, 1]), A(3)), (lambda x: F.hinge_loss(x, [[-1, 1]]), A(1, 2))],
+    "mse_loss": [(F.mse_loss, A(3), A(3)), (F.mse_loss, A(), A()),
+                 (lambda x: F.mse_loss(x, [[1, 0]]), A(1, 2))],
+    "binary_cross_entropy": [(F.binary_cross_entropy, A(3, low=0.2, high=0.8),
+                              A(3, low=0.1, high=0.9)),
+                             (lambda p: F.binary_cross_entropy(p, [[0, 1]]),
+                              A(1, 2, low=0.2, high=0.8))],
+    "binary_cross_entropy_with_logits": [(F.binary_cross_entropy_with_logits, A(3),
+                                          A(3, low=0.1, high=0.9)),
+                                         (lambda x: F.binary_cross_entropy_with_logits(x, [1, 0]),
+                                          A(2))],
+    "hinge_loss": [(lambda x: F.hinge_loss(x, [1, -1, 1]), A(3)),
+                   (lambda x: F.hinge_loss(x, [[-1, 1]]), A(1, 2))],
 }
-for_every_operation = pytest.mark.parametrize("cases", OPERATIONS.values(), ids=OPERATIONS)
-NOT_OPERATIONS = {"grad", "value_and_grad", "vjp", "jvp", "hvp", "jacobian", "hessian", "gradients", "checkpoint", "check_grad"}
+for_every_operation = pytest.mark.parametrize("cases", list(OPERATIONS.values()),
+                                              ids=list(OPERATIONS))
+NOT_OPERATIONS = {"grad", "value_and_grad", "vjp", "jvp", "hvp", "jacobian", "hessian", "gradients",
+                  "checkpoint", "check_grad"}
 
 
 def test_every_operation_of_the_functional_namespace_is_in_the_table():
@@ -212,7 +287,7 @@ def test_every_operation_of_the_functional_namespace_is_in_the_table():
 
 
 def weights_of(f, args):
-    """Random weights that make a scalar of f's result, so that no two of its elements can cancel."""
+    """Random weights that make a scalar of f's result, in which no two elements can cancel."""
     return np.random.default_rng(3).uniform(0.5, 1.5, f(*map(as_tensor, args)).shape)
 
 
@@ -224,6 +299,7 @@ def test_first_derivative_is_that_of_central_differences(cases):
         weights, inputs = weights_of(f, args), [Tensor(a) for a in args]
         out = f(*inputs)
         assert out.shape == weights.shape and out.dtype == np.float64
+        close(out, f(*args))  # on raw arrays
         out.backward(weights)
         for k, x in enumerate(inputs):
             assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
@@ -251,7 +327,8 @@ def test_hessians_are_symmetric_and_jvp_is_the_transpose_of_vjp(cases):
         for i, j in itertools.product(range(len(args)), repeat=2):
             assert blocks[i][j].shape == (args[i].size, args[j].size)
             close(blocks[i][j], blocks[j][i].numpy().T, rtol=1e-10, atol=1e-10)
-        tangents, cotangent = [rng.standard_normal(a.shape) for a in args], rng.standard_normal(weights.shape)
+        tangents, cotangent = [rng.standard_normal(a.shape)
+                               for a in args], rng.standard_normal(weights.shape)
         pushed, pulled = jvp(f, args, tangents)[1], vjp(f, *args)[1](cotangent)
         left = np.sum(cotangent * pushed.numpy())
         right = sum(np.sum(t * p.numpy()) for t, p in zip(tangents, pulled))
@@ -280,13 +357,15 @@ def test_check_grad_finds_wrong_rules_and_says_where():
     def sine(x):
         return np.sin(x)
 
-    with pytest.raises(AssertionError, match=r"argument 0 at index \(2,\).*numeric \d+\.\d+.*analytic \d+\.\d+"):
+    worst = r"argument 0 at index \(2,\).*numeric \d+\.\d+.*analytic \d+\.\d+"
+    with pytest.raises(AssertionError, match=worst):
         check_grad(cube, np.array([2 / 3, 1.0, 2.0, 1.5]))  # right by chance, wrong, worst, bad
     check_grad(sine, np.array([1.0]), order=1)  # right so far, but the rule forgets the tape
     with pytest.raises(AssertionError, match="numeric"):
         check_grad(sine, np.array([1.0]), order=2)
     with pytest.raises(AssertionError, match="argument 1"):
-        check_grad(lambda a, b: a * Tensor(b.numpy() ** 2, requires_grad=False), np.ones(2), np.array([1.0, 3.0]))
+        check_grad(lambda a, b: a * Tensor(b.numpy() ** 2, requires_grad=False), np.ones(2),
+                   np.array([1.0, 3.0]))
     with pytest.raises(AssertionError, match="nan"):
         check_grad(lambda x: x * np.nan, np.ones(1))
 
@@ -298,26 +377,35 @@ FUSED = {
     "softmax": [((A(2, 3),), {}), ((A(2, 3),), dict(axis=0))],
     "log_softmax": [((A(2, 3),), {}), ((A(2, 3),), dict(axis=0))],
     "linear": [((A(2, 2, 3), A(4, 3), A(4)), {}), ((A(3), A(4, 3)), {})],
-    "conv2d": [((A(2, 3, 5, 6), A(4, 3, 3, 2), A(4)), dict(stride=s, padding=p)) for s in (1, 2, (1, 3)) for p in (0, 1, (2, 0))],
-    "max_pool2d": [((A(2, 2, 5, 6),), dict(kernel_size=k, stride=s)) for k, s in ((2, None), (3, 1), ((1, 2), 2), (2, 3))],
-    "avg_pool2d": [((A(2, 2, 5, 6),), dict(kernel_size=k, stride=s)) for k, s in ((2, None), (3, 1), ((1, 2), 2), (2, 3))],
+    "conv2d": [((A(2, 3, 5, 6), A(4, 3, 3, 2), A(4)), dict(stride=s, padding=p))
+               for s in (1, 2, (1, 3)) for p in (0, 1, (2, 0))],
+    "max_pool2d": [((A(2, 2, 5, 6),), dict(kernel_size=k, stride=s)) for k,
+                   s in ((2, None), (3, 1), ((1, 2), 2), (2, 3))],
+    "avg_pool2d": [((A(2, 2, 5, 6),), dict(kernel_size=k, stride=s)) for k,
+                   s in ((2, None), (3, 1), ((1, 2), 2), (2, 3))],
     "layer_norm": [(norm_arguments((2, 3, 5), 5), {}), ((A(4, 5), A(5)), dict(eps=0.1))],
     "_batch_norm": [(norm_arguments(s, 3), dict(eps=1e-3)) for s in ((4, 3), (2, 3, 2, 4))],
-    "scaled_dot_product_attention": [((A(2, 4, 3), A(2, 5, 3), A(2, 5, 2)), dict(is_causal=c)) for c in (False, True)],
+    "scaled_dot_product_attention": [((A(2, 4, 3), A(2, 5, 3), A(2, 5, 2)),
+                                      dict(is_causal=c)) for c in (False, True)],
     "causal_self_attention": [((A(2, 5, 12),), dict(num_heads=h)) for h in (1, 2)],
-    "embedding": [((np.array([[0, 2, 2], [1, 0, 0]]), A(4, 3)), {}), ((np.array([7, 7, 2000]), A(2001, 2)), {})],
+    "embedding": [((np.array([[0, 2, 2], [1, 0, 0]]), A(4, 3)), {}),
+                  ((np.array([7, 7, 2000]), A(2001, 2)), {})],
     "cross_entropy": [((A(3, 5), TARGETS), {})],
 }
 
 
 def test_every_fused_operation_is_compared():
-    assert set(FUSED) == {op.__name__ for op in vars(nanoad).values() if callable(getattr(op, "definition", None))}
+    assert set(FUSED) == {op.__name__ for op in vars(nanoad).values()
+                          if callable(getattr(op, "definition", None))}
 
 
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-9), (np.float32, 1e-3)])
-@pytest.mark.parametrize("name, args, params", [pytest.param(n, a, p, id=f"{n}-{i}") for n, c in FUSED.items() for i, (a, p) in enumerate(c)])
+@pytest.mark.parametrize("name, args, params",
+                         [pytest.param(n, a, p, id=f"{n}-{i}") for n, c in FUSED.items() for i,
+                          (a, p) in enumerate(c)])
 def test_fused_operations_equal_their_definitions(name, args, params, dtype, rtol):
-    op = next(v for v in vars(nanoad).values() if getattr(v, "__name__", "") == name and hasattr(v, "definition"))
+    op = next(v for v in vars(nanoad).values() if getattr(v, "__name__", "") == name
+              and hasattr(v, "definition"))
     args = [a.astype(dtype) if a.dtype.kind == "f" else a for a in args]
     results = []
     for f in (op, op.definition):
@@ -344,8 +432,10 @@ def test_fused_operations_equal_their_definitions(name, args, params, dtype, rto
 # what central differences say; so are the gradients of gradients.
 
 BINARY = {
-    "add": (F.add, np.add), "sub": (F.sub, np.subtract), "mul": (F.mul, np.multiply), "div": (F.div, np.true_divide),
-    "power": (F.power, np.power), "maximum": (F.maximum, np.maximum), "minimum": (F.minimum, np.minimum),
+    "add": (F.add, np.add), "sub": (F.sub, np.subtract), "mul": (F.mul, np.multiply),
+    "div": (F.div, np.true_divide),
+    "power": (F.power, np.power), "maximum": (F.maximum, np.maximum),
+    "minimum": (F.minimum, np.minimum),
     "where": (lambda a, b: F.where(a.numpy() > 1, a, b), lambda a, b: np.where(a > 1, a, b)),
     "matmul": (F.matmul, np.matmul), "np.logaddexp": (np.logaddexp, np.logaddexp),
 }
@@ -354,23 +444,17 @@ BINARY = {
 def random_layout(rng, shape, dtype):
     """An array of this shape that is contiguous, transposed, reversed or strided."""
     kind = rng.integers(4)
-    if kind == 1:
-        array = rng.uniform(0.5, 2, shape[::-1]).T
-    elif kind == 2:
-        array = rng.uniform(0.5, 2, shape)[tuple(slice(None, None, -1) for _ in shape)]
-    elif kind == 3:
-        array = rng.uniform(0.5, 2, [2 * n for n in shape])[tuple(slice(None, None, 2) for _ in shape)]
-    else:
-        array = rng.uniform(0.5, 2, shape)
-    copied = np.empty_like(array, dtype)  # keeps the layout where it can; `subok` views are made above
-    copied[...] = array
-    return copied if kind in (0, 1) else array.astype(dtype)[...] if dtype == np.float32 else array
+    size = shape[::-1] if kind == 1 else [2 * n for n in shape] if kind == 3 else shape
+    array = np.asarray(rng.uniform(0.5, 2, size), dtype)
+    step = {2: slice(None, None, -1), 3: slice(None, None, 2)}.get(kind, slice(None))
+    return array.T if kind == 1 else array[(step,) * len(shape)]
 
 
 def random_shapes(rng, name):
     if name == "matmul":
         i, k, j = rng.choice([0, 1, 2, 3], 3, p=[0.1, 0.3, 0.3, 0.3])
-        a, b = [(k,), (i, k), (2, i, k), (2, 1, i, k)], [(k,), (k, j), (1, k, j), (3, k, j), (2, k, j)]
+        a = [(k,), (i, k), (2, i, k), (2, 1, i, k)]
+        b = [(k,), (k, j), (1, k, j), (3, k, j), (2, k, j)]
         while True:
             a_shape, b_shape = a[rng.integers(4)], b[rng.integers(5)]
             if not (a_shape[:-2] == (2,) and b_shape[:-2] == (3,)):
@@ -391,7 +475,7 @@ def test_binary_operations_on_random_operands(name):
         dtype = np.float32 if case % 4 == 0 else np.float64
         a, b = (random_layout(rng, shape, dtype) for shape in random_shapes(rng, name))
         x, y = Tensor(a), Tensor(b)
-        x._data, y._data = a, b  # Tensor() copies, and the copy of a view is contiguous
+        x.data, y.data = a, b  # Tensor() copies, and the copy of a view may be contiguous
         out, expected = f(x, y), on_arrays(a, b)
         about = f"case {case}: {a.shape} {a.strides} and {b.shape} {b.strides}, {np.dtype(dtype)}"
         assert out.shape == expected.shape and out.dtype == dtype, about
@@ -425,15 +509,16 @@ def test_binary_operations_on_random_operands(name):
 
 # ## Functional transforms
 #
-# Each program here has a derivative that can be had by hand. They are the ways in which nesting goes
-# wrong when it goes wrong: a mixed-up variable, a cut tape, a missing term.
+# Each program here has a derivative that can be had by hand. They are the ways in which nesting
+# goes wrong when it does: a mixed-up variable, a cut tape, a missing term.
 
 NESTED = {
     "x d/dy xy": (lambda x: x * grad(lambda y: x * y)(2.0), 3.0, 6.0),
     "x d/dy (x + y)": (lambda x: x * grad(lambda y: x + y)(1.0), 1.0, 1.0),
     "d/dy xy at y = x": (lambda x: x * grad(lambda y: x * y)(x), 3.0, 6.0),
     "d/dy y^2 at y = x": (lambda x: grad(lambda y: y * y)(x), 3.0, 2.0),
-    "d/dy y^2 x^3 at y = x^2": (lambda x: grad(lambda y: y * y * x ** 3)(x * x), 2.0, 10 * 2.0 ** 4),
+    "d/dy y^2 x^3 at y = x^2": (lambda x: grad(lambda y: y * y * x ** 3)(x * x), 2.0,
+                                10 * 2.0 ** 4),
     "three levels": (lambda x: grad(lambda y: grad(lambda z: x * y * z * z)(y))(x), 2.0, 8 * 2.0),
     "the same variable thrice": (grad(grad(lambda x: x ** 5)), 2.0, 60 * 4.0),
     "tanh, sixth order": (grad(grad(grad(grad(grad(np.tanh))))), 0.0, 0.0),
@@ -441,32 +526,41 @@ NESTED = {
     "jvp at x along x": (lambda x: jvp(lambda y: y ** 3, (x,), (x,))[1], 2.0, 9 * 4.0),
     "jvp of a closure": (lambda x: jvp(lambda y: x * x * y, (1.0,), (1.0,))[1], 3.0, 6.0),
     "jvp of grad": (lambda x: jvp(grad(lambda y: y ** 4), (x,), (1.0,))[1], 2.0, 24 * 2.0),
-    "grad of jvp of jvp": (lambda x: jvp(lambda y: jvp(np.sin, (y,), (1.0,))[1], (x,), (1.0,))[1], 0.3, -math.cos(0.3)),
+    "grad of jvp of jvp": (lambda x: jvp(lambda y: jvp(np.sin, (y,), (1.0,))[1], (x,), (1.0,))[1],
+                           0.3, -math.cos(0.3)),
     "vjp at x": (lambda x: vjp(lambda y: y ** 3, x)[1](x)[0], 2.0, 9 * 4.0),
     "vjp of a closure": (lambda x: vjp(lambda y: x * y * y, 3.0)[1](1.0)[0], 2.0, 6.0),
     "vjp's value": (lambda x: vjp(lambda y: y * x, x)[0], 3.0, 6.0),
     "hvp at x": (lambda x: hvp(lambda y: y ** 4, (x,), (1.0,))[1][0], 2.0, 24 * 2.0),
     "hvp along x": (lambda x: hvp(lambda y: x * y ** 3, (2.0,), (x,))[1][0], 5.0, 2 * 5.0 * 12),
-    "hvp of a jvp": (lambda x: hvp(lambda y: jvp(lambda z: z ** 4, (y,), (1.0,))[1], (x,), (1.0,))[1][0], 2.0, 24.0),
-    "hessian of a closure": (lambda x: hessian(lambda y: x * (y ** 3).sum())(np.ones(2)).sum() * x, 2.0, 2 * 12 * 2.0),
+    "hvp of a jvp": (lambda x: hvp(lambda y: jvp(lambda z: z ** 4, (y,), (1.0,))[1], (x,),
+                                   (1.0,))[1][0], 2.0, 24.0),
+    "hessian of a closure": (lambda x: hessian(lambda y: x * (y ** 3).sum())(np.ones(2)).sum() * x,
+                             2.0, 2 * 12 * 2.0),
     "hessian at x": (lambda x: hessian(lambda y: y ** 4)(x).sum(), 2.0, 24 * 2.0),
     "jacobian at x": (lambda x: jacobian(lambda y: F.stack([y, y * y, x * y]))(x).sum(), 2.0, 3.0),
-    "jacobian of grad": (lambda x: jacobian(grad(lambda y: (y ** 4).sum()))(x * np.ones(2)).sum(), 2.0, 2 * 24 * 2.0),
+    "jacobian of grad": (lambda x: jacobian(grad(lambda y: (y ** 4).sum()))(x * np.ones(2)).sum(),
+                         2.0, 2 * 24 * 2.0),
 
+    "value and gradient": (lambda x: math.prod(value_and_grad(lambda y: y ** 3)(x)), 2.0,
+                           15 * 16.0),
     "checkpoint inside": (lambda x: checkpoint(lambda y: y ** 3 * x, x), 2.0, 4 * 8.0),
-    "checkpoint, an argument made of what it closes over": (lambda x: checkpoint(lambda y: y ** 3 * x, 2 * x), 2.0, 32 * 8.0),
-    "checkpoint inside grad": (lambda x: grad(lambda y: checkpoint(lambda z: z ** 3 * y * x, y))(x), 2.0, 16 * 8.0),
+    "checkpoint of an argument made of its closure":
+        (lambda x: checkpoint(lambda y: y ** 3 * x, 2 * x), 2.0, 32 * 8.0),
+    "checkpoint inside grad": (lambda x: grad(lambda y: checkpoint(lambda z: z ** 3 * y * x, y))(x),
+                               2.0, 16 * 8.0),
     "grad of checkpoint of grad": (lambda x: checkpoint(grad(lambda y: y ** 4), x), 2.0, 48.0),
     "gradients inside": (lambda x: gradients(x ** 3, [x], create_graph=True)[0], 2.0, 12.0),
     "detach cuts": (lambda x: x.detach() * x, 3.0, 3.0),
     "no_grad inside cuts": (lambda x: x * no_grad()(lambda: x * x)(), 3.0, 9.0),
-    "grad inside no_grad inside": (lambda x: x * no_grad()(lambda: grad(lambda y: x * y * y)(2.0))(), 3.0, 12.0),
-    "aux used": (lambda x: (lambda slope, aux: slope * aux)(*grad(lambda y: (y ** 3, y * x), has_aux=True)(x)), 2.0, 12 * 8.0),
+    "grad inside no_grad inside":
+        (lambda x: x * no_grad()(lambda: grad(lambda y: x * y * y)(2.0))(), 3.0, 12.0),
+    "aux used": (lambda x: math.prod(grad(lambda y: (y ** 3, y * x), has_aux=True)(x)), 2.0,
+                 12 * 8.0),
     "unused argument": (lambda x: grad(lambda y: x * x)(1.0) + x, 2.0, 1.0),
-    "one level needs no tape, the next does": (lambda x: grad(lambda y: y * grad(lambda z: z * z)(4.0))(x), 2.0, 0.0),
+    "one level needs no tape, the next does":
+        (lambda x: grad(lambda y: y * grad(lambda z: z * z)(4.0))(x), 2.0, 0.0),
 }
-# The product of value and gradient, y^3 * 3y^2 at y = x, is 3x^5; its derivative is 15 x^4.
-NESTED["value_and_grad, both used"] = (lambda x: (lambda v, s: v * s)(*value_and_grad(lambda y: y ** 3)(x)), 2.0, 15 * 16.0)
 
 
 @pytest.mark.parametrize("name", NESTED)
@@ -481,6 +575,10 @@ def test_nested_transforms(name):
     close(tracked.grad, derivative)
 
 
+def by_gradients(f, x):
+    return gradients(f(x), [x], create_graph=True)[0]
+
+
 PAIRS = {
     "grad": lambda f: lambda x: grad(f)(x),
     "value_and_grad": lambda f: lambda x: value_and_grad(f)(x)[1],
@@ -488,7 +586,7 @@ PAIRS = {
     "jvp": lambda f: lambda x: jvp(f, (x,), (1.0,))[1],
     "jacobian": lambda f: lambda x: jacobian(f)(x),
     "checkpoint, then grad": lambda f: grad(lambda x: checkpoint(f, x)),
-    "gradients": lambda f: lambda x: (lambda y: gradients(f(y), [y], create_graph=True)[0])(Tensor(x)),
+    "gradients": lambda f: lambda x: by_gradients(f, Tensor(x)),
 }
 TWICE = {  # these differentiate twice at once
     "hvp": lambda f: lambda x: hvp(f, (x,), (1.0,))[1][0],
@@ -500,7 +598,7 @@ def program(x):
     return np.exp(0.3 * x) * np.sin(x) + x ** 3 / (1 + x * x)
 
 
-@pytest.mark.parametrize("outer, inner", itertools.product({**PAIRS, **TWICE}, repeat=2))
+@pytest.mark.parametrize("outer, inner", list(itertools.product({**PAIRS, **TWICE}, repeat=2)))
 def test_any_transform_of_any_other(outer, inner):
     order = sum(2 if name in TWICE else 1 for name in (outer, inner))
     expected = program
@@ -537,15 +635,18 @@ def test_transforms_leave_grad_alone_and_give_constants_when_nobody_else_can_ask
     w, x = Tensor([1.0, 2.0]), Tensor([0.5, -0.5], requires_grad=False)
     w.grad = before = as_tensor([7.0, 7.0])
     f = lambda p: (np.tanh(p * w) ** 2).sum()
-    results = [grad(f)(w), value_and_grad(f)(w), vjp(f, w)[1](1.0), jvp(f, (w,), (x,)), hvp(f, (w,), (x,)), jacobian(f)(w), hessian(f)(w)]
+    for transform in (grad, value_and_grad, jacobian, hessian):
+        transform(f)(w)
+    vjp(f, w)[1](1.0), jvp(f, (w,), (x,)), hvp(f, (w,), (x,))
     assert w.grad is before and x.grad is None
-    assert isinstance(results[0], Tensor)
     g = lambda p: (p * p).sum()
-    assert not any(t.requires_grad for t in (grad(g)(x), *value_and_grad(g)(x), *vjp(g, x)[1](1.0), jvp(g, (x,), (x,))[1], hessian(g)(x)))
+    results = [grad(g)(x), *value_and_grad(g)(x), *vjp(g, x)[1](1.0), *jvp(g, (x,), (x,)),
+               hessian(g)(x)]
+    assert all(isinstance(t, Tensor) and not t.requires_grad for t in results)
 
 
 def test_a_gradient_penalty_in_a_training_loss():
-    """The penalty is a function of the input's gradient, and its own gradient goes to the weights."""
+    """The penalty is a function of the input's gradient; its own gradient goes to the weights."""
     w, x = Tensor(A(3)), A(5, 3)
 
     def loss():
@@ -565,8 +666,8 @@ def test_the_penalty_by_create_graph_gives_the_same():
     w, x = Tensor([0.3, -0.2]), Tensor([1.0, 2.0])
     (slope,) = gradients(np.tanh(x * w).sum(), [x], create_graph=True)
     (slope * slope).sum().backward()
-    by_transform = grad(lambda w: (grad(lambda x: np.tanh(x * w).sum())(x.numpy()) ** 2).sum())(w.numpy())
-    close(w.grad, by_transform)
+    penalty = lambda w: (grad(lambda x: np.tanh(x * w).sum())(x.numpy()) ** 2).sum()
+    close(w.grad, grad(penalty)(w.numpy()))
 
 
 def test_unrolled_gradient_descent_is_differentiated():
@@ -596,14 +697,16 @@ NEST = {"w": np.array([1.0, 2.0]), "layers": [np.array([[3.0]]), (4.0, Tensor([5
 
 
 def nest_loss(p, scale=1.0):
-    return scale * ((p["w"] ** 2).sum() + (p["layers"][0] ** 3).sum() + p["layers"][1][0] ** 2 * p["layers"][1][1].sum())
+    matrix, (a, b) = p["layers"]
+    return scale * ((p["w"] ** 2).sum() + (matrix ** 3).sum() + a ** 2 * b.sum())
 
 
 def test_nests_go_in_and_come_out():
     slope = grad(nest_loss)(NEST)
     assert isinstance(slope, dict) and list(slope) == ["w", "layers"]
     assert isinstance(slope["layers"], list) and isinstance(slope["layers"][1], tuple)
-    for got, expected in [(slope["w"], [2, 4]), (slope["layers"][0], [[27]]), (slope["layers"][1][0], 40), (slope["layers"][1][1], [16])]:
+    for got, expected in [(slope["w"], [2, 4]), (slope["layers"][0], [[27]]),
+                          (slope["layers"][1][0], 40), (slope["layers"][1][1], [16])]:
         close(got, np.array(expected, float))
         assert got.shape == np.shape(expected)
     tangent = {"w": np.ones(2), "layers": [np.ones((1, 1)), (1.0, np.ones(1))]}
@@ -611,7 +714,8 @@ def test_nests_go_in_and_come_out():
     value, (product,) = hvp(nest_loss, (NEST,), (tangent,))
     close(product["layers"][1][1], [8.0])
     close(product["layers"][1][0], 10 + 8)
-    pulled = vjp(lambda p: {"a": p["w"] * 2, "b": [p["layers"][0]]}, NEST)[1]({"a": np.ones(2), "b": [np.ones((1, 1))]})
+    pulled = vjp(lambda p: {"a": p["w"] * 2, "b": [p["layers"][0]]},
+                 NEST)[1]({"a": np.ones(2), "b": [np.ones((1, 1))]})
     close(pulled[0]["w"], [2.0, 2.0])
     close(pulled[0]["layers"][1][1], [0.0])
     rows = jacobian(lambda p: (p["w"] * 2, p["layers"][0].sum()))(NEST)
@@ -653,12 +757,13 @@ def test_argnums():
     assert [h.item() for h in (aa, ab, ba, bb)] == [6.0, 4.0, 4.0, 0.0]
     close(jacobian(lambda a, b: a * b, argnum=1)(np.ones(2), np.ones(2)), np.eye(2))
     close(hessian(f, argnum=0)(2.0, 3.0), [[6.0]])
-    grad(lambda x, n: x * n)(2.0, 3)  # an integer argument is fine as long as nobody differentiates by it
+    grad(lambda x, n: x * n)(2.0, 3)  # an integer is fine where nobody differentiates by it
 
 
 def test_has_aux():
     slope, aux = grad(lambda x: (x * x, {"y": x + 1, "note": "text"}), has_aux=True)(3.0)
-    assert slope.item() == 6.0 and aux["y"].item() == 4.0 and aux["note"] == "text" and not aux["y"].requires_grad
+    assert (slope.item(), aux["y"].item(), aux["note"]) == (6.0, 4.0, "text")
+    assert not aux["y"].requires_grad
     (value, aux), slope = value_and_grad(lambda x: (x * x, [x]), has_aux=True)(3.0)
     assert (value.item(), aux[0].item(), slope.item()) == (9.0, 3.0, 6.0)
 
@@ -674,11 +779,12 @@ def test_what_does_not_depend_has_zero_derivatives():
         close(jacobian(f)(x), np.zeros((2, 3)))
         close(hessian(f)(x), np.zeros((6, 6)))
     close(gradients(w * w, [w, Tensor([1.0, 1.0])])[1], [0.0, 0.0])
-    close(hessian(lambda x: x.sum())(x), np.zeros((6, 6)))  # linear: its gradient depends on nothing
+    close(hessian(lambda x: x.sum())(x), np.zeros((6, 6)))  # its gradient depends on nothing
     close(hvp(lambda x: x.sum(), (x,), (x,))[1][0], np.zeros((2, 3)))
-    slopes = grad(lambda a, b: (a * a).sum(), (0, 1))(np.ones(2, np.float32), np.ones(3, np.float32))
-    close(slopes[1], np.zeros(3))
-    assert slopes[1].dtype == np.float32
+    single = np.ones(2, np.float32)
+    _, slope = grad(lambda a, b: (a * a).sum(), (0, 1))(single, single)
+    close(slope, np.zeros(2))
+    assert slope.dtype == np.float32
 
 
 def test_shapes_of_jacobians_and_hessians():
@@ -750,7 +856,8 @@ def test_checkpoint_is_the_function_itself_with_all_its_derivatives():
 
 def test_checkpoint_reaches_parameters_it_closes_over():
     manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), A(5, 3).astype(np.float32)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = A(5, 3).astype(np.float32)
     plain = gradients((model(x) ** 2).sum(), model.parameters())
     (checkpoint(model, Tensor(x)) ** 2).sum().backward()
     for p, g in zip(model.parameters(), plain):
@@ -812,7 +919,8 @@ def test_nothing_is_computed_for_operands_that_need_no_gradient():
     rule = lambda name: lambda g, y, a, b: (calls.append(name), g)[1]
     add = nanoad.primitive(rule("a"), rule("b"))(lambda a, b: a + b)
     x, w = Tensor(np.ones(3)), Tensor(np.ones(3))
-    for a, b, expected in [(x, np.ones(3), "a"), (np.ones(3), x, "b"), (x, as_tensor(np.ones(3)), "a"), (x, 2.0, "a"), (x, x.detach(), "a"),
+    for a, b, expected in [(x, np.ones(3), "a"), (np.ones(3), x, "b"),
+                           (x, as_tensor(np.ones(3)), "a"), (x, 2.0, "a"), (x, x.detach(), "a"),
                            (x, w, "ab")]:
         calls.clear()
         add(a, b).sum().backward()
@@ -855,7 +963,8 @@ def test_hvp_costs_at_most_four_gradients():
 
     one = grad(loss, (0, 1, 2))
     for attempt in range(3):  # the machine may be busy with something else
-        pairs = [(seconds(lambda: one(*weights)), seconds(lambda: hvp(loss, weights, weights))) for _ in range(9)]
+        pairs = [(seconds(lambda: one(*weights)), seconds(lambda: hvp(loss, weights, weights)))
+                 for _ in range(5)]
         ratio = np.median([h for _, h in pairs]) / np.median([g for g, _ in pairs])
         if ratio <= 4:
             return
@@ -867,43 +976,73 @@ def test_hvp_costs_at_most_four_gradients():
 # Every entry of the tables, called with NumPy's own signatures: once on arrays, once on Tensors.
 
 NUMPY = {
-    np.add: [lambda a, b: np.add(a, b), lambda a, b: np.add(1, b)], np.subtract: [lambda a, b: np.subtract(a, b)],
-    np.multiply: [lambda a, b: np.multiply(a, b)], np.true_divide: [lambda a, b: np.divide(a, b), lambda a, b: np.true_divide(a, 2)],
-    np.power: [lambda a, b: np.power(a, b), lambda a, b: np.power(a, 2), lambda a, b: np.power(2.0, a)],
+    np.add: [lambda a, b: np.add(a, b), lambda a, b: np.add(1, b)],
+    np.subtract: [lambda a, b: np.subtract(a, b)],
+    np.multiply: [lambda a, b: np.multiply(a, b)],
+    np.true_divide: [lambda a, b: np.divide(a, b), lambda a, b: np.true_divide(a, 2)],
+    np.power: [lambda a, b: np.power(a, b), lambda a, b: np.power(a, 2),
+               lambda a, b: np.power(2.0, a)],
     **{f: [lambda a, b, f=f: f(a), lambda a, b, f=f: f(b)] for f in (
-        np.negative, np.positive, np.absolute, np.fabs, np.square, np.reciprocal, np.exp, np.log, np.sqrt, np.sin, np.cos, np.tan, np.tanh,
+        np.negative, np.positive, np.absolute, np.fabs, np.square, np.reciprocal, np.exp, np.log,
+        np.sqrt, np.sin, np.cos, np.tan, np.tanh,
         np.log1p, np.expm1)},
-    np.logaddexp: [lambda a, b: np.logaddexp(a, b), lambda a, b: np.logaddexp(a, 0), lambda a, b: np.logaddexp(0.5, b)],
-    np.maximum: [lambda a, b: np.maximum(a, b), lambda a, b: np.maximum(a, 1)], np.minimum: [lambda a, b: np.minimum(a, b), lambda a, b: np.minimum(1, a)],
+    np.logaddexp: [lambda a, b: np.logaddexp(a, b), lambda a, b: np.logaddexp(a, 0),
+                   lambda a, b: np.logaddexp(0.5, b)],
+    np.maximum: [lambda a, b: np.maximum(a, b), lambda a, b: np.maximum(a, 1)],
+    np.minimum: [lambda a, b: np.minimum(a, b), lambda a, b: np.minimum(1, a)],
     np.matmul: [lambda a, b: np.matmul(a, b.T), lambda a, b: np.matmul(b[0], a[0])],
-    **{f: [lambda a, b, f=f: f(a), lambda a, b, f=f: f(a, 0), lambda a, b, f=f: f(a, axis=(0, 1)), lambda a, b, f=f: f(a, axis=-1, keepdims=True),
-           lambda a, b, f=f: f(a, axis=None)] for f in (np.sum, np.mean, np.var, np.std, np.max, np.min, np.amax, np.amin)},
-    np.where: [lambda a, b: np.where(a > 1, a, b), lambda a, b: np.where(a > 1, a, 0), lambda a, b: np.where(b < 1, 0.5, b)],
-    np.clip: [lambda a, b: np.clip(a, 0.5, 1.0), lambda a, b: np.clip(a, None, 1.0), lambda a, b: np.clip(a, a_min=0.7, a_max=1), lambda a, b: np.clip(a, 0.7, None)],
-    np.reshape: [lambda a, b: np.reshape(a, (3, 2)), lambda a, b: np.reshape(a, -1), lambda a, b: np.reshape(a, [2, -1])],
+    **{f: [lambda a, b, f=f: f(a), lambda a, b, f=f: f(a, 0), lambda a, b, f=f: f(a, axis=(0, 1)),
+           lambda a, b, f=f: f(a, axis=-1, keepdims=True),
+           lambda a, b, f=f: f(a, axis=None)]
+       for f in (np.sum, np.mean, np.var, np.std, np.max, np.min, np.amax, np.amin)},
+    np.where: [lambda a, b: np.where(a > 1, a, b), lambda a, b: np.where(a > 1, a, 0),
+               lambda a, b: np.where(b < 1, 0.5, b)],
+    np.clip: [lambda a, b: np.clip(a, 0.5, 1.0), lambda a, b: np.clip(a, None, 1.0),
+              lambda a, b: np.clip(a, a_min=0.7, a_max=1), lambda a, b: np.clip(a, 0.7, None)],
+    np.reshape: [lambda a, b: np.reshape(a, (3, 2)), lambda a, b: np.reshape(a, -1),
+                 lambda a, b: np.reshape(a, [2, -1])],
     np.ravel: [lambda a, b: np.ravel(a)], np.copy: [lambda a, b: np.copy(a)],
-    np.transpose: [lambda a, b: np.transpose(a), lambda a, b: np.transpose(a, (0, 1)), lambda a, b: np.transpose(a, axes=[1, 0]), lambda a, b: np.transpose(a, None)],
-    np.swapaxes: [lambda a, b: np.swapaxes(a, 0, 1), lambda a, b: np.swapaxes(a, axis1=-1, axis2=0)],
+    np.transpose: [lambda a, b: np.transpose(a), lambda a, b: np.transpose(a, (0, 1)),
+                   lambda a, b: np.transpose(a, axes=[1, 0]), lambda a, b: np.transpose(a, None)],
+    np.swapaxes: [lambda a, b: np.swapaxes(a, 0, 1),
+                  lambda a, b: np.swapaxes(a, axis1=-1, axis2=0)],
     np.moveaxis: [lambda a, b: np.moveaxis(a, 0, -1), lambda a, b: np.moveaxis(a, [0, 1], [1, 0])],
-    np.expand_dims: [lambda a, b: np.expand_dims(a, 0), lambda a, b: np.expand_dims(a, axis=(0, 2))],
+    np.expand_dims: [lambda a, b: np.expand_dims(a, 0),
+                     lambda a, b: np.expand_dims(a, axis=(0, 2))],
     np.squeeze: [lambda a, b: np.squeeze(a[:1]), lambda a, b: np.squeeze(a[:1], axis=0)],
-    np.broadcast_to: [lambda a, b: np.broadcast_to(a, (2, 2, 3)), lambda a, b: np.broadcast_to(a, shape=(1, 2, 3))],
-    np.concatenate: [lambda a, b: np.concatenate([a, b]), lambda a, b: np.concatenate((a, b), axis=1), lambda a, b: np.concatenate([a, b], None), lambda a, b: np.concatenate([a, a, b], -1)],
+    np.broadcast_to: [lambda a, b: np.broadcast_to(a, (2, 2, 3)),
+                      lambda a, b: np.broadcast_to(a, shape=(1, 2, 3))],
+    np.concatenate: [lambda a, b: np.concatenate([a, b]),
+                     lambda a, b: np.concatenate((a, b), axis=1),
+                     lambda a, b: np.concatenate([a, b], None),
+                     lambda a, b: np.concatenate([a, a, b], -1)],
     np.stack: [lambda a, b: np.stack([a, b]), lambda a, b: np.stack((a, b), axis=-1)],
-    np.split: [lambda a, b: np.split(a, 2)[1], lambda a, b: np.split(a, [1, 2], axis=1)[1], lambda a, b: np.split(a, 3, -1)[0]],
-    np.pad: [lambda a, b: np.pad(a, 1), lambda a, b: np.pad(a, ((0, 1), (2, 0))), lambda a, b: np.pad(a, (1, 0), mode="constant"), lambda a, b: np.pad(a, 1, "constant")],
-    np.vstack: [lambda a, b: np.vstack([a, b]), lambda a, b: np.vstack((a[0], b)), lambda a, b: np.vstack([a[None], b[None]])],
-    np.dot: [lambda a, b: np.dot(a, b.T), lambda a, b: np.dot(a[0], b[0]), lambda a, b: np.dot(a, 2.0), lambda a, b: np.dot(a[None], b.T), lambda a, b: np.dot(a, b[1])],
+    np.split: [lambda a, b: np.split(a, 2)[1], lambda a, b: np.split(a, [1, 2], axis=1)[1],
+               lambda a, b: np.split(a, 3, -1)[0]],
+    np.pad: [lambda a, b: np.pad(a, 1), lambda a, b: np.pad(a, ((0, 1), (2, 0))),
+             lambda a, b: np.pad(a, (1, 0), mode="constant"),
+             lambda a, b: np.pad(a, 1, "constant")],
+    np.vstack: [lambda a, b: np.vstack([a, b]), lambda a, b: np.vstack((a[0], b)),
+                lambda a, b: np.vstack([a[None], b[None]])],
+    np.dot: [lambda a, b: np.dot(a, b.T), lambda a, b: np.dot(a[0], b[0]),
+             lambda a, b: np.dot(a, 2.0), lambda a, b: np.dot(a[None], b.T),
+             lambda a, b: np.dot(a, b[1])],
     np.vdot: [lambda a, b: np.vdot(a, b)], np.outer: [lambda a, b: np.outer(a, b)],
     np.full_like: [lambda a, b: np.full_like(a, 3.0), lambda a, b: np.full_like(a, b[0, 1])],
-    np.einsum: [lambda a, b: np.einsum("ij,kj->ik", a, b), lambda a, b: np.einsum("ij->j", a), lambda a, b: np.einsum("ij,ij", a, b, optimize=True)],
+    np.einsum: [lambda a, b: np.einsum("ij,kj->ik", a, b), lambda a, b: np.einsum("ij->j", a),
+                lambda a, b: np.einsum("ij,ij", a, b, optimize=True)],
 }
 ALSO = [  # keywords that mean something
-    lambda a, b: np.sum(a, dtype=np.float32), lambda a, b: np.mean(a, axis=0, dtype=np.float64), lambda a, b: np.var(a, axis=1, ddof=1),
-    lambda a, b: np.std(a, ddof=1, keepdims=True), lambda a, b: a.sum(axis=0, keepdims=True), lambda a, b: a.mean(0), lambda a, b: a.var(axis=1, ddof=1),
-    lambda a, b: a.std(0), lambda a, b: a.max(axis=1), lambda a, b: a.min(), lambda a, b: a.reshape(3, 2), lambda a, b: a.reshape((3, -1)),
-    lambda a, b: a.transpose(1, 0), lambda a, b: a.transpose(), lambda a, b: a.T @ b, lambda a, b: a.swapaxes(0, 1), lambda a, b: a[:1].squeeze(),
-    lambda a, b: a.flatten(), lambda a, b: a.ravel(), lambda a, b: a.dot(b.T), lambda a, b: a.clip(0.5, 1), lambda a, b: a.astype(np.float32), lambda a, b: a.copy(),
+    lambda a, b: np.sum(a, dtype=np.float32), lambda a, b: np.mean(a, axis=0, dtype=np.float64),
+    lambda a, b: np.var(a, axis=1, ddof=1),
+    lambda a, b: np.std(a, ddof=1, keepdims=True), lambda a, b: a.sum(axis=0, keepdims=True),
+    lambda a, b: a.mean(0), lambda a, b: a.var(axis=1, ddof=1),
+    lambda a, b: a.std(0), lambda a, b: a.max(axis=1), lambda a, b: a.min(),
+    lambda a, b: a.reshape(3, 2), lambda a, b: a.reshape((3, -1)),
+    lambda a, b: a.transpose(1, 0), lambda a, b: a.transpose(), lambda a, b: a.T @ b,
+    lambda a, b: a.swapaxes(0, 1), lambda a, b: a[:1].squeeze(),
+    lambda a, b: a.flatten(), lambda a, b: a.ravel(), lambda a, b: a.dot(b.T),
+    lambda a, b: a.clip(0.5, 1), lambda a, b: a.astype(np.float32), lambda a, b: a.copy(),
     lambda a, b: abs(-a), lambda a, b: -a, lambda a, b: sum([a, b]), lambda a, b: np.amax(a, 0),
 ]
 
@@ -912,29 +1051,40 @@ def test_every_numpy_function_of_the_tables_is_tried():
     assert set(NUMPY) == set(nanoad._UFUNCS) | set(nanoad._FUNCTIONS)
 
 
-@pytest.mark.parametrize("call", [pytest.param(c, id=f"{f.__name__}-{i}") for f, calls in NUMPY.items() for i, c in enumerate(calls)]
-                         + [pytest.param(c, id=f"also-{i}") for i, c in enumerate(ALSO)])
+@pytest.mark.parametrize("call", [
+    pytest.param(call, id=f"{getattr(function, '__name__', function)}-{i}")
+    for function, calls in (*NUMPY.items(), ("also", ALSO)) for i, call in enumerate(calls)])
 def test_numpy_functions_take_tensors_as_they_take_arrays(call):
     for dtype in (np.float64, np.float32):
         a, b = (np.random.default_rng(i).uniform(0.3, 2, (2, 3)).astype(dtype) for i in (1, 2))
         expected = call(a, b)
-        for x, y in [(Tensor(a), Tensor(b)), (Tensor(a), Tensor(b, requires_grad=False)), (Tensor(a, requires_grad=False), Tensor(b))]:
+        for x, y in [(Tensor(a), Tensor(b)), (Tensor(a), Tensor(b, requires_grad=False)),
+                     (Tensor(a, requires_grad=False), Tensor(b))]:
             result = call(x, y)
-            assert isinstance(result, Tensor) and result.shape == expected.shape and result.dtype == expected.dtype
+            assert isinstance(result, Tensor)
+            assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
             close(result, expected, rtol=1e-12 if expected.dtype == np.float64 else 1e-5)
         if dtype == np.float64 == expected.dtype:
             check_grad(lambda x: call(x, Tensor(b)), a)
 
 
 ZERO_DERIVATIVE = [
-    np.sign, np.floor, np.ceil, np.trunc, np.rint, np.round, np.isnan, np.isinf, np.isfinite, np.signbit, np.logical_not, np.isneginf, np.isposinf,
-    np.argmax, np.argmin, np.argsort, np.nonzero, np.count_nonzero, np.any, np.all, np.shape, np.ndim, np.size, np.zeros_like, np.ones_like,
+    np.sign, np.floor, np.ceil, np.trunc, np.rint, np.round, np.isnan, np.isinf, np.isfinite,
+    np.signbit, np.logical_not, np.isneginf, np.isposinf,
+    np.argmax, np.argmin, np.argsort, np.nonzero, np.count_nonzero, np.any, np.all, np.shape,
+    np.ndim, np.size, np.zeros_like, np.ones_like,
     np.array2string, np.array_repr, np.array_str, np.result_type,
-    *[lambda x, f=f: f(x, 0.5) for f in (np.floor_divide, np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal, np.logical_and,
-                                         np.logical_or, np.logical_xor, np.isclose, np.allclose, np.array_equal)],
-    lambda x: np.searchsorted(x, 0.2), lambda x: np.argmax(x, axis=0), lambda x: np.argsort(x, axis=-1), lambda x: np.less(0.5, x), lambda x: np.round(x, 1),
-    lambda x: np.empty_like(x).shape, lambda x: np.zeros_like(x, dtype=int), lambda x: x.argmax(), lambda x: x.argmin(axis=0),
-    lambda x: x > 0, lambda x: x == x, lambda x: x != 0.5, lambda x: x <= [0.1, 0.2, 0.3], lambda x: np.ones(3) < x, lambda x: x.shape, lambda x: x.ndim, lambda x: x.size,
+    *[lambda x, f=f: f(x, 0.5) for f in (np.floor_divide, np.equal, np.not_equal, np.less,
+                                         np.less_equal, np.greater, np.greater_equal,
+                                         np.logical_and,
+                                         np.logical_or, np.logical_xor, np.isclose, np.allclose,
+                                         np.array_equal)],
+    lambda x: np.searchsorted(x, 0.2), lambda x: np.argmax(x, axis=0),
+    lambda x: np.argsort(x, axis=-1), lambda x: np.less(0.5, x), lambda x: np.round(x, 1),
+    lambda x: np.empty_like(x).shape, lambda x: np.zeros_like(x, dtype=int), lambda x: x.argmax(),
+    lambda x: x.argmin(axis=0),
+    lambda x: x > 0, lambda x: x == x, lambda x: x != 0.5, lambda x: x <= [0.1, 0.2, 0.3],
+    lambda x: np.ones(3) < x, lambda x: x.shape, lambda x: x.ndim, lambda x: x.size,
     lambda x: np.ones(3) // (x + 2),
 ]
 
@@ -944,43 +1094,54 @@ def test_functions_with_zero_derivative_give_plain_results(f):
     array = np.array([-0.3, 0.1, 1.7])
     result, expected = f(Tensor(array)), f(array)
     assert not isinstance(result, Tensor) and type(result) is type(expected)
-    if f not in (np.array_repr,):
-        assert np.array_equal(result, expected)
+    assert f is np.array_repr or np.array_equal(result, expected)
 
 
 REFUSED = {
-    "inv": lambda x: np.linalg.inv(x), "solve": lambda x: np.linalg.solve(x, x), "cumsum": lambda x: np.cumsum(x), "prod": lambda x: np.prod(x),
-    "sort": lambda x: np.sort(x), "add.reduce": lambda x: np.add.reduce(x), "multiply.outer": lambda x: np.multiply.outer(x, x),
-    "add.accumulate": lambda x: np.add.accumulate(x), "add.at": lambda x: np.add.at(x, 0, 1), "arctan2": lambda x: np.arctan2(x, x),
-    "sinh": lambda x: np.sinh(x), "remainder": lambda x: np.remainder(x, 2), "modf": lambda x: np.modf(x), "divmod": lambda x: np.divmod(x, 2.0),
-    "add with out=": lambda x: np.add(x, 1, out=np.zeros((2, 2))), "exp with where=": lambda x: np.exp(x, where=np.ones((2, 2), bool)),
-    "sum.*out": lambda x: np.sum(x, out=np.zeros(())), "sum.*where": lambda x: np.sum(x, where=np.eye(2) > 0),
-    "max.*initial": lambda x: np.max(x, initial=3.0), "fft": lambda x: np.fft.fft(x), "histogram": lambda x: np.histogram(x), "trace": lambda x: np.trace(x),
-    "tensordot": lambda x: np.tensordot(x, x), "clip": lambda x: np.clip(x, 0, 1, out=np.zeros((2, 2))), "reshape": lambda x: np.reshape(x, (4,), order="F"),
+    "inv": lambda x: np.linalg.inv(x), "solve": lambda x: np.linalg.solve(x, x),
+    "cumsum": lambda x: np.cumsum(x), "prod": lambda x: np.prod(x),
+    "sort": lambda x: np.sort(x), "add.reduce": lambda x: np.add.reduce(x),
+    "multiply.outer": lambda x: np.multiply.outer(x, x),
+    "add.accumulate": lambda x: np.add.accumulate(x), "add.at": lambda x: np.add.at(x, 0, 1),
+    "arctan2": lambda x: np.arctan2(x, x),
+    "sinh": lambda x: np.sinh(x), "remainder": lambda x: np.remainder(x, 2),
+    "modf": lambda x: np.modf(x), "divmod": lambda x: np.divmod(x, 2.0),
+    "add with out=": lambda x: np.add(x, 1, out=np.zeros((2, 2))),
+    "exp with where=": lambda x: np.exp(x, where=np.ones((2, 2), bool)),
+    "sum.*out": lambda x: np.sum(x, out=np.zeros(())),
+    "sum.*where": lambda x: np.sum(x, where=np.eye(2) > 0),
+    "max.*initial": lambda x: np.max(x, initial=3.0), "fft": lambda x: np.fft.fft(x),
+    "histogram": lambda x: np.histogram(x), "trace": lambda x: np.trace(x),
+    "tensordot": lambda x: np.tensordot(x, x),
+    "clip": lambda x: np.clip(x, 0, 1, out=np.zeros((2, 2))),
+    "reshape": lambda x: np.reshape(x, (4,), order="F"),
     "pad": lambda x: np.pad(x, 1, mode="edge"), "copyto": lambda x: np.copyto(np.zeros((2, 2)), x),
-    "full_like ": lambda x: np.full_like(np.zeros((2, 2)), x),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_nanoad_cannot_differentiate_is_refused_by_name(name):
-    """A TypeError, since a result without a gradient, or of another meaning, would be silently wrong."""
-    with pytest.raises(TypeError, match=name.strip() if name != "full_like " else None):
+    """A TypeError: a result without a gradient, or of another meaning, would be silently wrong."""
+    with pytest.raises(TypeError, match=name):
         REFUSED[name](Tensor(np.array([[2.0, 0.5], [0.5, 1.0]])))
 
 
 def test_a_tracked_tensor_does_not_become_an_array_by_accident():
     t = Tensor([1.0, 2.0])
-    for convert in (np.asarray, np.array, lambda t: np.array([t, t]), lambda t: np.array([t[0], t[1]]), lambda t: np.array([[t], [t]]), np.ascontiguousarray,
+    for convert in (np.asarray, np.array, lambda t: np.array([t, t]),
+                    lambda t: np.array([t[0], t[1]]), lambda t: np.array([[t], [t]]),
+                    np.ascontiguousarray,
                     lambda t: np.zeros(2).__setitem__(slice(None), t), lambda t: np.float64(t)):
         with pytest.raises(TypeError):
             convert(t)
     close(np.asarray(t.detach()), [1.0, 2.0])
-    assert t.numpy() is t.data and isinstance(t.numpy(), np.ndarray) and isinstance((t.sum() * 2).data, np.ndarray)
+    assert t.numpy() is t.data and type(t.data) is type((t.sum() * 2).data) is np.ndarray
 
 
 @pytest.mark.parametrize("op", ["+", "-", "*", "/", "**", "@"])
-@pytest.mark.parametrize("other", [np.array([1.5, 2.5]), np.array([[1.5, 2.5], [0.5, 1.0]]), np.float64(2.0), np.float32(2.0), np.array([1, 2]), [1.5, 2.5], 2, 2.5, True])
+@pytest.mark.parametrize("other", [
+    np.array([1.5, 2.5]), np.array([[1.5, 2.5], [0.5, 1.0]]), np.float64(2.0), np.float32(2.0),
+    np.array([1, 2]), [1.5, 2.5], 2, 2.5, True])
 def test_operators_with_arrays_lists_and_numbers_on_either_side(op, other):
     if op == "@" and np.ndim(other) == 0:
         return
@@ -1009,7 +1170,8 @@ def test_lists_are_constants_and_lists_of_tensors_are_stacked():
     close(F.add([1.0, 2.0], [3.0, 4.0]), [4.0, 6.0])
     close(F.mul([1.0, 2.0], 2), [2.0, 4.0])
     close(F.stack([[1.0, 2.0], Tensor([3.0, 4.0])]), [[1.0, 2.0], [3.0, 4.0]])
-    for f in (F.relu, F.softmax, F.sigmoid, F.gelu, F.tanh, F.neg, F.sum, F.logsumexp, F.softplus, F.log_softmax, F.max):
+    for f in (F.relu, F.softmax, F.sigmoid, F.gelu, F.tanh, F.neg, F.sum, F.logsumexp, F.softplus,
+              F.log_softmax, F.max):
         close(f([0.5, -1.0]), f(np.array([0.5, -1.0])))
         assert isinstance(f([0.5, -1.0]), Tensor)
     for f in (F.relu, F.sigmoid, F.gelu, F.tanh, F.neg, F.softplus, F.abs, F.exp):
@@ -1073,7 +1235,7 @@ def pendulum(start):
 
 
 def gaussian_process(theta, x=np.linspace(0, 1, 4), y=A(4)):
-    """The log marginal likelihood, by the kernel's length scale and noise; the determinant by elimination."""
+    """The log marginal likelihood of length scale and noise; the determinant by elimination."""
     distance = (x[:, None] - x[None, :]) ** 2
     kernel = np.exp(-0.5 * distance * np.exp(-2 * theta[0])) + np.exp(theta[1]) * np.eye(len(x))
     log_det, rest = 0.0, kernel
@@ -1090,8 +1252,10 @@ def newton_square_root(x):
     return y
 
 
-PROGRAMS = [(log_likelihood, np.array([0.3, -0.2])), (ridge, np.array(-0.5)), (rnn, A(3, 5)), (pendulum, np.array([1.0, 0.3])),
-            (gaussian_process, np.array([-0.7, -1.0])), (newton_square_root, np.array(2.0)), (lambda x: np.sum(np.tanh(x) ** 2), A(4))]
+PROGRAMS = [(log_likelihood, np.array([0.3, -0.2])), (ridge, np.array(-0.5)), (rnn, A(3, 5)),
+            (pendulum, np.array([1.0, 0.3])),
+            (gaussian_process, np.array([-0.7, -1.0])), (newton_square_root, np.array(2.0)),
+            (lambda x: np.sum(np.tanh(x) ** 2), A(4))]
 
 
 @pytest.mark.parametrize("f, x", PROGRAMS)
@@ -1110,7 +1274,8 @@ def test_the_ridge_penalty_has_its_closed_form():
     """dw/dlog(c) = -c (X'X + cI)^-1 w."""
     x, y, c = RIDGE_X, RIDGE_Y, 0.7
     a = x.T @ x + c * np.eye(3)
-    by_log = jacobian(lambda log_c: solve(x.T @ x + np.exp(log_c) * np.eye(3), x.T @ y))(math.log(c))
+    by_log = jacobian(lambda log_c: solve(x.T @ x + np.exp(log_c) * np.eye(3),
+                                          x.T @ y))(math.log(c))
     close(by_log, -c * np.linalg.solve(a, np.linalg.solve(a, x.T @ y)))
 
 
@@ -1119,7 +1284,8 @@ def test_the_ridge_penalty_has_its_closed_form():
 def test_programs_of_the_family_run_unchanged(path):
     data = SHARED / "data"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "NANOAD_DATA": str(data)}
-    run = subprocess.run([sys.executable, "-W", "error", str(path)], env=env, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-W", "error", str(path)], env=env, capture_output=True,
+                         text=True, timeout=600)
     assert run.returncode == 0, run.stderr
 
 
@@ -1128,21 +1294,33 @@ def test_programs_of_the_family_run_unchanged(path):
 
 def test_dtypes_follow_numpy():
     f4, f8 = Tensor(np.ones(2, np.float32)), Tensor(np.ones(2))
-    for made, dtype in [(Tensor(1), "f8"), (Tensor([1, 2]), "f8"), (Tensor(np.array([True])), "f8"), (Tensor(np.ones(2, np.int8)), "f8"),
-                        (Tensor(2.5), "f8"), (Tensor(np.float32(1)), "f4"), (Tensor(np.ones(2, np.float16)), "f2"), (as_tensor([1, 2]), "f8"),
-                        (as_tensor(np.ones(2, np.float32)), "f4"), (f4 + f8, "f8"), (f4 + np.ones(2), "f8"), (f4 * np.ones(2, np.float32), "f4"),
-                        (F.sum(np.array([1, 2])), "f8"), (f4 > 0, bool), (f4 * (f4.numpy() > 0), "f4"), (f4.astype(np.float64), "f8"), (f8.astype("f4"), "f4"),
-                        (F.stack([f4, f4]), "f4"), (Tensor([f4[0], f4[1]]), "f4"), (F.cross_entropy(f4.reshape(1, 2), np.array([0])), "f4"),
+    for made, dtype in [(Tensor(1), "f8"), (Tensor([1, 2]), "f8"), (Tensor(np.array([True])), "f8"),
+                        (Tensor(np.ones(2, np.int8)), "f8"),
+                        (Tensor(2.5), "f8"), (Tensor(np.float32(1)), "f4"),
+                        (Tensor(np.ones(2, np.float16)), "f2"), (as_tensor([1, 2]), "f8"),
+                        (as_tensor(np.ones(2, np.float32)), "f4"), (f4 + f8, "f8"),
+                        (f4 + np.ones(2), "f8"), (f4 * np.ones(2, np.float32), "f4"),
+                        (F.sum(np.array([1, 2])), "f8"), (f4 > 0, bool),
+                        (f4 * (f4.numpy() > 0), "f4"), (f4.astype(np.float64), "f8"),
+                        (f8.astype("f4"), "f4"),
+                        (F.stack([f4, f4]), "f4"), (Tensor([f4[0], f4[1]]), "f4"),
+                        (F.cross_entropy(f4.reshape(1, 2), np.array([0])), "f4"),
                         (F.dropout(f4, 0.5), "f4"), (Tensor(1, requires_grad=False), "f8")]:
         assert made.dtype == np.dtype(dtype)
 
 
 @pytest.mark.parametrize("source", [
-    "t + 1", "1 - t", "t * 2.5", "2 / t", "t ** 2", "t ** 0.5", "t ** 1.7", "2 ** t", "-t", "abs(t)", "t + True", "t.sum() * 0.5", "t.mean()", "t.var()", "t.max() + 1",
-    "np.exp(t.sum())", "t[0] * 3", "t[0] ** 2", "np.maximum(t, 0)", "np.maximum(t[0], 0.1)", "np.where(t > 1, t, 0)", "np.where(t > 1, t, 0.5)", "np.clip(t, 0, 1)", "F.gelu(t[0])",
-    "F.sigmoid(t[0])", "F.softplus(t[0])", "F.relu(t[0])", "F.softmax(t)", "np.logaddexp(t, 0)", "t @ t", "(t @ t) / 3", "np.sqrt(t.sum()) + 1", "t.std()", "F.logsumexp(t) - 1",
-    "F.mse_loss(t, [1, 2, 3])", "F.binary_cross_entropy_with_logits(t, [1, 0, 1])", "F.hinge_loss(t, [1, 1, -1])", "F.pad(t, 1)", "np.tan(t[0])", "np.reciprocal(t[0])", "t.mean() ** -2",
-    "F.layer_norm(t, np.ones(3, np.float32))", "F.layer_norm(t, np.ones(3, np.float32), np.zeros(3, np.float32))"])
+    "t + 1", "1 - t", "t * 2.5", "2 / t", "t ** 2", "t ** 0.5", "t ** 1.7", "2 ** t", "-t",
+    "abs(t)", "t + True", "t.sum() * 0.5", "t.mean()", "t.var()", "t.max() + 1",
+    "np.exp(t.sum())", "t[0] * 3", "t[0] ** 2", "np.maximum(t, 0)", "np.maximum(t[0], 0.1)",
+    "np.where(t > 1, t, 0)", "np.where(t > 1, t, 0.5)", "np.clip(t, 0, 1)", "F.gelu(t[0])",
+    "F.sigmoid(t[0])", "F.softplus(t[0])", "F.relu(t[0])", "F.softmax(t)", "np.logaddexp(t, 0)",
+    "t @ t", "(t @ t) / 3", "np.sqrt(t.sum()) + 1", "t.std()", "F.logsumexp(t) - 1",
+    "F.mse_loss(t, [1, 2, 3])", "F.binary_cross_entropy_with_logits(t, [1, 0, 1])",
+    "F.hinge_loss(t, [1, 1, -1])", "F.pad(t, 1)", "np.tan(t[0])", "np.reciprocal(t[0])",
+    "t.mean() ** -2",
+    "F.layer_norm(t, np.ones(3, np.float32))",
+    "F.layer_norm(t, np.ones(3, np.float32), np.zeros(3, np.float32))"])
 def test_python_numbers_do_not_widen_float32(source):
     """Scalars too, where NumPy 1 computes in float64; forward, backward and twice backward."""
     t = Tensor(np.array([0.5, 1.5, 2.0], np.float32))
@@ -1155,7 +1333,8 @@ def test_python_numbers_do_not_widen_float32(source):
 
 
 def test_a_gradient_has_its_tensors_dtype_and_shape():
-    a, b, c = Tensor(np.ones((3, 1), np.float32)), Tensor(np.ones(4)), Tensor(np.ones((), np.float16))
+    a, b = Tensor(np.ones((3, 1), np.float32)), Tensor(np.ones(4))
+    c = Tensor(np.ones((), np.float16))
     ((a * b + c) * np.ones((2, 3, 4))).sum().backward()
     for t, value in ((a, 8), (b, 6), (c, 24)):
         assert (t.grad.shape, t.grad.dtype) == (t.shape, t.dtype)
@@ -1171,7 +1350,8 @@ def test_gradients_accumulate_in_leaves_and_nowhere_else():
     y2.backward()
     close(x.grad, [5.0, 7.0])
     assert y.grad is None and y2.grad is None
-    for twice in (lambda: x + x, lambda: x * 2, lambda: F.concatenate([x, x]), lambda: np.stack([x, x])):
+    for twice in (lambda: x + x, lambda: x * 2, lambda: F.concatenate([x, x]),
+                  lambda: np.stack([x, x])):
         x.grad = None
         twice().sum().backward()
         close(x.grad, [2.0, 2.0])
@@ -1181,11 +1361,12 @@ def test_gradients_accumulate_in_leaves_and_nowhere_else():
 
 
 def test_how_a_tensor_prints():
-    assert str(Tensor([2.0, 4.0])) == "[2. 4.]" and str(Tensor(3.0)) == "3.0" and f"{Tensor([1.0])}" == "[1.]"
+    assert (str(Tensor([2.0, 4.0])), str(Tensor(3.0)),
+            f"{Tensor([1.0])}") == ("[2. 4.]", "3.0", "[1.]")
     t = Tensor(np.array([[1.5, 2.0]], np.float32), label="weights")
     assert re.fullmatch(r"Tensor\(\[\[1\.5, 2\. *\]\], dtype=float32, label='weights'\)", repr(t))
-    assert repr(Tensor(3.0)) == "Tensor(3., dtype=float64)" and repr(Tensor(np.zeros((0, 2)))).startswith("Tensor([]")
-    assert repr(Tensor(2.0) * 1) == "Tensor(2., dtype=float64)"
+    assert repr(Tensor(3.0)) == repr(Tensor(3.0) * 1) == "Tensor(3., dtype=float64)"
+    assert repr(Tensor(np.zeros((0, 2)))).startswith("Tensor([]")
     assert f"{Tensor(2.0):.3f}" == "2.000" and f"{Tensor([[2.0]]):5.1f}" == "  2.0"
     assert nanoad.Value is Tensor
 
@@ -1202,7 +1383,7 @@ def test_conversions_and_containers():
     assert (one.item(), float(one), type(one.item())) == (2.75, 2.75, float)
     assert t.tolist() == [[1.5, 2.5], [3.5, 4.5]] and bool(Tensor(1.0)) and not Tensor(0.0)
     assert {t: 1}[t] == 1  # hashable by identity, though == compares elements
-    assert (t == t).all() and (t != 2.5).sum() == 3 and (t > Tensor(2.0)).tolist() == [[False, True], [True, True]]
+    assert (t == t).all() and (t != 2.5).sum() == 3 and (t > Tensor(2.0)).sum() == 3
     assert np.array_equal(np.array([1.5, 9.0]) == t, [[True, False], [False, False]])
 
 
@@ -1238,7 +1419,8 @@ def test_leaves_can_be_copied_and_pickled():
         close(y.grad, [1.0, 2.0])
     twin = copy.deepcopy(model)
     for (name, p), (_, q) in zip(model.named_parameters(), twin.named_parameters()):
-        assert type(q) is nanoad.Parameter and not np.shares_memory(p.numpy(), q.numpy()) and np.array_equal(p.numpy(), q.numpy())
+        assert type(q) is nanoad.Parameter and np.array_equal(p.numpy(), q.numpy())
+        assert not np.shares_memory(p.numpy(), q.numpy())
 
 
 # ## The tape
@@ -1267,22 +1449,23 @@ def resident():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's account of memory")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"),
+                    reason="needs Linux's account of memory")
 def test_a_tape_of_a_million_operations():
     n = 1_000_000
     x = Tensor(np.ones(1))
     before, y = resident(), x
     for _ in range(n // 2):
-        y = np.sin(y) + 1e-3
+        y = y * 0.999 + 1e-3
     per_op = (resident() - before) / n
     assert per_op < 2000, f"{per_op:.0f} bytes per operation"
-    first = weakref.ref(y)
     y.backward()
-    assert np.isfinite(x.grad.item())
-    for _ in range(n // 2):
+    assert 0 <= x.grad.item() < 1e-200
+    for _ in range(n // 10):
         y = y * 1.0
+    last = weakref.ref(y)
     del y  # freed without a walk, too
-    assert first() is None
+    assert last() is None
 
 
 def test_memory_falls_while_the_tape_is_walked():
@@ -1308,14 +1491,20 @@ def test_memory_falls_while_the_tape_is_walked():
 
 def test_nothing_is_part_of_a_reference_cycle():
     manual_seed(0)
-    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3), nn.Dropout(0.5))
-    gpt, x, ids = nanoad.GPT(5, 8, 2, 1, 4, dropout=0.1), A(2, 1, 6, 6).astype(np.float32), np.array([[1, 2, 3]])
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Flatten(), nn.Linear(8, 3), nn.Dropout(0.5))
+    gpt, ids = nanoad.GPT(5, 8, 2, 1, 4, dropout=0.1), np.array([[1, 2, 3]])
+    x = A(2, 1, 6, 6).astype(np.float32)
     f = lambda x: (np.tanh(x) ** 3).sum()
     programs = [
-        lambda: F.cross_entropy(conv(x), np.array([0, 2])).backward(), lambda: F.cross_entropy(gpt(ids)[0], np.array([0, 2, 1])).backward(),
-        lambda: f(Tensor(A(3))), lambda: f(Tensor(A(3))).backward(retain_grads=True), lambda: grad(grad(f))(2.0),
-        lambda: hessian(f)(A(3)), lambda: jvp(f, (A(3),), (A(3),)), lambda: vjp(f, A(3))[1](1.0), lambda: jacobian(np.tanh)(A(3)), lambda: gpt.generate(ids, 3),
-        lambda: checkpoint(f, Tensor(A(3))).backward(), lambda: nanoad.SGD(conv.parameters(), 0.1).step()]
+        lambda: F.cross_entropy(conv(x), np.array([0, 2])).backward(),
+        lambda: F.cross_entropy(gpt(ids)[0], np.array([0, 2, 1])).backward(),
+        lambda: f(Tensor(A(3))), lambda: f(Tensor(A(3))).backward(retain_grads=True),
+        lambda: grad(grad(f))(2.0),
+        lambda: hessian(f)(A(3)), lambda: jvp(f, (A(3),), (A(3),)), lambda: vjp(f, A(3))[1](1.0),
+        lambda: jacobian(np.tanh)(A(3)), lambda: gpt.generate(ids, 3),
+        lambda: checkpoint(f, Tensor(A(3))).backward(),
+        lambda: nanoad.SGD(conv.parameters(), 0.1).step()]
     for program in programs:
         program()
         conv.zero_grad(), gpt.zero_grad()
@@ -1337,7 +1526,9 @@ def test_nothing_is_part_of_a_reference_cycle():
 
 
 def test_a_released_tape_says_so():
-    for again in (lambda y, x: y.backward(), lambda y, x: gradients(y, [x]), lambda y, x: (y * 2).backward(), lambda y, x: grad(lambda w: w * y)(1.0).backward()):
+    for again in (lambda y, x: y.backward(), lambda y, x: gradients(y, [x]),
+                  lambda y, x: (y * 2).backward(),
+                  lambda y, x: grad(lambda w: w * y)(1.0).backward()):
         x = Tensor(2.0)
         y = x * x
         y.backward()
@@ -1367,8 +1558,8 @@ def test_two_threads_give_what_they_give_alone():
     def work(seed):
         manual_seed(seed)
         model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
-        optimizer, x = nanoad.Adam(model.parameters(), lr=0.01), np.random.default_rng(seed).standard_normal((32, 4)).astype(np.float32)
-        results = []
+        optimizer = nanoad.Adam(model.parameters(), lr=0.01)
+        x, results = np.random.default_rng(seed).standard_normal((32, 4)), []
         for _ in range(30):
             loss = (model(x) ** 2).mean()
             optimizer.zero_grad()
@@ -1376,11 +1567,12 @@ def test_two_threads_give_what_they_give_alone():
             optimizer.step()
             with no_grad():
                 results.append(model(x).sum().item())
-            results.append(hessian(lambda w: (np.tanh(w) ** 2).sum())(x[0, :3].astype(np.float64)).tolist())
+            results.append(hessian(lambda w: (np.tanh(w) ** 2).sum())(x[0, :3]).numpy().tolist())
         return results
 
     alone, together = [work(s) for s in range(4)], {}
-    threads = [threading.Thread(target=lambda s=s: together.__setitem__(s, work(s))) for s in range(4)]
+    threads = [threading.Thread(target=lambda s=s: together.__setitem__(s, work(s)))
+               for s in range(4)]
     old = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -1406,7 +1598,8 @@ WRITES = {
     "an intermediate result": lambda x, y: y.data.__setitem__(0, 5.0),
     "read before, too": lambda x, y: (x.data, x.data.__setitem__(0, 5.0), x.data),
     "by a ufunc": lambda x, y: np.multiply(x.data, 2, out=x.data),
-    "by an optimizer": lambda x, y: (setattr(x, "grad", as_tensor([1.0, 1.0])), nanoad.SGD([x], 0.1).step()),
+    "by an optimizer": lambda x, y: (setattr(x, "grad", as_tensor([1.0, 1.0])),
+                                     nanoad.SGD([x], 0.1).step()),
     "through a view": lambda x, y: x.data[1:].fill(0.0),
 }
 
@@ -1419,6 +1612,16 @@ def test_a_write_between_forward_and_backward_is_detected(how):
     WRITES[how](x, y)
     with pytest.raises(RuntimeError, match="changed between forward and backward"):
         loss.backward()
+
+
+def test_a_write_to_an_operand_that_is_not_asked_about_is_detected_too():
+    x, w = Tensor([1.0, 2.0]), Tensor([3.0, 4.0])
+    out, pull = vjp(lambda x: (x * w).sum(), np.ones(2))
+    loss = (x * w).sum()
+    w.data[0] = 50.0
+    for walk in (lambda: gradients(loss, [x]), lambda: pull(1.0)):
+        with pytest.raises(RuntimeError, match="changed between forward and backward"):
+            walk()
 
 
 def test_load_state_dict_between_forward_and_backward_is_detected():
@@ -1481,7 +1684,7 @@ def test_data_can_only_be_replaced_by_its_like():
 
 # ## Numbers
 #
-# What is large must not overflow, what is small must not vanish, and infinities mean what they mean.
+# The large must not overflow, the small must not vanish, and infinities mean what they mean.
 
 BIG = np.array([1e4, -1e4, 0.0, 88.0, -88.0, 1e-3], np.float32)
 
@@ -1492,8 +1695,10 @@ def softmax_exactly(x):
 
 
 @pytest.mark.parametrize("f, exact, slope", [
-    (F.sigmoid, [1, 0, 0.5, 1, 6.054602e-39, 0.50025], [0, 0, 0.25, 6.054602e-39, 6.054602e-39, 0.24999994]),
-    (F.softplus, [1e4, 0, math.log(2), 88, 6.054602e-39, 0.6936473], [1, 0, 0.5, 1, 6.054602e-39, 0.50025]),
+    (F.sigmoid, [1, 0, 0.5, 1, 6.054602e-39, 0.50025],
+     [0, 0, 0.25, 6.054602e-39, 6.054602e-39, 0.24999994]),
+    (F.softplus, [1e4, 0, math.log(2), 88, 6.054602e-39, 0.6936473],
+     [1, 0, 0.5, 1, 6.054602e-39, 0.50025]),
     (F.tanh, [1, -1, 0, 1, -1, 1e-3], [0, 0, 1, 0, 0, 1]),
     (F.gelu, [1e4, 0, 0, 88, 0, 5.003989e-4], [1, 0, 0.5, 1, 0, 0.50079788]),
     (F.relu, [1e4, 0, 0, 88, 0, 1e-3], [1, 0, 0, 1, 0, 1]),
@@ -1520,19 +1725,18 @@ def test_softmax_and_its_relatives_of_large_numbers_in_float32():
         loss, slope = value_and_grad(lambda x: F.cross_entropy(x.reshape(1, -1), targets))(x)
         close(loss, lse - float(x[1]), rtol=1e-6)
         close(slope, p.astype(np.float64) - np.eye(6)[1], rtol=1e-5, atol=1e-7)
-        for f in (lambda x: F.softmax(x)[0], F.logsumexp, lambda x: F.log_softmax(x)[0], lambda x: F.cross_entropy(x.reshape(1, -1), targets)):
+        for f in (lambda x: F.softmax(x)[0], F.logsumexp, lambda x: F.log_softmax(x)[0],
+                  lambda x: F.cross_entropy(x.reshape(1, -1), targets)):
             assert np.isfinite(hessian(f)(x).numpy()).all()
 
 
 def test_log_softmax_equals_extended_precision():
     x = np.random.default_rng(0).uniform(-50, 50, (40, 30))
-    wide = x.astype(np.longdouble)
-    exact = (wide - wide.max(1, keepdims=True)) - np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1, keepdims=True))
-    close(F.log_softmax(x), exact.astype(np.float64), rtol=1e-13, atol=1e-14)
-    single = F.log_softmax(x.astype(np.float32))
-    wide = x.astype(np.float32).astype(np.longdouble)
-    exact = (wide - wide.max(1, keepdims=True)) - np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1, keepdims=True))
-    close(single, exact.astype(np.float64), rtol=1e-6, atol=2e-7)
+    for dtype, rtol, atol in ((np.float64, 1e-13, 1e-14), (np.float32, 1e-6, 2e-7)):
+        wide = x.astype(dtype).astype(np.longdouble)
+        wide = wide - wide.max(axis=1, keepdims=True)
+        exact = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+        close(F.log_softmax(x.astype(dtype)), exact.astype(np.float64), rtol=rtol, atol=atol)
 
 
 def test_minus_infinity_masks():
@@ -1541,10 +1745,13 @@ def test_minus_infinity_masks():
     close(F.softmax(x), [[p[0], 0, p[1]], [0, 0, 1]])
     close(F.logsumexp(x, axis=1), [math.log(1 + math.e), 2.0])
     assert F.logsumexp(np.array([-np.inf, -np.inf])).item() == -np.inf
-    assert np.isneginf(F.log_softmax(x).numpy()).tolist() == [[False, True, False], [True, True, False]]
-    for f in (lambda x: F.softmax(x)[:, 2].sum(), lambda x: F.logsumexp(x, axis=1).sum(), lambda x: F.cross_entropy(x, np.array([2, 2])), lambda x: F.log_softmax(x)[:, 2].sum()):
+    assert np.array_equal(np.isneginf(F.log_softmax(x).numpy()), np.isneginf(x.numpy()))
+    for f in (lambda x: F.softmax(x)[:, 2].sum(), lambda x: F.logsumexp(x, axis=1).sum(),
+              lambda x: F.cross_entropy(x, np.array([2, 2])),
+              lambda x: F.log_softmax(x)[:, 2].sum()):
         assert np.isfinite(grad(f)(x).numpy()).all() and np.isfinite(hessian(f)(x).numpy()).all()
-    causal = F.scaled_dot_product_attention(A(1, 4, 2), A(1, 4, 2), np.eye(4)[None], is_causal=True).numpy()[0]
+    causal = F.scaled_dot_product_attention(A(1, 4, 2), A(1, 4, 2), np.eye(4)[None],
+                                            is_causal=True).numpy()[0]
     assert (causal[np.triu_indices(4, 1)] == 0).all()
     close(causal.sum(axis=1), np.ones(4))
 
@@ -1556,20 +1763,23 @@ def test_binary_cross_entropy_of_large_logits_and_certain_probabilities():
     close(slope, np.array([0, 0, 0.25, -0.25]))
     close(F.binary_cross_entropy([1.0, 0.0], [1.0, 0.0]), 0.0)
     close(F.binary_cross_entropy([0.0, 1.0], [1.0, 0.0]), 100.0)
-    assert np.isfinite(grad(F.binary_cross_entropy)(np.array([1.0, 0.0, 1.0, 0.5]), np.array([1.0, 0.0, 1.0, 0.0])).numpy()).all()
+    p, t = np.array([1.0, 0.0, 1.0, 0.5]), np.array([1.0, 0.0, 1.0, 0.0])
+    assert np.isfinite(grad(F.binary_cross_entropy)(p, t).numpy()).all()
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 48, 64, 100, 768])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4, -1e4 / 3])
 def test_normalization_of_constant_rows_gives_the_bias(width, value):
     rows = np.full((2, width), value, np.float32)
-    x, weight, bias = Tensor(rows), np.full(width, 2, np.float32), np.linspace(0, 1, width, dtype=np.float32)
+    x, weight = Tensor(rows), np.full(width, 2, np.float32)
+    bias = np.linspace(0, 1, width, dtype=np.float32)
     y = F.layer_norm(x, weight, bias)
     y.backward(np.ones((2, width)))
     assert np.isfinite(x.grad.numpy()).all()
     close(y, np.broadcast_to(bias, (2, width)), atol=1e-3)
     images = Tensor(rows.reshape(2, width, 1, 1) * np.ones((1, 1, 2, 3), np.float32))
-    y = F.batch_norm(images, np.zeros(width, np.float32), np.ones(width, np.float32), weight, bias, training=True)
+    y = F.batch_norm(images, np.zeros(width, np.float32), np.ones(width, np.float32), weight, bias,
+                     training=True)
     y.backward(np.ones(y.shape))
     assert np.isfinite(images.grad.numpy()).all()
     close(y, np.broadcast_to(bias[:, None, None], y.shape), atol=1e-3)
@@ -1579,22 +1789,28 @@ def test_normalization_of_large_numbers_in_float32():
     x = (1e4 * np.random.default_rng(0).uniform(-1, 1, (8, 16))).astype(np.float32)
     ones, zeros = np.ones(16, np.float32), np.zeros(16, np.float32)
     wide = x.astype(np.float64)
-    for y, axis in ((F.layer_norm(x, ones, zeros), 1), (F.batch_norm(x, zeros.copy(), ones.copy(), ones, zeros, training=True), 0)):
-        close(y, (wide - wide.mean(axis, keepdims=True)) / np.sqrt(wide.var(axis, keepdims=True) + 1e-5), rtol=1e-4, atol=1e-5)
+    by_batch = F.batch_norm(x, zeros.copy(), ones.copy(), ones, zeros, training=True)
+    for y, axis in ((F.layer_norm(x, ones, zeros), 1), (by_batch, 0)):
+        spread = np.sqrt(wide.var(axis, keepdims=True) + 1e-5)
+        close(y, (wide - wide.mean(axis, keepdims=True)) / spread, rtol=1e-4, atol=1e-5)
 
 
 def test_infinities_and_nans_go_through_as_in_numpy():
     x = np.array([np.inf, -np.inf, np.nan, 1.0])
     with np.errstate(all="ignore"):
-        for f in (np.exp, np.tanh, np.abs, np.sqrt, np.log1p, lambda x: np.maximum(x, 0), lambda x: np.minimum(x, 0), lambda x: x * 0, lambda x: x - x, np.sum, np.mean, np.max,
-                  np.min, lambda x: np.clip(x, -1, 1), lambda x: np.logaddexp(x, x), lambda x: np.logaddexp(x, 0.0), lambda x: x ** 2, lambda x: 1 / x):
+        for f in (np.exp, np.tanh, np.abs, np.sqrt, np.log1p, lambda x: np.maximum(x, 0),
+                  lambda x: np.minimum(x, 0), lambda x: x * 0, lambda x: x - x, np.sum, np.mean,
+                  np.max,
+                  np.min, lambda x: np.clip(x, -1, 1), lambda x: np.logaddexp(x, x),
+                  lambda x: np.logaddexp(x, 0.0), lambda x: x ** 2, lambda x: 1 / x):
             close(f(Tensor(x)), f(x))
             grad(lambda x: np.sum(f(x)))(x)
         close(F.logsumexp(np.array([np.inf, 1.0])), np.inf)
         close(F.sigmoid(x), [1, 0, np.nan, 1 / (1 + math.exp(-1))])
         close(F.softplus(x), [np.inf, 0, np.nan, math.log(1 + math.e)])
         close(grad(lambda x: F.softplus(x).sum())(np.array([np.inf, -np.inf, 0.0])), [1, 0, 0.5])
-        assert np.isnan(F.softmax(Tensor([np.nan, 1.0])).numpy()).all() and np.isnan(F.cross_entropy(np.array([[np.nan, 1.0]]), np.array([1])).item())
+        assert np.isnan(F.softmax(Tensor([np.nan, 1.0])).numpy()).all()
+        assert np.isnan(F.cross_entropy(np.array([[np.nan, 1.0]]), np.array([1])).item())
         assert np.isnan(grad(lambda x: (x * np.nan).sum())(np.ones(2)).numpy()).all()
 
 
@@ -1602,19 +1818,955 @@ def test_ties_and_corners():
     one = lambda f, *x: [g.tolist() for g in grad(f, tuple(range(len(x))))(*map(np.array, x))]
     assert one(lambda x: F.relu(x).sum(), [0.0, 1.0, -1.0]) == [[0.0, 1.0, 0.0]]
     assert one(lambda x: F.abs(x).sum(), [0.0]) == [[0.0]]
-    assert one(lambda a, b: F.maximum(a, b).sum(), [1.0, 2.0], [1.0, 0.0]) == [[0.5, 1.0], [0.5, 0.0]]
-    assert one(lambda a, b: F.minimum(a, b).sum(), [1.0, 2.0], [1.0, 0.0]) == [[0.5, 0.0], [0.5, 1.0]]
+    a, b = [1.0, 2.0], [1.0, 0.0]
+    assert one(lambda a, b: F.maximum(a, b).sum(), a, b) == [[0.5, 1.0], [0.5, 0.0]]
+    assert one(lambda a, b: F.minimum(a, b).sum(), a, b) == [[0.5, 0.0], [0.5, 1.0]]
     assert one(lambda x: x.max(), [3.0, 1.0, 3.0]) == [[0.5, 0.0, 0.5]]
-    assert one(lambda x: x.min(axis=1).sum(), [[1.0, 1.0], [2.0, 1.0]]) == [[[0.5, 0.5], [0.0, 1.0]]]
-    assert one(lambda x: F.max_pool2d(x.reshape(1, 1, 2, 2), 2).sum(), [1.0, 3.0, 3.0, 3.0]) == [[0.0, 1.0, 0.0, 0.0]]
+    assert one(lambda x: x.min(1).sum(), [[1.0, 1.0], [2.0, 1.0]]) == [[[0.5, 0.5], [0.0, 1.0]]]
+    assert one(lambda x: F.max_pool2d(x.reshape(1, 1, 2, 2), 2).sum(),
+               [1.0, 3.0, 3.0, 3.0]) == [[0.0, 1.0, 0.0, 0.0]]
     assert one(lambda x: F.clip(x, 0, 1).sum(), [0.0, 1.0, 2.0]) == [[1.0, 1.0, 0.0]]
     for p in (0, 1, 2, 3):
         assert one(lambda x: (x ** p).sum(), [0.0]) == [[1.0 if p == 1 else 0.0]]
-    assert one(lambda x: (x ** np.array([0.0, 1.0, 2.0])).sum(), [0.0, 0.0, 0.0]) == [[0.0, 1.0, 0.0]]
+    assert one(lambda x: (x ** np.array([0.0, 1.0, 2.0])).sum(),
+               [0.0, 0.0, 0.0]) == [[0.0, 1.0, 0.0]]
     assert one(lambda x, p: (x ** p).sum(), [0.0, 0.0], [1.0, 2.0]) == [[1.0, 0.0], [0.0, 0.0]]
     assert hessian(lambda x: (x ** 2).sum())(np.zeros(2)).tolist() == [[2.0, 0.0], [0.0, 2.0]]
     assert grad(grad(grad(lambda x: x ** 3)))(0.0).item() == 6.0
     assert F.var(np.ones((0, 3)), axis=1).shape == (0,) and F.sum(np.ones((0, 3))).item() == 0
+
+
+# ## Optimizers
+#
+# Beside the formulas of the papers, written down once more in the plainest way, and beside PyTorch.
+
+STEPS = 6
+
+
+def sgd_reference(w, g, state, t, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+    g = g + weight_decay * w
+    state["v"] = momentum * state.get("v", 0) + g
+    return w - lr * (g + momentum * state["v"] if nesterov else state["v"])
+
+
+def adam_reference(w, g, state, t, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                   decoupled=False):
+    w, g = (w * (1 - lr * weight_decay), g) if decoupled else (w, g + weight_decay * w)
+    state["m"] = betas[0] * state.get("m", 0) + (1 - betas[0]) * g
+    state["s"] = betas[1] * state.get("s", 0) + (1 - betas[1]) * g * g
+    mean, square = state["m"] / (1 - betas[0] ** t), state["s"] / (1 - betas[1] ** t)
+    return w - lr * mean / (np.sqrt(square) + eps)
+
+
+OPTIMIZERS = [
+    ("SGD", dict(lr=0.1), sgd_reference, {}),
+    ("SGD", dict(lr=0.1, weight_decay=0.2), sgd_reference, {}),
+    ("SGD", dict(lr=0.05, momentum=0.9), sgd_reference, {}),
+    ("SGD", dict(lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.1), sgd_reference, {}),
+    ("Adam", dict(lr=0.1), adam_reference, {}),
+    ("Adam", dict(lr=0.1, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1), adam_reference, {}),
+    ("AdamW", dict(lr=0.1, weight_decay=0.5), adam_reference, dict(decoupled=True)),
+    ("AdamW", dict(lr=0.1, betas=(0.0, 0.0), eps=0.1, weight_decay=0.0), adam_reference,
+     dict(decoupled=True)),
+]
+
+
+def gradient_of_step(t, w):
+    return np.cos(w * (t + 1)) + w
+
+
+@pytest.mark.parametrize("name, settings, reference, extra", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_optimizers_follow_their_formulas(name, settings, reference, extra, dtype):
+    starts = [A(3, 2), A(4), A()]
+    params = [Tensor(w.astype(dtype)) for w in starts]
+    optimizer, states = getattr(nanoad, name)(params, **settings), [{} for _ in params]
+    expected = [w.astype(dtype).astype(np.float64) for w in starts]
+    for t in range(1, STEPS + 1):
+        for p in params:
+            p.grad = as_tensor(gradient_of_step(t, p.numpy()))
+        before = [p.grad.numpy().copy() for p in params]
+        optimizer.step()
+        assert all(np.array_equal(p.grad.numpy(), g) for p,
+                   g in zip(params, before))  # gradients are only read
+        expected = [reference(w, gradient_of_step(t, w), s, t, **settings, **extra) for w,
+                    s in zip(expected, states)]
+        for p, w in zip(params, expected):
+            assert p.dtype == dtype
+            close(p, w, rtol=1e-10 if dtype == np.float64 else 1e-4,
+                  atol=1e-5 if dtype == np.float32 else 1e-12)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("name, settings, reference, extra", OPTIMIZERS)
+def test_optimizers_are_pytorchs(name, settings, reference, extra):
+    torch = pytest.importorskip("torch")
+    w = A(3, 2)
+    ours, theirs = Tensor(w), torch.tensor(w, requires_grad=True)
+    a = getattr(nanoad, name)([ours], **settings)
+    b = getattr(torch.optim, name)([theirs], **settings)
+    for t in range(STEPS):
+        g = gradient_of_step(t, w)
+        ours.grad, theirs.grad = as_tensor(g), torch.tensor(g)
+        a.step(), b.step()
+        close(ours, theirs.detach().numpy(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_parameters_without_gradient_are_left_alone(name):
+    a, b, c = (Tensor(np.ones(3)) for _ in range(3))
+    optimizer = getattr(nanoad, name)([a, b, c], lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        a.grad, c.grad = as_tensor(np.ones(3)), as_tensor(np.full(3, 2.0))
+        optimizer.step()
+    close(b, np.ones(3))
+    alone = Tensor(np.ones(3))
+    other = getattr(nanoad, name)([alone], lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        alone.grad = as_tensor(np.full(3, 2.0))
+        other.step()
+    close(c, alone)
+    assert (a.numpy() != 1).all()
+
+
+@pytest.mark.parametrize("name, settings", [(n, s) for n, s, _, _ in OPTIMIZERS])
+def test_a_resumed_optimizer_continues_bit_for_bit(name, settings):
+    def run(params, optimizer, schedule, steps):
+        for t in steps:
+            for p in params:
+                p.grad = as_tensor(gradient_of_step(t, p.numpy()))
+            optimizer.step()
+            schedule.step()
+
+    def start(arrays):
+        params = [Tensor(a) for a in arrays]
+        optimizer = getattr(nanoad, name)(params, **settings)
+        return params, optimizer, nanoad.CosineWarmupLR(optimizer, 2, 9, min_lr=0.01)
+
+    whole = start([np.ones(3, np.float32), np.full((2, 2), 0.5, np.float32)])
+    run(*whole, range(8))
+    first = start([np.ones(3, np.float32), np.full((2, 2), 0.5, np.float32)])
+    run(*first, range(5))
+    second = start([p.numpy() for p in first[0]])
+    second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
+    second[2].load_state_dict(first[2].state_dict())
+    state = second[1].state_dict()
+    run(*second, range(5, 8))
+    for p, q in zip(whole[0], second[0]):
+        assert np.array_equal(p.numpy(), q.numpy())
+    for key, value in first[1].state_dict().items():  # a copy: later steps do not change it
+        assert np.array_equal(value, state[key])
+
+
+def test_cosine_warmup_schedule():
+    w = Tensor(1.0)
+    optimizer = nanoad.SGD([w], lr=1.0)
+    schedule = nanoad.CosineWarmupLR(optimizer, warmup_steps=4, total_steps=12, min_lr=0.2)
+    rates = []
+    for _ in range(15):
+        rates.append(optimizer.lr)
+        schedule.step()
+    close(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
+    close(rates[8], 0.6)  # half way down
+    close(rates[12:], [0.2, 0.2, 0.2])
+    assert sorted(rates[4:], reverse=True) == rates[4:]
+    assert nanoad.CosineWarmupLR(nanoad.SGD([w], lr=0.5), 0, 2).optimizer.lr == 0.5
+
+
+def test_clip_grad_norm():
+    a, b, c = Tensor([3.0, 0.0]), Tensor([[4.0]]), Tensor([1.0])
+    a.grad, b.grad = as_tensor([3.0, 0.0]), as_tensor([[4.0]])
+    assert nanoad.clip_grad_norm(iter([a, b, c]), 10.0) == 5.0
+    close(a.grad, [3.0, 0.0])
+    assert nanoad.clip_grad_norm([a, b, c], 1.0) == 5.0
+    close(a.grad, [0.6, 0.0])
+    close(b.grad, [[0.8]])
+    (a * a / 2).sum().backward(create_graph=True)  # its gradient, added to the first, is tracked
+    assert nanoad.clip_grad_norm([a], 1.8) == pytest.approx(3.6)
+    close(a.grad, [1.8, 0.0])
+    a.grad = as_tensor([np.nan, 1.0])
+    assert math.isnan(nanoad.clip_grad_norm([a, b], 1.0)) and nanoad.clip_grad_norm([c], 1.0) == 0.0
+    close(b.grad, [[0.8]])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("f", [
+    lambda a, b: (a + b).sum(), lambda a, b: (a + b * 1).reshape(2, 1).sum(),
+    lambda a, b: a.reshape(1, 2).sum() + b.sum(), lambda a, b: np.concatenate([a, b]).sum(),
+    lambda a, b: (F.identity(a) + F.identity(b)) @ np.ones(2)])
+def test_leaves_that_receive_one_cotangent_do_not_share_its_memory(f, create_graph):
+    a, b = Tensor([3.0, 4.0]), Tensor([1.0, 2.0])
+    f(a, b).backward(create_graph=create_graph)
+    assert nanoad.clip_grad_norm([a, b], 1.0) == 2.0
+    for t in (a, b):
+        close(t.grad, [0.5, 0.5])
+
+
+def test_the_cotangent_given_to_backward_stays_the_callers():
+    x, seed = Tensor([3.0, 4.0]), np.array([30.0, 40.0])
+    for y in (x, x.reshape(2), x + 0):
+        x.grad = None
+        y.backward(seed)
+        nanoad.clip_grad_norm([x], 1.0)
+        assert seed.tolist() == [30.0, 40.0]
+
+
+# ## Modules
+
+
+def small_cnn():
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+                         nn.MaxPool2d(2), nn.Conv2d(4, 3, (2, 1), stride=2), nn.AvgPool2d(1),
+                         nn.Tanh(), nn.Flatten(), nn.Linear(3, 5))
+
+
+def test_state_dict_has_pytorchs_names_and_shapes():
+    shapes = {name: a.shape for name, a in small_cnn().state_dict().items()}
+    assert shapes == {"0.weight": (4, 2, 3, 3), "0.bias": (4,), "1.weight": (4,), "1.bias": (4,),
+                      "1.running_mean": (4,), "1.running_var": (4,),
+                      "4.weight": (3, 4, 2, 1), "4.bias": (3,), "8.weight": (5, 3), "8.bias": (5,)}
+    gpt = {name: a.shape for name, a in nanoad.GPT(7, 8, 2, 2, 5).state_dict().items()}
+    block = {"ln1.weight": (8,), "ln1.bias": (8,), "attn.qkv.weight": (24, 8),
+             "attn.proj.weight": (8, 8), "ln2.weight": (8,), "ln2.bias": (8,),
+             "mlp.0.weight": (32, 8), "mlp.0.bias": (32,), "mlp.2.weight": (8, 32),
+             "mlp.2.bias": (8,)}
+    assert gpt == {"tok_emb.weight": (7, 8), "pos_emb.weight": (5, 8), "ln_f.weight": (8,),
+                   "ln_f.bias": (8,),
+                   **{f"blocks.{i}.{name}": shape for i in range(2) for name,
+                      shape in block.items()}}
+
+
+def test_state_dict_round_trip_and_what_load_state_dict_refuses():
+    manual_seed(0)
+    a, b, x = small_cnn(), small_cnn(), A(3, 2, 6, 4).astype(np.float32)
+    a(x)  # moves the running statistics
+    assert not np.array_equal(a.eval()(x).numpy(), b.eval()(x).numpy())
+    b.load_state_dict(a.state_dict())
+    assert np.array_equal(a(x).numpy(), b(x).numpy())
+    a.state_dict()["0.weight"][:] = 0  # copies, so this is nobody's business
+    assert np.array_equal(a(x).numpy(), b(x).numpy())
+    good = b.state_dict()
+    for change, error in [(lambda s: s.pop("1.running_var"), KeyError),
+                          (lambda s: s.update(extra=np.ones(1)), KeyError),
+                          (lambda s: s.update({"8.bias": np.ones(4)}), ValueError),
+                          (lambda s: s.update({"8.bias": np.array(list("abcde"))}),
+                           (TypeError, ValueError))]:
+        state = {name: array + 1 for name, array in good.items()}
+        change(state)
+        with pytest.raises(error):
+            b.load_state_dict(state)
+        for name, array in b.state_dict().items():  # all or nothing
+            assert np.array_equal(array, good[name])
+    b.load_state_dict({**good, "extra": np.ones(1)}, strict=False)
+
+
+def test_parameters_are_found_wherever_they_are_and_listed_once():
+    class Net(nn.Module):
+        def __init__(self):
+            self.first, self.more = nn.Linear(2, 2), [nn.Linear(2, 3), nn.ReLU()]
+            self.scale, self.seen, self.note = nanoad.Parameter(1.0), np.zeros(2), "text"
+            self.tied, self.alone = self.first, [nanoad.Parameter([1.0]), nanoad.Parameter([2.0])]
+
+        def forward(self, x):
+            return self.more[1](self.more[0](self.first(x))) * self.scale
+
+    net = Net()
+    names = "first.weight first.bias more.0.weight more.0.bias scale alone.0 alone.1"
+    assert [n for n, _ in net.named_parameters()] == names.split()
+    assert len(net.parameters()) == 7 and {"first.bias", "seen"} <= set(net.state_dict())
+    assert {type(m) for m in net.modules()} == {Net, nn.Linear, nn.ReLU}
+    net(np.ones((1, 2))).sum().backward()
+    assert net.scale.grad is not None and net.alone[0].grad is None
+    net.zero_grad()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_train_and_eval_reach_dropout_and_batch_norm():
+    manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.5)), nn.BatchNorm2d(4))
+    x = A(6, 4).astype(np.float32)
+    assert model.training and not np.array_equal(model(x).numpy(), model(x).numpy())
+    assert model.eval() is model and not any(m.training for m in model.modules())
+    before = model.state_dict()
+    assert np.array_equal(model(x).numpy(), model(x).numpy())
+    assert all(np.array_equal(a, before[n]) for n, a in model.state_dict().items())
+    assert model.train() is model and all(m.training for m in model.modules())
+    close(F.dropout(np.ones(10), 0.0), np.ones(10))
+    kept = F.dropout(np.ones(20_000), 0.25).numpy()
+    assert set(np.unique(kept)) == {0.0, 1 / 0.75} and abs(kept.mean() - 1) < 0.02
+
+
+def test_reprs_show_what_is_inside():
+    text = repr(nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Dropout(0.2))))
+    assert re.fullmatch(r"Sequential\(\n  \(0\): Linear\(.*\)\n  \(1\): Sequential\(\n"
+                        r"    \(0\): Dropout\(.*0\.2.*\)\n  \)\n\)", text)
+    for module, numbers in [(nn.Conv2d(1, 2, 3, stride=4), "1 2 3 4"), (nn.Embedding(5, 2), "5 2"),
+                            (nn.LayerNorm(4), "4"), (nn.BatchNorm2d(6), "6"),
+                            (nn.MaxPool2d(2), "2")]:
+        assert set(numbers.split()) <= set(re.findall(r"\d+", repr(module)))
+    text = repr(nanoad.GPT(5, 4, 1, 1, 2))
+    assert "(blocks.0)" in text and "qkv" in text
+
+
+def test_astype_moves_a_model_to_float64_and_back():
+    manual_seed(0)
+    model, x = small_cnn(), A(2, 2, 6, 4)
+    assert model(x).dtype == np.float32  # raw arrays are converted to the parameters' dtype
+    assert model.astype(np.float64) is model
+    assert {a.dtype for a in model.state_dict().values()} == {np.dtype(np.float64)}
+    assert model(x).dtype == np.float64
+    w = model[0].weight
+
+    def loss(weight):
+        model[0].weight = weight
+        return F.cross_entropy(model(x), np.array([1, 4]))
+
+    slope, h = grad(loss)(w.numpy()), 1e-6
+    for index in [(0, 0, 0, 0), (3, 1, 2, 1)]:
+        step = np.zeros(w.shape)
+        step[index] = h
+        plus, minus = (loss(as_tensor(w.numpy() + sign * step)).item() for sign in (1, -1))
+        assert abs((plus - minus) / (2 * h) - slope.numpy()[index]) < 1e-7
+    model[0].weight = w
+    assert model.astype(np.float32)(x).dtype == np.float32
+    F.cross_entropy(model(x), np.array([1, 4])).backward()
+    assert all(p.grad.dtype == np.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("module, x", [
+    (nn.Linear(4, 2), A(3, 4)), (nn.Conv2d(1, 2, 2, stride=2, padding=1), A(1, 1, 4, 4)),
+    (nn.BatchNorm2d(2), A(3, 2, 2, 2)), (nn.LayerNorm(4), A(3, 4)),
+    (nn.Embedding(3, 2), np.array([[0, 1, 2]])),
+    (nn.MultiHeadAttention(4, 2, bias=True), A(1, 3, 4)), (nanoad.MLP(3, [4, 1]), A(5, 3)),
+    (nanoad.GPT(4, 8, 2, 1, 3), np.array([[0, 1, 2]]))])
+def test_every_parameter_of_every_module_gets_its_gradient(module, x):
+    (module(x) ** 2).sum().backward()
+    for name, p in module.named_parameters():
+        assert p.grad is not None and np.abs(p.grad.numpy()).max() > 0, name
+
+
+def test_mlp_drops_a_last_size_of_one():
+    manual_seed(0)
+    model = nanoad.MLP(3, [4, 1])
+    assert model(np.zeros((5, 3))).shape == (5,) and model(np.zeros(3)).shape == ()
+    assert nanoad.MLP(3, [4, 2])(np.zeros((5, 3))).shape == (5, 2)
+    assert [n for n, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert len(model) == 3 and isinstance(model[1], nn.ReLU) and isinstance(model[-1], nn.Linear)
+    close(model([Tensor(0.5), Tensor(1.0), 2.0]), model(np.array([0.5, 1.0, 2.0])), rtol=1e-6)
+
+
+def test_losses_as_modules_and_batch_norms_running_statistics():
+    x, y = A(4, 3), np.array([0, 2, 1, 1])
+    close(nn.CrossEntropy()(Tensor(x), y), F.cross_entropy(x, y))
+    close(nn.MSE()(Tensor(x), x * 2), F.mse_loss(x, x * 2))
+    norm, images = nn.BatchNorm2d(3), A(4, 3, 2, 2).astype(np.float32)
+    norm(images)
+    close(norm.running_mean, 0.1 * images.mean((0, 2, 3)), rtol=1e-5, atol=1e-7)
+    close(norm.running_var, 0.9 + 0.1 * images.var((0, 2, 3), ddof=1), rtol=1e-5)
+    loss = (norm(Tensor(images)) ** 3).sum()
+    before = norm.state_dict()
+    loss.backward(create_graph=True)  # runs the definition, which must not count the batch again
+    assert all(np.array_equal(a, before[n]) for n, a in norm.state_dict().items())
+
+
+# ### The same weights in PyTorch
+
+
+def agree(ours, theirs, inputs, targets, torch):
+    """Outputs, the loss and the gradients of one step."""
+    theirs.load_state_dict({n: torch.tensor(a) for n, a in ours.state_dict().items()}, strict=False)
+    out, expected = ours(inputs), theirs(torch.tensor(inputs))
+    close(out, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+    loss = F.cross_entropy(out.reshape(len(targets), -1), targets)
+    expected = expected.reshape(len(targets), -1)
+    expected_loss = torch.nn.functional.cross_entropy(expected, torch.tensor(targets))
+    loss.backward()
+    expected_loss.backward()
+    close(loss, expected_loss.item(), rtol=1e-5)
+    slopes = dict(theirs.named_parameters())
+    assert set(slopes) == {name for name, _ in ours.named_parameters()}
+    for name, p in ours.named_parameters():
+        close(p.grad, slopes[name].grad.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cnn_computes_what_it_does_in_pytorch():
+    torch = pytest.importorskip("torch")
+    t = torch.nn
+    theirs = t.Sequential(t.Conv2d(2, 4, 3, padding=1), t.BatchNorm2d(4), t.ReLU(), t.MaxPool2d(2),
+                          t.Conv2d(4, 3, (2, 1), stride=2), t.AvgPool2d(1), t.Tanh(), t.Flatten(),
+                          t.Linear(3, 5))
+    manual_seed(0)
+    ours, x = small_cnn(), A(3, 2, 6, 4).astype(np.float32)
+    agree(ours, theirs, x, np.array([0, 4, 2]), torch)
+    for name, array in ours.state_dict().items():
+        close(array, theirs.state_dict()[name].numpy(), rtol=1e-5, atol=1e-6)
+    close(ours.eval()(x), theirs.eval()(torch.tensor(x)).detach().numpy(), rtol=1e-5, atol=1e-5)
+    back = small_cnn()  # and the other way: num_batches_tracked is PyTorch's own
+    back.load_state_dict({n: v.numpy() for n, v in theirs.state_dict().items()}, strict=False)
+    close(back.eval()(x), ours(x))
+
+
+def test_a_gpt_computes_what_it_does_in_pytorch():
+    torch = pytest.importorskip("torch")
+    t = torch.nn
+
+    class Attention(t.Module):
+        def __init__(self, c, heads):
+            super().__init__()
+            self.heads, self.qkv = heads, t.Linear(c, 3 * c, bias=False)
+            self.proj = t.Linear(c, c, bias=False)
+
+        def forward(self, x):
+            b, n, c = x.shape
+            q, k, v = (part.view(b, n, self.heads, -1).transpose(1, 2)
+                       for part in self.qkv(x).split(c, dim=2))
+            y = t.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+    class Block(t.Module):
+        def __init__(self, c, heads):
+            super().__init__()
+            self.ln1, self.attn, self.ln2 = t.LayerNorm(c), Attention(c, heads), t.LayerNorm(c)
+            self.mlp = t.Sequential(t.Linear(c, 4 * c), t.GELU(approximate="tanh"),
+                                    t.Linear(4 * c, c))
+
+        def forward(self, x):
+            x = x + self.attn(self.ln1(x))
+            return x + self.mlp(self.ln2(x))
+
+    class Model(t.Module):
+        def __init__(self, vocabulary, c, heads, layers, block):
+            super().__init__()
+            self.tok_emb, self.pos_emb = t.Embedding(vocabulary, c), t.Embedding(block, c)
+            self.ln_f = t.LayerNorm(c)
+            self.blocks = t.ModuleList(Block(c, heads) for _ in range(layers))
+
+        def forward(self, ids):
+            x = self.tok_emb(ids) + self.pos_emb.weight[:ids.shape[1]]
+            for block in self.blocks:
+                x = block(x)
+            return self.ln_f(x) @ self.tok_emb.weight.T
+
+    manual_seed(0)
+    ours, theirs = nanoad.GPT(11, 16, 4, 2, 8), Model(11, 16, 4, 2, 8)
+    for p in ours.parameters():  # at its initial weights a GPT says almost nothing
+        p.data *= 4
+    ids = np.random.default_rng(0).integers(0, 11, (3, 6))
+    agree(ours, theirs, ids, np.random.default_rng(1).integers(0, 11, 18), torch)
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("softplus", {}), ("log_softmax", dict()), ("max_pool2d", dict(kernel_size=2, stride=1)),
+    ("avg_pool2d", dict(kernel_size=(2, 1))),
+    ("conv2d", dict(stride=2, padding=(1, 0))), ("layer_norm", {}), ("gelu", {}),
+    ("scaled_dot_product_attention", dict(is_causal=True))])
+def test_operations_are_pytorchs(name, settings):
+    torch = pytest.importorskip("torch")
+    f, g = getattr(F, name), getattr(torch.nn.functional, name)
+    shapes = {"conv2d": [(2, 3, 5, 4), (2, 3, 3, 2)],
+              "scaled_dot_product_attention": [(2, 5, 4)] * 3}
+    arrays = [A(*shape) for shape in shapes.get(name, [(2, 3, 5, 4)])]
+    ours = [Tensor(a) for a in arrays]
+    theirs = [torch.tensor(a, requires_grad=True) for a in arrays]
+    odd = {"log_softmax": dict(dim=-1), "gelu": dict(approximate="tanh"),
+           "layer_norm": dict(normalized_shape=(4,))}
+    y = f(*ours, *[np.ones(4)] * (name == "layer_norm"), **settings)
+    z = g(*theirs, **settings, **odd.get(name, {}))
+    close(y, z.detach().numpy(), rtol=1e-9, atol=1e-11)
+    seed = np.random.default_rng(0).standard_normal(y.shape)
+    y.backward(seed)
+    z.backward(torch.tensor(seed))
+    for t, u in zip(ours, theirs):
+        close(t.grad, u.grad.numpy(), rtol=1e-9, atol=1e-11)
+
+
+# ### GPT
+
+
+def test_gpt_overfits_one_batch():
+    manual_seed(0)
+    model, rng = nanoad.GPT(11, 32, 4, 2, 8), np.random.default_rng(0)
+    x, y = rng.integers(0, 11, (2, 4, 8))
+    optimizer = nanoad.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        loss = F.cross_entropy(model(x).reshape(-1, 11), y.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    manual_seed(3)
+    model = nanoad.GPT(13, 16, 4, 2, 6, dropout=0.2)
+    for p in model.parameters():
+        p.data *= 5  # far from uniform, so that a wrong position would show
+    return model
+
+
+def test_generating_greedily_equals_asking_for_every_token_anew(gpt):
+    """The cache changes nothing, also once the text is longer than the window, which slides."""
+    start = np.array([[1, 2], [7, 0]])
+    expected = start
+    gpt.eval()
+    for _ in range(14):
+        expected = np.concatenate([expected, gpt(expected[:, -6:]).numpy()[:, -1:].argmax(-1)],
+                                  axis=1)
+    gpt.train()
+    assert np.array_equal(gpt.generate(start, 14, top_k=1), expected)
+    assert all(m.training for m in gpt.modules())  # as it was before
+    assert np.array_equal(gpt.generate(expected, 3, top_k=1)[:, :-3],
+                          expected) and gpt.generate(start, 0).tolist() == start.tolist()
+
+
+def test_every_cached_step_gives_the_logits_of_the_whole_window(gpt, monkeypatch):
+    seen, sample = [], nanoad._sample
+
+    def note(logits, top_k):
+        seen.append(logits.copy())
+        return sample(logits, top_k)
+
+    monkeypatch.setattr(nanoad, "_sample", note)
+    text = gpt.generate(np.array([[1, 2, 3]]), 9, temperature=0.5)
+    gpt.eval()
+    for i, logits in enumerate(seen):
+        close(logits * 0.5, gpt(text[:, :3 + i][:, -6:]).numpy()[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_is_fixed_by_the_seed_and_follows_the_probabilities(gpt):
+    start = np.zeros((400, 1), int)
+    manual_seed(1)
+    first = gpt.generate(start, 5, top_k=4)
+    second = gpt.generate(start, 5, top_k=4)
+    manual_seed(1)
+    assert np.array_equal(first, gpt.generate(start, 5, top_k=4))
+    assert not np.array_equal(first, second)
+    gpt.eval()
+    logits = gpt(np.array([[0]])).numpy()[0, 0]
+    best = np.argsort(logits)[-4:]
+    assert set(first[:, 1]) <= set(best)
+    p = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
+    counts = np.bincount(gpt.generate(np.zeros((4000, 1), int), 1, temperature=0.7)[:, 1],
+                         minlength=13) / 4000
+    assert np.abs(counts - p).max() < 0.04
+
+
+def test_attention_sees_no_later_position(gpt):
+    gpt.eval()
+    ids = np.array([[1, 2, 3, 4, 5]])
+    changed = np.array([[1, 2, 3, 9, 9]])
+    a, b = gpt(ids).numpy(), gpt(changed).numpy()
+    close(a[:, :3], b[:, :3])
+    assert np.abs(a[:, 3:] - b[:, 3:]).max() > 1e-3
+
+
+def test_manual_seed_fixes_initialization_and_dropout():
+    def draw():
+        model = nn.Sequential(nn.Linear(3, 4), nn.Embedding(2, 2), nn.Conv2d(1, 1, 2))
+        return [*(p.tolist() for p in model.parameters()), F.dropout(np.ones(5), 0.5).tolist(),
+                nanoad.make_moons(4)[0].tolist()]
+
+    manual_seed(1)
+    first, other = draw(), draw()
+    manual_seed(1)
+    assert draw() == first != other
+    manual_seed((1, 2))
+    assert draw() != first
+    before = np.random.get_state()[1].tolist()
+    draw()
+    assert np.random.get_state()[1].tolist() == before  # NumPy's global stream is left alone
+
+
+# ## Wrong calls
+#
+# What is said, and when: at the call that is wrong, with the operation and the numbers at fault.
+# Each row is a call, the exception, and what its message must contain.
+
+VEC, MAT, IMG = np.ones(3), np.ones((2, 3)), np.ones((1, 1, 4, 4))
+
+
+def T(*shape):
+    return Tensor(np.ones(shape))
+
+
+def twice(y):
+    y.backward()
+    y.backward()
+
+
+def small_gpt(**changes):
+    return nanoad.GPT(**{**dict(vocab_size=5, embed_dim=8, num_heads=2, num_layers=1, block_size=4),
+                         **changes})
+
+
+identity = lambda x: x
+WRONG = [
+    # making tensors
+    (lambda: Tensor("abc"), TypeError, "real numbers & abc"),
+    (lambda: Tensor(1j), TypeError, "real numbers & complex"),
+    (lambda: Tensor(None), TypeError, "real numbers & None"),
+    (lambda: Tensor([1.0, [2.0, 3.0]]), ValueError, ""),
+    (lambda: Tensor([T(2), T(3)]), ValueError, "(2,) & (3,)"),
+    (lambda: as_tensor({"a": 1}), TypeError, "real numbers"),
+    (lambda: T(3).astype(int), TypeError, "floating-point & int"),
+    (lambda: T(3) * np.ones(3, complex), TypeError, "complex"),
+    (lambda: setattr(T(3), "data", np.ones(2)), ValueError, "(3,) & (2,)"),
+    (lambda: setattr(T(3), "data", np.ones(3, np.float32)), ValueError, "float64 & float32"),
+    (lambda: T(3).__setitem__(0, 1.0), TypeError, "cannot be assigned"),
+    # using them where only a number or an array can be
+    (lambda: T(3).item(), ValueError, "one element & (3,)"),
+    (lambda: float(T(3)), ValueError, "one element & (3,)"),
+    (lambda: f"{T(3):.2f}", ValueError, "one element & (3,)"),
+    (lambda: bool(T(3)), ValueError, "ambiguous"),
+    (lambda: len(T()), TypeError, ""),
+    (lambda: list(T()), TypeError, ""),
+    (lambda: np.asarray(T(3)), TypeError, "needs a gradient & numpy"),
+    (lambda: MAT[T()], (TypeError, IndexError), ""),
+    (lambda: range(3)[T()], TypeError, ""),
+    (lambda: copy.deepcopy(T(3) * 2), TypeError, "leaves"),
+    # backward and gradients
+    (lambda: (T(3) * 2).backward(), ValueError, "backward & (3,) & scalar & sum"),
+    (lambda: (T(3) * 2).backward(np.ones(2)), ValueError, "backward & (2,) & (3,)"),
+    (lambda: as_tensor(3.0).backward(), RuntimeError, "backward & constants"),
+    (lambda: no_grad()(lambda: T(3).sum() * 2)().backward(), RuntimeError, "no_grad"),
+    (lambda: twice((T(3) * 2).sum()), RuntimeError, "retain_graph"),
+    (lambda: gradients(3.0, [T(3)]), TypeError, "gradients & Tensor & float"),
+    (lambda: gradients(T(3).sum(), [3.0]), TypeError, "gradients & Tensor"),
+    (lambda: gradients(T(3) * 2, [T(3)]), ValueError, "gradients & (3,)"),
+    (lambda: gradients(T(3) * 2, [T(3)], np.ones(2)), ValueError, "gradients & (2,) & (3,)"),
+    # transforms
+    (lambda: grad(identity)(VEC), ValueError, "grad & (3,) & scalar"),
+    (lambda: grad(lambda x: None)(1.0), TypeError, "grad & NoneType"),
+    (lambda: grad(lambda x: 3.0)(1.0), TypeError, "grad & float"),
+    (lambda: grad(float)(1.0), TypeError, "grad & float"),
+    (lambda: grad(identity)(1), TypeError, "grad & floating-point & int64"),
+    (lambda: grad(identity)("a"), TypeError, "grad & floating-point"),
+    (lambda: grad(identity)(None), TypeError, "grad & None"),
+    (lambda: grad(identity)({"a": [1, "b"]}), TypeError, "grad & floating-point"),
+    (lambda: grad(identity, 3)(1.0), ValueError, "grad & argument 3 & 1"),
+    (lambda: grad(identity, -2)(1.0), ValueError, "grad & argument -2"),
+    (lambda: grad(identity)(), ValueError, "grad & argument 0 & 0"),
+    (lambda: grad(lambda x: x.sum(), has_aux=True)(VEC), TypeError, "grad & has_aux & aux"),
+    (lambda: value_and_grad(identity)(VEC), ValueError, "grad & (3,)"),
+    (lambda: hessian(identity)(VEC), ValueError, "hessian & (3,)"),
+    (lambda: hessian(lambda x: 1.0)(VEC), TypeError, "hessian & float"),
+    (lambda: jacobian(lambda x: 1.0)(VEC), TypeError, "jacobian & float"),
+    (lambda: jacobian(lambda x: (x, None))(VEC), TypeError, "jacobian & None"),
+    (lambda: jacobian(identity)(np.ones(2, int)), TypeError, "jacobian & int64"),
+    (lambda: vjp(identity, VEC)[1](np.ones(2)), ValueError, "vjp & (2,) & (3,)"),
+    (lambda: vjp(lambda x: (x, x), VEC)[1](VEC), ValueError, "vjp"),
+    (lambda: vjp(lambda x: None, VEC), TypeError, "vjp & None"),
+    (lambda: jvp(identity, (VEC,), (np.ones(2),)), ValueError, "jvp & (2,) & (3,)"),
+    (lambda: jvp(identity, (VEC,), ()), ValueError, "jvp & (3,)"),
+    (lambda: jvp(identity, (np.ones(2, int),), (np.ones(2),)), TypeError, "jvp & int64"),
+    (lambda: hvp(lambda x: x.sum(), (VEC,), (np.ones((3, 1)),)), ValueError, "hvp & (3, 1) & (3,)"),
+    (lambda: hvp(identity, (VEC,), (VEC,)), ValueError, "hvp & (3,)"),
+    (lambda: checkpoint(lambda x: 3.0, T(3)), TypeError, "checkpoint & float"),
+    (lambda: check_grad(lambda x: 3.0, 1.0), TypeError, "check_grad & 3.0"),
+    # operations
+    (lambda: T(3) + np.ones(2), ValueError, "add & (3,) & (2,)"),
+    (lambda: T(3) + None, TypeError, "add"),
+    (lambda: T(3) * "a", TypeError, "mul"),
+    (lambda: F.maximum(T(3), np.ones(2)), ValueError, "maximum & (3,) & (2,)"),
+    (lambda: T(3) @ np.ones(2), ValueError, "matmul & (3,) & (2,)"),
+    (lambda: T(3) @ 2.0, ValueError, "matmul & (3,) & ()"),
+    (lambda: T(2, 2, 3) @ np.ones((3, 3, 1)), ValueError, "matmul & (2, 2, 3) & (3, 3, 1)"),
+    (lambda: F.bmm(MAT, MAT), ValueError, "bmm & (2, 3)"),
+    (lambda: F.einsum("i,j", T(3)), ValueError, "einsum & i,j & (3,)"),
+    (lambda: F.einsum("ij->i", T(3)), ValueError, "einsum & ij->i & (3,)"),
+    (lambda: F.einsum("ij,jk->ik", MAT, MAT), ValueError, "einsum & (2, 3)"),
+    (lambda: T(3).reshape(2, 2), ValueError, "reshape & (3,)"),
+    (lambda: T(3).transpose(0, 1), ValueError, "transpose & (3,)"),
+    (lambda: T(3).swapaxes(0, 1), (IndexError, ValueError), "swapaxes & (3,) & axis 1"),
+    (lambda: F.moveaxis(T(3), 3, 0), (IndexError, ValueError), "moveaxis & 3"),
+    (lambda: F.expand_dims(T(3), 5), (IndexError, ValueError), "expand_dims & 5"),
+    (lambda: F.squeeze(T(3), 0), ValueError, "squeeze & (3,)"),
+    (lambda: F.broadcast_to(T(3), (2, 2)), ValueError, "broadcast_to & (3,)"),
+    (lambda: F.concatenate([MAT, np.ones((3, 2))]), ValueError, "concatenate & (2, 3) & (3, 2)"),
+    (lambda: F.concatenate([]), ValueError, "concatenate"),
+    (lambda: F.stack([T(3), T(2)]), ValueError, "stack & (2,) & (3,)"),
+    (lambda: F.split(T(3), 2), ValueError, "split & (3,)"),
+    (lambda: F.split(T(3), 1, axis=4), (IndexError, ValueError), "split & 4"),
+    (lambda: F.pad(T(3), ((1, 1), (1, 1))), ValueError, "pad & (3,)"),
+    (lambda: F.pad(T(3), -1), ValueError, "pad & negative"),
+    (lambda: T(3)[5], IndexError, "getitem & 5 & size 3"),
+    (lambda: T(3)[0, 0], IndexError, "getitem & (3,)"),
+    (lambda: T(3)[1.0], IndexError, "getitem & integer"),
+    (lambda: T(3)[Tensor(1.0)], (IndexError, TypeError), "getitem & integer"),
+    (lambda: T(3)[np.array([0.5])], IndexError, "getitem & integer"),
+    (lambda: T(3)[np.array([True])], IndexError, "getitem & (3,) & (1,)"),
+    (lambda: F.scatter_add(T(3), np.array([0, 5, 1]), (3,)), IndexError, "scatter_add & 5"),
+    (lambda: F.embedding(np.array([2]), MAT), ValueError, "embedding & 0 to 1 & 2"),
+    (lambda: F.embedding(np.array([-1]), MAT), ValueError, "embedding & 0 to 1 & -1"),
+    (lambda: F.embedding(np.ones(2), MAT), TypeError, "embedding & integers & float64"),
+    (lambda: T(3).sum(axis=1), (IndexError, ValueError), "sum & (3,) & axis 1"),
+    (lambda: F.max(T(0)), ValueError, "max & (0,)"),
+    (lambda: F.softmax(T(3), axis=2), (IndexError, ValueError), "softmax & (3,) & axis 2"),
+    (lambda: F.log_softmax(T(3), axis=2), (IndexError, ValueError), "log_softmax & (3,) & axis 2"),
+    (lambda: F.where(T(3), T(3), 0), TypeError, "where & bool"),
+    (lambda: F.where(np.ones(2, bool), T(3), 0), ValueError, "where & (2,) & (3,)"),
+    (lambda: F.clip(T(3), Tensor(0.5), 1), TypeError, "clip"),
+    (lambda: F.linear(T(3), np.ones((2, 2))), ValueError, "linear & (3,) & (2, 2)"),
+    (lambda: F.linear(T(3), MAT, np.ones(3)), ValueError, "linear & (3,) & (2, 3)"),
+    (lambda: F.conv2d(MAT, IMG), ValueError, "conv2d & (2, 3)"),
+    (lambda: F.conv2d(np.ones((1, 2, 4, 4)), np.ones((1, 1, 2, 2))), ValueError,
+     "conv2d & (1, 2, 4, 4) & (1, 1, 2, 2)"),
+    (lambda: F.conv2d(IMG, np.ones((1, 1, 5, 5))), ValueError, "conv2d & 5, 5 & 4, 4"),
+    (lambda: F.conv2d(IMG, np.ones((1, 1, 2, 2)), stride=0), ValueError, "conv2d & stride & 0"),
+    (lambda: F.conv2d(IMG, np.ones((1, 1, 2, 2)), padding=-1), ValueError, "conv2d & padding & -1"),
+    (lambda: F.conv2d(IMG, np.ones((1, 1, 2, 2)), np.ones(3)), ValueError, "conv2d & (3,)"),
+    (lambda: F.max_pool2d(IMG, 5), ValueError, "max_pool2d & 5, 5 & 4, 4"),
+    (lambda: F.avg_pool2d(MAT, 2), ValueError, "avg_pool2d & (2, 3)"),
+    (lambda: F.avg_pool2d(IMG, 0), ValueError, "avg_pool2d & 0"),
+    (lambda: F.max_pool2d(IMG, 2, 0), ValueError, "max_pool2d & stride & 0"),
+    (lambda: F.batch_norm(np.ones((1, 3)), VEC * 0, VEC + 0, VEC, VEC, training=True), ValueError,
+     "batch_norm & one value per channel & (1, 3)"),
+    (lambda: F.batch_norm(np.ones((4, 2)), VEC, VEC, VEC, VEC), ValueError,
+     "batch_norm & 3 & (4, 2)"),
+    (lambda: F.layer_norm(T(3), np.ones(2)), ValueError, "layer_norm & (3,) & (2,)"),
+    (lambda: F.scaled_dot_product_attention(np.ones((2, 3)), np.ones((2, 4)), np.ones((2, 4))),
+     ValueError, "scaled_dot_product_attention & (2, 3) & (2, 4)"),
+    (lambda: F.causal_self_attention(np.ones((1, 2, 10)), 2), ValueError,
+     "causal_self_attention & 2 heads"),
+    (lambda: F.dropout(T(3), 1.0), ValueError, "dropout & 1.0"),
+    (lambda: F.dropout(T(3), -0.1), ValueError, "dropout & -0.1"),
+    # losses
+    (lambda: F.cross_entropy(MAT, np.array([0])), ValueError, "cross_entropy & (2, 3) & (1,)"),
+    (lambda: F.cross_entropy(np.ones((2, 2, 3)), np.zeros((2, 2), int)), ValueError,
+     "cross_entropy & (2, 2, 3) & (2, 2)"),
+    (lambda: F.cross_entropy(MAT, np.array([0, 3])), ValueError, "cross_entropy & 0 to 2 & 3"),
+    (lambda: F.cross_entropy(MAT, np.array([0, -1])), ValueError, "cross_entropy & 0 to 2 & -1"),
+    (lambda: F.cross_entropy(MAT, np.array([0.0, 1.0])), TypeError,
+     "cross_entropy & integers & float64"),
+    (lambda: F.cross_entropy(MAT, Tensor([0, 1])), TypeError, "cross_entropy & integers"),
+    (lambda: F.cross_entropy(np.ones((0, 3)), np.zeros(0, int)), ValueError,
+     "cross_entropy & no rows"),
+    (lambda: F.mse_loss(T(3, 1), VEC), ValueError, "mse_loss & (3, 1) & (3,)"),
+    (lambda: F.mse_loss(T(0), []), ValueError, "mse_loss & no elements"),
+    (lambda: F.binary_cross_entropy_with_logits(T(3, 1), VEC), ValueError,
+     "binary_cross_entropy_with_logits & (3, 1)"),
+    (lambda: F.binary_cross_entropy([1.5], [1.0]), ValueError, "binary_cross_entropy & [0, 1]"),
+    (lambda: F.hinge_loss([1.0], [0.0]), ValueError, "hinge_loss & -1 or 1"),
+    (lambda: F.hinge_loss(T(3, 1), VEC), ValueError, "hinge_loss & (3, 1)"),
+    # modules
+    (lambda: nn.Linear(0, 3), ValueError, "Linear & in_features & 0"),
+    (lambda: nn.Linear(2, 2.5), ValueError, "Linear & out_features & 2.5"),
+    (lambda: nn.Conv2d(1, 2, 0), ValueError, "Conv2d & 0"),
+    (lambda: nn.Embedding(-1, 2), ValueError, "Embedding & -1"),
+    (lambda: nn.Linear(2, 3)(MAT), ValueError, "linear & (2, 3) & (3, 2)"),
+    (lambda: nn.BatchNorm2d(3)(IMG), ValueError, "batch_norm & 3 & (1, 1, 4, 4)"),
+    (lambda: nn.Module()(T(3)), NotImplementedError, "forward"),
+    (lambda: nn.Dropout(1.5)(T(3)), ValueError, "1.5"),
+    (lambda: nn.Linear(2, 3).load_state_dict({}), KeyError, "weight"),
+    (lambda: nn.Linear(2, 3).load_state_dict({"weight": MAT, "bias": VEC}), ValueError,
+     "weight & (2, 3) & (3, 2)"),
+    (lambda: nn.Linear(2, 3).load_state_dict({"weight": MAT.T, "bias": VEC, "more": VEC}), KeyError,
+     "more"),
+    (lambda: nn.Linear(2, 3).astype(int), TypeError, "floating-point & int"),
+    (lambda: nanoad.MLP(2, []), ValueError, "MLP"),
+    (lambda: nn.MultiHeadAttention(10, 3), ValueError, "10 & 3 heads"),
+    (lambda: small_gpt(num_heads=3), ValueError, "8 & 3 heads"),
+    (lambda: small_gpt(vocab_size=0), ValueError, "vocab_size & 0"),
+    (lambda: small_gpt(dropout=1.5), ValueError, "1.5"),
+    (lambda: small_gpt()(np.zeros((1, 5), int)), ValueError, "GPT & 4 & (1, 5)"),
+    (lambda: small_gpt()(np.array([[7]])), ValueError, "GPT & 0 to 4 & 7"),
+    (lambda: small_gpt()(np.ones((1, 2))), TypeError, "GPT & integers"),
+    (lambda: small_gpt()(np.array([1])), ValueError, "GPT & (1,)"),
+    (lambda: small_gpt().generate(np.array([1]), 2), ValueError, "(1,)"),
+    (lambda: small_gpt().generate(np.zeros((1, 0), int), 2), ValueError, "(1, 0)"),
+    (lambda: small_gpt().generate([[1]], 2, temperature=0), ValueError, "temperature & 0"),
+    (lambda: small_gpt().generate([[1]], 2, top_k=0), ValueError, "top_k & 0"),
+    (lambda: small_gpt().generate([[1]], -2), ValueError, "max_new_tokens & -2"),
+    (lambda: small_gpt().generate([[9]], 2), ValueError, "0 to 4 & 9"),
+    # optimizers
+    (lambda: nanoad.SGD([]), ValueError, "SGD & no parameters"),
+    (lambda: nanoad.SGD([T(3)], lr=-0.1), ValueError, "SGD & lr & -0.1"),
+    (lambda: nanoad.Adam([T(3)], lr=math.nan), ValueError, "Adam & lr & nan"),
+    (lambda: nanoad.AdamW([T(3)], weight_decay=-1), ValueError, "AdamW & weight_decay & -1"),
+    (lambda: nanoad.SGD([T(3)], 0.1, nesterov=True), ValueError, "SGD & momentum"),
+    (lambda: nanoad.SGD([T(3) * 2], 0.1), TypeError, "SGD & leaf"),
+    (lambda: nanoad.SGD([VEC], 0.1), TypeError, "SGD & Tensor"),
+    (lambda: nanoad.SGD([nanoad.Parameter(1.0)] * 2, 0.1), ValueError, "SGD"),
+    (lambda: nanoad.Adam([T(3)], betas=(1.0, 0.9)), ValueError, "Adam & betas & 1.0"),
+    (lambda: nanoad.Adam([T(3)]).load_state_dict({}), KeyError, "Adam & mean"),
+    (lambda: nanoad.Adam([T(3)]).load_state_dict(nanoad.Adam([T(5)]).state_dict()), ValueError,
+     "Adam & 5 & 3"),
+    (lambda: nanoad.Adam([T(3)]).load_state_dict(nanoad.SGD([T(3)]).state_dict()), KeyError,
+     "Adam & velocity"),
+    (lambda: nanoad.CosineWarmupLR(nanoad.SGD([T(3)]), 10, 10), ValueError,
+     "CosineWarmupLR & 10 & 10"),
+    (lambda: nanoad.clip_grad_norm([T(3)], 0), ValueError, "clip_grad_norm & 0"),
+]
+
+
+@pytest.mark.parametrize("call, error, parts",
+                         [pytest.param(*row, id=f"{i}: {row[2]}") for i, row in enumerate(WRONG)])
+def test_wrong_calls_say_what_is_wrong(call, error, parts):
+    with pytest.raises(error) as caught:
+        call()
+    for part in filter(None, parts.split(" & ")):
+        assert part in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_an_error_leaves_the_mode_as_it_was():
+    for call in (lambda: grad(lambda x: 1 / 0)(1.0), lambda: (T(3) * 2).backward(),
+                 lambda: checkpoint(lambda x: 1 / 0, T(3)), lambda: hessian(identity)(VEC)):
+        with pytest.raises(Exception):
+            call()
+        assert (T(3) * 2).requires_grad
+        with no_grad():
+            with pytest.raises(Exception):
+                call()
+            assert not (T(3) * 2).requires_grad
+
+
+# ## The file
+#
+# People rename it, vendor it, import it twice, run it under -O and where nothing can be written.
+
+
+def python(code, cwd, *flags, **env):
+    run = subprocess.run([sys.executable, *flags, "-c", textwrap.dedent(code)], cwd=cwd,
+                         timeout=120,
+                         env={**os.environ, "PYTHONPATH": str(cwd), **env}, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+USE = """
+    import numpy as np
+    from {0} import Tensor, grad
+    from {0}.nn import Conv2d, Linear
+    from {0}.optim import Adam
+    from {0}.functional import hessian
+    import {0}.data, {0}.viz
+    import {0} as library
+    assert Conv2d.__module__ == {0!r} == library.__name__ and library.nn.Conv2d is Conv2d
+    model = Linear(2, 1)
+    optimizer = Adam(model.parameters())
+    (model(np.ones((3, 2))) ** 2).mean().backward()
+    optimizer.step()
+    assert float(grad(grad(lambda x: x ** 3))(2.0)) == 12.0
+    assert hessian(lambda x: (x * x).sum())([1.0, 2.0]).shape == (2, 2)
+    print("fine")
+"""
+
+
+@pytest.mark.parametrize("flags", [("-W", "error"), ("-O", "-W", "error"), ("-OO",)], ids=" ".join)
+def test_it_works_renamed_and_vendored(tmp_path, flags):
+    shutil.copy(nanoad.__file__, tmp_path / "tinygrad.py")
+    (tmp_path / "mypkg").mkdir()
+    (tmp_path / "mypkg" / "__init__.py").touch()
+    shutil.copy(nanoad.__file__, tmp_path / "mypkg" / "vendored.py")
+    code = USE.format("tinygrad") + USE.format("mypkg.vendored") + """
+    from mypkg import vendored
+    from mypkg.vendored import nn
+    assert vendored.nn is nn
+    """
+    assert python(code, tmp_path, *flags) == "fine\nfine\n"
+
+
+def test_two_copies_in_one_process_do_not_meddle(tmp_path):
+    for name in ("one.py", "two.py"):
+        shutil.copy(nanoad.__file__, tmp_path / name)
+    python("""
+        import numpy as np, one, two
+        assert one.Tensor is not two.Tensor and one.nn.Linear is not two.nn.Linear
+        one.manual_seed(0); two.manual_seed(0)
+        a, b = one.nn.Linear(3, 2), two.nn.Linear(3, 2)
+        assert np.array_equal(a.weight.numpy(), b.weight.numpy())
+        with one.no_grad():
+            assert b(np.ones((1, 3))).requires_grad and not a(np.ones((1, 3))).requires_grad
+        assert float(one.grad(lambda x: x * float(two.grad(lambda y: y * y)(3.0)))(1.0)) == 6.0
+    """, tmp_path, "-W", "error")
+
+
+WATCH_AN_IMPORT = """
+    import os, random, sys, warnings
+    import numpy as np
+
+    def settings():
+        return [np.geterr(), np.get_printoptions(), list(warnings.filters), os.environ.copy(),
+                np.random.get_state()[1].tolist(), random.getstate(), sys.getrecursionlimit()]
+
+    def note(event, args):
+        if event.startswith(("open", "os.", "socket", "subprocess", "urllib", "shutil")):
+            read = event == "open" and args[1] in (None, "r", "rb")
+            looking = read or event in ("os.listdir", "os.scandir")
+            if not looking or not str(args[0]).startswith(libraries):  # Python looks for modules
+                events.append((event, args))
+
+    before, events = settings(), []
+    libraries = tuple(filter(None, [os.path.dirname(os.__file__), *sys.path]))
+    sys.addaudithook(note)
+    import nanoad
+    found = list(events)
+    assert not found, found
+    assert settings() == before
+    assert not {"torch", "graphviz", "scipy", "urllib.request", "http.client"} & set(sys.modules)
+"""
+
+
+def test_importing_touches_nothing(tmp_path):
+    """No file, socket, process or global setting: an audit hook watches, in a read-only folder."""
+    tmp_path.chmod(0o555)
+    python(WATCH_AN_IMPORT, tmp_path, "-B", "-W", "error", PYTHONPATH=str(ROOT))
+    tmp_path.chmod(0o755)
+
+
+def test_every_public_name_is_exported_and_documented():
+    public = {name for name, value in vars(nanoad).items() if not name.startswith("_")
+              and getattr(value, "__module__", None) == nanoad.__name__
+              and not inspect.ismodule(value)}
+    assert public == set(nanoad.__all__) and len(set(nanoad.__all__)) == len(nanoad.__all__)
+    spaces = {"functional", "nn", "optim", "data", "viz"}
+    for space in spaces:
+        module = getattr(nanoad, space)
+        assert module.__doc__ and sys.modules[f"nanoad.{space}"] is module
+        for name in module.__all__:
+            assert getattr(module, name) is getattr(nanoad, name)
+    for name in nanoad.__all__:
+        assert inspect.getdoc(vars(nanoad)[name]), name
+    classes = [nanoad.Tensor, nn.Module, nanoad.SGD, nanoad.CosineWarmupLR, nanoad.DataLoader,
+               nanoad.GPT]
+    for cls, (name, member) in ((c, item) for c in classes for item in vars(c).items()):
+        if isinstance(member, property) or getattr(member, "__name__", "<lambda>") != "<lambda>":
+            assert name[0] == "_" or name == "forward" or inspect.getdoc(member), f"{cls}.{name}"
+
+
+def test_the_examples_in_docstrings_run():
+    result = doctest.testmod(nanoad)
+    assert result.failed == 0 and result.attempted > 20
+
+
+def test_the_examples_in_comments_run():
+    """`# >>>` in the prose between the code."""
+    source = pathlib.Path(nanoad.__file__).read_text(encoding="utf-8")
+    prose = "\n".join(line[1:].removeprefix(" ") if line.startswith("#") else ""
+                      for line in source.splitlines())
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
+    test = parser.get_doctest(prose, {**vars(nanoad)}, "comments", nanoad.__file__, 0)
+    runner.run(test)
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("name", ["README.md", "data/README.md"])
+def test_the_code_blocks_of_the_readmes_run(name, tmp_path, monkeypatch):
+    """One namespace for all blocks of a file, in an empty folder."""
+    path, data = ROOT / name, SHARED / "data"
+    if not path.exists() or (name.startswith("data") and not data.exists()):
+        pytest.skip(f"{name} or the data it reads are not here")
+    monkeypatch.chdir(tmp_path)
+    if data.exists():
+        monkeypatch.setenv("NANOAD_DATA", str(data))
+    scope = {"__name__": "readme"}
+    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"),
+                            re.S | re.M):
+        exec(compile(block, str(path), "exec"), scope)
 import contextlib
 import gzip
 import hashlib
@@ -2342,3 +3494,681 @@ def test_plot_draws_a_curve_and_survives_what_is_not_finite():
     assert "┤" in nanoad.plot([1.0, np.nan, np.inf, -np.inf, 2.0]) and "─" in nanoad.plot([3])
     assert "no finite" in nanoad.plot([]) and "no finite" in nanoad.plot([np.nan])
     assert len(nanoad.plot([2, 2, 2], height=5).split("\n")) == 5
+"""train_gpt.py from outside, as its users run it: what it writes, what it refuses, what survives."""
+
+import csv
+import os
+import pty
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nanoad
+
+SCRIPT = Path(nanoad.__file__).with_name("train_gpt.py")
+# One thread for BLAS, also under --threads 1: on a busy machine more are slow, and here all is small.
+ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": str(SCRIPT.parent), "PYTHONWARNINGS": "error"}
+WORDS = "to be or not to be that is the question whether tis nobler in the mind to suffer".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    rng = random.Random(0)
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(rng.choice(WORDS) + rng.choice(" \n") for _ in range(600)))
+    return file
+
+
+def command(*arguments, driver=None):
+    """The command line; `driver` is Python code to run first in the same process."""
+    if driver is None:
+        return [sys.executable, str(SCRIPT), *map(str, arguments)]
+    code = f"{driver}\nimport runpy, sys\nsys.argv[0] = 'train_gpt.py'\n" \
+           f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def run(*arguments, driver=None, code=0, limit=None, **options):
+    """Run to the end, check the exit code, and that a failure is told in exactly one line."""
+    before = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    done = subprocess.run(command(*arguments, driver=driver), env=ENVIRONMENT, timeout=120, text=True,
+                          capture_output=True, preexec_fn=before, **options)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.count("\n") == bool(code), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if code else done.stdout
+
+
+def fresh(text, out, *more, threads=2, steps=12):
+    return ("--size", "tiny", "--steps", steps, "--threads", threads, "--text", text, "--out", out, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A run of 12 steps that nothing disturbed, and what it printed. Not to be written to."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    printed = run(*fresh(text, out))
+    return out, printed
+
+
+def same_files(one, other):
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in other.iterdir()) == ["checkpoint.npz", "metrics.csv"]
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def copy_run(run_folder, to):
+    to.mkdir()
+    for file in run_folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+# What a run leaves behind
+
+
+def test_a_run_writes_its_results_and_a_sample(finished, text):
+    out, printed = finished
+    rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [2, 3, 5, 6, 8, 9, 11, 12]
+    assert all(0 < float(row[key]) < 5 for row in rows for key in ("train_loss", "val_loss"))
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
+    assert "validation loss" in printed and "┤" in printed
+    state = nanoad.load(out / "checkpoint.npz")
+    assert state["step"] == 12 and state["chars"] == "".join(sorted(set(text.read_text())))
+    assert all(w.dtype == np.float32 for w in state["model"].values())
+
+
+def test_a_pipe_gets_plain_lines(finished):
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", finished[1])
+
+
+def test_a_terminal_gets_a_live_line(text, tmp_path):
+    main, side = pty.openpty()
+    process = subprocess.Popen(command(*fresh(text, tmp_path / "run")), env=ENVIRONMENT, stdout=side,
+                               stderr=side)
+    os.close(side)
+    shown = b""
+    try:
+        while part := os.read(main, 4096):
+            shown += part
+    except OSError:  # the other side is closed
+        pass
+    finally:
+        os.close(main)
+    assert process.wait() == 0
+    shown = shown.decode()
+    assert re.search(r"\r\x1b\[Kstep 1/12  loss \d\.\d+  [\d,]+ tokens/s  0:\d\d left\r\x1b\[K", shown)
+    assert re.search(r"evaluating: 100%\r\x1b\[Kstep 12  training loss", shown)
+
+
+def test_the_validation_loss_is_over_all_consecutive_windows(finished, text):
+    state = nanoad.load(finished[0] / "checkpoint.npz")
+    tokenizer, T = nanoad.CharTokenizer(state["chars"]), state["settings"]["block_size"]
+    model = nanoad.GPT(tokenizer.vocab_size, 64, 4, 4, T)
+    model.load_state_dict(state["model"])
+    words = text.read_text()
+    ids = tokenizer.encode(words[int(0.9 * len(words)):])
+    losses = [nanoad.cross_entropy(model(ids[None, i:i + T])[0], ids[i + 1:i + T + 1]).item()
+              for i in range(0, len(ids) - T, T)]
+    assert state["history"][-1][2] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_files_and_another_gives_others(finished, text, tmp_path):
+    run(*fresh(text, tmp_path / "same"))
+    assert same_files(finished[0], tmp_path / "same")
+    run(*fresh(text, tmp_path / "other", "--seed", 1))
+    assert not same_files(finished[0], tmp_path / "other")
+
+
+def test_threads_agree_to_rounding_and_one_resumes_too(finished, text, tmp_path):
+    run(*fresh(text, tmp_path / "one", threads=1))
+    one, two = (nanoad.load(folder / "checkpoint.npz") for folder in (tmp_path / "one", finished[0]))
+    np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-5)
+    killed = command(*fresh(text, tmp_path / "killed", threads=1), driver=KILL.format(call=7))
+    assert subprocess.run(killed, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
+    # Resumed without being told of the one thread: it starts again, so that BLAS may have its own.
+    if len(os.sched_getaffinity(0)) > 1:
+        note = "import os, sys\nos.execv = lambda path, argv: sys.exit(print(argv[-2:]))"
+        assert run("--resume", tmp_path / "killed", driver=note) == "['--threads', '1']\n"
+    run("--resume", tmp_path / "killed")
+    sweep(tmp_path / "killed")
+    assert same_files(tmp_path / "one", tmp_path / "killed")
+
+
+def test_runs_without_a_name_get_folders_of_their_own(text, tmp_path):
+    arguments = ("--size", "tiny", "--steps", 1, "--text", text)
+    for _ in range(2):
+        run(*arguments, cwd=tmp_path)
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+    os.utime(tmp_path / "runs" / "tiny" / "checkpoint.npz")
+    (tmp_path / "runs" / "tiny-2" / "checkpoint.npz").write_bytes(b"not the latest")
+    os.utime(tmp_path / "runs" / "tiny-2" / "checkpoint.npz", (1, 1))
+    assert run("--sample", "to ", cwd=tmp_path).startswith("to ")
+    assert "into runs/tiny\n" in run("--resume", cwd=tmp_path)
+    assert "no checkpoint" in run("--resume", "--size", "large", cwd=tmp_path, code=2)
+
+
+def test_a_sample_needs_nothing_but_the_checkpoint(finished, tmp_path):
+    (tmp_path / "checkpoint.npz").write_bytes((finished[0] / "checkpoint.npz").read_bytes())
+    written = run("--sample", "be", "--out", tmp_path)
+    assert written.startswith("be") and len(written) == 2 + 400 + 1
+    assert written == run("--sample", "be", "--out", tmp_path)
+    assert written != run("--sample", "be", "--out", tmp_path, "--seed", 5)
+    assert os.listdir(tmp_path) == ["checkpoint.npz"]
+
+
+def test_without_the_real_text_it_learns_to_write_its_own_source(tmp_path):
+    driver = "import nanoad\ndef none(): raise OSError('no\\nnetwork')\nnanoad.load_tinyshakespeare = none"
+    arguments = ("--size", "tiny", "--steps", 1, "--out", tmp_path / "run")
+    printed = run(*arguments, driver=driver)
+    assert printed.startswith("tiny-Shakespeare is neither here") and "data/README.md" in printed
+    assert nanoad.load(tmp_path / "run" / "checkpoint.npz")["settings"]["text"] == nanoad.__file__
+
+
+# What it refuses: one line, code 2, and nothing touched
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--steps", "0"], ["--steps", "-3"], ["--steps", "many"], ["--threads", "0"], ["--threads", "33"],
+    ["--seed", "-1"], ["--size", "huge"], ["--nonsense"], ["--text", "no such file"], ["--text", "."],
+    ["--resume"], ["--resume", "nowhere"], ["--sample", "x"], ["--sample", ""],
+    ["--sample", "x", "--resume"], ["--resume", "here", "--out", "there"], ["--sample", "x", "--text", "t"],
+    ["--resume", "--size", "small"],
+])
+def test_wrong_arguments(wrong, tmp_path):
+    message = run("--size", "tiny", *wrong, code=2, cwd=tmp_path)
+    assert message.startswith("train_gpt.py: ") and len(message) < 200
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "too short"), (b"short", "too short"), (b"x" * 320, "too short"), (b"\xff\xfe" * 1000, "UTF-8")],
+    ids=["empty", "short", "just too short", "not UTF-8"])
+def test_wrong_texts(content, says, tmp_path):
+    (tmp_path / "text").write_bytes(content)
+    assert says in run(*fresh(tmp_path / "text", tmp_path / "out"), code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shortest_text(tmp_path):
+    (tmp_path / "text").write_text("x" * 329)
+    run(*fresh(tmp_path / "text", tmp_path / "out", steps=1))
+
+
+def test_help_needs_no_numpy():
+    assert "--sample PROMPT" in run("--help", driver="import sys; sys.modules['numpy'] = None")
+
+
+def test_the_script_stays_short():
+    lines = SCRIPT.read_text().splitlines()
+    assert len(lines) < 250 and max(map(len, lines)) <= 100
+
+
+def test_a_prompt_outside_the_vocabulary(finished):
+    assert "'é'" in run("--sample", "bé", "--out", finished[0], code=2)
+
+
+def test_a_run_is_not_overwritten(finished, text):
+    before = (finished[0] / "checkpoint.npz").read_bytes()
+    assert "--resume" in run(*fresh(text, finished[0]), code=2)
+    assert (finished[0] / "checkpoint.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", [["--size", "small"], ["--steps", 13], ["--seed", 1], ["--threads", 1]])
+def test_a_resumed_run_keeps_its_settings(flag, finished):
+    before = (finished[0] / "checkpoint.npz").read_bytes()
+    message = run("--resume", finished[0], *flag, code=2)
+    assert f"{flag[0]} {flag[1]}" in message and str(finished[0]) in message
+    assert (finished[0] / "checkpoint.npz").read_bytes() == before
+
+
+def test_a_sample_of_another_size(finished):
+    assert "small" in run("--sample", "be", "--size", "small", "--out", finished[0], code=2)
+
+
+def test_a_resumed_run_keeps_its_text(finished, text, tmp_path):
+    (tmp_path / "moved").write_text(text.read_text())
+    (tmp_path / "changed").write_text(text.read_text()[:-1] + "b")
+    folder = copy_run(finished[0], tmp_path / "run")
+    assert "changed" in run("--resume", folder, "--text", tmp_path / "changed", code=2)
+    run("--resume", folder / "checkpoint.npz", "--text", tmp_path / "moved")
+
+
+def test_bad_checkpoints(finished, tmp_path):
+    whole, file = (finished[0] / "checkpoint.npz").read_bytes(), tmp_path / "checkpoint.npz"
+    for bad in (b"", whole[:1000], whole[:-1], whole[:5000] + b"\0" + whole[5001:]):
+        file.write_bytes(bad)
+        assert "checkpoint" in run("--resume", tmp_path, code=2)
+        assert "checkpoint" in run("--sample", "be", "--out", tmp_path, code=2)
+        assert file.read_bytes() == bad
+    nanoad.save(file, {"weights": np.zeros(3)})
+    assert "another program" in run("--resume", tmp_path, code=2)
+    nanoad.save(file, [1, 2])
+    assert "another program" in run("--resume", tmp_path, code=2)
+
+
+def test_a_folder_that_cannot_be_written_to(text, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    assert "cannot write" in run(*fresh(text, tmp_path / "file" / "run"), code=2)
+    assert "cannot write" in run(*fresh(text, tmp_path / "file"), code=2)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# What survives. KILL makes the process kill itself in its n-th call of os.fsync, in mid-save: with
+# the temporary file written and not yet renamed (odd calls), or renamed (even ones).
+KILL = """
+import os, signal
+fsync, calls = os.fsync, []
+def deadly(descriptor):
+    fsync(descriptor)
+    calls.append(descriptor)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = deadly
+"""
+
+
+def sweep(folder):
+    """Remove what a SIGKILL in the middle of a save leaves; nothing else can."""
+    for file in folder.glob("*.tmp"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("call", [1, 2, 5, 6, 17, 18])
+def test_killed_in_the_middle_of_a_save(call, finished, text, tmp_path):
+    out = tmp_path / "run"
+    killed = subprocess.run(command(*fresh(text, out), driver=KILL.format(call=call)), env=ENVIRONMENT,
+                            capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    if call == 1:  # the first save never happened, and --resume says so
+        assert "no checkpoint" in run("--resume", out, code=2)
+        run(*fresh(text, out))
+    else:
+        run("--resume", out)
+    sweep(out)
+    assert same_files(finished[0], out)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(finished, text, tmp_path):
+    out, moment, whole_runs = tmp_path / "0", random.Random(1), 0
+    for _ in range(20):
+        begun = (out / "checkpoint.npz").exists()
+        process = subprocess.Popen(command(*(("--resume", out) if begun else fresh(text, out))),
+                                   env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if moment.random() < 0.8:  # let it get to work first, since its start is long and safe
+            process.stdout.readline()
+        time.sleep(moment.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        if (out / "checkpoint.npz").exists() and nanoad.load(out / "checkpoint.npz")["step"] == 12:
+            run("--resume", out)
+            sweep(out)
+            assert same_files(finished[0], out)
+            whole_runs += 1
+            out = tmp_path / str(whole_runs)
+    run(*(("--resume", out) if (out / "checkpoint.npz").exists() else fresh(text, out)))
+    sweep(out)
+    assert same_files(finished[0], out)
+
+
+# A process that presses Ctrl-C itself, at the end of its 7th step; 6 and 8 are evaluated, 7 is not.
+CTRL_C = """
+import os, nanoad, signal
+clip, calls = nanoad.clip_grad_norm, []
+def interrupting(*arguments):
+    calls.append(arguments)
+    for _ in range({times} if len(calls) == 7 else 0):
+        os.kill(os.getpid(), signal.SIGINT)
+    return clip(*arguments)
+nanoad.clip_grad_norm = interrupting
+"""
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(finished, text, tmp_path):
+    message = run(*fresh(text, tmp_path / "run"), driver=CTRL_C.format(times=1), code=130)
+    assert "step 7 is saved" in message and message.endswith(f"--resume {tmp_path / 'run'}\n")
+    assert nanoad.load(tmp_path / "run" / "checkpoint.npz")["step"] == 7
+    assert "step 7 of 12" in run("--resume", tmp_path / "run")
+    assert same_files(finished[0], tmp_path / "run")
+
+
+def test_dropout_is_resumed_too(text, tmp_path):
+    driver = "import nanoad; GPT = nanoad.GPT\n" \
+             "nanoad.GPT = lambda *a: GPT(*a[:-1], dropout=0.3)"
+    run(*fresh(text, tmp_path / "whole"), driver=driver)
+    run(*fresh(text, tmp_path / "run"), driver=f"{driver}\n{CTRL_C.format(times=1)}", code=130)
+    run("--resume", tmp_path / "run", driver=driver)
+    assert same_files(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_second_ctrl_c_does_not_wait(finished, text, tmp_path):
+    stopped = subprocess.run(command(*fresh(text, tmp_path / "run"), driver=CTRL_C.format(times=2)),
+                             env=ENVIRONMENT, capture_output=True)
+    assert stopped.returncode == -signal.SIGINT
+    assert nanoad.load(tmp_path / "run" / "checkpoint.npz")["step"] == 6
+    run("--resume", tmp_path / "run")
+    assert same_files(finished[0], tmp_path / "run")
+
+
+def test_ctrl_c_before_the_work(text, tmp_path):
+    driver = "import nanoad, os, signal\n" \
+             "nanoad.CharTokenizer = lambda text: os.kill(os.getpid(), signal.SIGINT)"
+    assert "interrupted" in run(*fresh(text, tmp_path / "run"), driver=driver, code=130)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_resumed_is_as_it_was(finished, tmp_path):
+    folder = copy_run(finished[0], tmp_path / "run")
+    (folder / "metrics.csv").write_text("step,train_loss,val_loss\n99,1,1\n")  # is written anew
+    run("--resume", folder)
+    assert same_files(finished[0], folder)
+
+
+def test_a_full_disk(finished, text, tmp_path):
+    assert "File too large" in run(*fresh(text, tmp_path / "new"), code=2, limit=1 << 20)
+    folder = copy_run(finished[0], tmp_path / "run")
+    assert "File too large" in run("--resume", folder, code=1, limit=1 << 20)
+    assert same_files(finished[0], folder)
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_disk_that_becomes_full(text, finished, tmp_path):
+    driver = KILL.format(call=7).replace("os.kill(os.getpid(), signal.SIGKILL)",
+                                         "raise OSError(28, 'No space left on device')")
+    assert "No space left" in run(*fresh(text, tmp_path / "run"), driver=driver, code=1)
+    assert nanoad.load(tmp_path / "run" / "checkpoint.npz")["step"] == 3
+    run("--resume", tmp_path / "run")
+    assert same_files(finished[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", [
+    "loss = nanoad.cross_entropy\n"
+    "nanoad.cross_entropy = lambda x, y: loss(x, y) * (math.nan if len(y) == 512 and turn(14) else 1)",
+    "clip = nanoad.clip_grad_norm\n"
+    "nanoad.clip_grad_norm = lambda p, n: math.inf if turn(7) else clip(p, n)",
+    "step = nanoad.AdamW.step\n"
+    "def step_and_spoil(self):\n    step(self)\n    self.params[0].data[0] = math.nan if turn(8) else 1\n"
+    "nanoad.AdamW.step = step_and_spoil",
+], ids=["loss", "gradient", "weight"])
+def test_a_loss_that_is_not_a_number(what, text, tmp_path):
+    driver = "import itertools, math, nanoad\ncount = itertools.count(1)\n" \
+             f"turn = lambda n: next(count) >= n\n{what}"
+    message = run(*fresh(text, tmp_path / "run"), driver=driver, code=1)
+    assert re.search(r"step (7: the loss is|8 made numbers infinite).* in /", message)
+    state = nanoad.load(tmp_path / "run" / "checkpoint.npz")
+    assert state["step"] == 6
+    assert all(np.isfinite(w).all() for w in state["model"].values())
+
+
+def test_an_absurd_learning_rate_stops(text, tmp_path):
+    driver = "import nanoad; made = nanoad.AdamW.__init__\n" \
+             "nanoad.AdamW.__init__ = lambda self, p, lr, **k: made(self, p, 1e30, **k)"
+    run(*fresh(text, tmp_path / "run"), driver=driver, code=1)
+    assert nanoad.load(tmp_path / "run" / "checkpoint.npz")["step"] == 0
+"""Tests of train_mnist.py, to become a section of test_nanoad.py."""
+
+import contextlib
+import hashlib
+import io
+import os
+import pty
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nanoad
+
+HERE = Path(nanoad.__file__).resolve().parent
+
+
+# A folder of its own with both files and a sample of 400 digits, so that an epoch is a blink. The
+# script finds no MNIST (NANOAD_DATA is empty) and no network (the proxy refuses every connection).
+@pytest.fixture
+def mnist(tmp_path, monkeypatch):
+    for name in ("nanoad.py", "train_mnist.py"):
+        shutil.copy(HERE / name, tmp_path)
+    with np.load(HERE / "data" / "mnist-sample.npz") as sample:
+        few = {name: array[:400 if "train" in name else 100] for name, array in sample.items()}
+    for folder in ("data", "nothing"):
+        (tmp_path / folder).mkdir()
+    np.savez(tmp_path / "data" / "mnist-sample.npz", **few)
+    offline(monkeypatch, tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def offline(monkeypatch, data):
+    monkeypatch.setenv("NANOAD_DATA", str(data))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+
+
+def command(*args, script="train_mnist.py"):
+    return [sys.executable, "-W", "error", script, *map(str, args)]
+
+
+def run(*args, code=0, **options):
+    done = subprocess.run(command(*args), capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def final(folder):
+    """All that a run leaves, byte for byte. (A checkpoint has no date in it.)"""
+    return [(Path(folder) / name).read_bytes() for name in ("checkpoint.npz", "metrics.csv")]
+
+
+def refused(*args, says, code=2):
+    done = run(*args, code=code)
+    assert says in done.stderr and done.stderr.startswith("train_mnist.py: ")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    return done
+
+
+def test_mnist_run(mnist):
+    done = run("--epochs", 2)
+    assert done.stderr == "" and "\r" not in done.stdout and "\033" not in done.stdout
+    assert "sample" in done.stdout and "data/README.md" in done.stdout
+    rows = Path("runs/mnist/metrics.csv").read_text().splitlines()
+    assert rows[0] == "epoch,train_loss,test_loss,test_accuracy" and len(rows) == 3
+    accuracy = float(rows[-1].split(",")[-1])
+    assert f"{accuracy:.2%}" in done.stdout
+    table = [line.split() for line in done.stdout.partition("columns):")[2].splitlines()]
+    table = [row[1:] for row in table if len(row) == 11 and len(row[0]) == 1]
+    counts = np.array([[int(n.replace(".", "0")) for n in row] for row in table])
+    assert counts.shape == (10, 10) and counts.sum() == 100
+    assert np.trace(counts) == round(100 * accuracy)
+    assert done.stdout.count(", guess ") == min(6, 100 - np.trace(counts))
+
+    state = nanoad.load("runs/mnist/checkpoint.npz")
+    assert list(state["model"]) == [f"{layer}.{name}" for layer, names in (
+        (0, "weight bias"), (1, "weight bias running_mean running_var"), (4, "weight bias"),
+        (5, "weight bias running_mean running_var"), (9, "weight bias")) for name in names.split()]
+    assert state["model"]["0.weight"].shape == (8, 1, 3, 3)
+
+    again = run("--epochs", 2)  # never over another run
+    assert "runs/mnist-2" in again.stdout and final("runs/mnist") == final("runs/mnist-2")
+    run("--epochs", 1, "--seed", 1)
+    assert "runs/mnist-3" in run("--resume").stdout  # the latest; it is finished, and reported again
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_mnist_is_deterministic_for_any_number_of_threads(mnist, threads):
+    for out in "ab":
+        run("--epochs", 1, "--batch-size", 50, "--threads", threads, "--out", out)
+    assert final("a") == final("b")
+
+
+def test_mnist_threads_share_a_batch(mnist):
+    # Batch norm's statistics aside, threads change nothing but rounding: the first losses are close.
+    losses = []
+    for threads in (1, 2):
+        run("--epochs", 1, "--threads", threads, "--out", threads)
+        losses.append(nanoad.load(f"{threads}/checkpoint.npz")["history"][0][1])
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_mnist_killed_anywhere_and_resumed_ends_the_same(mnist, kills):
+    args, rng = ("--epochs", 8, "--batch-size", 64, "--threads", 2), random.Random(kills)
+    begun = time.monotonic()
+    run(*args, "--out", "whole")
+    whole = time.monotonic() - begun
+    for _ in range(kills):
+        resume = ["--resume"] if Path("killed/checkpoint.npz").exists() else []
+        process = subprocess.Popen(command(*args, "--out", "killed", *resume),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.2, 0.9) * whole)
+        process.kill()
+        assert process.communicate()[1] == b""
+        if Path("killed/checkpoint.npz").exists():
+            nanoad.load("killed/checkpoint.npz")
+    resume = ["--resume"] if Path("killed/checkpoint.npz").exists() else []
+    run(*args, "--out", "killed", *resume)
+    assert final("whole") == final("killed")
+
+
+def test_mnist_interrupted_says_how_to_resume(mnist):
+    run("--epochs", 15, "--out", "whole")
+    process = subprocess.Popen(command("--epochs", 15, "--out", "cut"), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith("epoch 3"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume cut" in err and err.count("\n") == 1
+    assert len(nanoad.load("cut/checkpoint.npz")["history"]) >= 3
+    run("--resume", "cut")
+    assert final("whole") == final("cut")
+
+
+def test_mnist_refuses_bad_input(mnist):
+    for flag, value in (("--epochs", 0), ("--batch-size", 0), ("--threads", 0), ("--lr", -1),
+                        ("--lr", "nan"), ("--lr", "inf"), ("--seed", -1), ("--width", 0)):
+        refused(flag, value, says=f"{flag} must be at least")
+    refused("--epochs", "many", says="--epochs")
+    refused("--dataset", "imagenet", says="imagenet")
+    refused("--batch-size", 401, says="400")
+    refused("--batch-size", 2, "--threads", 3, says="--batch-size")
+    refused("--lr", "fast", says="--lr")
+    refused("--resume", says="no checkpoint")
+    refused("--resume", "a", "--out", "b", says="leave --out away")
+    refused("--dataset", "cifar10", says="cifar-10-binary.tar.gz")
+    Path("file").write_text("")
+    refused("--epochs", 1, "--out", "file/run", says="cannot write")
+    assert not Path("runs").exists()
+
+
+def test_mnist_refuses_what_is_not_its_checkpoint(mnist):
+    run("--epochs", 1, "--out", "run")
+    refused("--epochs", 1, "--out", "run", says="--resume run")
+    refused("--resume", "run", "--epochs", 2, says="--epochs 2")
+    refused("--resume", "run", "--batch-size", 64, says="--batch-size 64")
+    run("--resume", "run", "--epochs", 1, "--lr", 0.01)  # what it has anyway may be said
+    file = Path("run/checkpoint.npz")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    refused("--resume", "run", says="not a whole checkpoint")
+    nanoad.save(file, {"written_by": "train_gpt.py", "settings": {}})
+    refused("--resume", "run", says="another program")
+    np.savez(file, x=np.zeros(3))
+    refused("--resume", "run", says="not a whole checkpoint")
+    file.write_bytes(whole)
+    with np.load("data/mnist-sample.npz") as sample:
+        np.savez("data/mnist-sample.npz", **{name: array[:300] for name, array in sample.items()})
+    refused("--resume", "run", says="400 images; here are 300")
+    assert file.read_bytes() == whole
+
+
+def test_mnist_stops_at_nan_with_a_good_checkpoint(mnist):
+    done = run("--epochs", 3, "--lr", 1e30, code=1)
+    assert "nan" in done.stderr and done.stderr.count("\n") == 1 and "runs/mnist" in done.stderr
+    state = nanoad.load("runs/mnist/checkpoint.npz")
+    assert all(np.isfinite(array).all() for array in state["model"].values())
+
+
+def test_mnist_on_a_full_disk(mnist):
+    run("--epochs", 1, "--out", "run")
+    before = final("run")
+    def little():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    for args in (("--resume", "run"), ("--epochs", 1, "--out", "new")):
+        done = run(*args, code=2, preexec_fn=little)
+        assert "cannot write" in done.stderr and done.stderr.count("\n") == 1
+    assert final("run") == before and os.listdir("new") == []
+
+
+def test_mnist_on_a_terminal(mnist):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command("--epochs", 2, "--batch-size", 20), stdout=theirs,
+                               stderr=subprocess.PIPE)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    assert process.communicate()[1] == b"" and process.returncode == 0
+    assert b"\r\033[Kepoch 2/2  step 10/20  loss " in shown and b":00 left" in shown
+
+
+def test_cifar10_run(tmp_path, monkeypatch):
+    rng, packed = np.random.default_rng(0), io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for batch in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+            records = rng.integers(0, 256, (20, 3073)).astype(np.uint8)
+            records[:, 0] %= 10
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{batch}.bin")
+            member.size = records.size
+            archive.addfile(member, io.BytesIO(records.tobytes()))
+    raw = packed.getvalue()
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "cifar-10-binary.tar.gz").write_bytes(raw)
+    source = ((), len(raw), hashlib.sha256(raw).hexdigest())
+    (tmp_path / "patched.py").write_text(f"""if True:
+        import runpy, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import nanoad
+        nanoad._SOURCES["cifar10/cifar-10-binary.tar.gz"] = {source!r}
+        runpy.run_path({str(HERE / "train_mnist.py")!r}, run_name="__main__")
+        """)
+    offline(monkeypatch, tmp_path)
+    done = subprocess.run(
+        command("--dataset", "cifar10", "--epochs", 1, "--batch-size", 32, "--width", 4, script="patched.py"),
+        cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "automobile" in done.stdout and "100 images" in done.stdout
+    state = nanoad.load(tmp_path / "runs" / "cifar10" / "checkpoint.npz")
+    assert state["model"]["0.weight"].shape == (4, 3, 3, 3)
+    assert state["model"]["9.weight"].shape == (10, 8 * 8 * 8)
+
+
+@pytest.mark.slow
+def test_mnist_sample_is_learned(tmp_path, monkeypatch):
+    offline(monkeypatch, tmp_path)
+    done = subprocess.run(command("--out", tmp_path / "run", script=str(HERE / "train_mnist.py")),
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert nanoad.load(tmp_path / "run" / "checkpoint.npz")["history"][-1][-1] >= 0.96
