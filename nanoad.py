@@ -922,7 +922,7 @@ def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
 
     An operation on any number of operands gives one rule `each(i, g, y, *operands)` instead.
     """
-    return lambda forward: _operation(forward, _Each(each) if each else rules, False, None)
+    return lambda forward: _operation(forward, _Each(each) if each else rules, None)
 
 def fused(definition: Callable) -> Callable:
     """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
@@ -930,7 +930,7 @@ def fused(definition: Callable) -> Callable:
     `pullback(g, wanted)` returns a cotangent for each operand, and may give None where `wanted` is
     False. It must not write to `g` or to what it keeps: the tape may be walked twice.
     """
-    return lambda kernel: _operation(kernel, (), True, definition)
+    return lambda kernel: _operation(kernel, (), definition)
 
 class _Each:
     """Rules for operand 0, 1, 2, ... out of one rule that is told which."""
@@ -943,8 +943,7 @@ class _Each:
 
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
-def _operation(forward: Callable, rules: Any, is_fused: bool,
-               definition: Callable | None) -> Callable:
+def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Callable:
     @functools.wraps(forward)
     def operation(*args: Any, **params: Any) -> Tensor:
         values, constant, tracked = [], True, False
@@ -963,9 +962,8 @@ def _operation(forward: Callable, rules: Any, is_fused: bool,
         if constant and not any(isinstance(v, np.ndarray) for v in values):
             values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
         try:
-            y = forward(*values, **params)
-            pullback = None
-            if is_fused:
+            y, pullback = forward(*values, **params), None
+            if definition is not None:
                 y, pullback = y
             if y.dtype.kind != "f":
                 y = _real_array(y)
@@ -988,17 +986,15 @@ def _at_the_call(op: Callable, values: list, error: Exception) -> Exception:
 
 def _with_weak_numbers(y: Any, args: tuple) -> Any:
     """NumPy 1 computes float32 scalars with Python numbers in float64; NumPy 2 does not."""
-    if any(isinstance(a, (type, np.dtype)) for a in args):  # astype
-        return y
     dtypes = {a.dtype for a in args if isinstance(a, (Tensor, np.ndarray))}
-    return y.astype(dtypes.pop()) if len(dtypes) == 1 else y
+    conversion = any(isinstance(a, (type, np.dtype)) for a in args)  # astype
+    return y.astype(dtypes.pop()) if len(dtypes) == 1 and not conversion else y
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
     """What `_pull` returns, from a recording of the operation's definition at the same operands."""
     operands = [identity(a) if due else a for a, due in zip(t._args, wanted)]
     out = t._op.definition(*operands, **t._params)
-    inputs = [a for a, due in zip(operands, wanted) if due]
-    parts = iter(_gradients([(out, g)], inputs, True, True))
+    parts = iter(_gradients([(out, g)], list(itertools.compress(operands, wanted)), True, True))
     return [next(parts) if due else None for due in wanted]
 
 # ### Element by element
@@ -1009,10 +1005,11 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
 
 def _elementwise(name: str, forward: Callable, *rules: Callable) -> Callable:
     forward.__name__ = forward.__qualname__ = name
-    forward.__doc__ = f"{name}, element by element, with NumPy's broadcasting."
+    forward.__doc__ = f"{name}, element by element, with NumPy's broadcasting and dtypes."
     return primitive(*rules)(forward)
 
 identity = _elementwise("identity", lambda x: x, lambda g, y, x: g)
+_copy = _elementwise("copy", lambda x: np.array(x), lambda g, y, x: g)
 neg = _elementwise("neg", lambda x: -x, lambda g, y, x: -g)
 add = _elementwise("add", lambda a, b: a + b, lambda g, y, a, b: g, lambda g, y, a, b: g)
 sub = _elementwise("sub", lambda a, b: a - b, lambda g, y, a, b: g, lambda g, y, a, b: -g)
@@ -1027,63 +1024,29 @@ sqrt = _elementwise("sqrt", lambda x: np.sqrt(x), lambda g, y, x: g / (2 * y))
 sin = _elementwise("sin", lambda x: np.sin(x), lambda g, y, x: g * np.cos(x))
 cos = _elementwise("cos", lambda x: np.cos(x), lambda g, y, x: -g * np.sin(x))
 tanh = _elementwise("tanh", lambda x: np.tanh(x), lambda g, y, x: g * (1 - y * y))
-_copy = _elementwise("copy", lambda x: np.array(x), lambda g, y, x: g)
 
-# At a kink any slope between the two sides is right. abs and relu take 0 there.
+# `log(1 + exp(x))` overflows at x = 89 in float32; NumPy's logaddexp(x, 0) is the same and does not.
+# The derivative of softplus is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x).
+
+logaddexp = _elementwise("logaddexp", lambda a, b: np.logaddexp(a, b),
+                         lambda g, y, a, b: g * np.exp(a - _finite(y)),
+                         lambda g, y, a, b: g * np.exp(b - _finite(y)))
+softplus = _elementwise("softplus", lambda x: np.logaddexp(x, np.zeros((), x.dtype)),
+                        lambda g, y, x: -g * np.expm1(-y))
+sigmoid = _elementwise("sigmoid", lambda x: np.exp(-np.logaddexp(-x, np.zeros((), x.dtype))),
+                       lambda g, y, x: g * (y * (1 - y)))
+
+# At a kink any slope between the two sides is right. abs and relu take 0 there; where two operands
+# tie, each gets half: `a >= b` and `a > b` count 2 for a win, 1 for a tie.
 
 abs = _elementwise("abs", lambda x: np.abs(x), lambda g, y, x: g * np.sign(x))
-relu = _elementwise("relu", lambda x: _relu(x), lambda g, y, x: g * np.greater(x, 0))
-
-def _relu(x: np.ndarray) -> np.ndarray:
-    # NumPy compares two arrays several times faster than an array and a number.
-    x = _dense(x, x)
-    y, zeros = np.empty_like(x), np.zeros(builtins.min(x.size, _BLOCK), x.dtype)
-    for x_, y_ in _blocks(x, y):
-        np.maximum(x_, zeros[:x_.size], out=y_)
-    return y
-
-# Where two operands tie, each gets half: `a >= b` and `a > b` count 2 for a win, 1 for a tie.
-
+relu = _elementwise("relu", lambda x: _positive_part(x), lambda g, y, x: g * np.greater(x, 0))
 maximum = _elementwise("maximum", lambda a, b: np.maximum(a, b),
                        lambda g, y, a, b: (g * np.greater_equal(a, b) + g * np.greater(a, b)) * 0.5,
                        lambda g, y, a, b: (g * np.greater_equal(b, a) + g * np.greater(b, a)) * 0.5)
 minimum = _elementwise("minimum", lambda a, b: np.minimum(a, b),
                        lambda g, y, a, b: (g * np.less_equal(a, b) + g * np.less(a, b)) * 0.5,
                        lambda g, y, a, b: (g * np.less_equal(b, a) + g * np.less(b, a)) * 0.5)
-
-# `log(1 + exp(x))` overflows at x = 89 in float32; `logaddexp(x, 0)` is the same and does not.
-# Its derivative is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x).
-
-softplus = _elementwise("softplus", lambda x: np.logaddexp(x, np.zeros((), x.dtype)),
-                        lambda g, y, x: -g * np.expm1(-y))
-logaddexp = _elementwise("logaddexp", lambda a, b: np.logaddexp(a, b),
-                         lambda g, y, a, b: g * np.exp(a - _finite(y)),
-                         lambda g, y, a, b: g * np.exp(b - _finite(y)))
-
-@primitive(lambda g, y, x: g * (y * (1 - y)))
-def sigmoid(x: Any) -> Tensor:
-    """1 / (1 + exp(-x)), computed so that exp never overflows."""
-    e = np.exp(-np.abs(x))
-    return np.where(np.greater_equal(x, 0), 1, e) / (1 + e)
-
-def _to_the(x: Any, p: Any) -> Any:
-    """x ** p in array code; small powers are products, ten times faster than the C library's pow."""
-    if isinstance(p, (int, float)):
-        if p in (0, 1, 2, 3):
-            return (np.ones_like, lambda x: x, lambda x: x * x, lambda x: x * x * x)[int(p)](x)
-        if p in (0.5, -1):
-            return np.sqrt(x) if p == 0.5 else 1 / x
-    return np.power(x, p)
-
-def _lower(p: Any) -> Any:
-    """The exponent that the derivative p * x ** (p - 1) has. For p = 0 any does, but 0 ** -1."""
-    return (p - 1 if p else 1) if isinstance(p, (int, float)) else np.where(np.equal(p, 0), 1, p - 1)
-
-@primitive(lambda g, y, x, p: g * (p * _to_the(x, _lower(p))),
-           lambda g, y, x, p: g * (y * np.log(np.where(np.equal(x, 0), 1, x))))
-def power(x: Any, p: Any) -> Tensor:
-    """x ** p, element by element. The derivative by p is taken as 0 where x is 0."""
-    return _to_the(x, p)
 
 @primitive(None, lambda g, y, condition, a, b: np.where(condition, g, 0),
            lambda g, y, condition, a, b: np.where(condition, 0, g))
@@ -1102,6 +1065,27 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         raise TypeError("clip: the bounds are constants; for a Tensor use maximum and minimum")
     return _clip(x, low, high)
+
+def _to_the(x: Any, p: Any) -> Any:
+    """x ** p in array code; small powers are products, ten times faster than the C library's pow."""
+    if isinstance(p, (int, float)):
+        if p in (0, 1, 2, 3):
+            return (np.ones_like, lambda x: x, lambda x: x * x, lambda x: x * x * x)[int(p)](x)
+        if p in (0.5, -1):
+            return np.sqrt(x) if p == 0.5 else 1 / x
+    return np.power(x, p)
+
+def _lower(p: Any) -> Any:
+    """The exponent in the derivative p * x ** (p - 1). For p = 0 any will do, but 0 ** -1."""
+    if isinstance(p, (int, float)):
+        return p - 1 if p else 1
+    return np.where(np.equal(p, 0), 1, p - 1)
+
+@primitive(lambda g, y, x, p: g * (p * _to_the(x, _lower(p))),
+           lambda g, y, x, p: g * (y * np.log(np.where(np.equal(x, 0), 1, x))))
+def power(x: Any, p: Any) -> Tensor:
+    """x ** p, element by element. The derivative by p is taken as 0 where x is 0."""
+    return _to_the(x, p)
 
 @primitive(lambda g, y, x, dtype: g)
 def astype(x: Any, dtype: Any) -> Tensor:
@@ -1137,34 +1121,25 @@ def gelu(x: Any) -> Tensor:
     x = _dense(x, x)
     y, t = np.empty_like(x), np.empty_like(x)
     for x_, y_, t_ in _blocks(x, y, t):
-        np.multiply(x_, x_, out=t_)
-        t_ *= _GELU_SCALE * _GELU_CUBIC
-        t_ += _GELU_SCALE
-        t_ *= x_
-        np.tanh(t_, out=t_)
-        np.add(t_, 1, out=y_)
-        y_ *= x_
-        y_ *= 0.5
+        np.tanh(x_ * (_GELU_SCALE + (_GELU_SCALE * _GELU_CUBIC) * (x_ * x_)), out=t_)
+        np.multiply(0.5 * x_, 1 + t_, out=y_)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dx = _dense(g, x), np.empty_like(x)
-        for g_, x_, t_, d in _blocks(g, x, t, dx):
-            slope = x_ * x_
-            slope *= 3 * _GELU_SCALE * _GELU_CUBIC
-            slope += _GELU_SCALE
-            slope *= x_
-            np.multiply(t_, t_, out=d)
-            np.subtract(1, d, out=d)
-            d *= slope
-            d += t_
-            d += 1
-            d *= g_
-            d *= 0.5
+        for g_, x_, t_, dx_ in _blocks(g, x, t, dx):
+            du = _GELU_SCALE + (3 * _GELU_SCALE * _GELU_CUBIC) * (x_ * x_)
+            np.multiply(0.5 * g_, 1 + t_ + x_ * (1 - t_ * t_) * du, out=dx_)
         return (dx,)
 
     return y, pullback
 
-_BLOCK = 1 << 15  # elements: a handful of float32 blocks fit a level-2 cache of 1 MiB
+_BLOCK = 1 << 14  # elements: a dozen float32 blocks fit a level-2 cache of 1 MiB
+
+def _blocks(*arrays: np.ndarray) -> Iterator[list]:
+    """Matching pieces of dense arrays with the same layout in memory, as flat views."""
+    flat = [a.ravel(order="K") for a in arrays]
+    for i in range(0, flat[0].size, _BLOCK):
+        yield [a[i:i + _BLOCK] for a in flat]
 
 def _dense(x: np.ndarray, like: np.ndarray) -> np.ndarray:
     """x, laid out in memory as `like` is, but without gaps; copied only if it must be."""
@@ -1174,11 +1149,13 @@ def _dense(x: np.ndarray, like: np.ndarray) -> np.ndarray:
     out[...] = x
     return out
 
-def _blocks(*arrays: np.ndarray) -> Iterator[list]:
-    """Matching pieces of dense arrays with the same layout in memory, as flat views."""
-    flat = [a.ravel(order="K") for a in arrays]
-    for i in range(0, flat[0].size, _BLOCK):
-        yield [a[i:i + _BLOCK] for a in flat]
+def _positive_part(x: np.ndarray) -> np.ndarray:
+    """max(x, 0). NumPy compares two arrays several times faster than an array and a number."""
+    x = _dense(x, x)
+    y, zeros = np.empty_like(x), np.zeros(builtins.min(x.size, _BLOCK), x.dtype)
+    for x_, y_ in _blocks(x, y):
+        np.maximum(x_, zeros[:x_.size], out=y_)
+    return y
 
 # ### Shape
 #
@@ -1255,13 +1232,13 @@ def stack(tensors: Sequence, axis: int = 0) -> Tensor:
 
 def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
     """x cut along an axis into equal sections (a number) or at indices (a list), as np.split does."""
-    x, axis = as_tensor(x), _axes(as_tensor(x), axis)[0]
+    x = as_tensor(x)
+    axis, = _axes(x, axis)
     sizes = [piece.shape[axis] for piece in np.split(x._data, sections, axis)]
-    stops = np.cumsum(sizes).tolist()
-    return [x[_slice(axis, stop - n, stop)] for n, stop in zip(sizes, stops)]
+    return [x[_slice(axis, stop - n, stop)] for n, stop in zip(sizes, np.cumsum(sizes).tolist())]
 
-@primitive(lambda g, y, x, pad_width: g[tuple(
-    slice(a, a + n) for (a, _), n in zip(np.broadcast_to(pad_width, (x.ndim, 2)).tolist(), x.shape))])
+@primitive(lambda g, y, x, pad_width: g[tuple(slice(before, before + n) for (before, _), n in zip(
+    np.broadcast_to(pad_width, (x.ndim, 2)).tolist(), x.shape))])
 def pad(x: Any, pad_width: Any) -> Tensor:
     """x with zeros around it: `pad_width` is a number, (before, after), or one such pair per axis."""
     return np.pad(x, pad_width)
@@ -1306,13 +1283,18 @@ def _axes(x: Any, axis: Any) -> list[int]:
 
 def _restore(y: Any, x: Any, axis: Any, keepdims: bool) -> Any:
     reduced = _axes(x, axis)
-    return y if keepdims else y.reshape(tuple(1 if i in reduced else n for i, n in enumerate(x.shape)))
+    return y if keepdims else y.reshape(
+        tuple(1 if i in reduced else n for i, n in enumerate(x.shape)))
 
 def _stretch(y: Any, x: Any, axis: Any, keepdims: bool) -> Any:
     return np.broadcast_to(_restore(y, x, axis, keepdims), x.shape)
 
-def _sum(x: np.ndarray, axis: Any, keepdims: bool) -> Any:
-    """np.sum, with sums over the last few axes as products with ones, several times faster."""
+# NumPy's own reductions start anew for every row, which for short rows is most of their time. A
+# sum over the last axes is faster as a product with ones, a row's maximum by reduceat.
+
+@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis, keepdims))
+def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The sum over all elements, or over the axes given."""
     axes = sorted(_axes(x, axis))
     rows, row = x.shape[:x.ndim - len(axes)], math.prod(x.shape[x.ndim - len(axes):])
     if axes != list(range(len(rows), x.ndim)) or not rows or row > 4096 or x.dtype != np.float32:
@@ -1320,26 +1302,22 @@ def _sum(x: np.ndarray, axis: Any, keepdims: bool) -> Any:
     y = x.reshape(math.prod(rows), row) @ np.ones(row, x.dtype)
     return y.reshape(*rows, *[1] * (len(axes) if keepdims else 0))
 
-@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis, keepdims))
-def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The sum over all elements, or over the axes given."""
-    return _sum(x, axis, keepdims)
-
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _stretch(g * (y.size / builtins.max(1, x.size)), x, axis, keepdims))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
     count = math.prod(x.shape[a] for a in _axes(x, axis))
-    return _sum(x, axis, keepdims) / count if count else np.mean(x, axis=axis, keepdims=keepdims)
+    total = sum.__wrapped__ if count else np.mean  # np.mean warns of empty rows
+    return total(x, axis=axis, keepdims=keepdims) / builtins.max(1, count)
 
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
     x = as_tensor(x)
+    count = math.prod(x.shape[a] for a in _axes(x, axis))
+    if count <= ddof:
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {count} elements are too few")
     centred = x - mean(x, axis, keepdims=True)
-    count = math.prod(x.shape[a] for a in _axes(x, axis)) - ddof
-    if count <= 0:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {count + ddof} elements are too few")
-    return sum(centred * centred, axis, keepdims) / count
+    return sum(centred * centred, axis, keepdims) / (count - ddof)
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The standard deviation, the square root of `var`."""
@@ -1363,21 +1341,8 @@ def min(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tens
 # The exponentials of large numbers overflow, but softmax does not change when a constant is
 # subtracted from all its inputs. Subtract the largest, and nothing exceeds exp(0) = 1.
 
-# NumPy's own reduction starts anew for every row, which for short rows is most of its time. So a row's
-# maximum is found by reduceat, and its sum by a product with ones: both several times faster.
-
-def _row_max(x: np.ndarray) -> np.ndarray:
-    """np.max over the last axis of a C-contiguous array, which stays as an axis of size 1."""
-    starts = np.arange(0, x.size, builtins.max(1, x.shape[-1]))
-    if x.size == 0 or not x.flags.c_contiguous:
-        return np.max(x, axis=-1, keepdims=True)
-    return np.maximum.reduceat(x.reshape(-1), starts).reshape(*x.shape[:-1], 1)
-
-def _row_sum(x: np.ndarray) -> np.ndarray:
-    return (x @ np.ones(x.shape[-1], x.dtype))[..., None]
-
 def _finite(m: Any) -> Any:
-    """m with 0 for what is infinite: in a row of nothing but -inf, -inf minus its largest stays -inf."""
+    """m with 0 for what is infinite: in a row of nothing but -inf, -inf minus the largest is -inf."""
     return np.where(np.isfinite(m), m, 0)
 
 @primitive(lambda g, y, x, axis=None, keepdims=False: _restore(g, x, axis, keepdims)
@@ -1389,45 +1354,42 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
         y = np.log(np.sum(np.exp(x - m), axis=axis, keepdims=True)) + m
     return y if keepdims else np.squeeze(y, axis)
 
-def _softmax_definition(x: Any, axis: int = -1) -> Any:
-    return np.exp(_log_softmax_definition(x, axis))
+def _row_max(x: np.ndarray) -> np.ndarray:
+    if x.size == 0 or not x.flags.c_contiguous:
+        return np.max(x, axis=-1, keepdims=True)
+    starts = np.arange(0, x.size, x.shape[-1])
+    return np.maximum.reduceat(x.reshape(-1), starts).reshape(*x.shape[:-1], 1)
 
-def _log_softmax_definition(x: Any, axis: int = -1) -> Any:
-    return x - logsumexp(x, axis, keepdims=True)
+def _row_sum(x: Any) -> Any:
+    return (x @ np.ones(x.shape[-1], x.dtype))[..., None]
+
+def _along_last(op: Callable, x: Any, axis: int) -> Tensor:
+    x = as_tensor(x)
+    return op(x) if axis in (-1, x.ndim - 1) else swapaxes(op(swapaxes(x, axis, -1)), axis, -1)
 
 # With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`, so `g` comes back as
 # `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
 
-@fused(_softmax_definition)
+@primitive(lambda g, y, x: y * (g - _row_sum(g * y)))
+def _softmax(x: Any) -> Tensor:
+    e = x - _row_max(x)
+    np.exp(e, out=e)
+    e *= 1 / _row_sum(e)
+    return e
+
+@primitive(lambda g, y, x: g - np.exp(y) * _row_sum(g))
+def _log_softmax(x: Any) -> Tensor:
+    z = x - _row_max(x)
+    z -= np.log(_row_sum(np.exp(z)))
+    return z
+
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
-    x = x.swapaxes(axis, -1)
-    y = x - _row_max(x)
-    np.exp(y, out=y)
-    y *= 1 / _row_sum(y)
+    return _along_last(_softmax, x, axis)
 
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.swapaxes(axis, -1)
-        dx = g - np.einsum("...i,...i->...", g, y)[..., None]
-        dx *= y
-        return (dx.swapaxes(axis, -1),)
-
-    return y.swapaxes(axis, -1), pullback
-
-@fused(_log_softmax_definition)
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """The logarithm of softmax, exact also where softmax underflows."""
-    x = x.swapaxes(axis, -1)
-    y = x - _row_max(x)
-    y -= np.log(_row_sum(np.exp(y)))
-
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        dx = np.exp(y)
-        dx *= -_row_sum(g.swapaxes(axis, -1))
-        dx += g.swapaxes(axis, -1)
-        return (dx.swapaxes(axis, -1),)
-
-    return y.swapaxes(axis, -1), pullback
+    return _along_last(_log_softmax, x, axis)
 
 # ### Linear algebra
 #
@@ -1454,16 +1416,36 @@ def matmul(a: Any, b: Any) -> Tensor:
     if b.ndim == 1:
         return matmul(a, expand_dims(b, 1)).squeeze(-1)
     if a.ndim > 2 and b.ndim == 2:  # a stack times one matrix is one tall matrix times it
-        rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
-        return _matmul(rows, b).reshape(*a.shape[:-1], b.shape[1])
+        return _matmul(_rows(a), b).reshape(*a.shape[:-1], b.shape[1])
     return _matmul(a, b)
+
+def _rows(x: Any) -> Any:
+    """x with all axes but the last made one, in array code."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 def bmm(a: Any, b: Any) -> Tensor:
     """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j), one by one."""
     a, b = as_tensor(a), as_tensor(b)
     if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0]:
-        raise ValueError(f"bmm of shapes {a.shape}, {b.shape}: needs two stacks of as many matrices")
+        raise ValueError(f"bmm of shapes {a.shape}, {b.shape}: needs two equally long stacks")
     return matmul(a, b)
+
+# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All leading axes
+# of x are one long axis to it, so each gradient is a single product.
+
+@primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
+           lambda g, y, x, weight, bias=None: _rows(g).swapaxes(0, 1) @ _rows(x),
+           lambda g, y, x, weight, bias: g)
+def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
+    """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"an input {x.shape} does not fit a weight {weight.shape}, (out, in)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a bias {bias.shape} does not fit a weight {weight.shape}, (out, in)")
+    y = _rows(x) @ weight.T
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], len(weight))
 
 # An einsum is a sum of products over indices, so by an operand it differentiates into an einsum of
 # the cotangent with the other operands. Two cases need one more factor: an index that only this
@@ -1476,16 +1458,15 @@ def _einsum_rule(i: int, g: Any, y: Any, *xs: Any, spec: str) -> Any:
     inputs, output = spec.split("->")
     names = inputs.split(",")
     others = [(names[k], x) for k, x in enumerate(xs) if k != i]
-    factors, target = [(output, g)], ""
+    factors, target = [(output, g), *others], ""
     for c, n in zip(names[i], xs[i].shape):
         if c in target:
             fresh = next(f for f in _LETTERS if f not in spec + target)
             factors.append((c + fresh, np.eye(n, dtype=g.dtype)))
             c = fresh
-        elif not any(c in name for name, _ in [(output, g), *others]):
+        elif not any(c in name for name, _ in factors):
             factors.append((c, np.ones(n, g.dtype)))
         target += c
-    factors += others
     return np.einsum(",".join(n for n, _ in factors) + "->" + target, *(x for _, x in factors))
 
 @primitive(each=_einsum_rule)
@@ -1509,33 +1490,6 @@ def einsum(subscripts: str, *operands: Any) -> Tensor:
         output = "..." * ("..." in inputs) + "".join(once)
     names = [n.replace("...", dots[len(dots) - e:]) for n, e in zip(names, extra)]
     return _einsum(*xs, spec=",".join(names) + "->" + output.replace("...", dots))
-
-# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All leading axes
-# of x are one long axis to it, so each of its three gradients is a single product.
-
-def _linear_definition(x: Any, weight: Any, bias: Any = None) -> Any:
-    y = x @ np.transpose(weight)
-    return y if bias is None else y + bias
-
-@fused(_linear_definition)
-def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
-    """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"an input {x.shape} does not fit a weight {weight.shape}, (out, in)")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"a bias {bias.shape} does not fit a weight {weight.shape}, (out, in)")
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = rows @ weight.T
-    if bias is not None:
-        y += bias
-
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.reshape(len(rows), len(weight))
-        dx = (g @ weight).reshape(x.shape) if wanted[0] else None
-        dw = g.T @ rows if wanted[1] else None
-        return dx, dw, np.ones(len(g), g.dtype) @ g if any(wanted[2:]) else None
-
-    return y.reshape(*x.shape[:-1], len(weight)), pullback
 
 # ### Images
 #
@@ -1582,7 +1536,8 @@ def _shifts(x: np.ndarray, kernel: tuple, stride: tuple) -> Iterator[tuple]:
         for j in range(kernel[1]):
             yield i, j, x[:, i:i + stride[0] * oh:stride[0], j:j + stride[1] * ow:stride[1]]
 
-def _conv2d_definition(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0) -> Any:
+def _conv2d_definition(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
+                       padding: Any = 0) -> Any:
     (top, left), kernel = _pair(padding), weight.shape[2:]
     windows = _windows(np.pad(x, ((0, 0), (0, 0), (top, top), (left, left))), kernel, _pair(stride))
     y = np.einsum("ncijhw,ocij->nohw", windows, weight)
@@ -1631,9 +1586,11 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
 
     return _batch_first(y.reshape(o, oh, ow, n)), pullback
 
+def _kernel_and_stride(kernel_size: Any, stride: Any) -> tuple[tuple, tuple]:
+    return _pair(kernel_size), _pair(kernel_size if stride is None else stride)
+
 def _max_pool2d_definition(x: Any, kernel_size: Any, stride: Any = None) -> Any:
-    kernel = _pair(kernel_size)
-    windows = _windows(x, kernel, _pair(kernel if stride is None else stride))  # (N, C, kh, kw, oh, ow)
+    windows = _windows(x, *_kernel_and_stride(kernel_size, stride))
     n, c, kh, kw, oh, ow = windows.shape
     windows = windows.reshape(n, c, kh * kw, oh, ow)
     first = np.argmax(windows, axis=2)
@@ -1642,35 +1599,30 @@ def _max_pool2d_definition(x: Any, kernel_size: Any, stride: Any = None) -> Any:
 
 @fused(_max_pool2d_definition)
 def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
-    """The largest element of each window, (N, C, H, W) -> (N, C, oh, ow); the first gets the gradient."""
-    kernel = _pair(kernel_size)
-    stride = _pair(kernel if stride is None else stride)
+    """The largest of each window, (N, C, H, W) -> (N, C, oh, ow). The first gets the gradient."""
+    kernel, stride = _kernel_and_stride(kernel_size, stride)
     x, y = _batch_last(x), None
     for _, _, view in _shifts(x, kernel, stride):
         y = view.copy(order="K") if y is None else np.maximum(y, view, out=y)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         dx, free = np.zeros_like(x), np.ones_like(y, bool)  # free: windows nobody has claimed yet
-        arrived = np.empty_like(y)
-        arrived[...] = _batch_last(g)  # in the order of y
-        for (_, _, view), (_, _, to) in zip(_shifts(x, kernel, stride), _shifts(dx, kernel, stride)):
-            hit = view == y
-            hit &= free
+        g, pairs = _dense(_batch_last(g), y), zip(_shifts(x, kernel, stride), _shifts(dx, kernel, stride))
+        for (_, _, view), (_, _, to) in pairs:
+            hit = (view == y) & free
             free ^= hit
-            to += arrived * hit
+            to += g * hit
         return (_batch_first(dx),)
 
     return _batch_first(y), pullback
 
 def _avg_pool2d_definition(x: Any, kernel_size: Any, stride: Any = None) -> Any:
-    kernel = _pair(kernel_size)
-    return np.mean(_windows(x, kernel, _pair(kernel if stride is None else stride)), axis=(2, 3))
+    return np.mean(_windows(x, *_kernel_and_stride(kernel_size, stride)), axis=(2, 3))
 
 @fused(_avg_pool2d_definition)
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The mean of each window, (N, C, H, W) -> (N, C, oh, ow)."""
-    kernel = _pair(kernel_size)
-    stride = _pair(kernel if stride is None else stride)
+    kernel, stride = _kernel_and_stride(kernel_size, stride)
     x, y, share = _batch_last(x), None, 1 / math.prod(kernel)
     for _, _, view in _shifts(x, kernel, stride):
         y = view.copy(order="K") if y is None else np.add(y, view, out=y)
@@ -1744,7 +1696,7 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
     """
     x = as_tensor(x)
     if x.ndim < 2 or x.shape[1] != weight.shape[0]:
-        raise ValueError(f"batch_norm: axis 1 of the input {x.shape} must have {len(weight)} channels")
+        raise ValueError(f"batch_norm: axis 1 of {x.shape} must have {len(weight)} channels")
     if not training:
         shape = (1, -1, *[1] * (x.ndim - 2))
         scale = as_tensor(weight) / np.sqrt(running_var + eps).astype(x.dtype)
@@ -1771,11 +1723,12 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     """Normalize x over its last axis, scale by `weight` and shift by `bias`, both of that size."""
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ValueError("the weight must be as long as the last axis of the input")
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = _rows(x)
     averages = np.full(rows.shape[1], 1 / rows.shape[1], x.dtype)
     xhat = rows - (rows @ averages)[:, None]
     xhat -= (xhat @ averages)[:, None]
-    inverse = 1 / np.sqrt(np.einsum("ij,ij->i", xhat, xhat) / rows.shape[1] + np.asarray(eps, x.dtype))
+    variance = np.einsum("ij,ij->i", xhat, xhat) / rows.shape[1]
+    inverse = 1 / np.sqrt(variance + np.asarray(eps, x.dtype))
     xhat *= inverse[:, None]
     y = xhat * weight
     if bias is not None:
@@ -1834,7 +1787,8 @@ def _attend_back(g: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, y: 
     ds = h @ v.swapaxes(-1, -2)
     ds -= np.einsum("...i,...i->...", h, y)[..., None]
     ds *= e
-    return (np.matmul(ds, k * scale, out=out[0]), np.matmul(ds.swapaxes(-1, -2), q * scale, out=out[1]),
+    return (np.matmul(ds, k * scale, out=out[0]),
+            np.matmul(ds.swapaxes(-1, -2), q * scale, out=out[1]),
             np.matmul(e.swapaxes(-1, -2), h, out=out[2]))
 
 @fused(_attention_definition)
@@ -1844,8 +1798,8 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any, is_causal: bool = False
     With `is_causal`, position i sees positions 0 to i. Raises ValueError if the shapes disagree.
     """
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError("queries, keys and values must agree in all leading axes; queries and keys "
-                         "in the last axis; keys and values in the last but one")
+        raise ValueError("queries, keys and values must agree in all leading axes; queries and keys"
+                         " in the last axis; keys and values in the last but one")
     y, e, r = _attend(q, k, v, is_causal)
     return y, lambda g, wanted: _attend_back(g, q, k, v, y, e, r)
 
@@ -1871,7 +1825,7 @@ def _self_attention_definition(qkv: Any, num_heads: int) -> Any:
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C); qkv is q, k, v in one."""
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"needs (batch, time, 3 * channels), channels divisible by {num_heads} heads")
+        raise ValueError(f"needs (B, T, 3 * C) with C divisible by {num_heads} heads")
     b, t, c = qkv.shape
     merged = np.empty((b, t, c // 3), qkv.dtype)
     y = merged.reshape(b, t, num_heads, -1 if merged.size else 0).transpose(0, 2, 1, 3)
@@ -1891,7 +1845,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     return merged, pullback
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
-    """`ids` as an integer array with all elements in 0..count-1, or an error that says what is not."""
+    """`ids` as an integer array with all elements in 0..count-1, or an error that says why not."""
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}")
@@ -1966,14 +1920,14 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     return loss, pullback
 
 def _prediction_and_target(name: str, prediction: Any, target: Any) -> tuple[Tensor, Any]:
-    """Both, of one shape and dtype. A loss never broadcasts: (N, 1) against (N,) would be (N, N)."""
+    """Both, of one shape and dtype. No loss broadcasts: (N, 1) against (N,) would be (N, N)."""
     prediction = as_tensor(prediction)
     target = as_tensor(target)
     if not target.requires_grad:
         target = target.astype(prediction.dtype)
     if prediction.shape != target.shape:
-        raise ValueError(f"{name}: prediction {prediction.shape} and target {target.shape} must have "
-                         "one shape; reshape one of them, for a loss does not broadcast")
+        raise ValueError(f"{name}: prediction {prediction.shape} and target {target.shape} must have"
+                         " one shape; reshape one of them, for a loss does not broadcast")
     if prediction.size == 0:
         raise ValueError(f"{name}: the mean over no elements is undefined")
     return prediction, target
@@ -1996,8 +1950,8 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """The same of probabilities in [0, 1], their logarithms held above -100 as PyTorch does."""
     p, target = _prediction_and_target("binary_cross_entropy", probability, target)
     if not (np.all(p._data >= 0) and np.all(p._data <= 1)):
-        raise ValueError("binary_cross_entropy: probabilities must lie in [0, 1]; for any other numbers "
-                         "use binary_cross_entropy_with_logits")
+        raise ValueError("binary_cross_entropy: probabilities must lie in [0, 1]; for other numbers"
+                         " there is binary_cross_entropy_with_logits")
     least = math.exp(-100)
     return -mean(target * log(clip(p, least)) + (1 - target) * log(clip(1 - p, least)))
 
@@ -2035,14 +1989,12 @@ def _dot(a: Any, b: Any) -> Tensor:
 
 def _reduction(op: Callable) -> Callable:
     """A reduction with the arguments that NumPy passes."""
-    def reduce(a: Any, axis: Any = None, dtype: Any = None, *, keepdims: bool = False, **ddof: int) -> Tensor:
-        return op(as_tensor(a) if dtype is None else astype(a, dtype), axis, keepdims=keepdims, **ddof)
+    return lambda a, axis=None, dtype=None, *, keepdims=False, **ddof: op(
+        as_tensor(a) if dtype is None else astype(a, dtype), axis, keepdims=keepdims, **ddof)
 
-    return reduce
-
-def _only_zeros(array: Any, pad_width: Any, mode: str = "constant") -> Tensor:
+def _pad_with_zeros(array: Any, pad_width: Any, mode: str = "constant") -> Tensor:
     if mode != "constant":
-        raise TypeError(f"np.pad of a Tensor: mode {mode!r} has no derivative here; pads with zeros")
+        raise TypeError(f"np.pad of a Tensor: nanoad has no derivative for mode {mode!r}")
     return pad(array, pad_width)
 
 _UFUNCS = {
@@ -2053,21 +2005,22 @@ _UFUNCS = {
     np.tan: lambda x: sin(x) / cos(x), np.tanh: tanh, np.maximum: maximum, np.minimum: minimum,
     np.matmul: matmul,
 }
-
 _FUNCTIONS = {
     np.sum: _reduction(sum), np.mean: _reduction(mean), np.var: _reduction(var),
     np.std: _reduction(std), np.max: _reduction(max), np.min: _reduction(min),
     np.amax: _reduction(max), np.amin: _reduction(min), np.where: where,
     np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None: clip(
         a, min if a_min is None else a_min, max if a_max is None else a_max),
-    np.reshape: lambda a, shape=None, *, newshape=None: reshape(a, newshape if shape is None else shape),
+    np.reshape: lambda a, shape=None, *, newshape=None: reshape(
+        a, newshape if shape is None else shape),
     np.ravel: lambda a: reshape(a, -1), np.transpose: lambda a, axes=None: transpose(a, axes),
     np.swapaxes: swapaxes, np.moveaxis: lambda a, source, destination: moveaxis(a, source, destination),
-    np.expand_dims: lambda a, axis: expand_dims(a, axis), np.squeeze: lambda a, axis=None: squeeze(a, axis),
-    np.broadcast_to: lambda array, shape: broadcast_to(array, shape), np.copy: lambda a: _copy(a),
+    np.expand_dims: lambda a, axis: expand_dims(a, axis), np.copy: lambda a: _copy(a),
+    np.squeeze: lambda a, axis=None: squeeze(a, axis), np.pad: _pad_with_zeros,
+    np.broadcast_to: lambda array, shape: broadcast_to(array, shape),
     np.concatenate: lambda arrays, axis=0: concatenate(arrays, axis),
-    np.stack: lambda arrays, axis=0: stack(arrays, axis), np.pad: _only_zeros,
-    np.vstack: lambda tup: concatenate([t.reshape(1, -1) if t.ndim < 2 else t for t in map(as_tensor, tup)]),
+    np.stack: lambda arrays, axis=0: stack(arrays, axis),
+    np.vstack: lambda tup: concatenate([expand_dims(t, 0) if np.ndim(t) == 1 else t for t in tup]),
     np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
     np.dot: lambda a, b: _dot(a, b), np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
     np.outer: lambda a, b: reshape(a, -1, 1) * reshape(b, 1, -1),
@@ -2075,20 +2028,17 @@ _FUNCTIONS = {
     np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
         astype(fill_value, dtype or a.dtype), a.shape),
 }
-for _function, _op in _FUNCTIONS.items():  # so that an unknown argument's TypeError says whose it was
-    if _op.__qualname__ in ("<lambda>", "_reduction.<locals>.reduce"):
+for _function, _op in _FUNCTIONS.items():  # a TypeError for a wrong argument shall say whose it was
+    if "<lambda>" in _op.__qualname__:
         _op.__qualname__ = f"np.{_function.__name__}"
 
 # Their derivative is zero wherever it exists: they give plain arrays, and so do questions of shape.
-_WITHOUT_GRADIENT = {
-    np.sign, np.floor, np.ceil, np.trunc, np.rint, np.round, np.floor_divide, np.isnan, np.isinf,
-    np.isfinite, np.signbit, np.equal, np.not_equal, np.less, np.less_equal, np.greater,
-    np.greater_equal, np.logical_and, np.logical_or, np.logical_not, np.logical_xor, np.isneginf,
-    np.isposinf, np.isclose, np.allclose, np.array_equal, np.argmax, np.argmin, np.argsort,
-    np.searchsorted, np.nonzero, np.count_nonzero, np.any, np.all, np.shape, np.ndim, np.size,
-    np.zeros_like, np.ones_like, np.empty_like, np.array2string, np.array_repr, np.array_str,
-    np.result_type, np.may_share_memory, np.shares_memory,
-}
+_WITHOUT_GRADIENT = {getattr(np, _name) for _name in (
+    "sign floor ceil trunc rint round floor_divide isnan isinf isfinite signbit equal not_equal less"
+    " less_equal greater greater_equal logical_and logical_or logical_not logical_xor isneginf"
+    " isposinf isclose allclose array_equal argmax argmin argsort searchsorted nonzero"
+    " count_nonzero any all shape ndim size zeros_like ones_like empty_like array2string array_repr"
+    " array_str result_type may_share_memory shares_memory").split()}
 
 # ## Modules
 #
