@@ -21,9 +21,9 @@ the public names**. You need NumPy, a little calculus, and no other file. For a 
 from __future__ import annotations
 
 import builtins, contextlib, functools, heapq, inspect, itertools, math
-import os, sys, threading, types, warnings, zlib
+import os, sys, threading, types, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -285,6 +285,8 @@ def _walk(seeds: list, needed: dict | None, create_graph: bool, retain_graph: bo
         for a, part in zip(t._args, _pull(t, g, needed, create_graph)):
             if part is None:
                 continue
+            if not create_graph and part.__class__ is Tensor:  # a rule may call our operations
+                part = part._data
             data, seq = a._data, a._seq
             if part.shape != data.shape:
                 part = unbroadcast(part, data.shape)
@@ -316,6 +318,7 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
         if create_graph and op.definition is not None:
             return _pull_by_definition(t, g, wanted)
         return [part if due else None for part, due in zip(t._pullback(g, wanted), wanted)]
+    # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
     y, values = (t, t._args) if create_graph else (t._data, t._values)
     rules, params = op.rules, t._params
     return [rules[i](g, y, *values, **params) if due else None for i, due in enumerate(wanted)]
@@ -437,7 +440,8 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 # **Why nested transforms do not get confused.** In the example below the inner derivative is `x`,
 # so the whole is that of `x * x`, which is 6 at 3. An engine that marks "the variable we
 # differentiate by" with a flag on the values cannot tell the `x` inside from the `y` it is asked
-# about, and may answer 3, or 5: perturbation confusion. Here it has no room. Every call of a
+# about: it forgets that the inner result depends on `x`, and answers 3, or moves `x` along with
+# `y`, and answers 5. That is perturbation confusion. Here it has no room. Every call of a
 # transform makes *new* tensors for its own arguments and asks for the derivative by *those
 # objects*. `x` is another, older than `y`, so the inner walk stops at it; but the inner result was
 # computed from it, so to the outer walk it is an operand like any other.
@@ -488,6 +492,8 @@ def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     """Call `f` with fresh tensors for its arguments at `argnums` (None: all). Returns its result,
     the fresh tensors in a list, a function that gives such a list the structure of the arguments,
     `needed` from `_paths`, and whether to record the walk: if anything `older`, or `beside`, is."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
     args, one = list(args), isinstance(argnums, int)
     positions = [argnums] if one else list(range(len(args)) if argnums is None else argnums)
     if not all(i in range(-len(args), len(args)) for i in positions):
@@ -656,6 +662,8 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     if order < 1:
         raise ValueError(f"check_grad: order must be at least 1, not {order}")
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
+    if not which:
+        raise ValueError("check_grad: no floating-point argument to differentiate by; write 3.0")
     args = [np.array(_value(a), np.float64) if i in which else a for i, a in enumerate(args)]
     def weighted(*args: Any) -> Tensor:  # a scalar, in which no two elements cancel
         y = f(*(as_tensor(a) if i in which else a for i, a in enumerate(args)))
@@ -675,10 +683,11 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     error, where_ = builtins.max(errors)
     if error > rtol:
         raise AssertionError(f"check_grad: the derivative {where_}")
-    if order == 1 or not which:
+    if order == 1:
         return error
     slopes = lambda *args: concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
     return builtins.max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
+
 # ## Operations
 #
 # What does an operation consist of?
@@ -1653,6 +1662,7 @@ _FUNCTIONS = {
     np.reshape: lambda a, shape=None, *, newshape=None: reshape(
         a, newshape if shape is None else shape),
     np.ravel: lambda a: reshape(a, -1), np.transpose: lambda a, axes=None: transpose(a, axes),
+    np.hstack: lambda tup: concatenate(tup, 0 if np.ndim(tup[0]) < 2 else 1),
     np.vstack: lambda tup: concatenate([expand_dims(t, 0) if np.ndim(t) == 1 else t for t in tup]),
     np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
     np.pad: _pad_with_zeros, np.dot: _dot,
@@ -2607,8 +2617,9 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
 # too, `nanoad.nn` and its like, made here and entered where `import` looks first. They are named
 # after the module this file was imported as, so it may be renamed or vendored.
 _NAMESPACES = {
-    "nn": """Module Parameter GPT Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding
-        Flatten Dropout ReLU GELU Tanh Sigmoid CrossEntropy MSE Sequential MLP MultiHeadAttention""",
+    "nn": """Module Parameter Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding
+        Flatten Dropout ReLU GELU Tanh Sigmoid CrossEntropy MSE Sequential MLP MultiHeadAttention
+        GPT""",
     "optim": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm",
     "data": "DataLoader CharTokenizer load_mnist load_cifar10 load_tinyshakespeare make_moons",
     "viz": "draw plot",
@@ -2628,27 +2639,75 @@ for _space, _names in _NAMESPACES.items():
 # these four have to be named: `nanoad.sum`, or `from nanoad.functional import sum`.
 __all__ = [_name for _name in __all__ if not hasattr(builtins, _name)]
 
-# What can all this do? `python nanoad.py` prints this function, and then runs it.
+def __dir__() -> list[str]:
+    return [*__all__, *_NAMESPACES]  # what an editor offers
+
+# ## The tour
+#
+# What can all this do? `python nanoad.py` shows it in a few seconds. Each paragraph below is printed
+# and then run, so what you read on the screen is what happened.
+
+_TOUR = '''
+# A gradient by hand: the derivative of x sin x is sin x + x cos x, so at x = 2:
+print(math.sin(2) + 2 * math.cos(2))
+
+# The same by the tape: compute, then walk back from the result to x.
+x = Tensor(2.0, label="x")
+y = x * np.sin(x)
+y.backward(retain_grads=True)
+print(x.grad)
+
+# That tape, each operation over its operands, with the gradient that reached them:
+print(draw(y, format="text"))
+
+# A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
+print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
+
+# A Newton step for a logistic regression in 50 dimensions. No Hessian is ever made: conjugate
+# gradients need only its product with a vector, and the gradient's norm collapses.
+rng = np.random.default_rng(0)
+A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
+loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
+w = np.zeros(50)
+for newton_step in range(4):
+    g = grad(loss)(w).data
+    print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(g):.1e}")
+    d, r, p = 0 * w, -g, -g
+    while r @ r > 1e-20:
+        _, (Hp,) = hvp(loss, (w,), (p,))
+        step, before = (r @ r) / (p @ Hp.data), r @ r
+        d, r = d + step * p, r - step * Hp.data
+        p = r + (r @ r) / before * p
+    w = w + d
+
+# A network learns which of two moons a point belongs to.
+manual_seed(1)
+points, labels = make_moons(200, noise=0.15)
+model, losses = MLP(2, [16, 16, 1]), []
+optimizer = Adam(model.parameters(), lr=0.02)
+for step in range(300):
+    loss = binary_cross_entropy_with_logits(model(points), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+
+# Its loss, and what it learned: shaded where it says 1, with the points o (0) and x (1).
+print(plot(losses, height=8))
+across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
+said = model(np.stack([across.ravel(), up.ravel()], axis=1)).data.reshape(20, 72)
+picture = np.where(said > 0, ":", " ")
+for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
+    picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
+print(*map("".join, picture), sep="\\n")
+'''
+
 def _tour() -> None:
-    # The derivative of x sin x is sin x + x cos x: at x = 2, by hand, and by the tape.
-    x = Tensor(2.0, label="x")
-    y = x * np.sin(x)
-    y.backward(retain_grads=True)
-    print(math.sin(2) + 2 * math.cos(2), draw(y, format="text"), sep="\n\n", end="\n\n")
-    # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
-    print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0), end="\n\n")
-    # A network learns which of two moons a point belongs to. This is its loss.
-    points, labels = make_moons(200, noise=0.15)
-    model, losses = MLP(2, [16, 16, 1]), []
-    optimizer = Adam(model.parameters(), lr=0.02)
-    for step in range(300):
-        loss = binary_cross_entropy_with_logits(model(points), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    print(plot(losses, height=8))
+    scope = dict(globals())
+    for step in _TOUR.strip().split("\n\n"):
+        print(step, end="\n\n")
+        exec(step, scope)
+        print()
 
 if __name__ == "__main__":
-    print(inspect.getsource(_tour))
     _tour()

@@ -23,7 +23,7 @@ SIZES = {
     "small": dict(embed_dim=128, num_heads=4, num_layers=4, block_size=128, dropout=0.0,
                   batch_size=8, steps=8000, lr=3e-3),
     "large": dict(embed_dim=256, num_heads=4, num_layers=4, block_size=256, dropout=0.2,
-                  batch_size=12, steps=8000, lr=2e-3),
+                  batch_size=12, steps=5600, lr=2e-3),
 }
 EVALUATIONS = 8  # per run; each reads the whole validation text, and saves a checkpoint
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
