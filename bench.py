@@ -109,7 +109,7 @@ def op_job(library, f, shapes):
 # ## Networks, nanoad's and the same in PyTorch, whose GPT is a function of nanoad's weights
 GPTS = {"width 32": (64, 32, 2, 2, 16), "width 64": (65, 64, 4, 4, 32),
         "width 256": (65, 256, 8, 6, 128),  # vocabulary, width, heads, layers, context
-        "small": (65, 128, 4, 4, 64)}  # of train_gpt.py
+        "small": (65, 128, 4, 4, 128)}  # of train_gpt.py
 
 def torch_attention(qkv, heads, seen=None):
     b, t, c = qkv.shape
