@@ -2469,10 +2469,9 @@ def save(path: str | os.PathLike, state: Any) -> None:
             # A ZipInfo of our own has no date in it: equal states make equal files.
             with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
-    content, path = file.getbuffer(), os.fsdecode(path)
-    content[-64:] = hashlib.sha256(content[:-64]).hexdigest().encode()
+    content, path = file.getvalue()[:-64], os.fsdecode(path)
     try:
-        _write_whole(os.path.realpath(path), content)
+        _write_whole(os.path.realpath(path), content + hashlib.sha256(content).hexdigest().encode())
     except OSError as error:
         why = f"save: {error.strerror or error}; what was there before is untouched"
         raise OSError(error.errno, why, path) from error
@@ -2644,8 +2643,8 @@ def __dir__() -> list[str]:
 
 # ## The tour
 #
-# What can all this do? `python nanoad.py` shows it in a few seconds. Each paragraph below is printed
-# and then run, so what you read on the screen is what happened.
+# What can all this do? `python nanoad.py` shows it in a few seconds. Each paragraph below is
+# printed and then run, so what you read on the screen is what happened.
 
 _TOUR = '''
 # A gradient by hand: the derivative of x sin x is sin x + x cos x, so at x = 2:

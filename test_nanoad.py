@@ -1041,6 +1041,7 @@ NUMPY = {
     np.pad: [lambda a, b: np.pad(a, 1), lambda a, b: np.pad(a, ((0, 1), (2, 0))),
              lambda a, b: np.pad(a, (1, 0), mode="constant"),
              lambda a, b: np.pad(a, 1, "constant")],
+    np.hstack: [lambda a, b: np.hstack([a, b]), lambda a, b: np.hstack((a[0], a[1]))],
     np.vstack: [lambda a, b: np.vstack([a, b]), lambda a, b: np.vstack((a[0], b)),
                 lambda a, b: np.vstack([a[None], b[None]])],
     np.dot: [lambda a, b: np.dot(a, b.T), lambda a, b: np.dot(a[0], b[0]),
