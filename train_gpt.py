@@ -21,7 +21,7 @@ SIZES = {
     "tiny": dict(embed_dim=64, num_heads=4, num_layers=4, block_size=32, dropout=0.0,
                  batch_size=32, steps=2000, lr=1e-2),
     "small": dict(embed_dim=128, num_heads=4, num_layers=4, block_size=128, dropout=0.0,
-                  batch_size=8, steps=7000, lr=3e-3),
+                  batch_size=8, steps=4800, lr=3e-3),
     "large": dict(embed_dim=256, num_heads=4, num_layers=4, block_size=256, dropout=0.2,
                   batch_size=12, steps=5600, lr=2e-3),
 }
