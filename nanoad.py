@@ -2535,7 +2535,7 @@ def _caption(node: Any, gap: str) -> str:
     """`label = op`, the value or else type and shape, and the gradient or else its norm."""
     if not isinstance(node, Tensor):
         return node if isinstance(node, str) else _in_short(node)
-    name = " = ".join(filter(None, (node.label, node._op and node._op.__name__.strip("_"))))
+    name = " = ".join(filter(None, (node.label, node._op and node._op.__name__)))
     parts = [name, _in_short(node._data)]
     if node.grad is not None:
         g = node.grad._data

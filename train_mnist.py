@@ -187,11 +187,11 @@ with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as
         model.train()
         test_loss = nanoad.cross_entropy(logits, y_test).item()
         if not math.isfinite(sum(losses) + test_loss):
-            stop(f"epoch {epoch}: the loss is {losses[-1]}, that of the test images {test_loss}; "
-                 f"the last good checkpoint is in {folder}", 1)
+            stop(f"epoch {len(history) + 1}: the loss is {losses[-1]}, that of the test images "
+                 f"{test_loss}; the last good checkpoint is in {folder}", 1)
         if losses:
             accuracy = np.mean(logits.argmax(1) == y_test).item()
-            history.append((epoch, np.mean(losses).item(), test_loss, accuracy))
+            history.append((len(history) + 1, np.mean(losses).item(), test_loss, accuracy))
         # The checkpoint is replaced at one stroke, so the process may be killed at any moment. The
         # first is saved before the work: a folder that cannot be written to is noticed now.
         try:
