@@ -3,19 +3,20 @@
 A Tensor is a NumPy array that remembers where it came from. Ask the last one of a computation for
 its derivatives, and every array that had a part in it learns how much it mattered:
 
->>> x = Tensor([1.0, 2.0, 3.0])
->>> loss = (x * x).sum()
->>> loss.backward()
->>> print(x.grad)
-[2. 4. 6.]
->>> print(grad(grad(lambda x: x ** 3))(2.0))
-12.0
+    >>> x = Tensor([1.0, 2.0, 3.0])
+    >>> loss = (x * x).sum()
+    >>> loss.backward()
+    >>> print(x.grad)
+    [2. 4. 6.]
+    >>> print(grad(grad(lambda x: x ** 3))(2.0))
+    12.0
 
 Read from top to bottom, the chapters are: the **tensor**; the **tape** it writes and the walk back
 along it; the **functional transforms** (`grad`, `vjp`, `jvp`, `hvp`, `hessian`), which make new
 functions out of yours; the **operations**, each with its derivative; **modules**, which hold
 parameters; **optimizers**, which move them; **loaders**, which fetch data; **saving, drawing and
-the public names**. You need NumPy, a little calculus, and no other file. For a tour, run it.
+the public names**; and a tour, which `python nanoad.py` prints and runs. You need NumPy, a little
+calculus, and no other file.
 """
 
 from __future__ import annotations
@@ -38,19 +39,6 @@ import numpy as np
 # `_seq` is drawn from a global counter when a tensor is made. A result is made after its operands,
 # so sorting by `_seq` sorts a computation into an order in which it could have happened.
 
-class _Mode(threading.local):
-    recording, rng = True, None  # whether this thread writes a tape, and its random numbers
-
-_mode, _clock = _Mode(), itertools.count(1)
-
-def _rng() -> np.random.Generator:
-    _mode.rng = _mode.rng or np.random.default_rng()
-    return _mode.rng
-
-def manual_seed(seed: int | Sequence[int]) -> None:
-    """Seed initialization, dropout, shuffling, sampling of this thread; also by (seed, step)."""
-    _mode.rng = np.random.default_rng(seed)
-
 class Tensor:
     """An n-dimensional array that can be differentiated through.
 
@@ -58,33 +46,31 @@ class Tensor:
     are; integers and bools become float64, since an integer cannot carry a gradient. A list that
     holds Tensors is stacked. A Tensor has ndarray's operators and methods, and NumPy's functions
     (`np.exp(t)`) work on it; both differentiate, and take what is no Tensor for a constant.
-    Comparisons give plain bool arrays. Raises TypeError for data that is not real numbers."""
-
+    Comparisons give plain bool arrays. Raises TypeError for data that is not real numbers.
+    """
     __slots__ = ("_data", "requires_grad", "grad", "label",  # what the user meets
                  "_seq", "_guard", "__weakref__",  # when it was made; when it was written to
                  "_op", "_args", "_values", "_params", "_pullback")  # how it was made
-
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
         made = as_tensor(data)
         _record(np.array(made._data), tracked=requires_grad, t=self)
         self.label = label
-        if requires_grad and made.requires_grad and _mode.recording:
+        if requires_grad and made.requires_grad and _mode.recording:  # made of tracked Tensors
             self._op, self._args, self._values, self._params = identity, (made,), [made._data], {}
-
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
     dtype = property(lambda self: self._data.dtype, doc="The NumPy type of the elements.")
     ndim = property(lambda self: self._data.ndim, doc="The number of axes.")
     size = property(lambda self: self._data.size, doc="The number of elements.")
     T = property(lambda self: transpose(self), doc="The tensor with its axes reversed.")
-
     @property
     def data(self) -> np.ndarray:
-        """The array itself, to read and to write. The tape does not see a write, so a checksum is
-        taken now; a walk back that needs the elements as they were compares, and complains."""
+        """The array itself, to read and to write.
+        The tape does not see a write. So a checksum is taken now, and a walk back that needs the
+        elements as they were compares, and complains.
+        """
         if self.requires_grad:
             _renew_guard(self)
         return np.asarray(self._data)  # which may be a scalar, as NumPy returns for 0-d results
-
     @data.setter
     def data(self, value: Any) -> None:
         value = value.data if isinstance(value, Tensor) else value
@@ -94,21 +80,17 @@ class Tensor:
                              f"by {array.dtype} of shape {array.shape}; make a new Tensor for that")
         self._data = array
         _note_write(self)
-
     def numpy(self) -> np.ndarray:
         """The array, for code outside nanoad: the same memory as `t.data`."""
         return self.data
-
     def item(self) -> float:
         """The one element, as a Python number. Raises ValueError if there is not exactly one."""
         if self.size != 1:
             raise ValueError(f"item() needs a tensor of one element; this has shape {self.shape}")
         return self._data.item()
-
     def detach(self) -> Tensor:
         """The same array as a constant: nothing behind it will be differentiated."""
         return _wrap(self._data)
-
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
         """Add the derivative of this tensor to `.grad` of every tracked leaf it was made from.
@@ -117,7 +99,8 @@ class Tensor:
         `create_graph` makes the gradients differentiable in turn. The tape is let go as it is
         walked, unless `retain_graph`. `retain_grads` keeps it too, and leaves `.grad` on every
         tensor, for `draw` to show. Raises ValueError for a non-scalar without `grad` or a `grad` of
-        another shape, RuntimeError if there is no tape."""
+        another shape, RuntimeError if there is no tape.
+        """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor was made of constants or inside no_grad()")
         seeds = [(self, _seed("backward", self, grad, create_graph))]
@@ -128,12 +111,10 @@ class Tensor:
                     if not _tracked(g):
                         g = _wrap(np.array(_value(g)) if shared else np.asarray(g))
                     t.grad = g if t.grad is None else t.grad + g
-
     def __repr__(self) -> str:
         values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
         label = f", label={self.label!r}" if self.label else ""
         return f"Tensor({values}, dtype={self.dtype}{label})"
-
     __str__ = lambda self: str(self._data)
     __format__ = lambda self, spec: format(self.item(), spec) if spec else str(self)
     __float__ = lambda self: float(self.item())
@@ -141,10 +122,8 @@ class Tensor:
     __len__ = lambda self: len(self._data)
     __iter__ = lambda self: (self[i] for i in range(len(self)))
     __hash__ = object.__hash__
-
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
-
     def __reduce__(self) -> tuple:
         # Copies and pickles are new leaves: they must not share `_seq` with the original.
         if self._op is not None:
@@ -156,12 +135,10 @@ class Tensor:
     # NumPy asks an operand that is not its own before it computes. A function that nanoad knows is
     # answered by nanoad's operation (the tables end the chapter on operations); any other is a
     # TypeError. To convert silently would cut the tape, and the gradient would be wrong.
-
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.requires_grad:
             raise TypeError("this Tensor needs a gradient, which an array cannot hold: t.numpy()")
         return (np.array if copy else np.asarray)(self._data, dtype=dtype)
-
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain, constant = method == "__call__", not any(map(_tracked, inputs))
         if plain and not kwargs and ufunc in _UFUNCS:
@@ -170,7 +147,6 @@ class Tensor:
             return ufunc(*map(_value, inputs), **kwargs)
         how = ("" if plain else f".{method}") + (f" with {', '.join(kwargs)}=" if kwargs else "")
         raise TypeError(_NO_DERIVATIVE.format(ufunc.__name__ + how))
-
     def __array_function__(self, function: Callable, kinds: Any, args: tuple, kwargs: dict) -> Any:
         if function in _FUNCTIONS:
             return _FUNCTIONS[function](*args, **kwargs)
@@ -180,6 +156,19 @@ class Tensor:
 
 Value = Tensor
 _NO_DERIVATIVE = "np.{}: nanoad has no derivative for this; use t.numpy() if none is needed"
+
+class _Mode(threading.local):
+    recording, rng = True, None  # each thread's own: is a tape written, and its random numbers
+
+_mode, _clock = _Mode(), itertools.count(1)
+
+def _rng() -> np.random.Generator:
+    _mode.rng = _mode.rng or np.random.default_rng()
+    return _mode.rng
+
+def manual_seed(seed: int | Sequence[int]) -> None:
+    """Seed initialization, dropout, shuffling, sampling of this thread; also by (seed, step)."""
+    _mode.rng = np.random.default_rng(seed)
 
 def _record(y, op=None, args=None, values=None, params=None, pullback=None, tracked=True, t=None):
     """Make `t`, or a new tensor, a result that remembers how it was made; without `op`, a leaf."""
@@ -263,6 +252,8 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 #    Tensors, the same text writes a new tape, so the gradient it returns can be differentiated
 #    again. `create_graph` decides which; no second set of rules exists to be wrong.
 #
+# All three in four lines:
+#
 #     >>> x, rule = Tensor(1.0), mul.rules[0]  # lambda g, y, a, b: g * b
 #     >>> y = functools.reduce(mul, [x] * 5000)
 #     >>> y.backward()
@@ -272,7 +263,8 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 def _walk(seeds: list, needed: dict | None, create_graph: bool, retain_graph: bool) -> Iterator:
     """Yield each tensor behind `seeds` with its finished cotangent, the newest first.
     `seeds` are pairs (tensor, cotangent); cotangents are ndarrays, or Tensors under `create_graph`.
-    `needed` limits the walk to the `_seq` it has; it goes on from those marked True."""
+    `needed` limits the walk to the `_seq` it has; it goes on from those marked True.
+    """
     pending: dict = {}  # _seq -> (tensor, the sum of what it has received so far)
     for t, g in seeds:
         pending[t._seq] = t, pending[t._seq][1] + g if t._seq in pending else g
@@ -338,10 +330,11 @@ def _operands(t: Tensor) -> tuple:
 
 def unbroadcast(g: Any, shape: tuple) -> Any:
     """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from `shape`.
-    >>> row = Tensor([1.0, 2.0, 3.0])
-    >>> (np.ones((4, 3)) * row).sum().backward()
-    >>> print(row.grad, unbroadcast(np.ones((4, 3)), (3,)))
-    [4. 4. 4.] [4. 4. 4.]
+
+        >>> row = Tensor([1.0, 2.0, 3.0])
+        >>> (np.ones((4, 3)) * row).sum().backward()
+        >>> print(row.grad, unbroadcast(np.ones((4, 3)), (3,)))
+        [4. 4. 4.] [4. 4. 4.]
     """
     extra = g.ndim - len(shape)
     stretched = [i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1]
@@ -367,10 +360,12 @@ def no_grad() -> contextlib.AbstractContextManager:
 # path from an input to an output matter.
 
 def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list]:
-    """Search the tape from `outputs` back to `inputs`. Returns `needed`, which maps the `_seq` of
-    every tensor on a path between them to whether a walk goes on from it (True; for an input,
-    `beyond`), and `older`: the tracked tensors older than all inputs, at which the search stopped.
-    They had a part in the outputs, so somebody else may want to differentiate by them."""
+    """Search the tape from `outputs` back to `inputs`: what lies between, and what lies behind.
+    The first result, `needed`, maps the `_seq` of every tensor on a path between them to whether a
+    walk goes on from it (True; for an input, `beyond`). The second, `older`, lists the tracked
+    tensors older than all inputs, at which the search stopped. They had a part in the outputs, so
+    somebody else may want to differentiate by them.
+    """
     oldest = builtins.min((t._seq for t in inputs), default=math.inf)
     needed = {t._seq: beyond for t in inputs}
     younger, older, waiting = {}, {}, list(filter(_tracked, outputs))
@@ -394,8 +389,9 @@ def _require_tensors(name: str, tensors: list) -> list:
     return tensors
 
 def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
-    """The cotangent with which a walk starts at `output`: the one given, or 1 for a scalar. As a
-    fresh ndarray, or as a Tensor if one may want to differentiate by it in turn."""
+    """The cotangent with which a walk starts at `output`: the one given, or 1 for a scalar.
+    It is a fresh ndarray, or a Tensor if one may want to differentiate by it in turn.
+    """
     _require_tensors(name, [output])
     given = np.ones(output.shape) if cotangent is None and output.size == 1 else cotangent
     if given is None or np.shape(given) != output.shape:
@@ -417,7 +413,8 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
     """The derivatives of `output` by each of `inputs`, as a tuple of Tensors of their shapes.
     Touches no `.grad`; an input that had no part in the output gets zeros. The other arguments, and
-    the errors, are those of `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.)"""
+    the errors, are those of `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.)
+    """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     _require_tensors("gradients", inputs)
     seeds = [(output, _seed("gradients", output, grad, create_graph))]
@@ -475,8 +472,10 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     return leaves, lambda others: _map_tree(lambda _, others=iter(others): next(others), tree)
 
 def _settle(result: Any, recorded: bool) -> Any:
-    """What `f` returned, as a transform hands it out: if the walk was not `recorded`, nobody can
-    ask any more, so all Tensors in it become constants and the tape behind them is let go."""
+    """What `f` returned, as a transform hands it out.
+    If the walk was not `recorded`, nobody can ask any more, so all Tensors in it become constants
+    and the tape behind them is let go.
+    """
     return result if recorded else _map_tree(
         lambda a: a.detach() if isinstance(a, Tensor) else a, result)
 
@@ -489,9 +488,11 @@ def _input(name: str, x: Any) -> Tensor:
     return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
 
 def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
-    """Call `f` with fresh tensors for its arguments at `argnums` (None: all). Returns its result,
-    the fresh tensors in a list, a function that gives such a list the structure of the arguments,
-    `needed` from `_paths`, and whether to record the walk: if anything `older`, or `beside`, is."""
+    """Call `f` with fresh tensors for its arguments at `argnums` (None: all).
+    Returns its result, the fresh tensors in a list, a function that gives such a list the structure
+    of the arguments, `needed` from `_paths`, and whether to record the walk: if anything `older`,
+    or `beside`, is tracked.
+    """
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
     args, one = list(args), isinstance(argnums, int)
@@ -519,8 +520,9 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     The gradient has the structure of the argument at `argnums`, or is a tuple if that is one. With
     `has_aux`, f returns (scalar, anything), and so does the value. Raises ValueError if f is not
     scalar, TypeError for integer arguments or if f returns no Tensor.
-    >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
-    10.0 [2. 6.]
+
+        >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
+        10.0 [2. 6.]
     """
     def finish(out, inputs, structure, needed, recorded):
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
@@ -534,9 +536,10 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
          argnum: int | None = None) -> Callable:
     """`value_and_grad` without the value: the gradient, or (gradient, aux) with `has_aux`.
-    >>> slope = grad(lambda x: x * x)  # a constant, unless somebody else can ask
-    >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
-    False True
+
+        >>> slope = grad(lambda x: x * x)  # a constant, unless somebody else can ask
+        >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
+        False True
     """
     both = value_and_grad(f, argnums, has_aux, argnum=argnum)
     def gradient(*args: Any, **kwargs: Any) -> Any:
@@ -546,7 +549,8 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """`(f(*primals), vjp_fn)`, where `vjp_fn(cotangent)` is the tuple of the primals' cotangents.
-    The cotangent is built like f's result. f runs once, however often `vjp_fn` is called."""
+    The cotangent is built like f's result. f runs once, however often `vjp_fn` is called.
+    """
     out, inputs, structure, needed, recorded = _run("vjp", f, primals)
     outputs = _require_tensors("vjp", _flatten(out)[0])
     def vjp_fn(cotangent: Any) -> tuple:
@@ -574,8 +578,9 @@ def _walk_again(name: str, slopes: list, vectors: Any, targets: list, recorded: 
 
 def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     """`(f(*primals), the directional derivative of f along tangents)`.
-    >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
-    2.0
+
+        >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
+        2.0
     """
     out, inputs, _, needed, recorded = _run("jvp", f, primals, beside=tangents)
     outputs, rebuild = _flatten(out)
@@ -602,9 +607,10 @@ def _jacobian(outputs, inputs, structure, recorded, flat=False) -> Iterator:
 def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
              argnum: int | None = None) -> Callable:
     """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk per row.
-    >>> print(jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
-    [[2. 0.]
-     [0. 4.]]
+
+        >>> print(jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
+        [[2. 0.]
+         [0. 4.]]
     """
     def finish(out, inputs, structure, needed, recorded):
         outputs, rebuild = _flatten(out)
@@ -614,11 +620,13 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
 
 def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
             argnum: int | None = None) -> Callable:
-    """The function that returns the Hessian of a scalar f: (size, size) for an argument of `size`,
-    for a nest of arrays a nest of nests of such. f and its gradient run once; a row is a walk more.
-    >>> print(hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
-    [[ 6.  0.]
-     [ 0. 12.]]
+    """The function that returns the Hessian of a scalar f.
+    It is (size, size) for an argument of `size` elements, and a nest of nests of such for a nest of
+    arrays. f and its gradient run once; each row is one walk more.
+
+        >>> print(hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
+        [[ 6.  0.]
+         [ 0. 12.]]
     """
     def finish(out, inputs, structure, needed, recorded):
         slopes = _gradients([(out, _seed("hessian", out, None, True))], inputs, True, True, needed)
@@ -626,9 +634,10 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
     return _transform("hessian", f, argnums, argnum, finish)
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
-    """f(*args), whose intermediate results are not kept but recomputed in the backward pass: memory
-    for time (Griewank and Walther, 2000). f returns one Tensor; what it closes over (a module's
-    parameters) gets gradients too, and random numbers are drawn again alike."""
+    """f(*args), whose intermediate results are not kept but recomputed in the backward pass.
+    Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it closes over (a
+    module's parameters) gets gradients too, and random numbers are drawn again alike.
+    """
     if not _mode.recording:
         return f(*args)
     start, drawn = _wrap(np.zeros(())), _rng().bit_generator.state
@@ -656,8 +665,9 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     f takes Tensors and returns one of any shape; it is tested at `args`, by those of them that hold
     floating-point numbers, in float64. Returns the largest error, relative to max(1, |derivative|).
     Raises AssertionError that names the worst element and both its values.
-    >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
-    True
+
+        >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
+        True
     """
     if order < 1:
         raise ValueError(f"check_grad: order must be at least 1, not {order}")
@@ -733,9 +743,10 @@ def fused(definition: Callable) -> Callable:
 
 class _Each(functools.partial):
     """One rule for all operands, that is told which, in the guise of a list of rules."""
-
     def __getitem__(self, i: int) -> Callable:
         return functools.partial(self, i)
+    def __len__(self) -> int:
+        return sys.maxsize
 
 def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Callable:
     @functools.wraps(forward)
@@ -768,7 +779,6 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
         if tracked and _mode.recording:
             return _record(y, operation, args, values, params, pullback)
         return _wrap(y)
-
     operation.rules, operation.definition = rules, definition
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
@@ -841,8 +851,10 @@ def _finite(m: Any) -> Any:
 logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
                 lambda g, y, a, b: g * np.exp(a - _finite(y)),
                 lambda g, y, a, b: g * np.exp(b - _finite(y)))
-softplus = _op("softplus", lambda x: np.logaddexp(x, 0), lambda g, y, x: -g * np.expm1(-y))
-sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)), lambda g, y, x: g * (y * (1 - y)))
+softplus = _op("softplus", lambda x: np.logaddexp(x, 0), lambda g, y, x: -g * np.expm1(-y),
+               doc="log(1 + exp(x)), without overflow.")
+sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)), lambda g, y, x: g * (y * (1 - y)),
+              doc="1 / (1 + exp(-x)), without overflow.")
 
 # At a kink any slope between the two sides is right: abs and relu take 0 there, and where two
 # operands tie, each gets half. Comparisons give plain bool arrays, which count as 0 and 1.
@@ -877,17 +889,28 @@ def astype(x: Any, dtype: Any) -> Tensor:
         raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
     return x.astype(dtype)
 
-# **How to add an operation.** Write the function and one rule per operand, and check it; there is
-# nothing to register. The rule is array code: operators, and functions of `np`.
+# ### How to add an operation
 #
-#     @primitive(lambda g, y, x: g / (1 + x * x))
-#     def arctan(x):
-#         return np.arctan(x)
+# Write the function and one rule per operand; there is nothing to register. The function may use
+# all of NumPy, since it only ever meets arrays. The rules must be array code: operators, functions
+# of `np`, other operations. Then let `check_grad` hold the derivatives against central differences,
+# to whatever order you like. That is the whole test.
 #
-#     check_grad(arctan, np.array([-1.0, 0.5, 2.0]), order=3)
+#     >>> @primitive(lambda g, y, x: g / (1 + x * x))
+#     ... def arctan(x):
+#     ...     return np.arctan(x)
+#     ...
+#     >>> check_grad(arctan, np.array([-1.0, 0.5, 2.0]), order=3) < 1e-6
+#     True
+#     >>> print(grad(grad(arctan))(1.0))  # -2x / (1 + x*x)**2, of which no rule says a word
+#     -0.5
 #
-# **In blocks.** The arithmetic of relu and gelu is quick, and memory is what one waits for. So
-# they go over an array in blocks that stay in the processor's cache.
+# If that is too slow, write a kernel, and let what you had be its definition. Here is how.
+#
+# ### A fused operation
+#
+# The arithmetic of activations is quick, and memory is what one waits for. So they go over an array
+# in blocks that stay in the processor's cache.
 _BLOCK = 1 << 14  # elements: a dozen float32 blocks fit a level-2 cache of 1 MiB
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
@@ -913,7 +936,7 @@ def relu(x: Any) -> Tensor:
         np.maximum(x_, zeros[:x_.size], out=y_)
     return y
 
-# **A fused one.** The definition of gelu is the approximation of Hendrycks and Gimpel (2016) that
+# The definition of gelu is the approximation of Hendrycks and Gimpel (2016) that
 # GPT-2 uses and PyTorch calls `approximate="tanh"`; the exact one needs erf, which NumPy lacks.
 # With `t` for the tanh and `u` for its argument, `y = x/2 (1 + t)` and
 # `dy/dx = (1 + t)/2 + x/2 (1 - t*t) du/dx`. The kernel keeps t.
@@ -930,14 +953,12 @@ def gelu(x: Any) -> Tensor:
     for x_, y_, t_ in _blocks(x, y, t):
         np.tanh(x_ * (_GELU_SCALE + _GELU_CUBIC * (x_ * x_)), out=t_)
         np.multiply(0.5 * x_, 1 + t_, out=y_)
-
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dx = _dense(g, x), np.empty_like(x)
         for g_, x_, t_, dx_ in _blocks(g, x, t, dx):
             du = _GELU_SCALE + (3 * _GELU_CUBIC) * (x_ * x_)
             np.multiply(0.5 * g_, 1 + t_ + x_ * (1 - t_ * t_) * du, out=dx_)
         return (dx,)
-
     return y, pullback
 
 # ### Shape
@@ -1061,6 +1082,7 @@ def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tens
     """The sum over all elements, or over the axes given."""
     axes = sorted(_axes(x, axis))
     rows, row = x.shape[:x.ndim - len(axes)], math.prod(x.shape[x.ndim - len(axes):])
+    # Long rows are left to NumPy, which adds in pairs and so loses less to rounding.
     if axes != list(range(len(rows), x.ndim)) or not rows or row > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
     return _row_sum(x.reshape(math.prod(rows), row)).reshape(*rows, *[1] * (len(axes) * keepdims))
@@ -1283,7 +1305,6 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
     y = matrix @ columns  # (O, C kh kw) @ (C kh kw, oh ow N)
     if bias is not None:
         y += bias[:, None]
-
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dx = _batch_last(g).reshape(y.shape), None
         if wanted[0]:
@@ -1304,14 +1325,12 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The largest of each window, (N, C, H, W) -> (N, C, oh, ow). The first gets the gradient."""
     parts = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, parts)
-
     def shares(g: np.ndarray) -> Iterator[np.ndarray]:
         free = np.ones_like(y, bool)  # windows that no position has claimed yet
         for part in parts:
             hit = (part == y) & free
             free ^= hit
             yield g * hit
-
     return y, lambda g, wanted: (_scatter_back(shares(_dense(g, y)), x, kernel_size, stride),)
 
 @fused(lambda *args, **params: np.mean(np.stack(_gather(*args, **params)), axis=0))
@@ -1347,17 +1366,16 @@ def _batch_norm_definition(x, weight, bias, eps, *_):
     return _batch_first(y.reshape(last.shape))
 
 # In float32 the mean of large numbers is off by a rounding error, which would pass for a signal
-# where all numbers are equal. So the mean of what is left is subtracted once more.
+# where all numbers are equal. So the first of a row is subtracted before the mean is taken.
 
 def _normalize(rows, eps):
     """x - mean, still to be multiplied by 1 / s; and mean, variance and 1 / s of each row."""
-    n = rows.shape[1]
-    mean = _row_sum(rows) / n
-    centred = rows - mean
+    n, first = rows.shape[1], rows[:, :1]
+    centred = rows - first
     rest = _row_sum(centred) / n
     centred -= rest
     variance = np.einsum("ij,ij->i", centred, centred)[:, None] / n
-    return centred, mean + rest, variance, 1 / np.sqrt(variance + np.asarray(eps, rows.dtype))
+    return centred, first + rest, variance, 1 / np.sqrt(variance + np.asarray(eps, rows.dtype))
 
 def _normalize_back(h, centred, unit, scale):
     """dx as above, with `scale` for 1 / s and xhat = centred * unit; sums of h * xhat, and of h."""
@@ -1378,7 +1396,6 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     y = xhat * weight
     if bias is not None:
         y += bias
-
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
         dx, _, _ = _normalize_back(g * weight, xhat, 1, inverse)
@@ -1394,7 +1411,6 @@ def _batch_norm(x, weight, bias, eps, running=(), momentum=0.1):
         kept[...] += momentum * (new[:, 0] - kept)
     y = centred * scale
     y += bias[:, None]
-
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _batch_last(g).reshape(centred.shape)
         dx, dw, db = _normalize_back(g, centred, inverse, scale)
@@ -1438,11 +1454,15 @@ def _attention_definition(q, k, v, is_causal=False):
 # reaches the scores is `E * (h V^T - rowsum(h * Y))`, since the softmax's own row sum over T
 # weights equals this one over D numbers (Dao and others, 2022).
 
+@functools.lru_cache(8)
+def _nothing_ahead(shape, dtype):
+    return np.triu(np.full(shape, -np.inf, dtype), 1)
+
 def _attend(q, k, v, is_causal, out=None):
     """The result (written to `out`), E and r."""
     e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
     if is_causal:
-        e += np.triu(np.full(e.shape[-2:], -np.inf, e.dtype), 1)
+        e += _nothing_ahead(e.shape[-2:], e.dtype)
     e -= _row_max(e)
     np.exp(e, out=e)
     r = 1 / _row_sum(e)
@@ -1483,7 +1503,7 @@ def _merge(y: Any) -> Any:
     b, h, t, d = y.shape
     return y.transpose(0, 2, 1, 3).reshape(b, t, h * d)
 
-# The kernel takes a few sequences at a time, so that their E stays in the cache.
+# The kernel takes a few sequences at a time, so that their E (four blocks) stays in the cache.
 @fused(lambda qkv, num_heads: _merge(_attention_definition(*_heads(qkv, num_heads), True)))
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C); qkv is q, k, v in one."""
@@ -1496,7 +1516,6 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     step = builtins.max(1, 4 * _BLOCK // builtins.max(1, h * t * t))
     parts = [slice(i, i + step) for i in range(0, b, step)]
     kept = [_attend(q[s], k[s], v[s], True, out=y[s]) for s in parts]
-
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dqkv = g.reshape(merged.shape).transpose(0, 2, 1, 3), np.empty_like(qkv)
         to = _heads(dqkv, num_heads)
@@ -1521,9 +1540,8 @@ def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
 def embedding(ids: Any, weight: Any) -> Tensor:
     """The rows of weight (V, C) named by an integer array: ids.shape + (C,)."""
     ids = _whole_numbers("ids", ids, len(weight))
-
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        if len(weight) > 1024:
+        if len(weight) > 1024:  # a one-hot matrix of all the zeros would be slower
             return None, scatter_add.__wrapped__(g, ids, weight.shape)
         one_hot = np.zeros((ids.size, len(weight)), g.dtype)
         one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
@@ -1545,6 +1563,9 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 
 # ### Losses
 #
+# How wrong is a prediction? A loss says it in one number, for training to make small. All but the
+# first are compositions of what we have, so their derivatives are known already.
+#
 # Of softmax and logarithm together the gradient is pleasant. The loss of a row is
 # `log(sum(exp(x))) - x[target]`; the first term's derivative is softmax(x), the second's is 1 at
 # the target: `softmax - one_hot`, the probabilities minus what they should have been.
@@ -1563,7 +1584,6 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     picked = p[rows, targets]
     np.exp(p, out=p)
     total = _row_sum(p)  # the softmax is p / total
-
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         share = np.asarray(g / len(rows), p.dtype)
         dx = p * (share / total)
@@ -1699,7 +1719,8 @@ class Parameter(Tensor):
 class Module:
     """The base of all layers and networks: give it attributes in `__init__`, write `forward`.
     Calling a module runs `forward`, after raw floating-point arrays among the arguments have been
-    converted to the parameters' dtype. Lists that hold Tensors are stacked."""
+    converted to the parameters' dtype. Lists that hold Tensors are stacked.
+    """
     training = True
     def forward(self, *args: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward method")
@@ -1745,8 +1766,10 @@ class Module:
         """Copies of all parameters and running statistics, by PyTorch's dotted names."""
         return {name: np.array(_value(item)) for name, item in self._state()}
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Copy arrays into this module. Raises KeyError for missing or, if strict, unknown names,
-        and ValueError for shapes that differ; then nothing has been changed."""
+        """Copy arrays into this module.
+        Raises KeyError for missing or, if strict, unknown names, and ValueError for shapes that
+        differ; then nothing has been changed.
+        """
         own = dict(self._state())
         missing, unknown = own.keys() - set(state), set(state) - own.keys()
         if missing or unknown and strict:
@@ -1906,8 +1929,10 @@ class MLP(Sequential):
     """Linear layers of these sizes with relu between them: (N, nin) -> (N, nouts[-1]).
     A last size of 1 is dropped from the result, as micrograd's MLP does: (N, nin) -> (N,) and
     (nin,) -> a scalar.
-    >>> MLP(2, [16, 1])(np.zeros((5, 2))).shape
-    (5,)"""
+
+        >>> MLP(2, [16, 1])(np.zeros((5, 2))).shape
+        (5,)
+    """
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
         _positive("MLP", layers=len(nouts))
         pairs = [(Linear(*sizes), ReLU()) for sizes in itertools.pairwise([nin, *nouts])]
@@ -1957,7 +1982,8 @@ class GPT(Module):
     """A decoder-only transformer: integers (B, T), T <= block_size -> logits (B, T, vocab_size).
     Learned positions, pre-norm blocks, and one matrix for embedding tokens and scoring them (Press
     and Wolf, 2017). Weights start at N(0, 0.02), those that write to the residual stream smaller
-    by sqrt(2 * num_layers), as GPT-2's: so many terms add up in it."""
+    by sqrt(2 * num_layers), as GPT-2's: so many terms add up in it.
+    """
     def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
                  block_size: int, dropout: float = 0.0) -> None:
         _positive("GPT", vocab_size=vocab_size, num_layers=num_layers, block_size=block_size)
@@ -1982,13 +2008,16 @@ class GPT(Module):
         x = self.dropout(x)
         for block, before in zip(self.blocks, seen or itertools.repeat(None)):
             x = block(x, seen=before)
+        if seen:  # to go on writing, the last position's scores are enough
+            x = x[:, -1:]
         return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
     @no_grad()
     def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None) -> np.ndarray:
         """Continue integer sequences (B, T) by sampling: (B, T + max_new_tokens).
         `temperature` divides the logits; `top_k` samples among the k likeliest. Once the window of
-        block_size is full, it slides, every position is another, and the window is read anew."""
+        block_size is full, it slides, every position is another, and the window is read anew.
+        """
         idx = np.array(idx)
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"generate: needs ids (B, T), T > 0, not {idx.shape}")
@@ -2026,11 +2055,14 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # one flat array, updates that in pieces that fit the cache, and copies the results back. What it
 # remembers from step to step (its state, a number or two per parameter) is as flat.
 class Optimizer:
-    """The base of all optimizers. A subclass names its states and writes `_update(x, g, *states)`,
-    which changes x and the states in place; g is the gradient and may be overwritten."""
+    """The base of all optimizers.
+    A subclass names its states and writes `_update(x, g, *states)`, which changes x and the states
+    in place; g is the gradient and may be overwritten.
+    """
     _state_names: tuple[str, ...] = ()
     def __init__(self, params: Iterable[Tensor], lr: float, **settings: float) -> None:
-        self.params, self.steps, name = list(params), 0, type(self).__name__
+        name, self.steps = type(self).__name__, 0
+        self.params = [params] if isinstance(params, Module) else list(params)
         if not all(isinstance(p, Tensor) and p._op is None for p in self.params):
             raise TypeError(f"{name}: parameters must be leaf Tensors, such as model.parameters()")
         if not self.params or len(set(self.params)) < len(self.params):
@@ -2083,7 +2115,8 @@ def _calm_the_allocator() -> None:
     """Make glibc keep freed memory: once, when training begins.
     A step makes and drops the same arrays of a few megabytes each time. By default glibc gives such
     memory back to the kernel and faults it in again page by page: half of the time of a CNN's step.
-    Freeing one block of just under 32 MiB raises its thresholds (mallopt(3)) for good."""
+    Freeing one block of just under 32 MiB raises its thresholds (mallopt(3)) for good.
+    """
     np.empty((32 << 20) - (1 << 16), np.uint8)
 
 class SGD(Optimizer):
@@ -2106,7 +2139,8 @@ class SGD(Optimizer):
 
 class Adam(Optimizer):
     """Steps of about lr in every direction: the mean gradient over its root mean square.
-    Kingma and Ba (2015). weight_decay is added to the gradient, as in PyTorch's Adam."""
+    Kingma and Ba (2015). weight_decay is added to the gradient, as in PyTorch's Adam.
+    """
     _state_names, _decoupled = ("mean", "square"), False
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0) -> None:
@@ -2114,7 +2148,6 @@ class Adam(Optimizer):
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"{type(self).__name__}: betas must be in [0, 1), not {betas}")
         self.betas = betas
-
     # Both averages start at zero, which dividing them by 1 - b^t corrects. Then the step is
     # lr * mean / (sqrt(square) + eps); multiplied out, the corrections are two numbers.
     def _update(self, x: np.ndarray, g: np.ndarray, mean: np.ndarray, square: np.ndarray) -> None:
@@ -2140,7 +2173,8 @@ class AdamW(Adam):
 
 class CosineWarmupLR:
     """Sets an optimizer's lr: a straight line up to its first lr, then half a cosine to min_lr.
-    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017, without restarts.)"""
+    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017, without restarts.)
+    """
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
                  min_lr: float = 0.0) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -2170,7 +2204,8 @@ class CosineWarmupLR:
 
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients so that their joint 2-norm is at most max_norm; returns it as it was.
-    (Pascanu, Mikolov and Bengio, 2013.) A norm that is not finite leaves the gradients alone."""
+    (Pascanu, Mikolov and Bengio, 2013.) A norm that is not finite leaves the gradients alone.
+    """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
     params = [p for p in params if p.grad is not None]
@@ -2314,7 +2349,8 @@ def _by_split(split: str, **choices: Any) -> Any:
 def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
     Returns images, float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with `flatten`, and
-    labels, int64 of shape (N,). OSError if the files are neither in the data folder nor online."""
+    labels, int64 of shape (N,). OSError if the files are neither in the data folder nor online.
+    """
     stem = "mnist/" + _by_split(split, train="train", test="t10k")
     images, labels = (_read_idx(_content(name), name, ndim) for name, ndim in (
         (f"{stem}-images-idx3-ubyte", 3), (f"{stem}-labels-idx1-ubyte", 1)))
@@ -2346,7 +2382,8 @@ def _read_cifar10(raw: bytes, name: str, batches: list[str]) -> tuple[np.ndarray
 def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs.
     Returns images, float32 in [0, 1] of shape (N, 3, 32, 32), and labels, int64 of shape (N,).
-    OSError if the archive (170 MB) is neither in the data folder nor to be had."""
+    OSError if the archive (170 MB) is neither in the data folder nor to be had.
+    """
     five, name = [f"data_batch_{i}" for i in range(1, 6)], "cifar10/cifar-10-binary.tar.gz"
     batches = _by_split(split, train=five, test=["test_batch"])
     images, labels = _read_cifar10(_content(name), name, batches)
@@ -2359,7 +2396,8 @@ def load_tinyshakespeare() -> str:
 def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Two interleaving half circles, the smallest problem that no straight line solves.
     Returns points, float32 (n_samples, 2), and labels 0 or 1, int64 (n_samples,), in random order.
-    `noise` is the standard deviation of what is added to each coordinate."""
+    `noise` is the standard deviation of what is added to each coordinate.
+    """
     if n_samples < 1 or noise < 0:
         raise ValueError(f"make_moons: needs n_samples >= 1, noise >= 0; got {n_samples}, {noise}")
     rng = _rng()
@@ -2373,8 +2411,10 @@ class DataLoader:
     With `shuffle` each pass has a new order, which `manual_seed` fixes; `drop_last` drops a short
     last batch. `transform(x_batch, rng)` returns what takes x_batch's place (augmentation); batches
     are copies, so it may write in place. ValueError: lengths that differ, a batch_size below 1.
-    >>> [len(x) for x, y in DataLoader(np.zeros((10, 2)), np.zeros(10), batch_size=4)]
-    [4, 4, 2]"""
+
+        >>> [len(x) for x, y in DataLoader(np.zeros((10, 2)), np.zeros(10), batch_size=4)]
+        [4, 4, 2]
+    """
     def __init__(self, x: Any, y: Any, batch_size: int = 32, shuffle: bool = False,
                  drop_last: bool = False, transform: Callable | None = None) -> None:
         self.x, self.y = np.asarray(x), np.asarray(y)
@@ -2396,9 +2436,11 @@ class DataLoader:
 class CharTokenizer:
     """Number the distinct characters of `text` from 0, in code point order.
     `.chars` holds them as a string, so `CharTokenizer(tokenizer.chars)` is the same tokenizer.
-    >>> tokenizer = CharTokenizer("hello")
-    >>> tokenizer.chars, tokenizer.encode("hole").tolist(), tokenizer.decode([1, 0, 2, 2])
-    ('ehlo', [1, 3, 2, 0], 'hell')"""
+
+        >>> tokenizer = CharTokenizer("hello")
+        >>> tokenizer.chars, tokenizer.encode("hole").tolist(), tokenizer.decode([1, 0, 2, 2])
+        ('ehlo', [1, 3, 2, 0], 'hell')
+    """
     def __init__(self, text: str) -> None:
         self._ids = {char: i for i, char in enumerate(sorted(set(text)))}
         self.chars, self.vocab_size = "".join(self._ids), len(self._ids)
@@ -2431,7 +2473,8 @@ _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     """What JSON stores for `value`, once its arrays have been put into `arrays`.
     A dict stays a dict, and a list begins with its kind: ["list", ...], ["tuple", ...], or
-    ["array", member]. Two paths may spell one name (`a.b`); the later gets a `_` at its end."""
+    ["array", member]. Two paths may spell one name (`a.b`); the later gets a `_` at its end.
+    """
     where = path or "the state"
     if isinstance(value, dict):
         if strange := [key for key in value if not isinstance(key, str)]:
@@ -2458,7 +2501,8 @@ def save(path: str | os.PathLike, state: Any) -> None:
     """Write `state`, nested dicts and lists of arrays, Tensors and plain values, to `path`.
     The file is replaced atomically: at every moment `path` holds the old checkpoint or the new.
     Tensors and NumPy scalars come back from `load` as arrays, everything else as it was, floats bit
-    for bit. TypeError names what cannot be saved; OSError means that the old file is untouched."""
+    for bit. TypeError names what cannot be saved; OSError means that the old file is untouched.
+    """
     import hashlib, io, json, zipfile
     arrays, file = {"nanoad": np.empty(0)}, io.BytesIO()  # takes the name
     text = json.dumps(_describe(state, "", arrays))
@@ -2479,7 +2523,8 @@ def save(path: str | os.PathLike, state: Any) -> None:
 def load(path: str | os.PathLike) -> Any:
     """The state that `save` wrote to `path`. Reads only: nothing in the file is run or unpacked.
     FileNotFoundError if there is no such file; ValueError if it is not, to the last bit, what
-    `save` wrote."""
+    `save` wrote.
+    """
     import hashlib, io, json
     path = os.fsdecode(path)
     with open(path, "rb") as file:
@@ -2522,8 +2567,9 @@ def _tape_rows(output: Tensor) -> list[tuple[Any, Any, str, bool]]:
         if not isinstance(node, Tensor) or id(node) in seen:
             continue
         seen.add(id(node))
-        operands = [arg for arg in node._args or ()
-                    if isinstance(arg, (Tensor, np.ndarray, np.generic, int, float))]
+        rules = getattr(node._op, "rules", ())  # a primitive's further arguments are settings
+        operands = [a for a in (node._args or ())[:len(rules) or None]
+                    if isinstance(a, (Tensor, np.ndarray, np.generic, int, float))]
         for i, operand in enumerate(reversed(operands)):
             branch, trunk = ("├─ ", "│  ") if i else ("└─ ", "   ")
             stack.append((operand, node, below + branch, below + trunk))
@@ -2551,13 +2597,15 @@ def draw(tensor: Tensor, format: str = "svg") -> Any:
     Returns a `graphviz.Digraph`, which a notebook shows by itself, or, for `format="text"`, a str
     that needs no package. Backward lets the tape go, so draw before it or after
     `backward(retain_grads=True)`. ImportError without the package graphviz.
-    >>> a = Tensor(2.0, label="a")
-    >>> print(draw(a * 3 + a, format="text"))
-    add  8
-    ├─ mul  6
-    │  ├─ a  2  [1]
-    │  └─ 3
-    └─ a [1] above"""
+
+        >>> a = Tensor(2.0, label="a")
+        >>> print(draw(a * 3 + a, format="text"))
+        add  8
+        ├─ mul  6
+        │  ├─ a  2  [1]
+        │  └─ 3
+        └─ a [1] above
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"draw: expected a Tensor, got {type(tensor).__name__}")
     rows = _tape_rows(tensor)
@@ -2584,11 +2632,13 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
     """The curve of `values` (1-d) in `width` by `height` characters, with a labelled y axis.
     Where values outnumber columns, each column shows the mean of its share. Values that are not
     finite leave a gap; if none is finite, the string says so.
-    >>> print(plot([4, 2, 1, 1, 2], width=26, height=4))
-    4 ┤───╮
-    3 ┤   │
-    2 ┤   ╰──╮     ╭──
-    1 ┤      ╰─────╯"""
+
+        >>> print(plot([4, 2, 1, 1, 2], width=26, height=4))
+        4 ┤───╮
+        3 ┤   │
+        2 ┤   ╰──╮     ╭──
+        1 ┤      ╰─────╯
+    """
     values, columns = np.asarray(values, np.float64).ravel(), builtins.max(width - 11, 1)
     edges = np.arange(columns + 1) * len(values) // columns
     shares = [values[a:builtins.max(b, a + 1)] for a, b in itertools.pairwise(edges)]
@@ -2616,9 +2666,9 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
 # too, `nanoad.nn` and its like, made here and entered where `import` looks first. They are named
 # after the module this file was imported as, so it may be renamed or vendored.
 _NAMESPACES = {
-    "nn": """Module Parameter Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding
-        Flatten Dropout ReLU GELU Tanh Sigmoid CrossEntropy MSE Sequential MLP MultiHeadAttention
-        GPT""",
+    "nn": "Module Parameter Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding"
+          " Flatten Dropout ReLU GELU Tanh Sigmoid CrossEntropy MSE Sequential MLP"
+          " MultiHeadAttention GPT",
     "optim": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm",
     "data": "DataLoader CharTokenizer load_mnist load_cifar10 load_tinyshakespeare make_moons",
     "viz": "draw plot",
@@ -2643,69 +2693,58 @@ def __dir__() -> list[str]:
 
 # ## The tour
 #
-# What can all this do? `python nanoad.py` shows it in a few seconds. Each paragraph below is
-# printed and then run, so what you read on the screen is what happened.
-
-_TOUR = '''
-# A gradient by hand: the derivative of x sin x is sin x + x cos x, so at x = 2:
-print(math.sin(2) + 2 * math.cos(2))
-
-# The same by the tape: compute, then walk back from the result to x.
-x = Tensor(2.0, label="x")
-y = x * np.sin(x)
-y.backward(retain_grads=True)
-print(x.grad)
-
-# That tape, each operation over its operands, with the gradient that reached them:
-print(draw(y, format="text"))
-
-# A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
-print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
-
-# A Newton step for a logistic regression in 50 dimensions. No Hessian is ever made: conjugate
-# gradients need only its product with a vector, and the gradient's norm collapses.
-rng = np.random.default_rng(0)
-A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
-loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
-w = np.zeros(50)
-for newton_step in range(4):
-    g = grad(loss)(w).data
-    print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(g):.1e}")
-    d, r, p = 0 * w, -g, -g
-    while r @ r > 1e-20:
-        _, (Hp,) = hvp(loss, (w,), (p,))
-        step, before = (r @ r) / (p @ Hp.data), r @ r
-        d, r = d + step * p, r - step * Hp.data
-        p = r + (r @ r) / before * p
-    w = w + d
-
-# A network learns which of two moons a point belongs to.
-manual_seed(1)
-points, labels = make_moons(200, noise=0.15)
-model, losses = MLP(2, [16, 16, 1]), []
-optimizer = Adam(model.parameters(), lr=0.02)
-for step in range(300):
-    loss = binary_cross_entropy_with_logits(model(points), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-
-# Its loss, and what it learned: shaded where it says 1, with the points o (0) and x (1).
-print(plot(losses, height=8))
-across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
-said = model(np.stack([across.ravel(), up.ravel()], axis=1)).data.reshape(20, 72)
-picture = np.where(said > 0, ":", " ")
-for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
-    picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
-print(*map("".join, picture), sep="\\n")
-'''
+# What can all this do? `python nanoad.py` shows it in a few seconds.
 
 def _tour() -> None:
+    """Each paragraph below is printed and then run, so what you read is what happened.
+
+        # The derivative of x sin x is sin x + x cos x. At x = 2, by hand and then by the tape:
+        print(math.sin(2) + 2 * math.cos(2))
+        x = Tensor(2.0, label="x")
+        y = x * np.sin(x)
+        y.backward(retain_grads=True)
+        print(x.grad)
+
+        # That tape, each operation over its operands, with the gradient that reached them:
+        print(draw(y, format="text"))
+
+        # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
+        print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
+
+        # So Newton's method is exact. A logistic regression in 50 dimensions, solved in five steps:
+        rng = np.random.default_rng(0)
+        A, t, w = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200), np.zeros(50)
+        loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
+        for newton_step in range(5):
+            slope = grad(loss)(w).data
+            print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
+            w = w - np.linalg.solve(hessian(loss)(w).data, slope)
+
+        # A network learns which of two moons a point belongs to.
+        manual_seed(1)
+        points, labels = make_moons(200, noise=0.15)
+        model, losses = MLP(2, [16, 16, 1]), []
+        optimizer = Adam(model.parameters(), lr=0.02)
+        for step in range(300):
+            loss = binary_cross_entropy_with_logits(model(points), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+        # Its loss, and what it learned: shaded where it says 1, with the points o (0) and x (1).
+        print(plot(losses, height=8))
+        across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
+        said = model(np.stack([across, up], axis=-1)).data
+        picture = np.where(said > 0, ":", " ")
+        for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
+            picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
+        print(*map("".join, picture), sep="\\n")
+    """
     scope = dict(globals())
-    for step in _TOUR.strip().split("\n\n"):
-        print(step, end="\n\n")
-        exec(step, scope)
+    for step in inspect.cleandoc(_tour.__doc__).split("\n\n")[1:]:
+        print(inspect.cleandoc(step), end="\n\n")
+        exec(inspect.cleandoc(step), scope)
         print()
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ else:
     try:
         state = nanoad.load(folder / "checkpoint.npz")
     except (OSError, ValueError) as error:
-        stop(f"no checkpoint to go on from: {error}")
+        stop(f"no checkpoint to go on from in {folder}: {getattr(error, 'strerror', error)}")
     if not isinstance(state, dict) or state.get("written_by") != "train_mnist.py":
         stop(f"the checkpoint in {folder} was written by another program")
     dataset = state["settings"]["dataset"]
