@@ -22,7 +22,7 @@ calculus, and no other file.
 from __future__ import annotations
 
 import builtins, contextlib, functools, heapq, inspect, itertools, math
-import os, sys, threading, types, zlib
+import os, string, sys, threading, types, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,9 +97,9 @@ class Tensor:
 
         `grad` is the cotangent, of this tensor's shape; a scalar needs none, it is seeded with 1.
         `create_graph` makes the gradients differentiable in turn. The tape is let go as it is
-        walked, unless `retain_graph`. `retain_grads` keeps it too, and leaves `.grad` on every
-        tensor, for `draw` to show. Raises ValueError for a non-scalar without `grad` or a `grad` of
-        another shape, RuntimeError if there is no tape.
+        walked, unless `retain_graph` or `create_graph`. `retain_grads` keeps it too, and leaves
+        `.grad` on every tensor, for `draw` to show. Raises ValueError for a non-scalar without
+        `grad` or a `grad` of another shape, RuntimeError if there is no tape.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor was made of constants or inside no_grad()")
@@ -143,6 +143,7 @@ class Tensor:
         plain, constant = method == "__call__", not any(map(_tracked, inputs))
         if plain and not kwargs and ufunc in _UFUNCS:
             return _UFUNCS[ufunc](*inputs)
+        # `array += constant` is a ufunc with out=, and an array can hold that.
         if plain and (ufunc in _WITHOUT_GRADIENT or constant and "out" in kwargs):
             return ufunc(*map(_value, inputs), **kwargs)
         how = ("" if plain else f".{method}") + (f" with {', '.join(kwargs)}=" if kwargs else "")
@@ -154,17 +155,15 @@ class Tensor:
             return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
         raise TypeError(_NO_DERIVATIVE.format(function.__name__))
 
-Value = Tensor
+Value = Tensor  # micrograd's name for it
 _NO_DERIVATIVE = "np.{}: nanoad has no derivative for this; use t.numpy() if none is needed"
 
 class _Mode(threading.local):
-    recording, rng = True, None  # each thread's own: is a tape written, and its random numbers
+    """What each thread has for itself: whether it writes a tape, and its random numbers."""
+    def __init__(self) -> None:
+        self.recording, self.rng = True, np.random.default_rng()
 
 _mode, _clock = _Mode(), itertools.count(1)
-
-def _rng() -> np.random.Generator:
-    _mode.rng = _mode.rng or np.random.default_rng()
-    return _mode.rng
 
 def manual_seed(seed: int | Sequence[int]) -> None:
     """Seed initialization, dropout, shuffling, sampling of this thread; also by (seed, step)."""
@@ -178,10 +177,7 @@ def _record(y, op=None, args=None, values=None, params=None, pullback=None, trac
     t._op, t._args, t._values, t._params, t._pullback = op, args, values, params, pullback
     return t
 
-def _wrap(array: Any, requires_grad: bool = False) -> Tensor:
-    """A leaf around an array: no copy, no conversion."""
-    return _record(array, None, None, None, None, None, requires_grad)
-
+_wrap = lambda array, requires_grad=False: _record(array, tracked=requires_grad)  # a leaf, no copy
 _value = lambda a: a._data if isinstance(a, Tensor) else a
 _tracked = lambda a: isinstance(a, Tensor) and a.requires_grad
 
@@ -212,7 +208,7 @@ def _note_write(t: Tensor) -> None:
 def _renew_guard(t: Tensor) -> None:
     """Take the checksum of `t`, and note a write if it is not what it was."""
     (written, before), now = t._guard or (0, None), zlib.crc32(np.ascontiguousarray(t._data))
-    t._guard = written if before in (None, now) else next(_clock), now
+    t._guard = (written if before in (None, now) else next(_clock)), now
 
 def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
     """Raise if the array of `t` was written to after the operation made at `since` saw it."""
@@ -252,22 +248,27 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 #    Tensors, the same text writes a new tape, so the gradient it returns can be differentiated
 #    again. `create_graph` decides which; no second set of rules exists to be wrong.
 #
-# All three in four lines:
+# To see it:
 #
-#     >>> x, rule = Tensor(1.0), mul.rules[0]  # lambda g, y, a, b: g * b
-#     >>> y = functools.reduce(mul, [x] * 5000)
+#     >>> x, rule = Tensor(3.0), mul.rules[0]  # lambda g, y, a, b: g * b
+#     >>> y = x * x
+#     >>> print(y._op.__name__, y._args[0] is x, y._values)  # what y remembers
+#     mul True [array(3.), array(3.)]
 #     >>> y.backward()
-#     >>> print(x.grad, y._args, rule(1.0, None, 2.0, 3.0), repr(rule(1.0, None, x, x)))
-#     5000.0 None 3.0 Tensor(1., dtype=float64)
+#     >>> print(x.grad, y._args)  # what is left of it behind the walk
+#     6.0 None
+#     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, x)))
+#     3.0 Tensor(3., dtype=float64)
 
 def _walk(seeds: list, needed: dict | None, create_graph: bool, retain_graph: bool) -> Iterator:
-    """Yield each tensor behind `seeds` with its finished cotangent, the newest first.
+    """Yield the tensors of `seeds` and all behind them, each with its finished cotangent.
     `seeds` are pairs (tensor, cotangent); cotangents are ndarrays, or Tensors under `create_graph`.
-    `needed` limits the walk to the `_seq` it has; it goes on from those marked True.
+    `needed` has the `_seq` of each tensor to visit, and whether the walk goes on from there; with
+    None it visits all. (`_paths`, below, finds out what is needed.)
     """
     pending: dict = {}  # _seq -> (tensor, the sum of what it has received so far)
     for t, g in seeds:
-        pending[t._seq] = t, pending[t._seq][1] + g if t._seq in pending else g
+        pending[t._seq] = t, (pending[t._seq][1] + g if t._seq in pending else g)
     heap = sorted(-seq for seq in pending)
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
@@ -301,13 +302,13 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
     op, wanted = t._op, []
     if t._guard is not None:
         _check_unwritten(t, t._seq, op)
-    for a in t._args or _operands(t):
+    for a in _operands(t):
         due = isinstance(a, Tensor) and a.requires_grad
         if due and a._guard is not None:
             _check_unwritten(a, t._seq, op)
         wanted.append(due and (needed is None or a._seq in needed))
     if t._pullback is not None:
-        if create_graph and op.definition is not None:
+        if create_graph and op.definition is not None:  # of a fused operation
             return _pull_by_definition(t, g, wanted)
         return [part if due else None for part, due in zip(t._pullback(g, wanted), wanted)]
     # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
@@ -397,23 +398,25 @@ def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
     if given is None or np.shape(given) != output.shape:
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent like it, not"
                          f" {np.shape(given) or given}; only a scalar, as by .sum(), needs none")
-    return as_tensor(given) if create_graph else np.array(_value(given), output.dtype)
+    if create_graph:
+        return astype(as_tensor(given), output.dtype)
+    return np.array(_value(given), output.dtype)
 
 def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
     """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
     needed = _paths([t for t, _ in seeds], inputs)[0] if needed is None else needed
     arrived = {t._seq: np.zeros(t.shape, t.dtype) for t in inputs}
     with _recording(create_graph):
-        for t, g in _walk(seeds, needed, create_graph, retain_graph):
-            if t._seq in arrived:
-                arrived[t._seq] = g
+        walk = _walk(seeds, needed, create_graph, retain_graph)
+        arrived.update((t._seq, g) for t, g in walk if t._seq in arrived)
     return [as_tensor(arrived[t._seq]) for t in inputs]
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
     """The derivatives of `output` by each of `inputs`, as a tuple of Tensors of their shapes.
-    Touches no `.grad`; an input that had no part in the output gets zeros. The other arguments, and
-    the errors, are those of `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.)
+    Touches no `.grad`; an input that had no part in the output gets zeros, and so does every input
+    of a constant. The other arguments are those of `Tensor.backward`, and so are the errors for
+    them. (In PyTorch: `torch.autograd.grad`.)
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     _require_tensors("gradients", inputs)
@@ -435,19 +438,20 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 #     48.0
 #
 # **Why nested transforms do not get confused.** In the example below the inner derivative is `x`,
-# so the whole is that of `x * x`, which is 6 at 3. An engine that marks "the variable we
+# so what is asked for is the derivative of `x * x`: 6 at 3. An engine that marks "the variable we
 # differentiate by" with a flag on the values cannot tell the `x` inside from the `y` it is asked
-# about: it forgets that the inner result depends on `x`, and answers 3, or moves `x` along with
-# `y`, and answers 5. That is perturbation confusion. Here it has no room. Every call of a
-# transform makes *new* tensors for its own arguments and asks for the derivative by *those
-# objects*. `x` is another, older than `y`, so the inner walk stops at it; but the inner result was
-# computed from it, so to the outer walk it is an operand like any other.
+# about. It forgets that the inner result depends on `x`, and answers 3; or it moves `x` along with
+# `y`, finds the slope of `(3 + e) (2 + e)` inside, and answers 5. That is perturbation confusion.
+# Here it has no room. Every call of a transform makes *new* tensors for its own arguments and asks
+# for the derivative by *those objects*. `x` is another, older than `y`, so the inner walk stops at
+# it; but the inner result was computed from it, so to the outer walk it is an operand like any
+# other.
 #
 #     >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
 #     6.0
 #
-# **When the inner walk is itself recorded.** Exactly when somebody else can still ask, that is when
-# a tracked tensor older than the transform's own inputs had a part in the result. `_paths` reports
+# **When the inner walk is itself recorded.** When somebody else can still ask, that is, when a
+# tracked tensor older than the transform's own inputs had a part in the result. `_paths` reports
 # those. If there are none, the walk runs on bare ndarrays, and what it returns is constant (the
 # example under `grad` shows both).
 
@@ -462,7 +466,7 @@ def _map_tree(f: Callable, tree: Any) -> Any:
     return f(tree)
 
 def _numbers(a: Any) -> bool:
-    """A list of nothing but numbers is an array, as it is for NumPy, and so a leaf."""
+    """Is this a list of numbers only? Then it is one leaf, as it is one array to NumPy."""
     return all(map(_numbers, a)) if isinstance(a, list) else isinstance(a, (int, float, np.generic))
 
 def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
@@ -472,12 +476,9 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     return leaves, lambda others: _map_tree(lambda _, others=iter(others): next(others), tree)
 
 def _settle(result: Any, recorded: bool) -> Any:
-    """What `f` returned, as a transform hands it out.
-    If the walk was not `recorded`, nobody can ask any more, so all Tensors in it become constants
-    and the tape behind them is let go.
-    """
-    return result if recorded else _map_tree(
-        lambda a: a.detach() if isinstance(a, Tensor) else a, result)
+    """What `f` returned: made constant, and its tape let go, if nobody can ask any more."""
+    constant = lambda a: a.detach() if isinstance(a, Tensor) else a
+    return result if recorded else _map_tree(constant, result)
 
 def _input(name: str, x: Any) -> Tensor:
     """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
@@ -518,7 +519,8 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
                    argnum: int | None = None) -> Callable:
     """The function that returns (f(...), gradient of f) where f returns a scalar.
     The gradient has the structure of the argument at `argnums`, or is a tuple if that is one. With
-    `has_aux`, f returns (scalar, anything), and so does the value. Raises ValueError if f is not
+    `has_aux`, f returns (scalar, anything), and so does the value. `argnum` is another name for
+    `argnums`. Raises ValueError if f is not
     scalar, TypeError for integer arguments or if f returns no Tensor.
 
         >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
@@ -542,10 +544,8 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
         False True
     """
     both = value_and_grad(f, argnums, has_aux, argnum=argnum)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
-        value, slope = both(*args, **kwargs)
-        return (slope, value[1]) if has_aux else slope
-    return functools.wraps(f)(gradient)
+    pick = lambda value, slope: (slope, value[1]) if has_aux else slope
+    return functools.wraps(f)(lambda *args, **kwargs: pick(*both(*args, **kwargs)))
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """`(f(*primals), vjp_fn)`, where `vjp_fn(cotangent)` is the tuple of the primals' cotangents.
@@ -563,8 +563,9 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     return _settle(out, recorded), vjp_fn
 
 # Forward mode comes out of reverse mode: the map `u -> vjp_fn(u)` is linear, and the transpose of a
-# linear map is what its own VJP computes. So walk back to `u` along the tape of the first walk,
-# with the tangent for the cotangent (Townsend, 2017). Hessian times vector is the same second walk,
+# linear map is what its own VJP computes. (With `s(u) = J^T u`, the derivative of the number
+# `s(u) . v` by u is `J v`.) So walk back to `u` along the tape of the first walk, with the tangent
+# for the cotangent (Townsend, 2017). Hessian times vector is the same second walk,
 # on to the inputs, for the price of a few gradients; no Hessian is formed (Pearlmutter, 1994).
 
 def _walk_again(name: str, slopes: list, vectors: Any, targets: list, recorded: bool) -> list:
@@ -640,21 +641,20 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     """
     if not _mode.recording:
         return f(*args)
-    start, drawn = _wrap(np.zeros(())), _rng().bit_generator.state
+    start, drawn = _wrap(np.zeros(())), _mode.rng.bit_generator.state
     out = f(*args)
     _require_tensors("checkpoint", [out])
-    reads = _paths([out], [start])[1]  # what f took from outside: arguments, and its closure
+    reads = _paths([out], [start])[1]  # older than `start`: arguments, and what f closes over
     if not reads:
         return out.detach()
     def pullback(g: Any, wanted: list) -> list:
-        bits, create_graph = _rng().bit_generator, isinstance(g, Tensor)
+        bits, create_graph = _mode.rng.bit_generator, isinstance(g, Tensor)
         now, bits.state = bits.state, drawn
         with _recording(True):
             again = f(*args)
         bits.state = now
         needed, _ = _paths([again], reads, beyond=False)  # the walk onwards from there is not ours
-        return [part if create_graph else part._data for part in
-                _gradients([(again, g)], reads, create_graph, create_graph, needed)]
+        return _gradients([(again, g)], reads, create_graph, create_graph, needed)
     return _record(out._data, checkpoint, tuple(reads), None, {}, pullback)
 
 checkpoint.definition = None
@@ -690,9 +690,9 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
             error = builtins.abs(numeric - analytic) / builtins.max(1, builtins.abs(numeric))
             errors.append((math.inf if math.isnan(error) else error, f"by argument {i} at index "
                            f"{index}: numeric {numeric:.9g}, analytic {analytic:.9g}"))
-    error, where_ = builtins.max(errors)
+    error, worst = builtins.max(errors)
     if error > rtol:
-        raise AssertionError(f"check_grad: the derivative {where_}")
+        raise AssertionError(f"check_grad: the derivative {worst}")
     if order == 1:
         return error
     slopes = lambda *args: concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
@@ -700,9 +700,8 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 
 # ## Operations
 #
-# What does an operation consist of?
-#
-# Of a function on ndarrays, and its VJP rules, one per operand. `primitive` makes it of the two:
+# What does an operation consist of? Of a function on ndarrays, and its VJP rules, one per operand.
+# `primitive` makes it of the two:
 #
 #     @primitive(lambda g, y, a, b: g * b,
 #                lambda g, y, a, b: g * a)
@@ -724,7 +723,8 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 # returns, with the result, a `pullback`: the whole backward step as a closure over whatever it
 # keeps. A kernel may be clever, in place, and without a thought for second derivatives, because
 # under `create_graph` the walk differentiates the definition instead. So the definition is at once
-# the explanation, the test oracle, and the source of every higher derivative.
+# the explanation, the test oracle, and the source of every higher derivative. (What is annotated
+# below is what the finished operation takes and returns.)
 
 def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
     """Decorate a function on arrays to make it an operation with these VJP rules, one per operand.
@@ -743,10 +743,8 @@ def fused(definition: Callable) -> Callable:
 
 class _Each(functools.partial):
     """One rule for all operands, that is told which, in the guise of a list of rules."""
-    def __getitem__(self, i: int) -> Callable:
-        return functools.partial(self, i)
-    def __len__(self) -> int:
-        return sys.maxsize
+    __getitem__ = lambda self, i: functools.partial(self, i)
+    __len__ = lambda self: sys.maxsize
 
 def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Callable:
     @functools.wraps(forward)
@@ -755,15 +753,17 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
         for a in args:
             if isinstance(a, Tensor):
                 constant, tracked = False, tracked or a.requires_grad
-                if a._guard is not None and a._guard[1] is not None:
+                if a._guard is not None and a._guard[1] is not None:  # somebody has the array
                     _renew_guard(a)
                 a = a._data
             elif a.__class__ is list and a:
                 convert = as_tensor if _holds_tensor(a) else np.asarray
                 return operation(*(convert(b) if b is a else b for b in args), **params)
             values.append(a)
+        # A Tensor passed by name is an operand, and rules belong to positions.
         if params and any(isinstance(p, Tensor) for p in params.values()):
             return operation(*inspect.signature(forward).bind(*args, **params).args)
+        # Beside arrays, Python's numbers stay as they are, for they take the arrays' dtype.
         if constant and not any(isinstance(v, np.ndarray) for v in values):
             values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
         try:
@@ -808,6 +808,7 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
 # Most operations are one NumPy function and a rule of one line, so they stand in a table: the name,
 # the function, the rules. The rule of a function of one variable is `g` times its derivative, and
 # where the derivative is simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
+# (`lambda x: np.exp(x)`, and not `np.exp`, because the function is given a name and a docstring.)
 
 def _op(name: str, forward: Callable, *rules: Callable,
         doc: str = "{}, element by element, with NumPy's broadcasting and dtypes.") -> Callable:
@@ -831,23 +832,20 @@ sin = _op("sin", lambda x: np.sin(x), lambda g, y, x: g * np.cos(x))
 cos = _op("cos", lambda x: np.cos(x), lambda g, y, x: -g * np.sin(x))
 tanh = _op("tanh", lambda x: np.tanh(x), lambda g, y, x: g * (1 - y * y))
 
-# The derivative of `x ** p` by p is `y log x`, taken as 0 where x is 0; that by x is
-# `p x ** (p - 1)`, in which p = 0 must not raise a zero to the power -1. Small powers are products,
-# ten times faster than the C library's pow.
+# The derivative of `x ** p` by p is `y log x`, taken as 0 where x is 0. The derivative by x is
+# `p x ** (p - 1)`; for p = 0 the exponent is kept at 0, since 0 to the power -1 is infinite. Small
+# powers are products, ten times faster than the C library's pow.
 def _to_the(x: Any, p: Any) -> Any:
     small = isinstance(p, (int, float)) and p in (1, 2, 3, 4)
     return functools.reduce(np.multiply, [x] * int(p)) if small else x ** p
 
-power = _op("power", lambda x, p: _to_the(x, p),
+power = _op("power", _to_the,
             lambda g, y, x, p: g * (p * _to_the(x, p - 1 + (p == 0))),
             lambda g, y, x, p: g * (y * np.log(np.where(x == 0, 1, x))))
 
 # `log(1 + exp(x))` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
 # derivative of softplus is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x).
-def _finite(m: Any) -> Any:
-    """m with 0 for what is infinite, in array code: -inf minus a maximum of -inf would be nan."""
-    return np.where(np.isfinite(m), m, 0)
-
+_finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
 logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
                 lambda g, y, a, b: g * np.exp(a - _finite(y)),
                 lambda g, y, a, b: g * np.exp(b - _finite(y)))
@@ -859,12 +857,10 @@ sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)), lambda g, y, x:
 # At a kink any slope between the two sides is right: abs and relu take 0 there, and where two
 # operands tie, each gets half. Comparisons give plain bool arrays, which count as 0 and 1.
 abs = _op("abs", lambda x: np.abs(x), lambda g, y, x: g * np.sign(x))
-maximum = _op("maximum", lambda a, b: np.maximum(a, b),
-              lambda g, y, a, b: g * (a > b) + g * (a == b) * 0.5,
-              lambda g, y, a, b: g * (b > a) + g * (a == b) * 0.5)
-minimum = _op("minimum", lambda a, b: np.minimum(a, b),
-              lambda g, y, a, b: g * (a < b) + g * (a == b) * 0.5,
-              lambda g, y, a, b: g * (b < a) + g * (a == b) * 0.5)
+_to_the_winner = (lambda g, y, a, b: g * (a == y) - g * (a == b) * 0.5,
+                  lambda g, y, a, b: g * (b == y) - g * (a == b) * 0.5)
+maximum = _op("maximum", lambda a, b: np.maximum(a, b), *_to_the_winner)
+minimum = _op("minimum", lambda a, b: np.minimum(a, b), *_to_the_winner)
 _clip = _op("clip", lambda x, low, high: np.clip(x, low, high),
             lambda g, y, x, low, high: g * (x == y))
 
@@ -907,7 +903,7 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #
 # If that is too slow, write a kernel, and let what you had be its definition. Here is how.
 #
-# ### A fused operation
+# ### In blocks, and fused
 #
 # The arithmetic of activations is quick, and memory is what one waits for. So they go over an array
 # in blocks that stay in the processor's cache.
@@ -920,7 +916,7 @@ def _blocks(*arrays: np.ndarray) -> Iterator[list]:
         yield [a[i:i + _BLOCK] for a in flat]
 
 def _dense(x: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """x, laid out in memory as `like` is, but without gaps; copied only if it must be."""
+    """x, with its axes in memory in the order of `like` and no gaps; copied only if it must be."""
     out = np.empty_like(like)
     if x.strides == out.strides:
         return x
@@ -942,10 +938,7 @@ def relu(x: Any) -> Tensor:
 # `dy/dx = (1 + t)/2 + x/2 (1 - t*t) du/dx`. The kernel keeps t.
 _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
-def _gelu_definition(x: Any) -> Any:
-    return 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x))))
-
-@fused(_gelu_definition)
+@fused(lambda x: 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))))
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
     x = _dense(x, x)
@@ -965,7 +958,7 @@ def gelu(x: Any) -> Tensor:
 #
 # These move elements about without touching them; the rule moves them back. Most of them return
 # views, so they cost next to nothing. What takes NumPy's own arguments stands in a table again.
-_np_op = functools.partial(_op, doc="np.{0}, or ndarray's method, with the same arguments.")
+_np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
 
 reshape = _np_op("reshape", lambda x, *shape: np.asarray(x).reshape(*shape),
                  lambda g, y, x, *shape: g.reshape(x.shape))
@@ -987,12 +980,13 @@ pad = _np_op("pad", lambda x, pad_width: np.pad(x, pad_width),
                  np.broadcast_to(pad_width, (x.ndim, 2)).tolist(), x.shape))],
              doc="Zeros around x: a number of them, (before, after), or one such pair per axis.")
 
-def _slice(x: Any, axis: int, start: int, stop: int) -> Any:
-    """start:stop of x along an axis, in array code."""
-    return x[(*[slice(None)] * (axis % x.ndim), slice(start, stop))]
+_slice = lambda x, axis, start, stop: x[(*[slice(None)] * (axis % x.ndim), slice(start, stop))]
 
-@primitive(each=lambda i, g, y, *xs, axis: _slice(
-    g, axis, start := builtins.sum(x.shape[axis] for x in xs[:i]), start + xs[i].shape[axis]))
+def _concatenate_rule(i, g, y, *xs, axis):
+    start = builtins.sum(x.shape[axis] for x in xs[:i])
+    return _slice(g, axis, start, start + xs[i].shape[axis])
+
+@primitive(each=_concatenate_rule)
 def _concatenate(*xs: Any, axis: int) -> Tensor:
     return np.concatenate(xs, axis)
 
@@ -1020,8 +1014,7 @@ def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
 # Indexing takes elements out, scatter-add puts them back, and each is the other's rule. An index
 # may name an element twice, and then both cotangents must arrive: hence *add*. `np.add.at` does
 # that slowly; numbering the elements and counting with weights does the same and is fast.
-@primitive(lambda g, y, x, index: (scatter_add if isinstance(g, Tensor) else
-                                   scatter_add.__wrapped__)(g, index, x.shape))
+@primitive(lambda g, y, x, index: scatter_add(g, index, x.shape))
 def getitem(x: Any, index: Any) -> Tensor:
     """x[index], with NumPy's basic and advanced indexing."""
     return x[index]
@@ -1059,8 +1052,7 @@ def _restore(y: Any, x: Any, axis: Any) -> Any:
     reduced = _axes(x, axis)
     return y.reshape(tuple(1 if i in reduced else n for i, n in enumerate(x.shape)))
 
-def _stretch(g: Any, x: Any, axis: Any) -> Any:
-    return np.broadcast_to(_restore(g, x, axis), x.shape)
+_stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
 # NumPy's own reductions start anew for every row, which for short rows is most of their time. A
 # sum over the last axes is faster as a product with ones, a row's maximum by reduceat.
@@ -1146,20 +1138,18 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 # ### Linear algebra
 #
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it
-# receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Nothing but the shapes
-# would have allowed anything else.
+# receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. The shapes alone would
+# have allowed nothing else.
 
-def _rows(x: Any) -> Any:
-    """x with all axes but the last made one, in array code."""
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
+# x with all axes but the last made one:
+_rows = lambda x: x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 _matmul = _np_op("matmul", lambda a, b: np.matmul(a, b), lambda g, y, a, b: g @ b.swapaxes(-1, -2),
                  lambda g, y, a, b: a.swapaxes(-1, -2) @ g)
 
 def matmul(a: Any, b: Any) -> Tensor:
     """a @ b with NumPy's meaning for every rank: vectors, matrices, and stacks of matrices."""
     a, b = as_tensor(a), as_tensor(b)
-    if 0 in (a.ndim, b.ndim) or a.shape[-1] != b.shape[-2:][0]:
+    if 0 in (a.ndim, b.ndim) or a.shape[-1] != b.shape[-2:][0]:  # the last but one, or only
         raise ValueError(f"matmul of shapes {a.shape}, {b.shape}: the last axis of the first must "
                          "be as long as the last but one (or only) axis of the second")
     if a.ndim == 1:
@@ -1173,7 +1163,7 @@ def matmul(a: Any, b: Any) -> Tensor:
 def bmm(a: Any, b: Any) -> Tensor:
     """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j), one by one."""
     if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
-        raise ValueError(f"bmm of shapes {np.shape(a)}, {np.shape(b)}: needs two stacks as long")
+        raise ValueError(f"bmm of shapes {np.shape(a)}, {np.shape(b)}: needs stacks of one length")
     return matmul(a, b)
 
 # `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All leading axes
@@ -1200,26 +1190,22 @@ def _einsum_rule(i: int, g: Any, y: Any, *xs: Any, spec: str) -> Any:
     inputs, output = spec.split("->")
     named = list(zip(inputs.split(","), xs))
     factors, target = [(output, g), *named[:i], *named[i + 1:]], ""
-    name = named[i][0].replace("...", ".")
-    for k, c in enumerate(name):  # after the dots, axes are counted from the end
-        n = xs[i].shape[k - len(name) * ("." in name[:k])] if c != "." else 0
-        if c in target:
-            fresh = next(f for f in map(chr, range(65, 123))
-                         if f.isalpha() and f not in spec + target)
-            factors.append((c + fresh, np.eye(n, dtype=g.dtype)))
-            c = fresh
-        elif not any(c in other for other, _ in factors):
-            factors.append((c, np.ones(n, g.dtype)))
-        target += c
+    own = named[i][0].replace("...", ".")  # the letters of this operand
+    for k, letter in enumerate(own):  # n is the length of that axis, counted from the end after "."
+        n = xs[i].shape[k - len(own) * ("." in own[:k])] if letter != "." else 0
+        if letter in target:
+            fresh = builtins.min({*string.ascii_letters} - {*spec, *target})
+            factors.append((letter + fresh, np.eye(n, dtype=g.dtype)))
+            letter = fresh
+        elif not any(letter in other for other, _ in factors):
+            factors.append((letter, np.ones(n, g.dtype)))
+        target += letter
     spec = ",".join(other for other, _ in factors) + "->" + target.replace(".", "...")
     return np.einsum(spec, *(x for _, x in factors))
 
 @primitive(each=_einsum_rule)
 def _einsum(*xs: Any, spec: str) -> Tensor:
-    try:
-        return np.einsum(spec, *xs, optimize=len(xs) > 1)
-    except ValueError as error:
-        raise ValueError(f"{spec!r}: {error}") from None
+    return np.einsum(spec, *xs, optimize=len(xs) > 1)
 
 def einsum(subscripts: str, *operands: Any) -> Tensor:
     """np.einsum with a subscripts string, `einsum("bij,bjk->bik", a, b)`; `...` is understood."""
@@ -1229,7 +1215,7 @@ def einsum(subscripts: str, *operands: Any) -> Tensor:
     if not arrow:  # NumPy then keeps what occurs once, in alphabetical order
         once = sorted(c for c in inputs if c not in ".," and inputs.count(c) == 1)
         output = "..." * ("..." in inputs) + "".join(once)
-    if "..." not in output:
+    if "..." not in output:  # then it stands for no axes
         inputs = inputs.replace("...", "")
     return _einsum(*map(as_tensor, operands), spec=f"{inputs}->{output}")
 
@@ -1239,11 +1225,10 @@ def einsum(subscripts: str, *operands: Any) -> Tensor:
 # Said with arrays: *gather* all windows, then multiply by the weights, once. Pooling gathers too,
 # and takes the largest or the mean. Images are (N, C, H, W): batch, channels, height, width.
 
-def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+_pair = lambda value: tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window, the part of x (N, C, H, W) that all windows have there."""
+    """For each position in a window, the element there of all windows of x: views (N, C, oh, ow)."""
     kernel, stride = _pair(kernel_size), _pair(kernel_size if stride is None else stride)
     if x.ndim != 4:
         raise ValueError("images are (batch, channels, height, width)")
@@ -1253,7 +1238,7 @@ def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
     if oh < 1 or ow < 1:
         raise ValueError(f"a window of {kernel} is larger than the (padded) image, {x.shape[2:]}")
     return [x[:, :, i:i + stride[0] * oh:stride[0], j:j + stride[1] * ow:stride[1]]
-            for i in range(kernel[0]) for j in range(kernel[1])]  # each (N, C, oh, ow)
+            for i in range(kernel[0]) for j in range(kernel[1])]
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any, stride: Any) -> np.ndarray:
     """The transpose of `_gather`: zeros like x, and each share added where its part was read."""
@@ -1267,11 +1252,8 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any, stride: Any
 # begins; with the batch last, W * N numbers lie side by side. Elementwise operations keep the order
 # in memory, so from one layer to the next nothing is moved.
 
-def _batch_last(x: np.ndarray) -> np.ndarray:
-    return x.transpose(*range(1, x.ndim), 0)
-
-def _batch_first(x: np.ndarray) -> np.ndarray:
-    return x.transpose(-1, *range(x.ndim - 1))
+_batch_last = lambda x: x.transpose(*range(1, x.ndim), 0)
+_batch_first = lambda x: x.transpose(-1, *range(x.ndim - 1))
 
 # A convolution lays the windows out as the columns of one matrix (im2col: Chellapilla and others,
 # 2006), so the weighted sums become a matrix product. Backward, the product is undone by its two
@@ -1451,8 +1433,8 @@ def _attention_definition(q, k, v, is_causal=False):
 
 # With E the exponentials of the scores and r one over their row sums, `Y = r (E V)`: the small
 # result is normalized, not the large matrix. Backward, with `h = r g`, `dV = E^T h`, and what
-# reaches the scores is `E * (h V^T - rowsum(h * Y))`, since the softmax's own row sum over T
-# weights equals this one over D numbers (Dao and others, 2022).
+# reaches the scores is `E * (h V^T - rowsum(h * Y))`: the row sum of the softmax's rule has T
+# terms, but as `sum_j P_ij (V_j . h_i) = Y_i . h_i`, D products do (Dao and others, 2022).
 
 @functools.lru_cache(8)
 def _nothing_ahead(shape, dtype):
@@ -1548,17 +1530,14 @@ def embedding(ids: Any, weight: Any) -> Tensor:
         return None, one_hot.T @ g.reshape(ids.size, weight.shape[1])
     return weight[ids], pullback
 
-def _check_dropout(p: float) -> None:
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout: p must be at least 0 and below 1, not {p}")
-
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     """In training, set elements to 0 with probability p and scale the others by 1 / (1 - p)."""
-    _check_dropout(p)
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p must be at least 0 and below 1, not {p}")
     x = as_tensor(x)
     if not training or p == 0:
         return x
-    keep = _rng().random(x.shape, np.float32) >= p
+    keep = _mode.rng.random(x.shape, np.float32) >= p
     return x * (keep * np.asarray(1 / (1 - p), x.dtype))
 
 # ### Losses
@@ -1614,7 +1593,9 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
     return mean(softplus(logits) - logits * target)
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
-    """The same of probabilities in [0, 1], their logarithms held above -100 as PyTorch does."""
+    """The mean of -log probability, from probabilities in [0, 1] of target 1.
+    Logarithms are held above -100, as PyTorch does.
+    """
     p, target = _prediction_and_target("binary_cross_entropy", probability, target)
     if not np.all((p >= 0) & (p <= 1)):
         raise ValueError("binary_cross_entropy: probabilities must lie in [0, 1]; for other numbers"
@@ -1625,7 +1606,7 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
     prediction, target = _prediction_and_target("hinge_loss", prediction, target)
-    if not np.all(np.equal(np.abs(target), 1)):
+    if not np.all(abs(target) == 1):
         raise ValueError("hinge_loss: targets must be -1 or 1")
     return mean(relu(1 - prediction * target))
 
@@ -1633,32 +1614,32 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #
 # The operations exist; here they become operators, methods and NumPy's own functions.
 
-for _name, _op in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=matmul).items():
-    setattr(Tensor, f"__{_name}__", _op)
-    setattr(Tensor, f"__r{_name}__", lambda self, other, op=_op: op(other, self))
+for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=matmul).items():
+    setattr(Tensor, f"__{_name}__", _f)
+    setattr(Tensor, f"__r{_name}__", lambda self, other, op=_f: op(other, self))
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, lambda self, other, compare=_name: getattr(
         np.asarray(self._data), compare)(_value(other)))
-for _op in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
+for _f in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
             std, max, min, reshape, transpose, swapaxes, squeeze):
-    setattr(Tensor, _op.__name__, _op)
+    setattr(Tensor, _f.__name__, _f)
 Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__ = neg, abs, getitem
 Tensor.flatten = Tensor.ravel = lambda self: reshape(self, -1)
 Tensor.argmax = lambda self, axis=None: np.argmax(self._data, axis)
 Tensor.argmin = lambda self, axis=None: np.argmin(self._data, axis)
 Tensor.tolist = lambda self: self._data.tolist()
+Tensor.dot = lambda self, other: _dot(self, other)
 
 def _dot(a: Any, b: Any) -> Tensor:
     """a @ b, or a * b if one is a number; b has at most two axes."""
     if np.ndim(b) > 2:
         raise TypeError(f"np.dot with a Tensor of shape {np.shape(b)}: use np.matmul or np.einsum")
     return mul(a, b) if np.ndim(a) == 0 or np.ndim(b) == 0 else matmul(a, b)
-Tensor.dot = _dot
 
 def _reduction(op: Callable) -> Callable:
-    """A reduction with the arguments that NumPy passes."""
-    return lambda a, axis=None, dtype=None, *, keepdims=False, **ddof: op(
-        as_tensor(a) if dtype is None else astype(a, dtype), axis, keepdims=keepdims, **ddof)
+    """A reduction with the arguments that NumPy passes; one more is var's ddof."""
+    return lambda a, axis=None, dtype=None, *, keepdims=False, **more: op(
+        as_tensor(a) if dtype is None else astype(a, dtype), axis, keepdims=keepdims, **more)
 
 def _pad_with_zeros(array: Any, pad_width: Any, mode: str = "constant") -> Tensor:
     if mode != "constant":
@@ -1666,16 +1647,16 @@ def _pad_with_zeros(array: Any, pad_width: Any, mode: str = "constant") -> Tenso
     return pad(array, pad_width)
 
 _UFUNCS = {
-    **{getattr(np, _op.__name__): _op for _op in (add, power, exp, expm1, log, log1p, logaddexp,
+    **{getattr(np, _f.__name__): _f for _f in (add, power, exp, expm1, log, log1p, logaddexp,
                                                   sqrt, sin, cos, tanh, maximum, minimum, matmul)},
     np.subtract: sub, np.multiply: mul, np.true_divide: div, np.negative: neg, np.absolute: abs,
     np.fabs: abs, np.positive: identity, np.square: lambda x: x * x, np.reciprocal: lambda x: 1 / x,
     np.tan: lambda x: sin(x) / cos(x),
 }
 _FUNCTIONS = {
-    **{getattr(np, _op.__name__): _op for _op in (
+    **{getattr(np, _f.__name__): _f for _f in (
         where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack, _copy)},
-    **{getattr(np, _op.__name__): _reduction(_op) for _op in (sum, mean, var, std, max, min)},
+    **{getattr(np, _f.__name__): _reduction(_f) for _f in (sum, mean, var, std, max, min)},
     np.amax: _reduction(max), np.amin: _reduction(min),
     np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None: clip(
         a, min if a_min is None else a_min, max if a_max is None else a_max),
@@ -1692,9 +1673,9 @@ _FUNCTIONS = {
     np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
         astype(fill_value, dtype or a.dtype), a.shape),
 }
-for _function, _op in _FUNCTIONS.items():  # a TypeError for a wrong argument says whose it was
-    if _op.__qualname__[0] in "_<":  # such as <lambda>
-        _op.__qualname__ = f"np.{_function.__name__}"
+for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument says whose it was
+    if _f.__qualname__[0] in "_<":  # such as <lambda>
+        _f.__qualname__ = f"np.{_function.__name__}"
 
 # These have derivative zero wherever it exists, or ask for a shape: they give plain arrays.
 _WITHOUT_GRADIENT = {getattr(np, _name) for _name in (
@@ -1706,12 +1687,11 @@ _WITHOUT_GRADIENT = {getattr(np, _name) for _name in (
 
 # ## Modules
 #
-# Where do the numbers live that training changes?
-#
-# A Module is an object with Parameters among its attributes, and other modules that have some of
-# their own. There is no registry: whoever wants the parameters looks through the attributes, in
-# the order in which they were set. An ndarray attribute (batch norm's running mean) is saved with
-# the parameters but not trained. Names and shapes are PyTorch's, so its state_dict is ours too.
+# Where do the numbers live that training changes? A Module is an object with Parameters among its
+# attributes, and other modules that have some of their own. There is no registry: whoever wants the
+# parameters looks through the attributes, in the order in which they were set. An ndarray attribute
+# (batch norm's running mean) is saved with the parameters but not trained. Names and shapes are
+# PyTorch's, so its state_dict is ours too.
 class Parameter(Tensor):
     """A Tensor that its module trains."""
     __slots__ = ()
@@ -1784,12 +1764,10 @@ class Module:
                 _note_write(item)
     def astype(self, dtype: Any) -> Module:
         """Convert all parameters and running statistics in place, say to float64; returns self."""
-        if np.dtype(dtype).kind != "f":
-            raise TypeError(f"Module.astype: parameters are floating-point numbers, not {dtype}")
         for module in self.modules():
             for name, item in module._items():
                 if isinstance(item, Parameter):
-                    item._data, item.grad = item._data.astype(dtype), None
+                    item._data, item.grad = astype(item._data, dtype)._data, None
                     _note_write(item)
                 elif isinstance(item, np.ndarray):
                     setattr(module, name, item.astype(dtype))
@@ -1820,8 +1798,8 @@ class Module:
 # A layer is a function of the chapter before, with the parameters and settings it needs. Weights
 # start as in PyTorch, so that its recipes and learning rates carry over.
 def _uniform(shape: tuple, fan_in: int) -> Parameter:
-    bound = 1 / math.sqrt(fan_in)  # a sum of fan_in such products is about as large as the inputs
-    return Parameter(_rng().uniform(-bound, bound, shape).astype(np.float32))
+    bound = 1 / math.sqrt(fan_in)  # a sum of fan_in such products is of the order of the inputs
+    return Parameter(_mode.rng.uniform(-bound, bound, shape).astype(np.float32))
 
 def _positive(name: str, **sizes: int) -> None:
     for key, size in sizes.items():
@@ -1835,7 +1813,7 @@ class Linear(Module):
         self.weight = _uniform((out_features, in_features), in_features)
         self.bias = _uniform((out_features,), in_features) if bias else None
     def forward(self, x: Any) -> Tensor:
-        return linear(as_tensor(x), self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 class Conv2d(Module):
     """`conv2d` with weight (out_channels, in_channels, kh, kw): (N, C, H, W) -> (N, O, oh, ow)."""
@@ -1887,14 +1865,15 @@ class Embedding(Module):
     """A table (num_embeddings, embedding_dim) looked up by integers: (...) -> (..., dim)."""
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        self.weight = Parameter(_rng().standard_normal((num_embeddings, embedding_dim), np.float32))
+        shape = num_embeddings, embedding_dim
+        self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
     def forward(self, ids: Any) -> Tensor:
         return embedding(ids, self.weight)
 
 class Dropout(Module):
     """`dropout`: active in training, nothing in evaluation."""
     def __init__(self, p: float = 0.5) -> None:
-        _check_dropout(p)
+        dropout(0.0, p)  # complains of a wrong p
         self.p = p
     def forward(self, x: Any) -> Tensor:
         return dropout(x, self.p, self.training)
@@ -1921,9 +1900,9 @@ class Sequential(Module):
     def __getitem__(self, i: int) -> Module:
         return [m for m in vars(self).values() if isinstance(m, Module)][i]
     def __len__(self) -> int:
-        return builtins.sum(isinstance(m, Module) for m in vars(self).values())
+        return len(self[:])
     def forward(self, x: Any) -> Tensor:
-        return functools.reduce(lambda x, layer: layer(x), self, x)
+        return functools.reduce(lambda x, layer: layer(x), self[:], x)
 
 class MLP(Sequential):
     """Linear layers of these sizes with relu between them: (N, nin) -> (N, nouts[-1]).
@@ -1996,20 +1975,19 @@ class GPT(Module):
             residual = name.endswith(("proj.weight", "mlp.2.weight"))
             scale = np.float32(0.02 / math.sqrt(2 * num_layers) if residual else 0.02)
             if p.ndim == 2:
-                p._data[...] = _rng().standard_normal(p.shape, np.float32) * scale
+                p._data[...] = _mode.rng.standard_normal(p.shape, np.float32) * scale
             elif name.endswith("bias"):
                 p._data[...] = 0
     def forward(self, ids: Any, seen: list[list] | None = None) -> Tensor:
         ids = _whole_numbers("GPT: token ids", ids, len(self.tok_emb.weight))
-        start = seen[0][0].shape[3] if seen and seen[0] else 0
+        start = seen[0][0].shape[3] if seen and seen[0] else 0  # positions read already
         if ids.ndim != 2 or not 0 < ids.shape[1] <= self.block_size - start:
             raise ValueError(f"GPT: needs ids (B, T), 0 < T <= {self.block_size}, not {ids.shape}")
         x = self.tok_emb(ids) + self.pos_emb(start + np.arange(ids.shape[1]))  # (B, T, C)
         x = self.dropout(x)
         for block, before in zip(self.blocks, seen or itertools.repeat(None)):
             x = block(x, seen=before)
-        if seen:  # to go on writing, the last position's scores are enough
-            x = x[:, -1:]
+        x = x[:, -1:] if seen else x  # to go on writing, the last position's scores are enough
         return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
     @no_grad()
     def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
@@ -2044,16 +2022,15 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
         least = np.partition(logits, -top_k, axis=1)[:, -top_k, None]
         logits = np.where(logits < least, -np.inf, logits)
     # The Gumbel-max trick: argmax(logits + Gumbel noise) is a draw from softmax(logits).
-    return np.argmax(logits + _rng().gumbel(size=logits.shape), axis=1)[:, None]
+    return np.argmax(logits + _mode.rng.gumbel(size=logits.shape), axis=1)[:, None]
 
 # ## Optimizers
 #
-# Gradients say which way is down. How far should each parameter go?
-#
-# An update rule is a few lines on arrays, and a network has fifty small arrays of parameters. To
-# call NumPy ten times on each takes longer than the arithmetic. So the optimizer copies them into
-# one flat array, updates that in pieces that fit the cache, and copies the results back. What it
-# remembers from step to step (its state, a number or two per parameter) is as flat.
+# Gradients say which way is down. How far should each parameter go? An update rule is a few lines
+# on arrays, and a network has fifty small arrays of parameters. To call NumPy ten times on each
+# takes longer than the arithmetic. So the optimizer copies them into one flat array, updates that
+# in pieces that fit the cache, and copies the results back. What it remembers from step to step
+# (its state, a number or two per parameter) is as flat.
 class Optimizer:
     """The base of all optimizers.
     A subclass names its states and writes `_update(x, g, *states)`, which changes x and the states
@@ -2328,19 +2305,9 @@ def _content(name: str) -> bytes:
             print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
     return _download(name, path)
 
-# MNIST (LeCun, Cortes and Burges 1998) comes as IDX: two zero bytes, 8 for unsigned bytes, the
-# number of dimensions, each dimension as a big-endian uint32, and then the array itself.
-def _read_idx(raw: bytes, name: str, ndim: int) -> np.ndarray:
-    magic, start = bytes([0, 0, 8, ndim]), 4 + 4 * ndim
-    if raw[:4] != magic or len(raw) < start:
-        raise ValueError(f"{name}: expected an IDX header of {start} bytes that starts {magic!r}, "
-                         f"found {len(raw):,} bytes: {raw[:24]!r}")
-    shape = tuple(np.frombuffer(raw, ">u4", ndim, offset=4).tolist())
-    if len(raw) - start != math.prod(shape):
-        raise ValueError(f"{name}: expected {math.prod(shape):,} bytes after a header that says "
-                         f"{shape}, found {len(raw) - start:,}")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
+# What the digest has vouched for needs no further check. MNIST (LeCun, Cortes and Burges 1998)
+# comes as IDX: four bytes that say what follows, four for each dimension, and then the array
+# itself.
 def _by_split(split: str, **choices: Any) -> Any:
     if split not in choices:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -2352,42 +2319,29 @@ def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray,
     labels, int64 of shape (N,). OSError if the files are neither in the data folder nor online.
     """
     stem = "mnist/" + _by_split(split, train="train", test="t10k")
-    images, labels = (_read_idx(_content(name), name, ndim) for name, ndim in (
-        (f"{stem}-images-idx3-ubyte", 3), (f"{stem}-labels-idx1-ubyte", 1)))
-    if len(images) != len(labels):
-        raise ValueError(f"{stem}: expected {len(images):,} labels, found {len(labels):,}")
-    x = np.divide(images, 255, dtype=np.float32)
-    return x.reshape(len(x), -1) if flatten else x[:, None], labels.astype(np.int64)
+    images = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
+    labels = np.frombuffer(_content(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
+    shape = (-1, 784) if flatten else (-1, 1, 28, 28)
+    return np.divide(images.reshape(shape), 255, dtype=np.float32), labels.astype(np.int64)
 
 # CIFAR-10 (Krizhevsky 2009) is read in its binary form, since the other one is a pickle, and a
 # pickle is a program. Each record is a label byte and 3 x 32 x 32 bytes of red, green and blue. The
 # archive is read where it lies, so no name inside it ever becomes a path on the disk.
-def _read_cifar10(raw: bytes, name: str, batches: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    import io, tarfile
-    members = {f"cifar-10-batches-bin/{batch}.bin": None for batch in batches}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:gz") as archive:
-            for member in archive:
-                if member.isreg() and member.name in members:
-                    members[member.name] = archive.extractfile(member).read()
-    except Exception:  # a damaged archive makes tarfile, gzip and zlib raise ten kinds
-        raise ValueError(f"{name}: no whole .tar.gz archive: found {len(raw):,} bytes {raw[:24]!r}")
-    for member, content in members.items():
-        if not content or len(content) % 3073:
-            found = "none" if content is None else f"{len(content):,} bytes"
-            raise ValueError(f"{name}: {member} must hold records of 3073 bytes, found {found}")
-    records = np.frombuffer(b"".join(members.values()), np.uint8).reshape(-1, 3073)
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
-
 def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs.
     Returns images, float32 in [0, 1] of shape (N, 3, 32, 32), and labels, int64 of shape (N,).
     OSError if the archive (170 MB) is neither in the data folder nor to be had.
     """
+    import io, tarfile
     five, name = [f"data_batch_{i}" for i in range(1, 6)], "cifar10/cifar-10-binary.tar.gz"
     batches = _by_split(split, train=five, test=["test_batch"])
-    images, labels = _read_cifar10(_content(name), name, batches)
-    return np.divide(images, 255, dtype=np.float32), labels
+    unpacked = io.BytesIO(zlib.decompress(_content(name), wbits=31))  # 31: with a gzip header
+    with tarfile.open(fileobj=unpacked) as archive:
+        raw = b"".join(archive.extractfile(f"cifar-10-batches-bin/{batch}.bin").read()
+                       for batch in batches)
+    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    images = np.divide(records[:, 1:].reshape(-1, 3, 32, 32), 255, dtype=np.float32)
+    return images, records[:, 0].astype(np.int64)
 
 def load_tinyshakespeare() -> str:
     """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on."""
@@ -2400,7 +2354,7 @@ def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np
     """
     if n_samples < 1 or noise < 0:
         raise ValueError(f"make_moons: needs n_samples >= 1, noise >= 0; got {n_samples}, {noise}")
-    rng = _rng()
+    rng = _mode.rng
     y = rng.permutation(np.arange(n_samples) % 2)
     angle, side = np.pi * rng.random(n_samples), 1 - 2 * y  # -1 turns the lower moon by a half
     x = np.stack([side * np.cos(angle) + y, side * np.sin(angle) + 0.5 * y], axis=1)
@@ -2421,17 +2375,17 @@ class DataLoader:
         if self.x.shape[:1] != self.y.shape[:1] or self.x.ndim == 0:
             raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} differ in length")
         _positive("DataLoader", batch_size=batch_size)
-        self.batch_size, self.shuffle, self.drop_last = int(batch_size), shuffle, drop_last
-        self.transform = transform
+        self.batch_size, self.shuffle = int(batch_size), shuffle
+        self.drop_last, self.transform = drop_last, transform
     def __len__(self) -> int:
-        extra = 0 if self.drop_last else self.batch_size - 1
-        return (len(self.x) + extra) // self.batch_size
+        return (len(self.x) + (self.batch_size - 1) * (not self.drop_last)) // self.batch_size
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = _rng().permutation(len(self.x)) if self.shuffle else np.arange(len(self.x))
+        order = _mode.rng.permutation(len(self.x)) if self.shuffle else np.arange(len(self.x))
         for i in range(len(self)):
             rows = order[i * self.batch_size:(i + 1) * self.batch_size]
             x = self.x.take(rows, axis=0)
-            yield x if self.transform is None else self.transform(x, _rng()), self.y.take(rows, 0)
+            x = x if self.transform is None else self.transform(x, _mode.rng)
+            yield x, self.y.take(rows, axis=0)
 
 class CharTokenizer:
     """Number the distinct characters of `text` from 0, in code point order.
@@ -2504,7 +2458,7 @@ def save(path: str | os.PathLike, state: Any) -> None:
     for bit. TypeError names what cannot be saved; OSError means that the old file is untouched.
     """
     import hashlib, io, json, zipfile
-    arrays, file = {"nanoad": np.empty(0)}, io.BytesIO()  # takes the name
+    arrays, file = {"nanoad": np.empty(0)}, io.BytesIO()  # reserves the name for the JSON
     text = json.dumps(_describe(state, "", arrays))
     arrays["nanoad"] = np.frombuffer(text.encode(), np.uint8)
     with zipfile.ZipFile(file, "w") as archive:
@@ -2606,9 +2560,7 @@ def draw(tensor: Tensor, format: str = "svg") -> Any:
         │  └─ 3
         └─ a [1] above
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"draw: expected a Tensor, got {type(tensor).__name__}")
-    rows = _tape_rows(tensor)
+    rows = _tape_rows(*_require_tensors("draw", [tensor]))
     if format == "text":
         again = dict.fromkeys(id(node) for node, _, _, seen in rows if seen)
         marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
@@ -2660,7 +2612,7 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
     margin = builtins.max(map(len, ticks))
     return "\n".join(f"{t:>{margin}} ┤{''.join(row).rstrip()}" for t, row in zip(ticks, grid))
 
-# ### Public names
+# ## Public names
 #
 # Everything is a flat name of this file. For those who like their names sorted there are modules
 # too, `nanoad.nn` and its like, made here and entered where `import` looks first. They are named

@@ -22,8 +22,8 @@ SIZES = {
                  batch_size=32, steps=2000, lr=1e-2),
     "small": dict(embed_dim=128, num_heads=4, num_layers=4, block_size=128, dropout=0.0,
                   batch_size=8, steps=4800, lr=3e-3),
-    "large": dict(embed_dim=256, num_heads=4, num_layers=4, block_size=256, dropout=0.2,
-                  batch_size=12, steps=5600, lr=2e-3),
+    "large": dict(embed_dim=192, num_heads=3, num_layers=4, block_size=256, dropout=0.1,
+                  batch_size=8, steps=14000, lr=2e-3),
 }
 EVALUATIONS = 8  # per run; each reads the whole validation text, and saves a checkpoint
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -104,7 +104,7 @@ else:
     try:
         state = nanoad.load(folder / "checkpoint.npz")
     except (OSError, ValueError) as error:
-        stop(f"no checkpoint to go on from: {error}")
+        stop(f"no checkpoint to go on from in {folder}: {getattr(error, 'strerror', error)}")
     if not isinstance(state, dict) or state.get("written_by") != "train_gpt.py":
         stop(f"the checkpoint in {folder} was written by another program")
     settings = state["settings"]
