@@ -184,7 +184,9 @@ def writing_job(library):
 # ## Measuring
 # Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both. After
 # a product, OpenBLAS lets idle threads spin for up to 70 ms (PyTorch, 8) in case of another, which
-# would take a core from the other's turn; so a turn begins with a pause and an uncounted call.
+# would take a core from the other's turn. So a turn begins with a pause, and after it the cores and
+# their caches are cold: a turn lasts a tenth of a second more, of which the first third is not
+# counted. Only what takes that long by itself is always counted.
 def measure(name, make):
     if sys.stderr.isatty():
         print(f"\r\033[K{name}\r", end="", file=sys.stderr, flush=True)
@@ -193,11 +195,11 @@ def measure(name, make):
     jobs[0]()
     row = {"work": name, "peak KiB": tracemalloc.get_traced_memory()[1] / 1024}
     tracemalloc.stop()
-    turns = [(job, 1 + int(0.02 / sum(job() and job())), []) for job in jobs]
-    for job, count, sample in options.repeat * turns:  # what is short runs often in its turn,
-        if len(sample) < 3 or clock() - begun < 8:  # and what takes seconds has fewer turns
+    turns = [(job, 1 + int(0.1 / sum(job() and job())), []) for job in jobs]
+    for job, count, sample in options.repeat * turns:
+        if len(sample) < 3 or clock() - begun < 8:  # what takes seconds has fewer turns
             sleep(0.1)
-            sample += [job() for _ in range(count + (count > 1))][count > 1:]
+            sample += [job() for _ in range(count)][count // 3:]
     for who, (_, _, sample) in zip(("", "torch "), turns):
         forward, backward = (1e6 * statistics.median(seconds) for seconds in zip(*sample))
         row |= {who + "forward us": forward, who + "backward us": backward}

@@ -160,8 +160,7 @@ _NO_DERIVATIVE = "np.{}: nanoad has no derivative for this; use t.numpy() if non
 
 class _Mode(threading.local):
     """What each thread has for itself: whether it writes a tape, and its random numbers."""
-    def __init__(self) -> None:
-        self.recording, self.rng = True, np.random.default_rng()
+    recording, rng = True, functools.cached_property(lambda self: np.random.default_rng())
 
 _mode, _clock = _Mode(), itertools.count(1)
 
@@ -391,7 +390,8 @@ def _require_tensors(name: str, tensors: list) -> list:
 
 def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
     """The cotangent with which a walk starts at `output`: the one given, or 1 for a scalar.
-    It is a fresh ndarray, or a Tensor if one may want to differentiate by it in turn.
+    It is an ndarray, or a Tensor if one may want to differentiate by it in turn. A leaf will keep
+    it, and so gets a copy.
     """
     _require_tensors(name, [output])
     given = np.ones(output.shape) if cotangent is None and output.size == 1 else cotangent
@@ -400,7 +400,7 @@ def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
                          f" {np.shape(given) or given}; only a scalar, as by .sum(), needs none")
     if create_graph:
         return astype(as_tensor(given), output.dtype)
-    return np.array(_value(given), output.dtype)
+    return np.array(_value(given), output.dtype, copy=output._op is None or None)
 
 def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
     """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
@@ -835,9 +835,10 @@ tanh = _op("tanh", lambda x: np.tanh(x), lambda g, y, x: g * (1 - y * y))
 # The derivative of `x ** p` by p is `y log x`, taken as 0 where x is 0. The derivative by x is
 # `p x ** (p - 1)`; for p = 0 the exponent is kept at 0, since 0 to the power -1 is infinite. Small
 # powers are products, ten times faster than the C library's pow.
+_PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
+
 def _to_the(x: Any, p: Any) -> Any:
-    small = isinstance(p, (int, float)) and p in (1, 2, 3, 4)
-    return functools.reduce(np.multiply, [x] * int(p)) if small else x ** p
+    return _PRODUCTS[p](x) if isinstance(p, (int, float)) and p in _PRODUCTS else x ** p
 
 power = _op("power", _to_the,
             lambda g, y, x, p: g * (p * _to_the(x, p - 1 + (p == 0))),
@@ -907,7 +908,7 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #
 # The arithmetic of activations is quick, and memory is what one waits for. So they go over an array
 # in blocks that stay in the processor's cache.
-_BLOCK = 1 << 14  # elements: a dozen float32 blocks fit a level-2 cache of 1 MiB
+_BLOCK = 1 << 15  # elements: half a dozen float32 blocks fit a level-2 cache of 1 MiB
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of dense arrays with the same layout in memory, as flat views."""
@@ -932,25 +933,28 @@ def relu(x: Any) -> Tensor:
         np.maximum(x_, zeros[:x_.size], out=y_)
     return y
 
-# The definition of gelu is the approximation of Hendrycks and Gimpel (2016) that
-# GPT-2 uses and PyTorch calls `approximate="tanh"`; the exact one needs erf, which NumPy lacks.
-# With `t` for the tanh and `u` for its argument, `y = x/2 (1 + t)` and
-# `dy/dx = (1 + t)/2 + x/2 (1 - t*t) du/dx`. The kernel keeps t.
+# gelu is `x` times the probability `p` that a normal number is smaller. Its definition here is the
+# approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and PyTorch calls
+# `approximate="tanh"`: `p = (1 + tanh(u)) / 2` with a cubic `u` (the exact one needs erf, which
+# NumPy lacks). The derivative of p is `2 p (1 - p) du/dx`, so that of x p is
+# `p (1 + (1 - p) x 2 du/dx)`. The kernel keeps p.
 _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
 @fused(lambda x: 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))))
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
     x = _dense(x, x)
-    y, t = np.empty_like(x), np.empty_like(x)
-    for x_, y_, t_ in _blocks(x, y, t):
-        np.tanh(x_ * (_GELU_SCALE + _GELU_CUBIC * (x_ * x_)), out=t_)
-        np.multiply(0.5 * x_, 1 + t_, out=y_)
+    y, p = np.empty_like(x), np.empty_like(x)
+    for x_, y_, p_ in _blocks(x, y, p):
+        np.tanh(x_ * (_GELU_SCALE + _GELU_CUBIC * (x_ * x_)), out=p_)
+        p_ *= 0.5
+        p_ += 0.5
+        np.multiply(x_, p_, out=y_)
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dx = _dense(g, x), np.empty_like(x)
-        for g_, x_, t_, dx_ in _blocks(g, x, t, dx):
-            du = _GELU_SCALE + (3 * _GELU_CUBIC) * (x_ * x_)
-            np.multiply(0.5 * g_, 1 + t_ + x_ * (1 - t_ * t_) * du, out=dx_)
+        for g_, x_, p_, dx_ in _blocks(g, x, p, dx):
+            twice_du = 2 * _GELU_SCALE + (6 * _GELU_CUBIC) * (x_ * x_)
+            np.multiply(p_ + p_ * (1 - p_) * x_ * twice_du, g_, out=dx_)
         return (dx,)
     return y, pullback
 
@@ -1228,7 +1232,7 @@ def einsum(subscripts: str, *operands: Any) -> Tensor:
 _pair = lambda value: tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window, the element there of all windows of x: views (N, C, oh, ow)."""
+    """Views (N, C, oh, ow) of x, one for each position in a window: that element of all windows."""
     kernel, stride = _pair(kernel_size), _pair(kernel_size if stride is None else stride)
     if x.ndim != 4:
         raise ValueError("images are (batch, channels, height, width)")
@@ -1307,13 +1311,18 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The largest of each window, (N, C, H, W) -> (N, C, oh, ow). The first gets the gradient."""
     parts = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, parts)
-    def shares(g: np.ndarray) -> Iterator[np.ndarray]:
-        free = np.ones_like(y, bool)  # windows that no position has claimed yet
-        for part in parts:
-            hit = (part == y) & free
+    apart = stride is None or np.all(np.less_equal(kernel_size, stride))
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        g, dx, free = _dense(g, y), np.zeros_like(x), np.ones_like(y, bool)
+        for part, to in zip(parts, _gather(dx, kernel_size, stride)):
+            hit = (part == y) & free  # free are the windows that no position has claimed yet
             free ^= hit
-            yield g * hit
-    return y, lambda g, wanted: (_scatter_back(shares(_dense(g, y)), x, kernel_size, stride),)
+            if apart:  # no element is in two windows, so there is nothing to add to
+                np.multiply(g, hit, out=to)
+            else:
+                to += g * hit
+        return (dx,)
+    return y, pullback
 
 @fused(lambda *args, **params: np.mean(np.stack(_gather(*args, **params)), axis=0))
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
@@ -1332,9 +1341,10 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 #     dx = (h - mean(h) - xhat * mean(h * xhat)) / s
 #
-# Layer norm normalizes each position, batch norm each channel. With either as the rows of a matrix
-# the one difference is that batch norm's weights scale rows, not columns, and so may be applied
-# last, together with 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
+# Layer norm normalizes each position, batch norm each channel, and the kernels below call either a
+# row: the middle axis of (a, rows, b), where a > 1 if images of a batch lie one after the other in
+# memory. Layer norm's weights scale columns; batch norm's scale rows, and so may be applied last,
+# together with 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
 
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - np.mean(x, axis=-1, keepdims=True)
@@ -1350,18 +1360,21 @@ def _batch_norm_definition(x, weight, bias, eps, *_):
 # In float32 the mean of large numbers is off by a rounding error, which would pass for a signal
 # where all numbers are equal. So the first of a row is subtracted before the mean is taken.
 
-def _normalize(rows, eps):
+_total = lambda x: np.sum(_row_sum(x), axis=0, keepdims=True)  # of each row: (1, rows, 1)
+_inner = lambda x, y: np.einsum("aib,aib->i", x, y)[:, None]  # product of each two rows: (rows, 1)
+
+def _normalize(x, eps):
     """x - mean, still to be multiplied by 1 / s; and mean, variance and 1 / s of each row."""
-    n, first = rows.shape[1], rows[:, :1]
-    centred = rows - first
-    rest = _row_sum(centred) / n
+    n, first = x.shape[0] * x.shape[2], x[:1, :, :1]
+    centred = x - first
+    rest = _total(centred) / n
     centred -= rest
-    variance = np.einsum("ij,ij->i", centred, centred)[:, None] / n
-    return centred, first + rest, variance, 1 / np.sqrt(variance + np.asarray(eps, rows.dtype))
+    variance = _inner(centred, centred) / n
+    return centred, first + rest, variance, 1 / np.sqrt(variance + np.asarray(eps, x.dtype))
 
 def _normalize_back(h, centred, unit, scale):
     """dx as above, with `scale` for 1 / s and xhat = centred * unit; sums of h * xhat, and of h."""
-    n, along, total = h.shape[1], np.einsum("ij,ij->i", h, centred)[:, None] * unit, _row_sum(h)
+    n, along, total = h.shape[0] * h.shape[2], _inner(h, centred) * unit, _total(h)
     dx = centred * (along * unit / -n)
     dx += h
     dx -= total / n
@@ -1373,7 +1386,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     """Normalize x over its last axis, scale by `weight` and shift by `bias`, both of that size."""
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ValueError("the weight must be as long as the last axis of the input")
-    xhat, _, _, inverse = _normalize(_rows(x), eps)
+    xhat, _, _, inverse = _normalize(_rows(x)[None], eps)  # (1, rows, columns)
     xhat *= inverse
     y = xhat * weight
     if bias is not None:
@@ -1381,23 +1394,29 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
         dx, _, _ = _normalize_back(g * weight, xhat, 1, inverse)
-        return dx.reshape(x.shape), np.einsum("ij,ij->j", g, xhat), _row_sum(g.T)[:, 0]
+        return dx.reshape(x.shape), np.einsum("aij,aij->j", g, xhat), _row_sum(g[0].T)[:, 0]
     return y.reshape(x.shape), pullback
+
+def _by_channel(x):
+    """Functions from the shape of x, (N, C, ...), to (a, C, b) and back, which move no element."""
+    first = x.ndim > 2 and x.flags.c_contiguous  # else the batch is last, as image kernels leave it
+    a, last = len(x) if first else 1, _batch_last(x).shape
+    return (lambda v: (v if first else _batch_last(v)).reshape(a, x.shape[1], -1),
+            lambda v: v.reshape(x.shape) if first else _batch_first(v.reshape(last)))
 
 @fused(_batch_norm_definition)
 def _batch_norm(x, weight, bias, eps, running=(), momentum=0.1):
-    last = _batch_last(x)  # the order in which the image kernels leave it
-    centred, mean, variance, inverse = _normalize(last.reshape(len(weight), -1), eps)
-    n, scale = centred.shape[1], inverse * weight[:, None]
+    to_rows, back = _by_channel(x)
+    centred, mean, variance, inverse = _normalize(to_rows(x), eps)
+    n, scale = x.size // len(weight), inverse * weight[:, None]
     for kept, new in zip(running, (mean, variance * (n / (n - 1)))):
-        kept[...] += momentum * (new[:, 0] - kept)
+        kept[...] += momentum * (new.ravel() - kept)
     y = centred * scale
     y += bias[:, None]
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = _batch_last(g).reshape(centred.shape)
-        dx, dw, db = _normalize_back(g, centred, inverse, scale)
-        return _batch_first(dx.reshape(last.shape)), dw[:, 0], db[:, 0]
-    return _batch_first(y.reshape(last.shape)), pullback
+        dx, dw, db = _normalize_back(to_rows(g), centred, inverse, scale)
+        return back(dx), dw.ravel(), db.ravel()
+    return back(y), pullback
 
 def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight: Any, bias: Any,
                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
