@@ -41,7 +41,6 @@ import numpy as np
 
 class Tensor:
     """An n-dimensional array that can be differentiated through.
-
     `data` is anything NumPy makes an array of, and is copied. float32 and float64 stay what they
     are; integers and bools become float64, since an integer cannot carry a gradient. A list that
     holds Tensors is stacked. A Tensor has ndarray's operators and methods, and NumPy's functions
@@ -94,7 +93,6 @@ class Tensor:
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
         """Add the derivative of this tensor to `.grad` of every tracked leaf it was made from.
-
         `grad` is the cotangent, of this tensor's shape; a scalar needs none, it is seeded with 1.
         `create_graph` makes the gradients differentiable in turn. The tape is let go as it is
         walked, unless `retain_graph` or `create_graph`. `retain_grads` keeps it too, and leaves
@@ -728,14 +726,12 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 
 def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
     """Decorate a function on arrays to make it an operation with these VJP rules, one per operand.
-
     An operation on any number of operands gives one rule `each(i, g, y, *operands)` instead.
     """
     return lambda forward: _operation(forward, _Each(each) if each else rules, None)
 
 def fused(definition: Callable) -> Callable:
     """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
-
     `pullback(g, wanted)` returns a cotangent for each operand, and may give None where `wanted` is
     False. It must not write to `g` or to what it keeps: the tape may be walked twice.
     """
@@ -1273,7 +1269,6 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 @fused(_conv2d_definition)
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0) -> Tensor:
     """Convolve images (N, C, H, W) with weight (O, C, kh, kw): (N, O, oh, ow), as torch's conv2d.
-
     `stride` and `padding` are numbers or pairs. Raises ValueError if the shapes do not fit.
     """
     top, left = _pair(padding)
@@ -1421,7 +1416,6 @@ def _batch_norm(x, weight, bias, eps, running=(), momentum=0.1):
 def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight: Any, bias: Any,
                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
     """Normalize each channel of x, (N, C) or (N, C, H, W), over all else.
-
     In training by the batch's own mean and variance, towards which the running arrays then move
     (the variance unbiased, as PyTorch keeps it); otherwise by the running ones.
     """
@@ -1484,7 +1478,6 @@ def _attend_back(g, q, k, v, y, e, r, out=(None, None, None)):
 @fused(_attention_definition)
 def scaled_dot_product_attention(q: Any, k: Any, v: Any, is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: (..., T, D), (..., S, D), (..., S, D) -> (..., T, D).
-
     With `is_causal`, position i sees positions 0 to i. Raises ValueError if the shapes disagree.
     """
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
@@ -1571,7 +1564,6 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 @fused(lambda logits, targets: -np.mean(log_softmax(logits)[np.arange(len(targets)), targets]))
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: logits (N, C), integer targets (N,) -> a scalar.
-
     Raises ValueError for shapes or targets that do not fit, TypeError for non-integer targets.
     """
     if logits.ndim != 2 or np.shape(targets) != logits.shape[:1] or len(logits) == 0:
@@ -1605,7 +1597,6 @@ def mse_loss(prediction: Any, target: Any) -> Tensor:
 
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
     """The mean of -log probability, where sigmoid(logits) is the probability of target 1.
-
     With s the sigmoid, `-(t log s + (1-t) log(1-s)) = softplus(x) - t x`, which never overflows.
     """
     logits, target = _prediction_and_target("binary_cross_entropy_with_logits", logits, target)
