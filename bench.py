@@ -1,10 +1,10 @@
 """How fast is nanoad, and how much memory does it take? Beside PyTorch, where that is installed.
 
-Forward and backward are median microseconds (a training step's backward includes clipping and the
-optimizer); peak is the most memory held meanwhile, beyond what was there before; the ratio is
-nanoad's forward plus backward over PyTorch's, so below 1 nanoad is faster. With one Python thread,
-BLAS spreads each matrix product over the cores. With several, each computes its shard of the batch
-and BLAS stays on the core it is called from. PyTorch always has all the threads it is given.
+Forward and backward are median microseconds (a step's backward includes clipping and optimizer);
+peak is the most memory held beyond what was there before; the ratio is nanoad's forward plus
+backward over PyTorch's: below 1, nanoad is faster. With one Python thread, BLAS spreads each matrix
+product over the cores. With several, each computes its shard of the batch, and BLAS stays on the
+core it is called from. PyTorch always has all the threads it is given.
 """
 import argparse
 import json
@@ -59,8 +59,8 @@ except ImportError:
 nanoad._calm_the_allocator()  # as in every training process, where making an optimizer calls it
 
 # ## Operations
-# Each is a name, its inputs (a shape stands for random numbers that want a gradient, an array for
-# itself), and one expression that both libraries understand, F being nanoad or PyTorch.
+# Each is a name, inputs (a shape stands for random numbers that want a gradient, an array for
+# itself) and an expression that both libraries understand, F being nanoad or PyTorch.
 BIG, TEN, MANY = (128, 64, 14, 14), np.arange(128) % 10, np.arange(1024) % 65
 OPS = [
     ("add", [BIG, BIG], lambda F, a, b: a + b), ("sub", [BIG, BIG], lambda F, a, b: a - b),
@@ -183,10 +183,9 @@ def writing_job(library):
 
 # ## Measuring
 # Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both. After
-# a product, OpenBLAS lets idle threads spin for up to 70 ms (PyTorch, 8) in case of another, which
-# would take a core from the other's turn. So a turn begins with a pause, and after it the cores and
-# their caches are cold: a turn lasts a tenth of a second more, of which the first third is not
-# counted. Only what takes that long by itself is always counted.
+# a product, OpenBLAS lets idle threads spin for up to 70 ms (PyTorch, 8), which would take a core
+# from the other's turn: so a turn begins with a pause. That leaves cores and caches cold: so it
+# lasts a tenth of a second or one job, and the first third of the jobs is not counted.
 def measure(name, make):
     if sys.stderr.isatty():
         print(f"\r\033[K{name}\r", end="", file=sys.stderr, flush=True)
@@ -211,7 +210,6 @@ def output_of(*command):
                                      stdout=subprocess.PIPE, check=True).stdout)
 def resident(field):
     return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
 if options.part in "01":  # the memory of a process that takes two steps with one library
     before, job = resident("VmRSS"), step_job(LIBRARIES[int(options.part)], "width 256", 32)
     sys.exit(print(job() and job() and resident("VmHWM") - before))

@@ -1,7 +1,7 @@
 """nanoad: reverse-mode automatic differentiation, and what stands on it, in one file of NumPy.
 
 A Tensor is a NumPy array that remembers where it came from. Ask the last one of a computation for
-its derivatives, and every array that had a part in it learns how much it mattered:
+its derivatives, and every Tensor that it began with learns how much it mattered:
 
     >>> x = Tensor([1.0, 2.0, 3.0])
     >>> loss = (x * x).sum()
@@ -22,7 +22,7 @@ calculus, and no other file.
 from __future__ import annotations
 
 import builtins, contextlib, functools, heapq, inspect, itertools, math
-import os, string, sys, threading, types, zlib
+import os, string, sys, threading, types, zlib  # and builtins.sum, for abs, max, min, sum are ours
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,16 +46,20 @@ class Tensor:
     holds Tensors is stacked. A Tensor has ndarray's operators and methods, and NumPy's functions
     (`np.exp(t)`) work on it; both differentiate, and take what is no Tensor for a constant.
     Comparisons give plain bool arrays. Raises TypeError for data that is not real numbers.
+
+    With `requires_grad` a Tensor is *tracked*: results made of it remember how, and receive
+    gradients. Without, it is a *constant*. One that no operation made is a *leaf*.
     """
     __slots__ = ("_data", "requires_grad", "grad", "label",  # what the user meets
                  "_seq", "_guard", "__weakref__",  # when it was made; when it was written to
-                 "_op", "_args", "_values", "_params", "_pullback")  # how it was made
+                 # The operation, its operands, their bare arrays, its settings; a fused one's rule.
+                 "_op", "_args", "_values", "_params", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
         made = as_tensor(data)
-        _record(np.array(made._data), tracked=requires_grad, t=self)
+        follows = requires_grad and made.requires_grad and _mode.recording  # made of tracked ones
+        how = (identity, (made,), [made._data], {}) if follows else ()
+        _record(np.array(made._data), *how, tracked=requires_grad, t=self)
         self.label = label
-        if requires_grad and made.requires_grad and _mode.recording:  # made of tracked Tensors
-            self._op, self._args, self._values, self._params = identity, (made,), [made._data], {}
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
     dtype = property(lambda self: self._data.dtype, doc="The NumPy type of the elements.")
     ndim = property(lambda self: self._data.ndim, doc="The number of axes.")
@@ -69,7 +73,7 @@ class Tensor:
         """
         if self.requires_grad:
             _renew_guard(self)
-        return np.asarray(self._data)  # which may be a scalar, as NumPy returns for 0-d results
+        return np.asarray(self._data)  # a copy of a 0-d result, for NumPy makes that a scalar
     @data.setter
     def data(self, value: Any) -> None:
         value = value.data if isinstance(value, Tensor) else value
@@ -119,7 +123,6 @@ class Tensor:
     __bool__ = lambda self: bool(self._data)
     __len__ = lambda self: len(self._data)
     __iter__ = lambda self: (self[i] for i in range(len(self)))
-    __hash__ = object.__hash__
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
     def __reduce__(self) -> tuple:
@@ -141,8 +144,8 @@ class Tensor:
         plain, constant = method == "__call__", not any(map(_tracked, inputs))
         if plain and not kwargs and ufunc in _UFUNCS:
             return _UFUNCS[ufunc](*inputs)
-        # `array += constant` is a ufunc with out=, and an array can hold that.
-        if plain and (ufunc in _WITHOUT_GRADIENT or constant and "out" in kwargs):
+        out = kwargs.get("out")  # `array += constant` has one, and an array can hold that
+        if plain and not _holds_tensor(out) and (ufunc in _WITHOUT_GRADIENT or constant and out):
             return ufunc(*map(_value, inputs), **kwargs)
         how = ("" if plain else f".{method}") + (f" with {', '.join(kwargs)}=" if kwargs else "")
         raise TypeError(_NO_DERIVATIVE.format(ufunc.__name__ + how))
@@ -185,7 +188,7 @@ def _real_array(data: Any) -> np.ndarray:
     return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 def as_tensor(data: Any) -> Tensor:
-    """`data` itself, a stack of a list that holds Tensors, or else a constant, in shared memory."""
+    """`data` if it is a Tensor; a list with Tensors in it, stacked; else a constant, not copied."""
     if isinstance(data, Tensor):
         return data
     return stack([as_tensor(a) for a in data]) if _holds_tensor(data) else _wrap(_real_array(data))
@@ -193,11 +196,14 @@ def as_tensor(data: Any) -> Tensor:
 def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
+_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)
+
 # ### Writes the tape must not miss
 #
 # A tensor does not copy its operands, so writing into one between the forward and the backward
 # pass would change the derivative without a word. `_guard` is None until the array is handed out or
-# written to, then (when it was last written to, its checksum if it was handed out).
+# written to. Then it is a pair: the time of the last write (0 for none), and the checksum (None if
+# the array was never handed out).
 
 def _note_write(t: Tensor) -> None:
     t._guard = next(_clock), None
@@ -218,16 +224,16 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 # ## The tape
 #
 # How does one number at the end become a derivative for everything at the start? Let *L* be the
-# end, a scalar, and call the derivative of *L* by some array *v* the *cotangent* of *v*; it has the
-# shape of *v*, and says for each element how much *L* moves when that element does. The cotangent
-# of *L* itself is 1. Now step backwards. If `y = f(a, b)` and the cotangent of `y` is `g`, the
-# chain rule gives what `a` receives by way of `y`: `g` times the Jacobian of `f`. That product is
-# all we ever need, never the Jacobian alone, so each operation brings a function that computes it:
-# its **VJP rule** (vector-Jacobian product). For `mul` it is `g * b`. An array used in several
-# places receives from each, and the parts add up. Visit every tensor after all that were made from
-# it, hand its finished cotangent to its rule, pass the results on to its operands: that is
-# reverse-mode differentiation. It costs a small multiple of the forward pass, however many inputs
-# there are, and that one fact is why neural networks can be trained.
+# end, a scalar, and call the derivative of *L* by (with respect to) some array *v* the *cotangent*
+# of *v*; it has the shape of *v*, and says for each element how much *L* moves when that element
+# does. The cotangent of *L* itself is 1. Now step backwards. If `y = f(a, b)` and the cotangent of
+# `y` is `g`, the chain rule gives what `a` receives by way of `y`: `g` times the Jacobian of `f`.
+# That product is all we ever need, never the Jacobian alone, so each operation brings a function
+# that computes it: its **VJP rule** (vector-Jacobian product). For `mul` it is `g * b`. An array
+# used in several places receives from each, and the parts add up. Visit every tensor after all that
+# were made from it, hand its finished cotangent to its rule, pass the results on to its operands:
+# that is reverse-mode differentiation. It costs a small multiple of the forward pass, however many
+# inputs there are, and that one fact is why neural networks can be trained.
 #
 #     >>> a, b = Tensor(2.0), Tensor(3.0)
 #     >>> (a * b + a).backward()  # a receives b by way of the product, and 1 by way of the sum
@@ -266,7 +272,7 @@ def _walk(seeds: list, needed: dict | None, create_graph: bool, retain_graph: bo
     pending: dict = {}  # _seq -> (tensor, the sum of what it has received so far)
     for t, g in seeds:
         pending[t._seq] = t, (pending[t._seq][1] + g if t._seq in pending else g)
-    heap = sorted(-seq for seq in pending)
+    heap = sorted(-seq for seq in pending)  # a sorted list is a heap
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
         yield t, g
@@ -360,9 +366,9 @@ def no_grad() -> contextlib.AbstractContextManager:
 def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list]:
     """Search the tape from `outputs` back to `inputs`: what lies between, and what lies behind.
     The first result, `needed`, maps the `_seq` of every tensor on a path between them to whether a
-    walk goes on from it (True; for an input, `beyond`). The second, `older`, lists the tracked
-    tensors older than all inputs, at which the search stopped. They had a part in the outputs, so
-    somebody else may want to differentiate by them.
+    walk goes on from it (from an input if `beyond`, for another may lie behind it). The second,
+    `older`, lists the tracked tensors older than all inputs, at which the search stopped. They had
+    a part in the outputs, so somebody else may want to differentiate by them.
     """
     oldest = builtins.min((t._seq for t in inputs), default=math.inf)
     needed = {t._seq: beyond for t in inputs}
@@ -398,7 +404,8 @@ def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
                          f" {np.shape(given) or given}; only a scalar, as by .sum(), needs none")
     if create_graph:
         return astype(as_tensor(given), output.dtype)
-    return np.array(_value(given), output.dtype, copy=output._op is None or None)
+    copy = True if output._op is None else None  # None: if another dtype makes it necessary
+    return np.array(_value(given), output.dtype, copy=copy)
 
 def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
     """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
@@ -488,9 +495,9 @@ def _input(name: str, x: Any) -> Tensor:
 
 def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     """Call `f` with fresh tensors for its arguments at `argnums` (None: all).
-    Returns its result, the fresh tensors in a list, a function that gives such a list the structure
-    of the arguments, `needed` from `_paths`, and whether to record the walk: if anything `older`,
-    or `beside`, is tracked.
+    Returns its result; the list of fresh tensors; a function that gives such a list the structure
+    of the arguments; `needed` from `_paths`; and whether to record the walk, since somebody else
+    may ask: if there is anything `older`, or if anything `beside` is tracked.
     """
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
@@ -505,7 +512,7 @@ def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     with _recording(True):
         out = f(*args, **kwargs or {})
     needed, older = _paths(_flatten(out)[0], inputs)
-    recorded = _mode.recording and any(map(_tracked, older + _flatten(beside)[0]))
+    recorded = _mode.recording and (bool(older) or any(map(_tracked, _flatten(beside)[0])))
     return out, inputs, (lambda flat: rebuild(flat)[0]) if one else rebuild, needed, recorded
 
 def _transform(name, f, argnums, argnum, finish):
@@ -517,8 +524,8 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
                    argnum: int | None = None) -> Callable:
     """The function that returns (f(...), gradient of f) where f returns a scalar.
     The gradient has the structure of the argument at `argnums`, or is a tuple if that is one. With
-    `has_aux`, f returns (scalar, anything), and so does the value. `argnum` is another name for
-    `argnums`. Raises ValueError if f is not
+    `has_aux`, f returns (scalar, anything), and the value is that pair. `argnum` is HIPS autograd's
+    name for `argnums`. Raises ValueError if f is not
     scalar, TypeError for integer arguments or if f returns no Tensor.
 
         >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
@@ -568,6 +575,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
 
 def _walk_again(name: str, slopes: list, vectors: Any, targets: list, recorded: bool) -> list:
     """The derivatives of the inner product of `slopes` and `vectors` by `targets`."""
+    # A list of numbers would be one leaf, but here it is one number per argument.
     vectors, _ = _flatten(tuple(vectors) if isinstance(vectors, list) else vectors)
     shapes, given = [s.shape for s in slopes], [np.shape(v) for v in vectors]
     if given != shapes:
@@ -655,7 +663,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return _gradients([(again, g)], reads, create_graph, create_graph, needed)
     return _record(out._data, checkpoint, tuple(reads), None, {}, pullback)
 
-checkpoint.definition = None
+checkpoint.definition = None  # its pullback differentiates Tensors itself
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                eps: float = 1e-5) -> float:
@@ -714,7 +722,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 # move an operand, see how the result moves, multiply by `g`, add up, and read off the factor.
 #
 # When the operation is called, Tensors among its operands are unwrapped, the function computes on
-# bare arrays, and if one of them is tracked, the result remembers the operation and its operands.
+# bare arrays, and if one of the Tensors is tracked, the result remembers operation and operands.
 #
 # Some compositions deserve one fast kernel. A `fused` operation is introduced by its *definition*,
 # a few lines of other operations, and then by a kernel that computes the same on bare arrays and
@@ -740,7 +748,7 @@ def fused(definition: Callable) -> Callable:
 class _Each(functools.partial):
     """One rule for all operands, that is told which, in the guise of a list of rules."""
     __getitem__ = lambda self, i: functools.partial(self, i)
-    __len__ = lambda self: sys.maxsize
+    __len__ = lambda self: sys.maxsize  # for `draw`: every argument is an operand
 
 def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Callable:
     @functools.wraps(forward)
@@ -753,12 +761,13 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
                     _renew_guard(a)
                 a = a._data
             elif a.__class__ is list and a:
-                convert = as_tensor if _holds_tensor(a) else np.asarray
-                return operation(*(convert(b) if b is a else b for b in args), **params)
+                return operation(*(_from_list(b) if b is a else b for b in args), **params)
             values.append(a)
         # A Tensor passed by name is an operand, and rules belong to positions.
         if params and any(isinstance(p, Tensor) for p in params.values()):
-            return operation(*inspect.signature(forward).bind(*args, **params).args)
+            bound = inspect.signature(forward).bind(*args, **params)
+            bound.apply_defaults()
+            return operation(*bound.args)
         # Beside arrays, Python's numbers stay as they are, for they take the arrays' dtype.
         if constant and not any(isinstance(v, np.ndarray) for v in values):
             values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
@@ -804,7 +813,8 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
 # Most operations are one NumPy function and a rule of one line, so they stand in a table: the name,
 # the function, the rules. The rule of a function of one variable is `g` times its derivative, and
 # where the derivative is simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
-# (`lambda x: np.exp(x)`, and not `np.exp`, because the function is given a name and a docstring.)
+# (`lambda x: np.exp(x)`, and not `np.exp`, for `_op` writes a name and a docstring on the
+# function.)
 
 def _op(name: str, forward: Callable, *rules: Callable,
         doc: str = "{}, element by element, with NumPy's broadcasting and dtypes.") -> Callable:
@@ -841,7 +851,8 @@ power = _op("power", _to_the,
             lambda g, y, x, p: g * (y * np.log(np.where(x == 0, 1, x))))
 
 # `log(1 + exp(x))` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
-# derivative of softplus is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x).
+# derivative of softplus is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x). That of logaddexp
+# by a is e^a / (e^a + e^b) = e^(a - y); that of sigmoid is y (1 - y), since e^-x = 1/y - 1.
 _finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
 logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
                 lambda g, y, a, b: g * np.exp(a - _finite(y)),
@@ -960,9 +971,10 @@ def gelu(x: Any) -> Tensor:
 # views, so they cost next to nothing. What takes NumPy's own arguments stands in a table again.
 _np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
 
-reshape = _np_op("reshape", lambda x, *shape: np.asarray(x).reshape(*shape),
+# The inverse of a permutation is its argsort; without axes, reversing undoes itself.
+reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape),
                  lambda g, y, x, *shape: g.reshape(x.shape))
-transpose = _np_op("transpose", lambda x, *axes: np.asarray(x).transpose(*axes),
+transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes),
                    lambda g, y, x, *axes: g.transpose(np.argsort(np.ravel(axes) % x.ndim)
                                                       if axes and axes[0] is not None else None))
 swapaxes = _np_op("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
@@ -1006,10 +1018,11 @@ def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
     """x cut along an axis into equal sections (a number) or at indices (a list), as by np.split."""
     x = as_tensor(x)
     try:
-        sizes = [piece.shape[axis] for piece in np.split(x._data, sections, axis)]
+        pieces, n = np.split(x._data, sections, axis), x.shape[axis]
     except (ValueError, IndexError) as error:
         raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
-    return [_slice(x, axis, stop - n, stop) for n, stop in zip(sizes, np.cumsum(sizes).tolist())]
+    cuts = sections if np.ndim(sections) else [n // sections * i for i in range(1, len(pieces))]
+    return [_slice(x, axis, start, stop) for start, stop in itertools.pairwise([0, *cuts, n])]
 
 # Indexing takes elements out, scatter-add puts them back, and each is the other's rule. An index
 # may name an element twice, and then both cotangents must arrive: hence *add*. `np.add.at` does
@@ -1037,8 +1050,8 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
 # one element `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by `g[j] * dx`. So `x[i, j]`
 # receives `g[j]`, whatever i is: a sum hands its cotangent, as it is, to everything it added up.
 # In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is `_restore`, and
-# is stretched along it, (4, 3). Stretching leaves a sum behind, and a sum a stretching: each is
-# the other's rule, as with indexing. A mean is a sum over n, and hands everybody an n-th of g.
+# is stretched along it, (4, 3). A stretching's rule is a sum, and a sum's a stretching, as with
+# indexing. A mean is a sum over n, and hands everybody an n-th of g.
 
 def _axes(x: Any, axis: Any) -> list[int]:
     """The axes that `axis` names, as numbers from 0."""
@@ -1072,17 +1085,19 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
 def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
-    axes = sorted(_axes(x, axis))
-    rows, row = x.shape[:x.ndim - len(axes)], math.prod(x.shape[x.ndim - len(axes):])
+    axes, first = sorted(_axes(x, axis)), x.ndim - len(_axes(x, axis))
+    kept, n = x.shape[:first], math.prod(x.shape[first:])
     # Long rows are left to NumPy, which adds in pairs and so loses less to rounding.
-    if axes != list(range(len(rows), x.ndim)) or not rows or row > 4096 or x.dtype != np.float32:
+    if axes != list(range(first, x.ndim)) or not kept or n > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
-    return _row_sum(x.reshape(math.prod(rows), row)).reshape(*rows, *[1] * (len(axes) * keepdims))
+    rows = x.reshape(math.prod(kept), n)
+    return _row_sum(rows).reshape(*kept, *[1] * (len(axes) * keepdims))
 
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _stretch(g * (y.size / builtins.max(1, x.size)), x, axis))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
+    # `__wrapped__` is the bare function, left there by functools.wraps.
     return sum.__wrapped__(x, axis, keepdims) / math.prod(x.shape[a] for a in _axes(x, axis))
 
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
@@ -1107,8 +1122,8 @@ max = _np_op("max", lambda x, axis=None, keepdims=False: np.max(x, axis=axis, ke
 min = _np_op("min", lambda x, axis=None, keepdims=False: np.min(x, axis=axis, keepdims=keepdims),
              _shared_by_ties)
 
-# The exponentials of large numbers overflow, but softmax does not change when a constant is
-# subtracted from all its inputs. Subtract the largest, and nothing exceeds exp(0) = 1.
+# The exponentials of large numbers overflow. So the largest is subtracted first, and nothing
+# exceeds exp(0) = 1. logsumexp gets it back at the end; softmax is the same without it.
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _finite(_restore(y, x, axis))))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
@@ -1169,7 +1184,7 @@ def bmm(a: Any, b: Any) -> Tensor:
 # `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All leading axes
 # of x are one long axis to it, so each gradient is a single product.
 @primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
-           lambda g, y, x, weight, bias=None: _rows(g).swapaxes(0, 1) @ _rows(x),
+           lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
            lambda g, y, x, weight, bias: g)
 def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
     """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
@@ -1191,7 +1206,7 @@ def _einsum_rule(i: int, g: Any, y: Any, *xs: Any, spec: str) -> Any:
     named = list(zip(inputs.split(","), xs))
     factors, target = [(output, g), *named[:i], *named[i + 1:]], ""
     own = named[i][0].replace("...", ".")  # the letters of this operand
-    for k, letter in enumerate(own):  # n is the length of that axis, counted from the end after "."
+    for k, letter in enumerate(own):  # n is the length of its axis; after "." count from the end
         n = xs[i].shape[k - len(own) * ("." in own[:k])] if letter != "." else 0
         if letter in target:
             fresh = builtins.min({*string.ascii_letters} - {*spec, *target})
@@ -1303,7 +1318,7 @@ def _max_pool2d_definition(x, kernel_size, stride=None):
 
 @fused(_max_pool2d_definition)
 def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
-    """The largest of each window, (N, C, H, W) -> (N, C, oh, ow). The first gets the gradient."""
+    """The largest of each window, (N, C, H, W) -> (N, C, oh, ow). Of equals the first gets g."""
     parts = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, parts)
     apart = stride is None or np.all(np.less_equal(kernel_size, stride))
@@ -1336,10 +1351,10 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 #     dx = (h - mean(h) - xhat * mean(h * xhat)) / s
 #
-# Layer norm normalizes each position, batch norm each channel, and the kernels below call either a
-# row: the middle axis of (a, rows, b), where a > 1 if images of a batch lie one after the other in
-# memory. Layer norm's weights scale columns; batch norm's scale rows, and so may be applied last,
-# together with 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
+# Layer norm normalizes each position, batch norm each channel. The kernels call either a row, and
+# see all as (a, rows, b): a is 1, unless the images of a batch lie one after the other in memory,
+# and then counts them. Layer norm's weights scale columns; batch norm's scale rows, and so may be
+# applied last, together with 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
 
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - np.mean(x, axis=-1, keepdims=True)
@@ -1347,7 +1362,7 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     y = centred / np.sqrt(variance + eps) * weight
     return y if bias is None else y + bias
 
-def _batch_norm_definition(x, weight, bias, eps, *_):
+def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = _batch_last(x)  # (C, ..., N)
     y = _layer_norm_definition(last.reshape(len(weight), -1), weight[:, None], bias[:, None], eps)
     return _batch_first(y.reshape(last.shape))
@@ -1356,7 +1371,7 @@ def _batch_norm_definition(x, weight, bias, eps, *_):
 # where all numbers are equal. So the first of a row is subtracted before the mean is taken.
 
 _total = lambda x: np.sum(_row_sum(x), axis=0, keepdims=True)  # of each row: (1, rows, 1)
-_inner = lambda x, y: np.einsum("aib,aib->i", x, y)[:, None]  # product of each two rows: (rows, 1)
+_inner = lambda x, y: np.einsum("aib,aib->i", x, y)[:, None]  # of a row of x with y's: (rows, 1)
 
 def _normalize(x, eps):
     """x - mean, still to be multiplied by 1 / s; and mean, variance and 1 / s of each row."""
@@ -1400,7 +1415,7 @@ def _by_channel(x):
             lambda v: v.reshape(x.shape) if first else _batch_first(v.reshape(last)))
 
 @fused(_batch_norm_definition)
-def _batch_norm(x, weight, bias, eps, running=(), momentum=0.1):
+def _batch_norm(x, weight, bias, eps, running, momentum):
     to_rows, back = _by_channel(x)
     centred, mean, variance, inverse = _normalize(to_rows(x), eps)
     n, scale = x.size // len(weight), inverse * weight[:, None]
@@ -1535,7 +1550,7 @@ def embedding(ids: Any, weight: Any) -> Tensor:
     """The rows of weight (V, C) named by an integer array: ids.shape + (C,)."""
     ids = _whole_numbers("ids", ids, len(weight))
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        if len(weight) > 1024:  # a one-hot matrix of all the zeros would be slower
+        if len(weight) > 1024:  # then the product would be slower, for nearly all are zeros
             return None, scatter_add.__wrapped__(g, ids, weight.shape)
         one_hot = np.zeros((ids.size, len(weight)), g.dtype)
         one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
@@ -1557,7 +1572,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 # How wrong is a prediction? A loss says it in one number, for training to make small. All but the
 # first are compositions of what we have, so their derivatives are known already.
 #
-# Of softmax and logarithm together the gradient is pleasant. The loss of a row is
+# Softmax and logarithm together have a simple gradient. The loss of a row is
 # `log(sum(exp(x))) - x[target]`; the first term's derivative is softmax(x), the second's is 1 at
 # the target: `softmax - one_hot`, the probabilities minus what they should have been.
 
@@ -1587,7 +1602,7 @@ def _prediction_and_target(name: str, prediction: Any, target: Any) -> tuple[Ten
     if prediction.shape != target.shape or prediction.size == 0:
         raise ValueError(f"{name}: prediction {prediction.shape} and target {target.shape} must "
                          "have one shape; and the mean of no elements is undefined")
-    return prediction, target if target.requires_grad else target.astype(prediction.dtype)
+    return prediction, target.astype(prediction.dtype)
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference of two arrays of one shape."""
@@ -1638,13 +1653,14 @@ Tensor.flatten = Tensor.ravel = lambda self: reshape(self, -1)
 Tensor.argmax = lambda self, axis=None: np.argmax(self._data, axis)
 Tensor.argmin = lambda self, axis=None: np.argmin(self._data, axis)
 Tensor.tolist = lambda self: self._data.tolist()
-Tensor.dot = lambda self, other: _dot(self, other)
 
 def _dot(a: Any, b: Any) -> Tensor:
     """a @ b, or a * b if one is a number; b has at most two axes."""
     if np.ndim(b) > 2:
         raise TypeError(f"np.dot with a Tensor of shape {np.shape(b)}: use np.matmul or np.einsum")
     return mul(a, b) if np.ndim(a) == 0 or np.ndim(b) == 0 else matmul(a, b)
+
+Tensor.dot = _dot
 
 def _reduction(op: Callable) -> Callable:
     """A reduction with the arguments that NumPy passes; one more is var's ddof."""
@@ -1683,7 +1699,7 @@ _FUNCTIONS = {
     np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
         astype(fill_value, dtype or a.dtype), a.shape),
 }
-for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument says whose it was
+for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np's function
     if _f.__qualname__[0] in "_<":  # such as <lambda>
         _f.__qualname__ = f"np.{_function.__name__}"
 
@@ -1717,8 +1733,7 @@ class Module:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*map(self._argument, args), **kwargs)
     def _argument(self, a: Any) -> Any:
-        if isinstance(a, (list, tuple)):
-            a = as_tensor(a) if _holds_tensor(a) else np.asarray(a)
+        a = _from_list(a) if isinstance(a, (list, tuple)) else a
         if isinstance(a, np.ndarray) and a.dtype.kind == "f":
             dtypes = (p.dtype for _, p in self._state() if isinstance(p, Parameter))
             a = a.astype(next(dtypes, a.dtype), copy=False)
@@ -1899,9 +1914,9 @@ def _layer(name: str, function: Callable) -> type:
         __doc__=f"`{function.__name__}` as a module.", __module__=__name__,
         forward=lambda self, *args: function(*args)))
 
-ReLU, GELU, Tanh, Sigmoid, CrossEntropy, MSE = itertools.starmap(_layer, [
-    ("ReLU", relu), ("GELU", gelu), ("Tanh", tanh), ("Sigmoid", sigmoid),
-    ("CrossEntropy", cross_entropy), ("MSE", mse_loss)])
+ReLU, GELU, Tanh = _layer("ReLU", relu), _layer("GELU", gelu), _layer("Tanh", tanh)
+Sigmoid, CrossEntropy = _layer("Sigmoid", sigmoid), _layer("CrossEntropy", cross_entropy)
+MSE = _layer("MSE", mse_loss)
 
 class Sequential(Module):
     """The layers given, one after another."""
@@ -1963,8 +1978,9 @@ class _Block(Module):
         self.attn = MultiHeadAttention(embed_dim, num_heads, dropout)
         self.mlp = Sequential(Linear(embed_dim, 4 * embed_dim), GELU(),
                               Linear(4 * embed_dim, embed_dim), Dropout(dropout))
-    def forward(self, x: Tensor, seen: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: list | None = None, last_only: bool = False) -> Tensor:
         x = x + self.attn(self.ln1(x), seen=seen)
+        x = x[:, -1:] if last_only else x
         return x + self.mlp(self.ln2(x))
 
 class GPT(Module):
@@ -1991,13 +2007,14 @@ class GPT(Module):
     def forward(self, ids: Any, seen: list[list] | None = None) -> Tensor:
         ids = _whole_numbers("GPT: token ids", ids, len(self.tok_emb.weight))
         start = seen[0][0].shape[3] if seen and seen[0] else 0  # positions read already
-        if ids.ndim != 2 or not 0 < ids.shape[1] <= self.block_size - start:
-            raise ValueError(f"GPT: needs ids (B, T), 0 < T <= {self.block_size}, not {ids.shape}")
+        room = 1 if start else self.block_size
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= room:
+            raise ValueError(f"GPT: needs ids (B, T), 0 < T <= {room}, not {ids.shape}")
         x = self.tok_emb(ids) + self.pos_emb(start + np.arange(ids.shape[1]))  # (B, T, C)
         x = self.dropout(x)
         for block, before in zip(self.blocks, seen or itertools.repeat(None)):
-            x = block(x, seen=before)
-        x = x[:, -1:] if seen else x  # to go on writing, the last position's scores are enough
+            # To go on writing, the scores of the last position are enough.
+            x = block(x, seen=before, last_only=bool(seen) and block is self.blocks[-1])
         return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
     @no_grad()
     def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
@@ -2049,7 +2066,7 @@ class Optimizer:
     _state_names: tuple[str, ...] = ()
     def __init__(self, params: Iterable[Tensor], lr: float, **settings: float) -> None:
         name, self.steps = type(self).__name__, 0
-        self.params = [params] if isinstance(params, Module) else list(params)
+        self.params = [params] if isinstance(params, Module) else list(params)  # a Module: refused
         if not all(isinstance(p, Tensor) and p._op is None for p in self.params):
             raise TypeError(f"{name}: parameters must be leaf Tensors, such as model.parameters()")
         if not self.params or len(set(self.params)) < len(self.params):
@@ -2079,9 +2096,8 @@ class Optimizer:
                 g = np.concatenate([p.grad._data.ravel() for p in run])
                 for piece in _blocks(x, g, *(s[start:end] for s in self._state.values())):
                     self._update(*piece)
-                for p in run:
-                    p._data[...] = x[:p.size].reshape(p.shape)
-                    x = x[p.size:]
+                for p, new in zip(run, np.split(x, np.cumsum([p.size for p in run])[:-1])):
+                    p._data[...] = new.reshape(p.shape)
                     _note_write(p)
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: the step count, the learning rate and the state arrays."""
@@ -2315,14 +2331,14 @@ def _content(name: str) -> bytes:
             print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
     return _download(name, path)
 
-# What the digest has vouched for needs no further check. MNIST (LeCun, Cortes and Burges 1998)
-# comes as IDX: four bytes that say what follows, four for each dimension, and then the array
-# itself.
 def _by_split(split: str, **choices: Any) -> Any:
     if split not in choices:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     return choices[split]
 
+# What the digest has vouched for needs no further check. MNIST (LeCun, Cortes and Burges 1998)
+# comes as IDX: four bytes that say what follows, four for each dimension, and then the array
+# itself.
 def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
     Returns images, float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with `flatten`, and
@@ -2420,8 +2436,8 @@ class CharTokenizer:
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"CharTokenizer: ids must be 1-d integers, got {ids.dtype}{ids.shape}")
-        for bad in ids[(ids < 0) | (ids >= self.vocab_size)]:
-            raise ValueError(f"CharTokenizer: id {bad} is outside 0..{self.vocab_size - 1}")
+        if (bad := ids[(ids < 0) | (ids >= self.vocab_size)]).size:
+            raise ValueError(f"CharTokenizer: id {bad[0]} is outside 0..{self.vocab_size - 1}")
         return "".join(map(self.chars.__getitem__, ids.tolist()))
 
 # ## Saving
@@ -2447,7 +2463,8 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, (list, tuple)):
         items = (_describe(item, f"{path}.{i}".strip("."), arrays) for i, item in enumerate(value))
         return ["list" if isinstance(value, list) else "tuple", *items]
-    if value is None or isinstance(value, (bool, int, str)) or type(value) is float:
+    # (NumPy's float64 is a float, too, but comes back as an array.)
+    if value is None or isinstance(value, (int, str)) or type(value) is float:
         return value
     if not isinstance(value, (Tensor, np.ndarray, np.generic)):
         raise TypeError(f"save: {where} is a {type(value).__name__}; only dicts, lists, tuples, "
@@ -2502,7 +2519,7 @@ def load(path: str | os.PathLike) -> Any:
             # We store, and never compress: so no member can unpack to more than the file's size.
             if {member.compress_type for member in members.zip.infolist()} != {0}:
                 raise ValueError("a member is compressed")
-            return _rebuild(json.loads(members["nanoad.npy"].tobytes()), members)
+            return _rebuild(json.loads(members["nanoad.npy"].tobytes()), members)  # .npy: in full
     except Exception as error:  # the digest is right and the content wrong: somebody's handiwork
         raise ValueError(f"{path} is not a checkpoint written by nanoad.save: {error}") from error
 
@@ -2601,7 +2618,8 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
         2 ┤   ╰──╮     ╭──
         1 ┤      ╰─────╯
     """
-    values, columns = np.asarray(values, np.float64).ravel(), builtins.max(width - 11, 1)
+    values = np.asarray(values, np.float64).ravel()
+    columns = builtins.max(width - 11, 1)  # beside the ticks
     edges = np.arange(columns + 1) * len(values) // columns
     shares = [values[a:builtins.max(b, a + 1)] for a, b in itertools.pairwise(edges)]
     shares = [share[np.isfinite(share)] for share in shares]
@@ -2624,9 +2642,10 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
 
 # ## Public names
 #
-# Everything is a flat name of this file. For those who like their names sorted there are modules
-# too, `nanoad.nn` and its like, made here and entered where `import` looks first. They are named
-# after the module this file was imported as, so it may be renamed or vendored.
+# How can one file please who likes flat names and who likes them sorted? All names are flat. For
+# those who like their names sorted there are modules too, `nanoad.nn` and its like, made here and
+# entered where `import` looks first. They are named after the module this file was imported as, so
+# it may be renamed or vendored.
 _NAMESPACES = {
     "nn": "Module Parameter Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding"
           " Flatten Dropout ReLU GELU Tanh Sigmoid CrossEntropy MSE Sequential MLP"
@@ -2673,7 +2692,7 @@ def _tour() -> None:
         # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
         print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
 
-        # So Newton's method is exact. A logistic regression in 50 dimensions, solved in five steps:
+        # So Newton's method has its Hessian. A logistic regression in 50 dimensions, in five steps:
         rng = np.random.default_rng(0)
         A, t, w = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200), np.zeros(50)
         loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
@@ -2705,8 +2724,8 @@ def _tour() -> None:
     """
     scope = dict(globals())
     for step in inspect.cleandoc(_tour.__doc__).split("\n\n")[1:]:
-        print(inspect.cleandoc(step), end="\n\n")
-        exec(inspect.cleandoc(step), scope)
+        print(step, end="\n\n")
+        exec(step, scope)
         print()
 
 if __name__ == "__main__":

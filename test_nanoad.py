@@ -383,7 +383,7 @@ FUSED = {
     "avg_pool2d": [((A(2, 2, 5, 6),), dict(kernel_size=k, stride=s)) for k,
                    s in ((2, None), (3, 1), ((1, 2), 2), (2, 3))],
     "layer_norm": [(norm_arguments((2, 3, 5), 5), {}), ((A(4, 5), A(5)), dict(eps=0.1))],
-    "_batch_norm": [(norm_arguments(s, 3), dict(eps=1e-3)) for s in ((4, 3), (2, 3, 2, 4))],
+    "_batch_norm": [(norm_arguments(s, 3), dict(eps=1e-3, running=(), momentum=0.1)) for s in ((4, 3), (2, 3, 2, 4))],
     "scaled_dot_product_attention": [((A(2, 4, 3), A(2, 5, 3), A(2, 5, 2)),
                                       dict(is_causal=c)) for c in (False, True)],
     "causal_self_attention": [((A(2, 5, 12),), dict(num_heads=h)) for h in (1, 2)],
@@ -1144,6 +1144,31 @@ def test_what_nanoad_cannot_differentiate_is_refused_by_name(name):
     """A TypeError: a result without a gradient, or of another meaning, would be silently wrong."""
     with pytest.raises(TypeError, match=name):
         REFUSED[name](Tensor(np.array([[2.0, 0.5], [0.5, 1.0]])))
+
+
+def test_a_tensor_given_by_name_loses_no_other_argument():
+    x, w, b = (Tensor(np.ones(shape)) for shape in ((1, 1, 5, 5), (2, 1, 3, 3), 2))
+    close(F.conv2d(x, weight=w, bias=b, padding=1), F.conv2d(x, w, b, 1, 1))
+    assert F.sum(x=x, axis=3, keepdims=True).shape == (1, 1, 5, 1)
+    rows, ones = Tensor([[1.0, 2.0, 4.0]]), Tensor(np.ones(3))
+    close(F.layer_norm(rows, weight=ones, eps=3.0), F.layer_norm(rows, ones, None, 3.0))
+    assert check_grad(lambda x, w: F.conv2d(x=x, weight=w, stride=2), A(1, 1, 5, 5),
+                      A(2, 1, 3, 3)) < 1e-5
+
+
+def test_a_result_is_not_written_into_a_tensor():
+    for call in (lambda t: np.add(1.0, 2.0, out=t), lambda t: np.add(t, 2.0, out=t),
+                 lambda t: np.sign(2.0, out=t)):
+        for t in (Tensor(3.0), Tensor(3.0).detach()):
+            with pytest.raises(TypeError, match="out="):
+                call(t)
+
+
+@pytest.mark.parametrize("where", [[1, 3], [3, 2], [2, 9], [-2], [], 1, 2, 3])
+def test_split_cuts_where_numpy_does(where):
+    x = np.arange(6.0)
+    pieces = F.split(Tensor(x), where)
+    assert [p.tolist() for p in pieces] == [p.tolist() for p in np.split(x, where)]
 
 
 def test_a_tracked_tensor_does_not_become_an_array_by_accident():
@@ -2354,6 +2379,13 @@ def test_every_cached_step_gives_the_logits_of_the_whole_window(gpt, monkeypatch
     gpt.eval()
     for i, logits in enumerate(seen):
         close(logits * 0.5, gpt(text[:, :3 + i][:, -6:]).numpy()[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_cache_one_position_is_read_at_a_time(gpt):
+    seen = [[] for _ in gpt.blocks]
+    gpt.eval()(np.array([[1, 2, 3]]), seen=seen)
+    with pytest.raises(ValueError, match=r"0 < T <= 1, not \(1, 2\)"):
+        gpt(np.array([[4, 5]]), seen=seen)
 
 
 def test_sampling_is_fixed_by_the_seed_and_follows_the_probabilities(gpt):

@@ -21,7 +21,7 @@ SIZES = {
     "tiny": dict(embed_dim=64, num_heads=4, num_layers=4, block_size=32, dropout=0.0,
                  batch_size=32, steps=2000, lr=1e-2),
     "small": dict(embed_dim=128, num_heads=4, num_layers=4, block_size=128, dropout=0.0,
-                  batch_size=8, steps=4800, lr=3e-3),
+                  batch_size=8, steps=5200, lr=3e-3),
     "large": dict(embed_dim=192, num_heads=3, num_layers=4, block_size=256, dropout=0.1,
                   batch_size=8, steps=14000, lr=2e-3),
 }
@@ -44,7 +44,9 @@ def stop(message, code=2):
     print(f"train_gpt.py: {message}", file=sys.stderr)
     sys.exit(code)
 
-# ## What is asked for (what is left open is None, so that a resumed run can tell)
+# ## What is asked for
+#
+# What the command line leaves open is None, so that a run to be resumed can tell.
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.error = stop
@@ -57,11 +59,11 @@ add("--text", metavar="FILE", help="UTF-8 text to learn from (default: tiny-Shak
 add("--out", metavar="FOLDER", help="of the run (default: runs/SIZE, or a new runs/SIZE-2, ...)")
 add("--resume", nargs="?", const="", metavar="FOLDER",
     help="continue the run in FOLDER (default: --out, or the latest in runs/)")
-add("--sample", metavar="PROMPT", help="only write 400 characters more, by such a run's network")
+add("--sample", metavar="PROMPT", help="only write 400 characters, by the network of a run")
 args = parser.parse_args()
-for name, least in (("steps", 1), ("seed", 0), ("threads", 1)):
-    if getattr(args, name) is not None and getattr(args, name) < least:
-        stop(f"--{name} must be at least {least}, not {getattr(args, name)}")
+for name, least in dict(steps=1, seed=0, threads=1).items():
+    if (given := getattr(args, name)) is not None and given < least:
+        stop(f"--{name} must be at least {least}, not {given}")
 if args.sample is not None and (args.resume is not None or args.text or not args.sample):
     stop("--sample needs a character or more to go on from, and neither --resume nor --text")
 if args.resume and args.out:
@@ -74,10 +76,9 @@ signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 # OpenBLAS does not know AMD's newest processors, and leaves half of their vector unit idle unless
 # told which kernels to take (SkylakeX means AVX-512; float32 products took 0.55 times as long).
-if os.path.exists("/proc/cpuinfo"):
-    cpu = Path("/proc/cpuinfo").read_text()
-    if "AuthenticAMD" in cpu and "avx512_vnni" in cpu:
-        os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
+cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+if "AuthenticAMD" in cpu and "avx512_vnni" in cpu:
+    os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
 import numpy as np  # noqa: E402
 import nanoad  # noqa: E402
 
@@ -87,8 +88,8 @@ import nanoad  # noqa: E402
 named = args.resume or args.out
 if args.resume is None and args.sample is None:
     state, size = None, args.size or "small"
-    settings = dict(SIZES[size], size=size, seed=args.seed or 0, threads=args.threads or THREADS)
-    settings.update(steps=args.steps or settings["steps"], text=None)
+    settings = {**SIZES[size], "size": size, "seed": args.seed or 0, "text": None,
+                "threads": args.threads or THREADS, "steps": args.steps or SIZES[size]["steps"]}
     folder, number = Path(named or f"runs/{size}"), 1
     while folder.exists() and not named:
         number += 1
@@ -140,7 +141,7 @@ if args.sample is None:
 # ## The network
 #
 # No state of a random generator is ever saved: what step s draws comes from streams named by the
-# seed and s, which a resumed run opens just as well.
+# seed, a kind (1 for batches, 2 for dropout) and s, which a resumed run opens just as well.
 chars = state["chars"] if state else "".join(sorted(set(text)))
 tokenizer = nanoad.CharTokenizer(chars)
 nanoad.manual_seed(seed)
@@ -171,7 +172,7 @@ def evaluate(ids, pool):
     count = (len(ids) - 1) // T
     x, y = (ids[i:i + count * T].reshape(count, T) for i in (0, 1))
     total = nanoad.no_grad()(lambda rows: loss_of(x[rows], y[rows]).item() * len(rows))
-    batches, totals = np.array_split(np.arange(count), 1 + count * T // 4096), []
+    batches, totals = np.array_split(np.arange(count), 1 + count * T // 4096), []  # of 4096 each
     model.eval()
     for loss in pool.map(total, batches):
         totals.append(loss)
@@ -185,6 +186,7 @@ def save():
     if not all(np.isfinite(numbers).all() for numbers in (*weights.values(), *history[-1:])):
         stop(f"step {len(losses)} made numbers infinite; the last good ones are in {folder}", 1)
     try:
+        # Of a new run without a name the folder must be new: two may begin at once.
         folder.mkdir(parents=True, exist_ok=bool(named or state or losses))
         nanoad.save(folder / "checkpoint.npz", {
             "written_by": "train_gpt.py", "settings": settings, "chars": chars,

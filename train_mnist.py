@@ -1,7 +1,7 @@
 """Train a convolutional network to read handwritten digits, or to tell what a photograph shows.
 
     python train_mnist.py                     train; the network and its numbers go to runs/mnist
-    python train_mnist.py --epochs 1          the same in a few seconds, a little less exact
+    python train_mnist.py --epochs 1          the same in a few seconds, a little less accurate
     python train_mnist.py --dataset cifar10   photographs of ten kinds of things
     python train_mnist.py --resume            go on with the latest run, wherever it was stopped
 """
@@ -52,7 +52,7 @@ add("--dataset", choices=DATASETS, help="what to learn (default: mnist)")
 add("--epochs", type=int, metavar="N", help="passes over the images (default: by data set)")
 add("--batch-size", type=int, metavar="N", help="images per step (default: 128)")
 add("--lr", type=float, metavar="X", help="highest learning rate (default: by data set)")
-add("--seed", type=int, metavar="N", help="another one, another run (default: 0)")
+add("--seed", type=int, metavar="N", help="for another run (default: 0)")
 add("--width", type=int, metavar="N", help="channels of the first layer (default: by data set)")
 add("--threads", type=int, metavar="N", help=f"that share each batch (default here: {THREADS})")
 add("--out", metavar="FOLDER", help="of the run (default: runs/DATASET, or runs/DATASET-2, ...)")
@@ -73,10 +73,9 @@ signal.signal(signal.SIGINT, lambda *_: stop(interrupted, 130))
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 # OpenBLAS does not know AMD's newest processors, and leaves half of their vector unit idle unless
 # told which kernels to take (SkylakeX means AVX-512; float32 products took 0.55 times as long).
-if os.path.exists("/proc/cpuinfo"):
-    cpu = Path("/proc/cpuinfo").read_text()
-    if "AuthenticAMD" in cpu and "avx512_vnni" in cpu:
-        os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
+cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+if "AuthenticAMD" in cpu and "avx512_vnni" in cpu:
+    os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
 import numpy as np  # noqa: E402
 import nanoad  # noqa: E402
 
@@ -160,9 +159,10 @@ loader = nanoad.DataLoader(x, y, B, shuffle=True, drop_last=True, transform=augm
 optimizer, steps = nanoad.Adam(params, settings["lr"]), epochs * len(loader)
 schedule = nanoad.CosineWarmupLR(optimizer, min(50, steps // 10), steps)
 parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-for name, part in parts.items() if state else ():
-    part.load_state_dict(state[name])
 history = state["history"] if state else []  # (epoch, training loss, test loss, test accuracy)
+if state:
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
 
 # Each thread has a replica of the network. All share the parameters, but batch norm writes its
 # running statistics in every step, so each has its own. Those of the first are kept.
@@ -181,13 +181,13 @@ np.seterr("ignore")  # we look for inf and nan ourselves
 scores = nanoad.no_grad()(lambda x: model(x).numpy())  # (N, C, H, W) -> (N, 10)
 losses, seconds, first = [], 0.0, schedule.steps
 with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as pool:
-    while True:
+    while True:  # each turn tests and saves what there is, and then trains for an epoch more
         model.eval()
         logits = np.concatenate([*pool.map(scores, np.array_split(x_test, len(x_test) // 250 + 1))])
         model.train()
         test_loss = nanoad.cross_entropy(logits, y_test).item()
         if not math.isfinite(sum(losses) + test_loss):
-            stop(f"epoch {len(history) + 1}: the loss is {losses[-1]}, that of the test images "
+            stop(f"epoch {len(history) + 1}: the loss is {losses[-1:]}, that of the test images "
                  f"{test_loss}; the last good checkpoint is in {folder}", 1)
         if losses:
             accuracy = np.mean(logits.argmax(1) == y_test).item()
@@ -228,7 +228,7 @@ with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as
                 show(f"epoch {epoch}/{epochs}  step {len(losses)}/{len(loader)}  "
                      f"loss {np.mean(losses):.4f}  {left // 60}:{left % 60:02} left", live=True)
 
-# ## What it takes for what
+# ## What it mistakes
 names, guess, sure = kind["names"], logits.argmax(1), nanoad.softmax(logits).numpy().max(1)
 show("\nWhat the test images are (rows), and what they are taken for (columns):")
 show(" ".join([" " * 10, *(f"{name[:5]:>5}" for name in names)]))
@@ -237,12 +237,12 @@ for k, name in enumerate(names):
     show(" ".join([f"{name:>10}", *(f"{count or '.':>5}" for count in counts)]))
 wrong = np.flatnonzero(guess != y_test)
 show(f"\n{len(wrong)} of {len(y_test)} are mistaken. The network was surest of these:")
-pictures = []
+pictures, across = [], 81 // (W - 1)
 for i in wrong[np.argsort(-sure[wrong], kind="stable")][:6]:
     gray = x_test[i].mean(0)[1:-1, 1:-1]  # without the edge, three digits fit into 80 columns
     gray = gray.reshape(-1, 2, W - 2).mean(1)  # a character is twice as high as wide
     shades = np.rint(9 * (gray - gray.min()) / np.ptp(gray)).astype(int)
     caption = f"{names[y_test[i]]}, guess {names[guess[i]]} {sure[i]:.0%}".ljust(W - 2)
     pictures.append([caption, *("".join(" .:-=+*#%@"[shade] for shade in row) for row in shades)])
-for k in range(0, len(pictures), across := 81 // (W - 1)):
+for k in range(0, len(pictures), across):
     show("\n".join(" ".join(row).rstrip() for row in zip(*pictures[k:k + across])))
