@@ -22,7 +22,7 @@ calculus, and no other file.
 from __future__ import annotations
 
 import builtins, contextlib, functools, heapq, inspect, itertools, math
-import os, string, sys, threading, types, zlib  # and builtins.sum, for abs, max, min, sum are ours
+import os, string, sys, threading, types, zlib  # builtins: the abs, max, min, sum below are ours
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +52,7 @@ class Tensor:
     """
     __slots__ = ("_data", "requires_grad", "grad", "label",  # what the user meets
                  "_seq", "_guard", "__weakref__",  # when it was made; when it was written to
-                 # The operation, its operands, their bare arrays, its settings; a fused one's rule.
+                 # The operation, its operands, their arrays, its settings (pullback: see `fused`).
                  "_op", "_args", "_values", "_params", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
         made = as_tensor(data)
@@ -97,7 +97,8 @@ class Tensor:
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
         """Add the derivative of this tensor to `.grad` of every tracked leaf it was made from.
-        `grad` is the cotangent, of this tensor's shape; a scalar needs none, it is seeded with 1.
+        `grad`, of this tensor's shape, says how much each element counts (it is the cotangent, see
+        "The tape"); a scalar needs none, it counts as 1.
         `create_graph` makes the gradients differentiable in turn. The tape is let go as it is
         walked, unless `retain_graph` or `create_graph`. `retain_grads` keeps it too, and leaves
         `.grad` on every tensor, for `draw` to show. Raises ValueError for a non-scalar without
@@ -311,7 +312,7 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
             _check_unwritten(a, t._seq, op)
         wanted.append(due and (needed is None or a._seq in needed))
     if t._pullback is not None:
-        if create_graph and op.definition is not None:  # of a fused operation
+        if create_graph and op.definition is not None:  # a fused operation: see there
             return _pull_by_definition(t, g, wanted)
         return [part if due else None for part, due in zip(t._pullback(g, wanted), wanted)]
     # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
@@ -413,7 +414,9 @@ def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[T
     arrived = {t._seq: np.zeros(t.shape, t.dtype) for t in inputs}
     with _recording(create_graph):
         walk = _walk(seeds, needed, create_graph, retain_graph)
-        arrived.update((t._seq, g) for t, g in walk if t._seq in arrived)
+        # A leaf's cotangent is its own already (see `_walk`); another's may be shared.
+        arrived.update((t._seq, g if create_graph or t._op is None else g.copy())
+                       for t, g in walk if t._seq in arrived)
     return [as_tensor(arrived[t._seq]) for t in inputs]
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
@@ -643,7 +646,8 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
 def checkpoint(f: Callable, *args: Any) -> Tensor:
     """f(*args), whose intermediate results are not kept but recomputed in the backward pass.
     Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it closes over (a
-    module's parameters) gets gradients too, and random numbers are drawn again alike.
+    module's parameters) gets gradients too. Random numbers are drawn again alike, but what else f
+    does besides, such as batch norm's running statistics, is done twice.
     """
     if not _mode.recording:
         return f(*args)
@@ -763,11 +767,11 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
             elif a.__class__ is list and a:
                 return operation(*(_from_list(b) if b is a else b for b in args), **params)
             values.append(a)
-        # A Tensor passed by name is an operand, and rules belong to positions.
+        # A Tensor given by name is an operand, too, and rules belong to positions.
         if params and any(isinstance(p, Tensor) for p in params.values()):
             bound = inspect.signature(forward).bind(*args, **params)
             bound.apply_defaults()
-            return operation(*bound.args)
+            return operation(*bound.args, **_map_tree(_value, bound.kwargs))
         # Beside arrays, Python's numbers stay as they are, for they take the arrays' dtype.
         if constant and not any(isinstance(v, np.ndarray) for v in values):
             values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
@@ -792,7 +796,8 @@ def _at_the_call(op: Callable, values: list, error: Exception) -> Exception:
     """The same error, saying which operation failed and on what shapes."""
     shapes = [str(v.shape) for v in values if isinstance(v, (np.ndarray, np.generic))]
     kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
-    return kind(f"{op.__name__} of shape{'s' * (len(shapes) > 1)} {', '.join(shapes)}: {error}")
+    of = f" of shape{'s' * (len(shapes) > 1)} {', '.join(shapes)}" if shapes else ""
+    return kind(f"{op.__name__}{of}: {error}")
 
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
@@ -940,8 +945,8 @@ def relu(x: Any) -> Tensor:
         np.maximum(x_, zeros[:x_.size], out=y_)
     return y
 
-# gelu is `x` times the probability `p` that a normal number is smaller. Its definition here is the
-# approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and PyTorch calls
+# gelu is `x` times the probability `p` that a standard normal number is below x. Its definition
+# here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and PyTorch calls
 # `approximate="tanh"`: `p = (1 + tanh(u)) / 2` with a cubic `u` (the exact one needs erf, which
 # NumPy lacks). The derivative of p is `2 p (1 - p) du/dx`, so that of x p is
 # `p (1 + (1 - p) x 2 du/dx)`. The kernel keeps p, and works in place, since new arrays on the way
@@ -951,7 +956,7 @@ _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.04
 @fused(lambda x: 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))))
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
-    x = _dense(x, x)
+    x = _dense(_real_array(x), x)
     y, p = np.empty_like(x), np.empty_like(x)
     for x_, y_, p_ in _blocks(x, y, p):
         np.multiply(x_, x_, out=p_)
@@ -965,7 +970,7 @@ def gelu(x: Any) -> Tensor:
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dx = _dense(g, x), np.empty_like(x)
         for g_, x_, p_, dx_ in _blocks(g, x, p, dx):
-            np.multiply(x_, x_, out=dx_)
+            np.multiply(x_, x_, out=dx_)  # the next two make it 2 (scale + 3 cubic x^2), 2 du/dx
             dx_ *= 6 * _GELU_CUBIC
             dx_ += 2 * _GELU_SCALE
             dx_ *= x_
@@ -1059,10 +1064,10 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
 #
 # What does a sum do backwards? Take x of shape (4, 3) and `y = sum(x, axis=0)`, of shape (3,). Move
 # one element `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by `g[j] * dx`. So `x[i, j]`
-# receives `g[j]`, whatever i is: a sum hands its cotangent, as it is, to everything it added up.
-# In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is `_restore`, and
-# is stretched along it, (4, 3). A stretching's rule is a sum, and a sum's a stretching, as with
-# indexing. A mean is a sum over n, and hands everybody an n-th of g.
+# receives `g[j]`, whatever i is: a sum hands its cotangent, as it is, to everything it added up. In
+# arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is `_restore`, and is
+# stretched along it, (4, 3). Stretching and sum are each other's rule, as with indexing. A mean is
+# a sum over n, and hands everybody an n-th of g.
 
 def _axes(x: Any, axis: Any) -> list[int]:
     """The axes that `axis` names, as numbers from 0."""
@@ -1098,7 +1103,7 @@ def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tens
     """The sum over all elements, or over the axes given."""
     axes, first = sorted(_axes(x, axis)), x.ndim - len(_axes(x, axis))
     kept, n = x.shape[:first], math.prod(x.shape[first:])
-    # Long rows are left to NumPy, which adds in pairs and so loses less to rounding.
+    # Over 4096 terms a product in float32 would lose 4 digits to rounding; NumPy adds in pairs.
     if axes != list(range(first, x.ndim)) or not kept or n > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
     rows = x.reshape(math.prod(kept), n)
@@ -1164,8 +1169,8 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 # ### Linear algebra
 #
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it
-# receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. The shapes alone would
-# have allowed nothing else.
+# receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless they are square,
+# the shapes alone allow nothing else.
 
 # x with all axes but the last made one:
 _rows = lambda x: x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -1210,7 +1215,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
 # An einsum is a sum of products over indices, so by an operand it differentiates into an einsum of
 # the cotangent with the other operands. Two cases need one more factor: an index that only this
 # operand has was summed away, and comes back by a row of ones; an index it has twice picked a
-# diagonal, and comes back by an identity matrix. What `...` stands for, NumPy knows both ways.
+# diagonal, and comes back by an identity matrix. `...` is passed on; NumPy finds its axes.
 
 def _einsum_rule(i: int, g: Any, y: Any, *xs: Any, spec: str) -> Any:
     inputs, output = spec.split("->")
@@ -1274,9 +1279,9 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any, stride: Any
     return dx
 
 # The kernels keep images with the batch last, (C, H, W, N) in memory, and show them as (N, C, H, W)
-# through a transposed view. A line of an image is 14 numbers, and NumPy pays for every loop it
-# begins; with the batch last, W * N numbers lie side by side. Elementwise operations keep the order
-# in memory, so from one layer to the next nothing is moved.
+# through a transposed view. A line of a small image is, say, 14 numbers, and NumPy pays for every
+# loop it begins; with the batch last, W * N numbers lie side by side. Elementwise operations keep
+# the order in memory, so from one layer to the next nothing is moved.
 
 _batch_last = lambda x: x.transpose(*range(1, x.ndim), 0)
 _batch_first = lambda x: x.transpose(-1, *range(x.ndim - 1))
@@ -1362,7 +1367,7 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 #     dx = (h - mean(h) - xhat * mean(h * xhat)) / s
 #
-# Layer norm normalizes each position, batch norm each channel. The kernels call either a row, and
+# Layer norm normalizes each position, batch norm each channel. The kernels call these rows, and
 # see all as (a, rows, b): a is 1, unless the images of a batch lie one after the other in memory,
 # and then counts them. Layer norm's weights scale columns; batch norm's scale rows, and so may be
 # applied last, together with 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
@@ -1407,7 +1412,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     """Normalize x over its last axis, scale by `weight` and shift by `bias`, both of that size."""
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ValueError("the weight must be as long as the last axis of the input")
-    xhat, _, _, inverse = _normalize(_rows(x)[None], eps)  # (1, rows, columns)
+    xhat, _, _, inverse = _normalize(_rows(_real_array(x))[None], eps)  # (1, rows, columns)
     xhat *= inverse
     y = xhat * weight
     if bias is not None:
@@ -1523,12 +1528,13 @@ def _merge(y: Any) -> Any:
     b, h, t, d = y.shape
     return y.transpose(0, 2, 1, 3).reshape(b, t, h * d)
 
-# The kernel takes a few sequences at a time, so that their E (two blocks) stays in the cache.
+# The kernel takes a few sequences at a time, so that their E, of two `_BLOCK`s, stays in the cache.
 @fused(lambda qkv, num_heads: _merge(_attention_definition(*_heads(qkv, num_heads), True)))
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C); qkv is q, k, v in one."""
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"needs (B, T, 3 * C) with C divisible by {num_heads} heads")
+    qkv = _real_array(qkv)
     q, k, v = _heads(qkv, num_heads)
     b, h, t, d = q.shape
     merged = np.empty((b, t, h, d), qkv.dtype)
@@ -1596,7 +1602,7 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
         raise ValueError("logits must be (N, C) and targets (N,), and the mean of no rows is "
                          "undefined; of a sequence, reshape logits (B, T, C) to (B * T, C)")
     targets, rows = _whole_numbers("targets", targets, logits.shape[1]), np.arange(len(logits))
-    p = logits - _row_max(logits)
+    p = _real_array(logits) - _row_max(logits)
     picked = p[rows, targets]
     np.exp(p, out=p)
     total = _row_sum(p)  # the softmax is p / total
@@ -2186,7 +2192,7 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
 class CosineWarmupLR:
-    """Sets an optimizer's lr: a straight line up to its first lr, then half a cosine to min_lr.
+    """Sets an optimizer's lr: a line up to the lr it came with, then half a cosine to min_lr.
     Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017, without restarts.)
     """
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
@@ -2530,7 +2536,7 @@ def load(path: str | os.PathLike) -> Any:
             # We store, and never compress: so no member can unpack to more than the file's size.
             if {member.compress_type for member in members.zip.infolist()} != {0}:
                 raise ValueError("a member is compressed")
-            return _rebuild(json.loads(members["nanoad.npy"].tobytes()), members)  # .npy: in full
+            return _rebuild(json.loads(members["nanoad.npy"].tobytes()), members)
     except Exception as error:  # the digest is right and the content wrong: somebody's handiwork
         raise ValueError(f"{path} is not a checkpoint written by nanoad.save: {error}") from error
 
@@ -2559,7 +2565,7 @@ def _tape_rows(output: Tensor) -> list[tuple[Any, Any, str, bool]]:
         if not isinstance(node, Tensor) or id(node) in seen:
             continue
         seen.add(id(node))
-        rules = getattr(node._op, "rules", ())  # a primitive's further arguments are settings
+        rules = getattr(node._op, "rules", ())  # what has none, further arguments, are settings
         operands = [a for a in (node._args or ())[:len(rules) or None]
                     if isinstance(a, (Tensor, np.ndarray, np.generic, int, float))]
         for i, operand in enumerate(reversed(operands)):
@@ -2630,7 +2636,7 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
         1 ┤      ╰─────╯
     """
     values = np.asarray(values, np.float64).ravel()
-    columns = builtins.max(width - 11, 1)  # beside the ticks
+    columns = builtins.max(width - 11, 1)  # beside ticks of up to 9 characters
     edges = np.arange(columns + 1) * len(values) // columns
     shares = [values[a:builtins.max(b, a + 1)] for a, b in itertools.pairwise(edges)]
     shares = [share[np.isfinite(share)] for share in shares]
@@ -2653,10 +2659,10 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
 
 # ## Public names
 #
-# How can one file please who likes flat names and who likes them sorted? All names are flat. For
-# those who like their names sorted there are modules too, `nanoad.nn` and its like, made here and
-# entered where `import` looks first. They are named after the module this file was imported as, so
-# it may be renamed or vendored.
+# How can one file please those who like flat names and those who like them sorted? All names are
+# flat, and there are modules too, `nanoad.nn` and its like, made here and entered where `import`
+# looks first. They are named after the module this file was imported as, so it may be renamed or
+# vendored.
 _NAMESPACES = {
     "nn": "Module Parameter Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding"
           " Flatten Dropout ReLU GELU Tanh Sigmoid CrossEntropy MSE Sequential MLP"

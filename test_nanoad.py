@@ -1156,6 +1156,32 @@ def test_a_tensor_given_by_name_loses_no_other_argument():
                       A(2, 1, 3, 3)) < 1e-5
 
 
+def test_settings_by_keyword_only_reach_an_operation_of_ones_own():
+    @nanoad.primitive(lambda g, y, x, *, n=1: g * n)
+    def times(x, *, n=1):
+        return x * n
+
+    x = Tensor(2.0)
+    for y in (times(x, n=3), times(x=x, n=3), times(x=x, n=Tensor(3.0))):
+        close(y, 6.0)
+        close(gradients(y, [x])[0], 3.0)
+
+
+def test_integers_count_as_floats_in_fused_operations():
+    ints = np.arange(6).reshape(2, 3)
+    for f in (F.gelu, lambda x: F.layer_norm(x, np.ones(3)), lambda x: F.cross_entropy(x, [0, 2]),
+              lambda x: F.causal_self_attention(x[None], 1), F.softmax, F.relu):
+        close(f(ints), f(ints.astype(float)))
+
+
+def test_gradients_by_results_do_not_share_memory():
+    x = Tensor(np.ones(3))
+    a, b = x * 1, x * 2
+    of_a, of_b = gradients((a + b).sum(), [a, b])
+    of_a.data[0] = 5
+    close(of_b, np.ones(3))
+
+
 def test_a_result_is_not_written_into_a_tensor():
     for call in (lambda t: np.add(1.0, 2.0, out=t), lambda t: np.add(t, 2.0, out=t),
                  lambda t: np.sign(2.0, out=t)):
