@@ -50,9 +50,9 @@ class Tensor:
     With `requires_grad` a Tensor is *tracked*: results made of it remember how, and receive
     gradients. Without, it is a *constant*. One that no operation made is a *leaf*.
     """
-    __slots__ = ("_data", "requires_grad", "grad", "label",  # what the user meets
-                 "_seq", "_guard", "__weakref__",  # when it was made; when it was written to
-                 # The operation, its operands, their arrays, its settings (pullback: see `fused`).
+    # After what the user meets: when it was made, when written to; and the operation, its operands,
+    # their arrays, the settings (and a pullback: see `fused`).
+    __slots__ = ("_data", "requires_grad", "grad", "label", "_seq", "_guard", "__weakref__",
                  "_op", "_args", "_values", "_params", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
         made = as_tensor(data)
@@ -237,7 +237,7 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 # inputs there are, and that one fact is why neural networks can be trained.
 #
 #     >>> a, b = Tensor(2.0), Tensor(3.0)
-#     >>> (a * b + a).backward()  # a receives b by way of the product, and 1 by way of the sum
+#     >>> (a * b + a).backward()  # a receives b, and then 1
 #     >>> print(a.grad, b.grad)
 #     4.0 2.0
 #
@@ -911,7 +911,7 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #     ...
 #     >>> check_grad(arctan, np.array([-1.0, 0.5, 2.0]), order=3) < 1e-6
 #     True
-#     >>> print(grad(grad(arctan))(1.0))  # -2x / (1 + x*x)**2, of which no rule says a word
+#     >>> print(grad(grad(arctan))(1.0))  # -2x / (1 + x*x)**2
 #     -0.5
 #
 # If that is too slow, write a kernel, and let what you had be its definition. Here is how.
@@ -1478,7 +1478,8 @@ def _attention_definition(q, k, v, is_causal=False):
 # With E the exponentials of the scores and r one over their row sums, `Y = r (E V)`: the small
 # result is normalized, not the large matrix. Backward, with `h = r g`, `dV = E^T h`, and what
 # reaches the scores is `E * (h V^T - rowsum(h * Y))`: the row sum of the softmax's rule has T
-# terms, but as `sum_j P_ij (V_j . h_i) = Y_i . h_i`, D products do (Dao and others, 2022).
+# terms, but as `sum_j P_ij (V_j . h_i) = Y_i . h_i` with P = r E, D products do (Dao and others,
+# 2022).
 
 @functools.lru_cache(8)
 def _nothing_ahead(shape, dtype):
