@@ -405,19 +405,19 @@ def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
                          f" {np.shape(given) or given}; only a scalar, as by .sum(), needs none")
     if create_graph:
         return astype(as_tensor(given), output.dtype)
-    copy = True if output._op is None else None  # None: if another dtype makes it necessary
-    return np.array(_value(given), output.dtype, copy=copy)
+    return (np.array if output._op is None else np.asarray)(_value(given), output.dtype)
 
 def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
     """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
     needed = _paths([t for t, _ in seeds], inputs)[0] if needed is None else needed
-    arrived = {t._seq: np.zeros(t.shape, t.dtype) for t in inputs}
+    arrived = dict.fromkeys(t._seq for t in inputs)
     with _recording(create_graph):
         walk = _walk(seeds, needed, create_graph, retain_graph)
         # A leaf's cotangent is its own already (see `_walk`); another's may be shared.
         arrived.update((t._seq, g if create_graph or t._op is None else g.copy())
                        for t, g in walk if t._seq in arrived)
-    return [as_tensor(arrived[t._seq]) for t in inputs]
+    return [as_tensor(np.zeros(t.shape, t.dtype) if arrived[t._seq] is None else arrived[t._seq])
+            for t in inputs]
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
@@ -1085,11 +1085,13 @@ _stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
 # NumPy's own reductions start anew for every row, which for short rows is most of their time. A
 # sum over the last axes is faster as a product with ones, a row's maximum by reduceat.
+_ones = functools.lru_cache(lambda n, dtype: np.ones(n, dtype))
+
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     if axis not in (-1, x.ndim - 1):
         return np.sum(x, axis=axis, keepdims=True)
-    return (x @ np.ones(x.shape[-1], x.dtype))[..., None]
+    return (x @ _ones(x.shape[-1], x.dtype))[..., None]
 
 def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
@@ -1386,8 +1388,10 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # In float32 the mean of large numbers is off by a rounding error, which would pass for a signal
 # where all numbers are equal. So the first of a row is subtracted before the mean is taken.
 
-_total = lambda x: np.sum(_row_sum(x), axis=0, keepdims=True)  # of each row: (1, rows, 1)
 _inner = lambda x, y: np.einsum("aib,aib->i", x, y)[:, None]  # of a row of x with y's: (rows, 1)
+
+def _total(x):  # of each row: (1, rows, 1)
+    return _row_sum(x) if len(x) == 1 else np.sum(_row_sum(x), axis=0, keepdims=True)
 
 def _normalize(x, eps):
     """x - mean, still to be multiplied by 1 / s; and mean, variance and 1 / s of each row."""
@@ -1396,7 +1400,7 @@ def _normalize(x, eps):
     rest = _total(centred) / n
     centred -= rest
     variance = _inner(centred, centred) / n
-    return centred, first + rest, variance, 1 / np.sqrt(variance + np.asarray(eps, x.dtype))
+    return centred, first + rest, variance, 1 / np.sqrt(variance + eps)
 
 def _normalize_back(h, centred, unit, scale):
     """dx as above, with `scale` for 1 / s and xhat = centred * unit; sums of h * xhat, and of h."""
@@ -1790,19 +1794,20 @@ class Module:
         return {name: np.array(_value(item)) for name, item in self._state()}
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Copy arrays into this module.
-        Raises KeyError for missing or, if strict, unknown names, and ValueError for shapes that
+        Raises KeyError, if strict, for missing or unknown names, and ValueError for shapes that
         differ; then nothing has been changed.
         """
         own = dict(self._state())
-        missing, unknown = own.keys() - set(state), set(state) - own.keys()
-        if missing or unknown and strict:
-            raise KeyError(f"load_state_dict: missing {sorted(missing)}, unknown {sorted(unknown)}")
-        arrays = {name: np.asarray(_value(state[name]), item.dtype) for name, item in own.items()}
-        for name, array in arrays.items():
-            if array.shape != own[name].shape:
-                raise ValueError(f"load_state_dict: {name} is {array.shape}, not {own[name].shape}")
-        for name, item in own.items():
-            _value(item)[...] = arrays[name]
+        missing, unknown = sorted(own.keys() - set(state)), sorted(set(state) - own.keys())
+        if strict and (missing or unknown):
+            raise KeyError(f"load_state_dict: missing {missing}, unknown {unknown}")
+        new = [(name, item, np.asarray(_value(state[name]), item.dtype))
+               for name, item in own.items() if name in state]
+        for name, item, array in new:
+            if array.shape != item.shape:
+                raise ValueError(f"load_state_dict: {name} is {array.shape}, not {item.shape}")
+        for name, item, array in new:
+            _value(item)[...] = array
             if isinstance(item, Parameter):
                 _note_write(item)
     def astype(self, dtype: Any) -> Module:
