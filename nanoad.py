@@ -956,7 +956,8 @@ _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.04
 @fused(lambda x: 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))))
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
-    x = _dense(_real_array(x), x)
+    x = _real_array(x)
+    x = _dense(x, x)
     y, p = np.empty_like(x), np.empty_like(x)
     for x_, y_, p_ in _blocks(x, y, p):
         np.multiply(x_, x_, out=p_)
@@ -1487,6 +1488,7 @@ def _attention_definition(q, k, v, is_causal=False):
 
 @functools.lru_cache(8)
 def _nothing_ahead(shape, dtype):
+    """What to add to scores, so that a position gives no weight to those after it."""
     return np.triu(np.full(shape, -np.inf, dtype), 1)
 
 def _attend(q, k, v, is_causal, out=None):

@@ -1168,7 +1168,7 @@ def test_settings_by_keyword_only_reach_an_operation_of_ones_own():
 
 
 def test_integers_count_as_floats_in_fused_operations():
-    ints = np.arange(6).reshape(2, 3)
+    ints = np.arange(6, dtype=np.int32).reshape(2, 3)
     for f in (F.gelu, lambda x: F.layer_norm(x, np.ones(3)), lambda x: F.cross_entropy(x, [0, 2]),
               lambda x: F.causal_self_attention(x[None], 1), F.softmax, F.relu):
         close(f(ints), f(ints.astype(float)))
