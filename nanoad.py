@@ -2143,9 +2143,15 @@ def _calm_the_allocator() -> None:
     """Make glibc keep freed memory: once, when training begins.
     A step makes and drops the same arrays of a few megabytes each time. By default glibc gives such
     memory back to the kernel and faults it in again page by page: half of the time of a CNN's step.
-    Freeing one block of just under 32 MiB raises its thresholds (mallopt(3)) for good.
+    So (mallopt(3)) let it keep what was freed, in blocks of up to 32 MiB, the most it takes; and in
+    one heap for all threads, since it would give back those of the others all the same.
     """
-    np.empty((32 << 20) - (1 << 16), np.uint8)
+    import ctypes
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX
 
 class SGD(Optimizer):
     """Gradient descent with momentum, Nesterov's if asked (Sutskever and others, 2013)."""
