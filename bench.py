@@ -214,12 +214,12 @@ if options.part in "01":  # the memory of a process that takes two steps with on
     before, job = resident("VmRSS"), step_job(LIBRARIES[int(options.part)], "width 256", 32)
     sys.exit(print(job() and job() and resident("VmHWM") - before))
 rows = [(f"{kind} step, {size}", partial(step_job, size=size, count=count)) for kind, size, count
-        in (("GPT", "width 64", 32), ("GPT", "width 256", 32), ("CNN", "8-16 channels", 128))]
+        in (("GPT", "width 64", 32), ("CNN", "8-16 channels", 128), ("GPT", "width 256", 32))]
 rows = [(f"{name}, {SHARDS} Python thread" + "s" * (SHARDS > 1), make)
-        for name, make in [*rows, ("generate 400 tokens", writing_job)]]
+        for name, make in [("generate 400 tokens", writing_job), *rows]]
 ops = [*((f"{name} {i[0]}", partial(op_job, f=f, shapes=i)) for name, i, f in OPS),
        ("GPT step, width 32, 1 Python thread", partial(step_job, size="width 32", count=8))]
-rows = ops + rows if options.part == "all" else rows
+rows = ops + rows if options.part == "all" else rows  # the largest last: it scatters memory
 table = [measure(name, make) for name, make in rows if re.search(options.filter, name)]
 if options.part == "shards":
     sys.exit(print(json.dumps(table)))
