@@ -528,8 +528,8 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     """The function that returns (f(...), gradient of f) where f returns a scalar.
     The gradient has the structure of the argument at `argnums`, or is a tuple if that is one. With
     `has_aux`, f returns (scalar, anything), and the value is that pair. `argnum` is HIPS autograd's
-    name for `argnums`. Raises ValueError if f is not
-    scalar, TypeError for integer arguments or if f returns no Tensor.
+    name for `argnums`. Raises ValueError if f is not scalar, TypeError for integer arguments or if
+    f returns no Tensor.
 
         >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
         10.0 [2. 6.]
@@ -1086,7 +1086,7 @@ _stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
 # NumPy's own reductions start anew for every row, which for short rows is most of their time. A
 # sum over the last axes is faster as a product with ones, a row's maximum by reduceat.
-_ones = functools.lru_cache(lambda n, dtype: np.ones(n, dtype))
+_ones = functools.lru_cache(16)(lambda n, dtype: np.ones(n, dtype))
 
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
@@ -1104,9 +1104,10 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
 def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
-    axes, first = sorted(_axes(x, axis)), x.ndim - len(_axes(x, axis))
+    axes = sorted(_axes(x, axis))
+    first = x.ndim - len(axes)
     kept, n = x.shape[:first], math.prod(x.shape[first:])
-    # Over 4096 terms a product in float32 would lose 4 digits to rounding; NumPy adds in pairs.
+    # Rounding takes at worst a digit for each factor of 10 in n; NumPy adds in pairs, losing less.
     if axes != list(range(first, x.ndim)) or not kept or n > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
     rows = x.reshape(math.prod(kept), n)
@@ -1429,7 +1430,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     return y.reshape(x.shape), pullback
 
 def _by_channel(x):
-    """Functions from the shape of x, (N, C, ...), to (a, C, b) and back, which move no element."""
+    """Functions from the shape of x, (N, C, ...), to (a, C, b) as it lies in memory, and back."""
     first = x.ndim > 2 and x.flags.c_contiguous  # else the batch is last, as image kernels leave it
     a, last = len(x) if first else 1, _batch_last(x).shape
     return (lambda v: (v if first else _batch_last(v)).reshape(a, x.shape[1], -1),
@@ -2579,7 +2580,8 @@ def _tape_rows(output: Tensor) -> list[tuple[Any, Any, str, bool]]:
         if not isinstance(node, Tensor) or id(node) in seen:
             continue
         seen.add(id(node))
-        rules = getattr(node._op, "rules", ())  # what has none, further arguments, are settings
+        # Arguments beyond the rules are settings. A fused operation has no rules, and shows all.
+        rules = getattr(node._op, "rules", ())
         operands = [a for a in (node._args or ())[:len(rules) or None]
                     if isinstance(a, (Tensor, np.ndarray, np.generic, int, float))]
         for i, operand in enumerate(reversed(operands)):
@@ -2755,9 +2757,8 @@ def _tour() -> None:
     """
     scope = dict(globals())
     for step in inspect.cleandoc(_tour.__doc__).split("\n\n")[1:]:
-        print(step, end="\n\n")
+        print(f"\n{step}\n")
         exec(step, scope)
-        print()
 
 if __name__ == "__main__":
     _tour()

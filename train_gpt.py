@@ -172,7 +172,7 @@ def evaluate(ids, pool):
     count = (len(ids) - 1) // T
     x, y = (ids[i:i + count * T].reshape(count, T) for i in (0, 1))
     total = nanoad.no_grad()(lambda rows: loss_of(x[rows], y[rows]).item() * len(rows))
-    batches, totals = np.array_split(np.arange(count), 1 + count * T // 4096), []  # of 4096 each
+    batches, totals = np.array_split(np.arange(count), 1 + count * T // 4096), []  # ~4096 each
     model.eval()
     for loss in pool.map(total, batches):
         totals.append(loss)

@@ -187,8 +187,8 @@ with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as
         model.train()
         test_loss = nanoad.cross_entropy(logits, y_test).item()
         if not math.isfinite(sum(losses) + test_loss):
-            stop(f"epoch {len(history) + 1}: the loss is {losses[-1:]}, that of the test images "
-                 f"{test_loss}; the last good checkpoint is in {folder}", 1)
+            stop(f"epoch {len(history) + 1}: the loss is {[test_loss, *losses][-1]}, of the "
+                 f"test images {test_loss}; the last good checkpoint is in {folder}", 1)
         if losses:
             accuracy = np.mean(logits.argmax(1) == y_test).item()
             history.append((len(history) + 1, np.mean(losses).item(), test_loss, accuracy))
