@@ -939,11 +939,7 @@ def _dense(x: np.ndarray, like: np.ndarray) -> np.ndarray:
 @primitive(lambda g, y, x: g * (x > 0))
 def relu(x: Any) -> Tensor:
     """max(x, 0), element by element."""
-    x = _dense(x, x)
-    y, zeros = np.empty_like(x), np.zeros(builtins.min(x.size, _BLOCK), x.dtype)
-    for x_, y_ in _blocks(x, y):  # two arrays compare several times faster than array and number
-        np.maximum(x_, zeros[:x_.size], out=y_)
-    return y
+    return np.clip(x, 0, np.inf)  # NumPy is several times faster with two bounds than with one
 
 # gelu is `x` times the probability `p` that a standard normal number is below x. Its definition
 # here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and PyTorch calls
@@ -1085,14 +1081,15 @@ def _restore(y: Any, x: Any, axis: Any) -> Any:
 _stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
 # NumPy's own reductions start anew for every row, which for short rows is most of their time. A
-# sum over the last axes is faster as a product with ones, a row's maximum by reduceat.
+# sum over the last axes is faster as a product with ones, a row's maximum by reduceat. (By np.dot:
+# `@` would let no other thread compute meanwhile, since it judges the work by the result's size.)
 _ones = functools.lru_cache(16)(lambda n, dtype: np.ones(n, dtype))
 
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     if axis not in (-1, x.ndim - 1):
         return np.sum(x, axis=axis, keepdims=True)
-    return (x @ _ones(x.shape[-1], x.dtype))[..., None]
+    return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
 
 def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
@@ -1314,11 +1311,11 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
     padded = _batch_first(np.zeros((c, h + 2 * top, w + 2 * left, n), x.dtype))
     inside = np.s_[:, :, top:top + h, left:left + w]
     padded[inside] = x
-    columns = np.stack([_batch_last(part) for part in _gather(padded, kernel, stride)], axis=1)
-    shape = columns.shape  # (C, kh kw, oh, ow, N)
-    columns = columns.reshape(math.prod(shape[:2]), math.prod(shape[2:]))
-    matrix = weight.reshape(o, len(columns))
-    y = matrix @ columns  # (O, C kh kw) @ (C kh kw, oh ow N)
+    parts = [_batch_last(part) for part in _gather(padded, kernel, stride)]
+    shape, k = (c, len(parts), *parts[0].shape[1:]), c * len(parts)  # (C, kh kw, oh, ow, N)
+    columns = lambda: np.stack(parts, axis=1).reshape(k, math.prod(shape[2:]))
+    matrix = weight.reshape(o, k)
+    y = matrix @ columns()  # (O, C kh kw) @ (C kh kw, oh ow N)
     if bias is not None:
         y += bias[:, None]
     def pullback(g: np.ndarray, wanted: list) -> tuple:
@@ -1326,8 +1323,9 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
         if wanted[0]:
             shares = (matrix.T @ g).reshape(shape).transpose(1, 4, 0, 2, 3)  # as `windows` above
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
-        # dw is g @ columns.T, written so that OpenBLAS is twice as fast.
-        dw = (columns @ g.T).T.reshape(weight.shape) if wanted[1] else None
+        # dw is g @ columns.T, written so that OpenBLAS is twice as fast, by np.dot as in `_row_sum`.
+        # To make columns, nine times as large as x, again costs less than to keep them.
+        dw = np.dot(columns(), g.T).T.reshape(weight.shape) if wanted[1] else None
         return dx, dw, _row_sum(g)[:, 0]
     return _batch_first(y.reshape(o, *shape[2:])), pullback
 
