@@ -44,19 +44,19 @@ class Tensor:
     `data` is anything NumPy makes an array of, and is copied. float32 and float64 stay what they
     are; integers and bools become float64, since an integer cannot carry a gradient. A list that
     holds Tensors is stacked. A Tensor has ndarray's operators and methods, and NumPy's functions
-    (`np.exp(t)`) work on it; both differentiate, and take what is no Tensor for a constant.
+    (`np.exp(t)`) work on it; both differentiate, and treat all that is no Tensor as constant.
     Comparisons give plain bool arrays. Raises TypeError for data that is not real numbers.
 
     With `requires_grad` a Tensor is *tracked*: results made of it remember how, and receive
-    gradients. Without, it is a *constant*. One that no operation made is a *leaf*.
+    gradients. Without, it is a *constant*. A Tensor that no operation made is a *leaf*.
     """
-    # After what the user meets: when it was made, when written to; and the operation, its operands,
-    # their arrays, the settings (and a pullback: see `fused`).
+    # After the four that are the user's: when it was made and when written to; then its operation,
+    # operands, their arrays, settings, and the pullback if the operation is a `fused` one.
     __slots__ = ("_data", "requires_grad", "grad", "label", "_seq", "_guard", "__weakref__",
                  "_op", "_args", "_values", "_params", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
         made = as_tensor(data)
-        follows = requires_grad and made.requires_grad and _mode.recording  # made of tracked ones
+        follows = requires_grad and made.requires_grad and _mode.recording  # then it is a result
         how = (identity, (made,), [made._data], {}) if follows else ()
         _record(np.array(made._data), *how, tracked=requires_grad, t=self)
         self.label = label
@@ -67,13 +67,10 @@ class Tensor:
     T = property(lambda self: transpose(self), doc="The tensor with its axes reversed.")
     @property
     def data(self) -> np.ndarray:
-        """The array itself, to read and to write.
-        The tape does not see a write. So a checksum is taken now, and a walk back that needs the
-        elements as they were compares, and complains.
-        """
+        """The array itself, to read and to write (see "Writes the tape must not miss")."""
         if self.requires_grad:
             _renew_guard(self)
-        return np.asarray(self._data)  # a copy of a 0-d result, for NumPy makes that a scalar
+        return np.asarray(self._data)  # (of a 0-d result a copy, for NumPy makes that a scalar)
     @data.setter
     def data(self, value: Any) -> None:
         value = value.data if isinstance(value, Tensor) else value
@@ -81,8 +78,9 @@ class Tensor:
         if array.shape != self.shape or array.dtype != self.dtype:
             raise ValueError(f"t.data is {self.dtype} of shape {self.shape}; it cannot be replaced "
                              f"by {array.dtype} of shape {array.shape}; make a new Tensor for that")
-        self._data = array
+        self._data = array  # which somebody else may hold, and write to
         _note_write(self)
+        _renew_guard(self)
     def numpy(self) -> np.ndarray:
         """The array, for code outside nanoad: the same memory as `t.data`."""
         return self.data
@@ -157,7 +155,7 @@ class Tensor:
             return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
         raise TypeError(_NO_DERIVATIVE.format(function.__name__))
 
-Value = Tensor  # micrograd's name for it
+Value = Tensor  # as it is called in Karpathy's micrograd
 _NO_DERIVATIVE = "np.{}: nanoad has no derivative for this; use t.numpy() if none is needed"
 
 class _Mode(threading.local):
@@ -167,7 +165,7 @@ class _Mode(threading.local):
 _mode, _clock = _Mode(), itertools.count(1)
 
 def manual_seed(seed: int | Sequence[int]) -> None:
-    """Seed initialization, dropout, shuffling, sampling of this thread; also by (seed, step)."""
+    """Seed this thread's initialization, dropout, shuffling and sampling; (seed, step) will do."""
     _mode.rng = np.random.default_rng(seed)
 
 def _record(y, op=None, args=None, values=None, params=None, pullback=None, tracked=True, t=None):
@@ -197,17 +195,18 @@ def as_tensor(data: Any) -> Tensor:
 def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
-_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)
+_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # of an argument
 
 # ### Writes the tape must not miss
 #
 # A tensor does not copy its operands, so writing into one between the forward and the backward
-# pass would change the derivative without a word. `_guard` is None until the array is handed out or
-# written to. Then it is a pair: the time of the last write (0 for none), and the checksum (None if
-# the array was never handed out).
+# pass would change the derivative without a word. NumPy reports no writes. So a checksum is taken
+# when the array is handed out (`t.data`), and compared when a walk needs the elements as they were.
+# `_guard` is None until the array is handed out or written to. Then it is a pair: the time of the
+# last write (0 for none), and the last checksum (None if the array was never handed out).
 
 def _note_write(t: Tensor) -> None:
-    t._guard = next(_clock), None
+    t._guard = next(_clock), t._guard and t._guard[1]
 
 def _renew_guard(t: Tensor) -> None:
     """Take the checksum of `t`, and note a write if it is not what it was."""
@@ -312,7 +311,7 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
             _check_unwritten(a, t._seq, op)
         wanted.append(due and (needed is None or a._seq in needed))
     if t._pullback is not None:
-        if create_graph and op.definition is not None:  # a fused operation: see there
+        if create_graph and getattr(op, "definition", None):  # a fused operation: see "Operations"
             return _pull_by_definition(t, g, wanted)
         return [part if due else None for part, due in zip(t._pullback(g, wanted), wanted)]
     # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
@@ -369,7 +368,7 @@ def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list
     The first result, `needed`, maps the `_seq` of every tensor on a path between them to whether a
     walk goes on from it (from an input if `beyond`, for another may lie behind it). The second,
     `older`, lists the tracked tensors older than all inputs, at which the search stopped. They had
-    a part in the outputs, so somebody else may want to differentiate by them.
+    a part in the outputs: an enclosing transform (next chapter) may ask for derivatives by them.
     """
     oldest = builtins.min((t._seq for t in inputs), default=math.inf)
     needed = {t._seq: beyond for t in inputs}
@@ -422,9 +421,9 @@ def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[T
 def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
     """The derivatives of `output` by each of `inputs`, as a tuple of Tensors of their shapes.
-    Touches no `.grad`; an input that had no part in the output gets zeros, and so does every input
-    of a constant. The other arguments are those of `Tensor.backward`, and so are the errors for
-    them. (In PyTorch: `torch.autograd.grad`.)
+    Touches no `.grad`, so an optimizer learns nothing of it. An input that had no part in the
+    output gets zeros, and so do all if the output is a constant. The other arguments are those of
+    `Tensor.backward`, and so are the errors for them. (In PyTorch: `torch.autograd.grad`.)
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     _require_tensors("gradients", inputs)
@@ -464,7 +463,7 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 # example under `grad` shows both).
 
 def _map_tree(f: Callable, tree: Any) -> Any:
-    """Apply `f` to the leaves of nested dicts, lists and tuples."""
+    """Apply `f` to everything in nested dicts, lists and tuples that is none of these."""
     if isinstance(tree, dict):
         return {key: _map_tree(f, item) for key, item in tree.items()}
     if isinstance(tree, tuple):
@@ -474,14 +473,14 @@ def _map_tree(f: Callable, tree: Any) -> Any:
     return f(tree)
 
 def _numbers(a: Any) -> bool:
-    """Is this a list of numbers only? Then it is one leaf, as it is one array to NumPy."""
+    """Is this a list of numbers only? Then it is one item, as it is one array to NumPy."""
     return all(map(_numbers, a)) if isinstance(a, list) else isinstance(a, (int, float, np.generic))
 
 def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
-    """The leaves of `tree`, and a function that builds the same nest of other leaves."""
-    leaves: list = []
-    _map_tree(leaves.append, tree)
-    return leaves, lambda others: _map_tree(lambda _, others=iter(others): next(others), tree)
+    """The items of `tree`, and a function that builds the same nest of other items."""
+    items: list = []
+    _map_tree(items.append, tree)
+    return items, lambda others: _map_tree(lambda _, other=iter(others): next(other), tree)
 
 def _settle(result: Any, recorded: bool) -> Any:
     """What `f` returned: made constant, and its tape let go, if nobody can ask any more."""
@@ -500,7 +499,7 @@ def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     """Call `f` with fresh tensors for its arguments at `argnums` (None: all).
     Returns its result; the list of fresh tensors; a function that gives such a list the structure
     of the arguments; `needed` from `_paths`; and whether to record the walk, since somebody else
-    may ask: if there is anything `older`, or if anything `beside` is tracked.
+    may ask: if there is anything `older`, or tracked in `beside` (such as tangents).
     """
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
@@ -508,8 +507,8 @@ def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     positions = [argnums] if one else list(range(len(args)) if argnums is None else argnums)
     if not all(i in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones")
-    leaves, rebuild = _flatten(tuple(args[i] for i in positions))
-    inputs = [_input(name, leaf) for leaf in leaves]
+    items, rebuild = _flatten(tuple(args[i] for i in positions))
+    inputs = [_input(name, item) for item in items]
     for i, argument in zip(positions, rebuild(inputs)):
         args[i] = argument
     with _recording(True):
@@ -556,8 +555,9 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
     return functools.wraps(f)(lambda *args, **kwargs: pick(*both(*args, **kwargs)))
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
-    """`(f(*primals), vjp_fn)`, where `vjp_fn(cotangent)` is the tuple of the primals' cotangents.
-    The cotangent is built like f's result. f runs once, however often `vjp_fn` is called.
+    """`(f(*primals), vjp_fn)`; vjp_fn takes the result's cotangent to a tuple, the arguments'.
+    (*Primals* are arguments to differentiate at.) The cotangent is built like f's result. f runs
+    once, however often `vjp_fn` is called.
     """
     out, inputs, structure, needed, recorded = _run("vjp", f, primals)
     outputs = _require_tensors("vjp", _flatten(out)[0])
@@ -570,15 +570,15 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
         return structure(_gradients(seeds, inputs, again, True, needed))
     return _settle(out, recorded), vjp_fn
 
-# Forward mode comes out of reverse mode: the map `u -> vjp_fn(u)` is linear, and the transpose of a
-# linear map is what its own VJP computes. (With `s(u) = J^T u`, the derivative of the number
-# `s(u) . v` by u is `J v`.) So walk back to `u` along the tape of the first walk, with the tangent
-# for the cotangent (Townsend, 2017). Hessian times vector is the same second walk,
-# on to the inputs, for the price of a few gradients; no Hessian is formed (Pearlmutter, 1994).
+# A *tangent* v says how fast the inputs move, and forward mode asks how fast f then moves: `J v`.
+# It comes out of reverse mode. What `vjp_fn` computes, `s(u) = J^T u`, is linear in the cotangent
+# u, so the derivative of the number `s(u) . v` by u is `J v`. Hence: walk back to u along the tape
+# of the first walk, with v for the cotangent (Townsend, 2017). Hessian times vector is the same
+# second walk, on to the inputs, for the price of a few gradients (Pearlmutter, 1994).
 
 def _walk_again(name: str, slopes: list, vectors: Any, targets: list, recorded: bool) -> list:
     """The derivatives of the inner product of `slopes` and `vectors` by `targets`."""
-    # A list of numbers would be one leaf, but here it is one number per argument.
+    # A list of numbers would be one item, but here it is one number per argument.
     vectors, _ = _flatten(tuple(vectors) if isinstance(vectors, list) else vectors)
     shapes, given = [s.shape for s in slopes], [np.shape(v) for v in vectors]
     if given != shapes:
@@ -646,12 +646,12 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
 def checkpoint(f: Callable, *args: Any) -> Tensor:
     """f(*args), whose intermediate results are not kept but recomputed in the backward pass.
     Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it closes over (a
-    module's parameters) gets gradients too. Random numbers are drawn again alike, but what else f
-    does besides, such as batch norm's running statistics, is done twice.
+    module's parameters) gets gradients too. Random numbers are drawn again alike; other effects of
+    f, such as those on batch norm's running statistics, happen twice.
     """
     if not _mode.recording:
         return f(*args)
-    start, drawn = _wrap(np.zeros(())), _mode.rng.bit_generator.state
+    start, drawn = _wrap(np.zeros(())), _mode.rng.bit_generator.state  # a mark in time
     out = f(*args)
     _require_tensors("checkpoint", [out])
     reads = _paths([out], [start])[1]  # older than `start`: arguments, and what f closes over
@@ -666,8 +666,6 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         needed, _ = _paths([again], reads, beyond=False)  # the walk onwards from there is not ours
         return _gradients([(again, g)], reads, create_graph, create_graph, needed)
     return _record(out._data, checkpoint, tuple(reads), None, {}, pullback)
-
-checkpoint.definition = None  # its pullback differentiates Tensors itself
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                eps: float = 1e-5) -> float:
@@ -733,8 +731,8 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 # returns, with the result, a `pullback`: the whole backward step as a closure over whatever it
 # keeps. A kernel may be clever, in place, and without a thought for second derivatives, because
 # under `create_graph` the walk differentiates the definition instead. So the definition is at once
-# the explanation, the test oracle, and the source of every higher derivative. (What is annotated
-# below is what the finished operation takes and returns.)
+# the explanation, the test oracle, and the source of every higher derivative. (The annotations
+# below are those of the finished operation, which takes Tensors, too, and returns one.)
 
 def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
     """Decorate a function on arrays to make it an operation with these VJP rules, one per operand.
@@ -757,14 +755,14 @@ class _Each(functools.partial):
 def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Callable:
     @functools.wraps(forward)
     def operation(*args: Any, **params: Any) -> Tensor:
-        values, constant, tracked = [], True, False
+        values, bare, tracked = [], True, False
         for a in args:
             if isinstance(a, Tensor):
-                constant, tracked = False, tracked or a.requires_grad
+                bare, tracked = False, tracked or a.requires_grad
                 if a._guard is not None and a._guard[1] is not None:  # somebody has the array
                     _renew_guard(a)
                 a = a._data
-            elif a.__class__ is list and a:
+            elif a.__class__ is list and a:  # an array to be (a tuple is a setting)
                 return operation(*(_from_list(b) if b is a else b for b in args), **params)
             values.append(a)
         # A Tensor given by name is an operand, too, and rules belong to positions.
@@ -773,7 +771,7 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
             bound.apply_defaults()
             return operation(*bound.args, **_map_tree(_value, bound.kwargs))
         # Beside arrays, Python's numbers stay as they are, for they take the arrays' dtype.
-        if constant and not any(isinstance(v, np.ndarray) for v in values):
+        if bare and not any(isinstance(v, np.ndarray) for v in values):
             values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
         try:
             y, pullback = forward(*values, **params), None
@@ -807,7 +805,7 @@ def _with_weak_numbers(y: Any, args: tuple) -> Any:
     return y.astype(np.float32) if dtypes == {np.dtype(np.float32)} else y
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
-    """What `_pull` returns, from a recording of the operation's definition at the same operands."""
+    """What `_pull` returns, from a tape of the definition that ends at new tensors for operands."""
     operands = [identity(a) if due else a for a, due in zip(t._args, wanted)]
     out = t._op.definition(*operands, **t._params)
     parts = iter(_gradients([(out, g)], list(itertools.compress(operands, wanted)), True, True))
@@ -857,7 +855,8 @@ power = _op("power", _to_the,
 
 # `log(1 + exp(x))` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
 # derivative of softplus is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x). That of logaddexp
-# by a is e^a / (e^a + e^b) = e^(a - y); that of sigmoid is y (1 - y), since e^-x = 1/y - 1.
+# by a is `e^a / (e^a + e^b) = e^(a - y)`; that of sigmoid is `e^-x y^2`, which is `y (1 - y)`, since
+# `1/y = 1 + e^-x`.
 _finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
 logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
                 lambda g, y, a, b: g * np.exp(a - _finite(y)),
@@ -870,6 +869,8 @@ sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)), lambda g, y, x:
 # At a kink any slope between the two sides is right: abs and relu take 0 there, and where two
 # operands tie, each gets half. Comparisons give plain bool arrays, which count as 0 and 1.
 abs = _op("abs", lambda x: np.abs(x), lambda g, y, x: g * np.sign(x))
+relu = _op("relu", lambda x: np.clip(x, 0, np.inf), lambda g, y, x: g * (x > 0),
+           doc="max(x, 0), element by element.")  # clip, as NumPy's fastest way to say so
 _to_the_winner = (lambda g, y, a, b: g * (a == y) - g * (a == b) * 0.5,
                   lambda g, y, a, b: g * (b == y) - g * (a == b) * 0.5)
 maximum = _op("maximum", lambda a, b: np.maximum(a, b), *_to_the_winner)
@@ -918,8 +919,8 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #
 # ### In blocks, and fused
 #
-# The arithmetic of activations is quick, and memory is what one waits for. So they go over an array
-# in blocks that stay in the processor's cache.
+# gelu, below, takes a dozen passes over an array. Arithmetic is quick, and memory is what one waits
+# for; so all passes go over one block while it is in the processor's cache, and then over the next.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
@@ -935,11 +936,6 @@ def _dense(x: np.ndarray, like: np.ndarray) -> np.ndarray:
         return x
     out[...] = x
     return out
-
-@primitive(lambda g, y, x: g * (x > 0))
-def relu(x: Any) -> Tensor:
-    """max(x, 0), element by element."""
-    return np.clip(x, 0, np.inf)  # NumPy is several times faster with two bounds than with one
 
 # gelu is `x` times the probability `p` that a standard normal number is below x. Its definition
 # here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and PyTorch calls
@@ -1081,8 +1077,8 @@ def _restore(y: Any, x: Any, axis: Any) -> Any:
 _stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
 # NumPy's own reductions start anew for every row, which for short rows is most of their time. A
-# sum over the last axes is faster as a product with ones, a row's maximum by reduceat. (By np.dot:
-# `@` would let no other thread compute meanwhile, since it judges the work by the result's size.)
+# sum over the last axes is faster as a product with ones, a row's maximum by reduceat. (np.dot
+# lets other threads of Python run meanwhile; `@` does so only if its *result* is large.)
 _ones = functools.lru_cache(16)(lambda n, dtype: np.ones(n, dtype))
 
 def _row_sum(x: Any, axis: Any = -1) -> Any:
@@ -1104,7 +1100,7 @@ def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tens
     axes = sorted(_axes(x, axis))
     first = x.ndim - len(axes)
     kept, n = x.shape[:first], math.prod(x.shape[first:])
-    # Rounding takes at worst a digit for each factor of 10 in n; NumPy adds in pairs, losing less.
+    # NumPy adds in pairs and rounds off less, which tells in long sums: from, say, 4096 on.
     if axes != list(range(first, x.ndim)) or not kept or n > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
     rows = x.reshape(math.prod(kept), n)
@@ -1224,7 +1220,7 @@ def _einsum_rule(i: int, g: Any, y: Any, *xs: Any, spec: str) -> Any:
     factors, target = [(output, g), *named[:i], *named[i + 1:]], ""
     own = named[i][0].replace("...", ".")  # the letters of this operand
     for k, letter in enumerate(own):  # n is the length of its axis; after "." count from the end
-        n = xs[i].shape[k - len(own) * ("." in own[:k])] if letter != "." else 0
+        n = xs[i].shape[k - len(own) if "." in own[:k] else k] if letter != "." else 0
         if letter in target:
             fresh = builtins.min({*string.ascii_letters} - {*spec, *target})
             factors.append((letter + fresh, np.eye(n, dtype=g.dtype)))
@@ -1288,8 +1284,8 @@ _batch_last = lambda x: x.transpose(*range(1, x.ndim), 0)
 _batch_first = lambda x: x.transpose(-1, *range(x.ndim - 1))
 
 # A convolution lays the windows out as the columns of one matrix (im2col: Chellapilla and others,
-# 2006), so the weighted sums become a matrix product. Backward, the product is undone by its two
-# transposes and the gather by its own.
+# 2006), so the weighted sums become a matrix product. Backward, the product has its two transposes,
+# and the gather its own.
 
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     (top, left), (o, c, *kernel) = _pair(padding), weight.shape
@@ -1323,8 +1319,8 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
         if wanted[0]:
             shares = (matrix.T @ g).reshape(shape).transpose(1, 4, 0, 2, 3)  # as `windows` above
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
-        # dw is g @ columns.T, written so that OpenBLAS is twice as fast, by np.dot as in `_row_sum`.
-        # To make columns, nine times as large as x, again costs less than to keep them.
+        # dw is g @ columns.T, written so that OpenBLAS is twice as fast; by np.dot, see `_row_sum`.
+        # To make columns, kh kw times as large as x, again costs less than to keep them.
         dw = np.dot(columns(), g.T).T.reshape(weight.shape) if wanted[1] else None
         return dx, dw, _row_sum(g)[:, 0]
     return _batch_first(y.reshape(o, *shape[2:])), pullback
@@ -1369,10 +1365,9 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 #     dx = (h - mean(h) - xhat * mean(h * xhat)) / s
 #
-# Layer norm normalizes each position, batch norm each channel. The kernels call these rows, and
-# see all as (a, rows, b): a is 1, unless the images of a batch lie one after the other in memory,
-# and then counts them. Layer norm's weights scale columns; batch norm's scale rows, and so may be
-# applied last, together with 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
+# Layer norm normalizes each position, batch norm each channel. The kernels call these rows. Layer
+# norm's weights scale columns; batch norm's scale rows, and so may be applied last, together with
+# 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
 
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - np.mean(x, axis=-1, keepdims=True)
@@ -1388,23 +1383,20 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # In float32 the mean of large numbers is off by a rounding error, which would pass for a signal
 # where all numbers are equal. So the first of a row is subtracted before the mean is taken.
 
-_inner = lambda x, y: np.einsum("aib,aib->i", x, y)[:, None]  # of a row of x with y's: (rows, 1)
-
-def _total(x):  # of each row: (1, rows, 1)
-    return _row_sum(x) if len(x) == 1 else np.sum(_row_sum(x), axis=0, keepdims=True)
+_along = lambda x, y: np.einsum("ij,ij->i", x, y)[:, None]  # inner products of rows: (rows, 1)
 
 def _normalize(x, eps):
     """x - mean, still to be multiplied by 1 / s; and mean, variance and 1 / s of each row."""
-    n, first = x.shape[0] * x.shape[2], x[:1, :, :1]
+    n, first = x.shape[1], x[:, :1]
     centred = x - first
-    rest = _total(centred) / n
+    rest = _row_sum(centred) / n
     centred -= rest
-    variance = _inner(centred, centred) / n
+    variance = _along(centred, centred) / n
     return centred, first + rest, variance, 1 / np.sqrt(variance + eps)
 
 def _normalize_back(h, centred, unit, scale):
     """dx as above, with `scale` for 1 / s and xhat = centred * unit; sums of h * xhat, and of h."""
-    n, along, total = h.shape[0] * h.shape[2], _inner(h, centred) * unit, _total(h)
+    n, along, total = h.shape[1], _along(h, centred) * unit, _row_sum(h)
     dx = centred * (along * unit / -n)
     dx += h
     dx -= total / n
@@ -1416,7 +1408,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     """Normalize x over its last axis, scale by `weight` and shift by `bias`, both of that size."""
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ValueError("the weight must be as long as the last axis of the input")
-    xhat, _, _, inverse = _normalize(_rows(_real_array(x))[None], eps)  # (1, rows, columns)
+    xhat, _, _, inverse = _normalize(_rows(_real_array(x)), eps)
     xhat *= inverse
     y = xhat * weight
     if bias is not None:
@@ -1424,19 +1416,14 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
         dx, _, _ = _normalize_back(g * weight, xhat, 1, inverse)
-        return dx.reshape(x.shape), np.einsum("aij,aij->j", g, xhat), _row_sum(g[0].T)[:, 0]
+        return dx.reshape(x.shape), np.einsum("ij,ij->j", g, xhat), _row_sum(g.T)[:, 0]
     return y.reshape(x.shape), pullback
-
-def _by_channel(x):
-    """Functions from the shape of x, (N, C, ...), to (a, C, b) as it lies in memory, and back."""
-    first = x.ndim > 2 and x.flags.c_contiguous  # else the batch is last, as image kernels leave it
-    a, last = len(x) if first else 1, _batch_last(x).shape
-    return (lambda v: (v if first else _batch_last(v)).reshape(a, x.shape[1], -1),
-            lambda v: v.reshape(x.shape) if first else _batch_first(v.reshape(last)))
 
 @fused(_batch_norm_definition)
 def _batch_norm(x, weight, bias, eps, running, momentum):
-    to_rows, back = _by_channel(x)
+    last = _batch_last(x).shape
+    to_rows = lambda v: _batch_last(v).reshape(len(weight), -1)
+    back = lambda rows: _batch_first(rows.reshape(last))
     centred, mean, variance, inverse = _normalize(to_rows(x), eps)
     n, scale = x.size // len(weight), inverse * weight[:, None]
     for kept, new in zip(running, (mean, variance * (n / (n - 1)))):
@@ -1479,16 +1466,15 @@ def _attention_definition(q, k, v, is_causal=False):
         scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
     return softmax(scores) @ v
 
-# With E the exponentials of the scores and r one over their row sums, `Y = r (E V)`: the small
-# result is normalized, not the large matrix. Backward, with `h = r g`, `dV = E^T h`, and what
-# reaches the scores is `E * (h V^T - rowsum(h * Y))`: the row sum of the softmax's rule has T
-# terms, but as `sum_j P_ij (V_j . h_i) = Y_i . h_i` with P = r E, D products do (Dao and others,
-# 2022).
+# With E the exponentials of the scores and r one over their row sums, the softmax is `P = r E`, and
+# `Y = r (E V)`: the small result is normalized, not the large matrix. Backward, with `h = r g`,
+# `dV = E^T h`, and what reaches the scores is `E * (h V^T - rowsum(h * Y))`. For softmax's rule
+# sums T terms per row, `sum_j P_ij (V_j . g_i)`, and that is `Y_i . g_i`, of D terms (Dao and
+# others, 2022).
 
-@functools.lru_cache(8)
-def _nothing_ahead(shape, dtype):
-    """What to add to scores, so that a position gives no weight to those after it."""
-    return np.triu(np.full(shape, -np.inf, dtype), 1)
+# What to add to scores, so that a position gives no weight to those after it:
+_nothing_ahead = functools.lru_cache(8)(
+    lambda shape, dtype: np.triu(np.full(shape, -np.inf, dtype), 1))
 
 def _attend(q, k, v, is_causal, out=None):
     """The result (written to `out`), E and r."""
@@ -1534,7 +1520,7 @@ def _merge(y: Any) -> Any:
     b, h, t, d = y.shape
     return y.transpose(0, 2, 1, 3).reshape(b, t, h * d)
 
-# The kernel takes a few sequences at a time, so that their E, of two `_BLOCK`s, stays in the cache.
+# The kernel takes a few sequences at a time, so that their E stays in the cache: two blocks do.
 @fused(lambda qkv, num_heads: _merge(_attention_definition(*_heads(qkv, num_heads), True)))
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C); qkv is q, k, v in one."""
@@ -1605,8 +1591,8 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     Raises ValueError for shapes or targets that do not fit, TypeError for non-integer targets.
     """
     if logits.ndim != 2 or np.shape(targets) != logits.shape[:1] or len(logits) == 0:
-        raise ValueError("logits must be (N, C) and targets (N,), and the mean of no rows is "
-                         "undefined; of a sequence, reshape logits (B, T, C) to (B * T, C)")
+        raise ValueError(f"logits must be (N, C) and targets (N,), not {np.shape(targets)}, and not "
+                         "of no rows; those of sequences, reshape to (B * T, C) and (B * T,)")
     targets, rows = _whole_numbers("targets", targets, logits.shape[1]), np.arange(len(logits))
     p = _real_array(logits) - _row_max(logits)
     picked = p[rows, targets]
@@ -1665,7 +1651,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=matmul).items():
     setattr(Tensor, f"__{_name}__", _f)
     setattr(Tensor, f"__r{_name}__", lambda self, other, op=_f: op(other, self))
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # __hash__ stays
     setattr(Tensor, _name, lambda self, other, compare=_name: getattr(
         np.asarray(self._data), compare)(_value(other)))
 for _f in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
@@ -1686,7 +1672,7 @@ def _dot(a: Any, b: Any) -> Tensor:
 Tensor.dot = _dot
 
 def _reduction(op: Callable) -> Callable:
-    """A reduction with the arguments that NumPy passes; one more is var's ddof."""
+    """A reduction with the arguments that NumPy passes, and perhaps `more`: var's ddof."""
     return lambda a, axis=None, dtype=None, *, keepdims=False, **more: op(
         as_tensor(a) if dtype is None else astype(a, dtype), axis, keepdims=keepdims, **more)
 
@@ -2044,8 +2030,8 @@ class GPT(Module):
     def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None) -> np.ndarray:
         """Continue integer sequences (B, T) by sampling: (B, T + max_new_tokens).
-        `temperature` divides the logits; `top_k` samples among the k likeliest. Once the window of
-        block_size is full, it slides, every position is another, and the window is read anew.
+        `temperature` divides the logits; `top_k` samples among the k likeliest. Once block_size is
+        full, the window slides at every step; then all positions change, and it is read anew.
         """
         idx = np.array(idx)
         if idx.ndim != 2 or idx.shape[1] == 0:
@@ -2090,7 +2076,7 @@ class Optimizer:
     _state_names: tuple[str, ...] = ()
     def __init__(self, params: Iterable[Tensor], lr: float, **settings: float) -> None:
         name, self.steps = type(self).__name__, 0
-        self.params = [params] if isinstance(params, Module) else list(params)  # a Module: refused
+        self.params = [params] if isinstance(params, Module) else list(params)  # (refused below)
         if not all(isinstance(p, Tensor) and p._op is None for p in self.params):
             raise TypeError(f"{name}: parameters must be leaf Tensors, such as model.parameters()")
         if not self.params or len(set(self.params)) < len(self.params):
@@ -2254,8 +2240,8 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
 # half a file still learns something, so a damaged file costs an evening before anyone suspects it.
 # Hence one rule: **bytes are believed only after their SHA-256 has been compared**, whether they
 # came from the disk or from a mirror. It is the digest of the *unpacked* content, because two gzip
-# files of one text may differ in every byte. The table: each file's place under the data folder,
-# its mirrors, and its content's size and digest.
+# files of one text may differ in every byte (but CIFAR-10's archive is there only once). The table:
+# each file's place under the data folder, its mirrors, and its content's size and digest.
 _MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
           "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz")
 _TEXT = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",

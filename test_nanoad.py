@@ -1712,6 +1712,25 @@ def test_a_write_through_an_array_taken_before_the_forward_pass():
         loss.backward()
 
 
+def test_an_array_taken_before_a_step_of_the_optimizer_is_still_watched():
+    x = Tensor([1.0, 2.0])
+    held, x.grad = x.data, as_tensor([1.0, 1.0])
+    nanoad.SGD([x], 0.1).step()
+    loss = (x * x).sum()
+    held[0] = 5.0
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        loss.backward()
+
+
+def test_an_array_that_was_given_to_data_is_watched():
+    x, given = Tensor([1.0, 2.0]), np.array([3.0, 4.0])
+    x.data = given
+    loss = (x * x).sum()
+    given[0] = 5.0
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        loss.backward()
+
+
 def test_ordinary_loops_are_not_reported():
     x, target = A(6, 2), A(6)
     w, b = Tensor(np.zeros(2), label="w"), Tensor(0.0)
