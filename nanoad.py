@@ -458,9 +458,8 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 #     6.0
 #
 # **When the inner walk is itself recorded.** When somebody else can still ask, that is, when a
-# tracked tensor older than the transform's own inputs had a part in the result. `_paths` reports
-# those. If there are none, the walk runs on bare ndarrays, and what it returns is constant (the
-# example under `grad` shows both).
+# tracked tensor older than the transform's own inputs had a part in the result, as `_paths` finds.
+# If not, the walk runs on bare ndarrays and returns constants (see the example under `grad`).
 
 def _map_tree(f: Callable, tree: Any) -> Any:
     """Apply `f` to everything in nested dicts, lists and tuples that is none of these."""
@@ -855,7 +854,7 @@ power = _op("power", _to_the,
 
 # `log(1 + exp(x))` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
 # derivative of softplus is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x). That of logaddexp
-# by a is `e^a / (e^a + e^b) = e^(a - y)`; that of sigmoid is `e^-x y^2`, which is `y (1 - y)`, since
+# by a is `e^a / (e^a + e^b) = e^(a - y)`; that of sigmoid is `e^-x y^2`, or `y (1 - y)`, since
 # `1/y = 1 + e^-x`.
 _finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
 logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
@@ -1382,7 +1381,6 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 
 # In float32 the mean of large numbers is off by a rounding error, which would pass for a signal
 # where all numbers are equal. So the first of a row is subtracted before the mean is taken.
-
 _along = lambda x, y: np.einsum("ij,ij->i", x, y)[:, None]  # inner products of rows: (rows, 1)
 
 def _normalize(x, eps):
@@ -1516,9 +1514,8 @@ def _heads(qkv: Any, num_heads: int) -> Any:
     b, t, c = qkv.shape  # (B, T, 3 H D) -> (3, B, H, T, D)
     return qkv.reshape(b, t, 3, num_heads, c // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
 
-def _merge(y: Any) -> Any:
-    b, h, t, d = y.shape
-    return y.transpose(0, 2, 1, 3).reshape(b, t, h * d)
+def _merge(y: Any) -> Any:  # (B, H, T, D) -> (B, T, H D)
+    return y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], y.shape[1] * y.shape[3])
 
 # The kernel takes a few sequences at a time, so that their E stays in the cache: two blocks do.
 @fused(lambda qkv, num_heads: _merge(_attention_definition(*_heads(qkv, num_heads), True)))
@@ -1591,8 +1588,8 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     Raises ValueError for shapes or targets that do not fit, TypeError for non-integer targets.
     """
     if logits.ndim != 2 or np.shape(targets) != logits.shape[:1] or len(logits) == 0:
-        raise ValueError(f"logits must be (N, C) and targets (N,), not {np.shape(targets)}, and not "
-                         "of no rows; those of sequences, reshape to (B * T, C) and (B * T,)")
+        raise ValueError(f"logits must be (N, C) and targets (N,), not {np.shape(targets)}, and of "
+                         "at least one row (no rows have no mean); reshape (B, T) to (B * T,)")
     targets, rows = _whole_numbers("targets", targets, logits.shape[1]), np.arange(len(logits))
     p = _real_array(logits) - _row_max(logits)
     picked = p[rows, targets]
