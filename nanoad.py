@@ -1384,22 +1384,22 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 _along = lambda x, y: np.einsum("ij,ij->i", x, y)[:, None]  # inner products of rows: (rows, 1)
 
 def _normalize(x, eps):
-    """x - mean, still to be multiplied by 1 / s; and mean, variance and 1 / s of each row."""
+    """x - mean, still to be multiplied by 1 / s; and mean, sum of squares and 1 / s of each row."""
     n, first = x.shape[1], x[:, :1]
     centred = x - first
     rest = _row_sum(centred) / n
     centred -= rest
-    variance = _along(centred, centred) / n
-    return centred, first + rest, variance, 1 / np.sqrt(variance + eps)
+    squares = _along(centred, centred)
+    return centred, first + rest, squares, math.sqrt(n) / np.sqrt(squares + n * eps)
 
-def _normalize_back(h, centred, unit, scale):
-    """dx as above, with `scale` for 1 / s and xhat = centred * unit; sums of h * xhat, and of h."""
-    n, along, total = h.shape[1], _along(h, centred) * unit, _row_sum(h)
-    dx = centred * (along * unit / -n)
+def _normalize_back(h, centred, slope, scale):
+    """(h - mean(h) - centred * slope) * scale, which is dx as above; and the sums of h's rows."""
+    total = _row_sum(h)
+    dx = centred * -slope
     dx += h
-    dx -= total / n
+    dx -= total / h.shape[1]
     dx *= scale
-    return dx, along, total
+    return dx, total
 
 @fused(_layer_norm_definition)
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -1413,7 +1413,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         y += bias
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
-        dx, _, _ = _normalize_back(g * weight, xhat, 1, inverse)
+        h = g * weight
+        dx, _ = _normalize_back(h, xhat, _along(h, xhat) / h.shape[1], inverse)
         return dx.reshape(x.shape), np.einsum("ij,ij->j", g, xhat), _row_sum(g.T)[:, 0]
     return y.reshape(x.shape), pullback
 
@@ -1422,14 +1423,16 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     last = _batch_last(x).shape
     to_rows = lambda v: _batch_last(v).reshape(len(weight), -1)
     back = lambda rows: _batch_first(rows.reshape(last))
-    centred, mean, variance, inverse = _normalize(to_rows(x), eps)
-    n, scale = x.size // len(weight), inverse * weight[:, None]
-    for kept, new in zip(running, (mean, variance * (n / (n - 1)))):
+    centred, mean, squares, inverse = _normalize(to_rows(x), eps)
+    n, scale = centred.shape[1], inverse * weight[:, None]
+    for kept, new in zip(running, (mean, squares / (n - 1))):
         kept[...] += momentum * (new.ravel() - kept)
     y = centred * scale
     y += bias[:, None]
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        dx, dw, db = _normalize_back(to_rows(g), centred, inverse, scale)
+        g = to_rows(g)
+        dw = _along(g, centred) * inverse
+        dx, db = _normalize_back(g, centred, dw * inverse / n, scale)
         return back(dx), dw.ravel(), db.ravel()
     return back(y), pullback
 
