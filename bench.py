@@ -4,7 +4,7 @@ Forward and backward are median microseconds (a step's backward includes clippin
 peak is the most memory held beyond what was there before; the ratio is nanoad's forward plus
 backward over PyTorch's: below 1, nanoad is faster. With one Python thread, BLAS spreads each matrix
 product over the cores. With several, each computes its shard of the batch, and BLAS stays on the
-core it is called from. PyTorch always has all the threads it is given.
+core it is called from. PyTorch always has --threads threads.
 """
 import argparse
 import json
@@ -24,16 +24,16 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 add = parser.add_argument
 add("--filter", metavar="REGEX", default="", help="only rows whose name matches")
 add("--repeat", metavar="N", type=int, default=5, help="turns per row (default 5)")
-add("--threads", metavar="N", type=int, default=os.cpu_count(), help="(default: one per core)")
+add("--threads", metavar="N", type=int, default=os.cpu_count(), help="to use (default: the cores)")
 add("--json", metavar="FILE", help="write the measurements there too")
-# What needs a process of its own, this script does as a child of itself that is told its part.
+# What needs a process of its own runs in a child: this script again, told its part.
 add("--part", default="all", choices=["all", "shards", "0", "1"], help=argparse.SUPPRESS)
 options = parser.parse_args()
 if options.repeat < 1 or options.threads < 1:
     parser.error("--repeat and --threads must be at least 1")
 
-# A BLAS reads how many threads it may have when NumPy is imported, so it is told before; and which
-# processor it has to do with, if that is a new one of AMD: see train_gpt.py.
+# A BLAS reads when NumPy is imported how many threads it may have, and which kernels to take on
+# new processors of AMD (see train_gpt.py): so it is told before.
 SHARDS = options.threads if options.part == "shards" else 1
 for blas in ("OPENBLAS_NUM", "MKL_NUM", "OMP_NUM", "VECLIB_MAXIMUM"):
     os.environ[f"{blas}_THREADS"] = str(options.threads // SHARDS)
@@ -158,10 +158,10 @@ def step_job(library, size, count):
     def share(x, y):
         logits = model(x)
         loss = library.F.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
-        return clock(), library.gradients(loss * (len(x) / count), parameters)
+        return clock(), library.gradients(loss * (len(x) / count), parameters)  # (in this order)
     def job():
         start = clock()
-        (middle, *_), parts = zip(*each(share, *shards))
+        (middle, *_), parts = zip(*each(share, *shards))  # middle: of the first shard
         for p, (one, *others) in zip(parameters, zip(*parts)):
             p.grad = sum(others, one)
         library.clip(parameters, 1.0)
@@ -184,8 +184,8 @@ def writing_job(library):
 # ## Measuring
 # Jobs to be compared take turns, A B A B, so that whatever else the machine does hits both. After
 # a product, OpenBLAS lets idle threads spin for up to 70 ms (PyTorch, 8), which would take a core
-# from the other's turn: so a turn begins with a pause. That leaves cores and caches cold: so it
-# lasts a tenth of a second or one job, and the first third of the jobs is not counted.
+# from the other's turn: so a turn begins with a pause. That leaves cores and caches cold: so a turn
+# lasts a tenth of a second (or one job, if longer), and its first third is not counted.
 def measure(name, make):
     if sys.stderr.isatty():
         print(f"\r\033[K{name}\r", end="", file=sys.stderr, flush=True)
@@ -194,7 +194,7 @@ def measure(name, make):
     jobs[0]()
     row = {"work": name, "peak KiB": tracemalloc.get_traced_memory()[1] / 1024}
     tracemalloc.stop()
-    turns = [(job, 1 + int(0.1 / sum(job() and job())), []) for job in jobs]
+    turns = [(job, 1 + int(0.1 / sum(job() and job())), []) for job in jobs]  # the second is timed
     for job, count, sample in options.repeat * turns:
         if len(sample) < 3 or clock() - begun < 8:  # what takes seconds has fewer turns
             sleep(0.1)
@@ -210,7 +210,7 @@ def output_of(*command):
                                      stdout=subprocess.PIPE, check=True).stdout)
 def resident(field):
     return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
-if options.part in "01":  # the memory of a process that takes two steps with one library
+if options.part in ("0", "1"):  # the memory of a process that takes two steps with one library
     before, job = resident("VmRSS"), step_job(LIBRARIES[int(options.part)], "width 256", 32)
     sys.exit(print(job() and job() and resident("VmHWM") - before))
 rows = [(f"{kind} step, {size}", partial(step_job, size=size, count=count)) for kind, size, count
@@ -242,7 +242,7 @@ for row in table:
     cells = [f"{row[c]:,.{0 if row[c] > 10 else 2}f}" if c in row else "" for c in columns]
     print("|", row["work"], "|", " | ".join(cells), "|")
 ratios = [row["ratio"] for row in table if torch and row["work"] in dict(ops[:-2] + ops[-1:])]
-if ratios:  # of the operations, a scalar alone left out
+if ratios:  # of the operations and the smallest GPT; one scalar operation is left out
     print(f"\nGeometric mean of {len(ratios)} operations: {statistics.geometric_mean(ratios):.2f}")
 if options.json:
     versions = {"numpy": np.__version__, "torch": torch and torch.__version__}

@@ -137,7 +137,7 @@ class Tensor:
     # TypeError. To convert silently would cut the tape, and the gradient would be wrong.
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.requires_grad:
-            raise TypeError("this Tensor needs a gradient, which an array cannot hold: t.numpy()")
+            raise TypeError("an array cannot hold a gradient; t.numpy() drops it, np.stack keeps it")
         return (np.array if copy else np.asarray)(self._data, dtype=dtype)
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain, constant = method == "__call__", not any(map(_tracked, inputs))
@@ -153,7 +153,8 @@ class Tensor:
             return _FUNCTIONS[function](*args, **kwargs)
         if function in _WITHOUT_GRADIENT:
             return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
-        raise TypeError(_NO_DERIVATIVE.format(function.__name__))
+        name = f"{function.__module__}.{function.__name__}".removeprefix("numpy.")
+        raise TypeError(_NO_DERIVATIVE.format(name))
 
 Value = Tensor  # as it is called in Karpathy's micrograd
 _NO_DERIVATIVE = "np.{}: nanoad has no derivative for this; use t.numpy() if none is needed"
@@ -218,8 +219,8 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
     if t._guard[1] is not None:
         _renew_guard(t)
     if t._guard[0] > since:
-        raise RuntimeError(f"{op.__name__}: the data of a Tensor ({t.label or '?'}, {t.shape})"
-                           " was changed between forward and backward; call backward, then write")
+        raise RuntimeError(f"{op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was changed "
+                           "between forward and backward; call backward first, then write")
 
 # ## The tape
 #
@@ -543,9 +544,13 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
          argnum: int | None = None) -> Callable:
-    """`value_and_grad` without the value: the gradient, or (gradient, aux) with `has_aux`.
+    """The function that returns the gradient of f, which returns a scalar (else see `jacobian`).
+    A Tensor like the argument at `argnums`, the first, or a nest of Tensors like it; (gradient,
+    aux) with `has_aux`. `value_and_grad` says more, and has the same errors.
 
-        >>> slope = grad(lambda x: x * x)  # a constant, unless somebody else can ask
+        >>> print(grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
+        [2. 6.]
+        >>> slope = grad(lambda x: x * x)  # constant, unless somebody can differentiate by x
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
         False True
     """
@@ -1995,9 +2000,10 @@ class _Block(Module):
 
 class GPT(Module):
     """A decoder-only transformer: integers (B, T), T <= block_size -> logits (B, T, vocab_size).
-    Learned positions, pre-norm blocks, and one matrix for embedding tokens and scoring them (Press
-    and Wolf, 2017). Weights start at N(0, 0.02), those that write to the residual stream smaller
-    by sqrt(2 * num_layers), as GPT-2's: so many terms add up in it.
+    `num_heads` must divide `embed_dim`. Learned positions, layer norms before attention and MLP,
+    one matrix for embedding tokens and scoring them (Press and Wolf, 2017). Weights start at
+    N(0, 0.02), those that write to the residual stream smaller by sqrt(2 * num_layers), as GPT-2's:
+    so many terms add up in it.
     """
     def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
                  block_size: int, dropout: float = 0.0) -> None:
@@ -2029,9 +2035,10 @@ class GPT(Module):
     @no_grad()
     def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None) -> np.ndarray:
-        """Continue integer sequences (B, T) by sampling: (B, T + max_new_tokens).
-        `temperature` divides the logits; `top_k` samples among the k likeliest. Once block_size is
-        full, the window slides at every step; then all positions change, and it is read anew.
+        """Continue sequences of integers (B, T) by sampling, in eval mode: (B, T + max_new_tokens).
+        `manual_seed` fixes what is drawn; `temperature` divides the logits; `top_k` samples among
+        the k likeliest. Once block_size is full, the window slides at every step; then all
+        positions change, and it is read anew.
         """
         idx = np.array(idx)
         if idx.ndim != 2 or idx.shape[1] == 0:

@@ -4112,7 +4112,7 @@ def test_mnist_refuses_bad_input(mnist):
     refused("--batch-size", 2, "--threads", 3, says="--batch-size")
     refused("--lr", "fast", says="--lr")
     refused("--resume", says="no checkpoint")
-    refused("--resume", "a", "--out", "b", says="leave --out away")
+    refused("--resume", "a", "--out", "b", says="drop --out")
     refused("--dataset", "cifar10", says="cifar-10-binary.tar.gz")
     Path("file").write_text("")
     refused("--epochs", 1, "--out", "file/run", says="cannot write")

@@ -40,7 +40,7 @@ def show(text, live=False):
 
 def stop(message, code=2):
     """End with one line on stderr. Code 2: nothing was begun; 1: something went wrong later."""
-    show("", live=True)
+    show("", live=True)  # wipes what is there
     print(f"train_gpt.py: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -53,26 +53,26 @@ parser.error = stop
 add = parser.add_argument
 add("--size", choices=SIZES, help="of the network and its training (default: small)")
 add("--steps", type=int, metavar="N", help="training steps (default: by size)")
-add("--seed", type=int, metavar="N", help="another run, or another sample (default: 0)")
+add("--seed", type=int, metavar="N", help="of another run (default: 0) or sample (the run's)")
 add("--threads", type=int, metavar="N", help=f"that share each batch (default here: {THREADS})")
 add("--text", metavar="FILE", help="UTF-8 text to learn from (default: tiny-Shakespeare)")
 add("--out", metavar="FOLDER", help="of the run (default: runs/SIZE, or a new runs/SIZE-2, ...)")
 add("--resume", nargs="?", const="", metavar="FOLDER",
     help="continue the run in FOLDER (default: --out, or the latest in runs/)")
-add("--sample", metavar="PROMPT", help="only write 400 characters, by the network of a run")
+add("--sample", metavar="PROMPT", help="only write 400 characters, by --out or the latest run")
 args = parser.parse_args()
 for name, least in dict(steps=1, seed=0, threads=1).items():
     if (given := getattr(args, name)) is not None and given < least:
         stop(f"--{name} must be at least {least}, not {given}")
 if args.sample is not None and (args.resume is not None or args.text or not args.sample):
-    stop("--sample needs a character or more to go on from, and neither --resume nor --text")
+    stop("--sample needs a character or more, no --text, and --out rather than --resume")
 if args.resume and args.out:
-    stop("--resume FOLDER writes to that folder: leave --out away")
+    stop("--resume FOLDER writes to that folder: drop --out")
 signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
 
 # Matrix products are computed by a library, BLAS, with threads of its own, which would be in the
 # way of ours. How many it has is settled once and for all when NumPy is imported: hence only now.
-# It has one even if we have one too, for how it splits its work would show in the last bits.
+# It gets one even where we have one: how it splits its work would show in the last bits.
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 # OpenBLAS does not know AMD's newest processors, and leaves half of their vector unit idle unless
 # told which kernels to take (SkylakeX means AVX-512; float32 products took 0.55 times as long).
@@ -163,7 +163,7 @@ def loss_of(x, y):
 # Each thread takes its share of a batch. The mean over the batch is the sum of the shares' means
 # weighted by their sizes, and so is its gradient. Dropout draws from a stream of the share's own.
 def share(k, x, y):
-    nanoad.manual_seed((seed, 2, len(losses), k))
+    nanoad.manual_seed((seed, 2, len(losses), k))  # (counting steps from 0)
     loss = loss_of(x, y) * (len(x) / B)
     return loss.item(), nanoad.gradients(loss, params)
 
@@ -172,7 +172,7 @@ def evaluate(ids, pool):
     count = (len(ids) - 1) // T
     x, y = (ids[i:i + count * T].reshape(count, T) for i in (0, 1))
     total = nanoad.no_grad()(lambda rows: loss_of(x[rows], y[rows]).item() * len(rows))
-    batches, totals = np.array_split(np.arange(count), 1 + count * T // 4096), []  # ~4096 each
+    batches, totals = np.array_split(np.arange(count), 1 + count * T // 4096), []  # of ~4096 ids
     model.eval()
     for loss in pool.map(total, batches):
         totals.append(loss)
@@ -186,7 +186,7 @@ def save():
     if not all(np.isfinite(numbers).all() for numbers in (*weights.values(), *history[-1:])):
         stop(f"step {len(losses)} made numbers infinite; the last good ones are in {folder}", 1)
     try:
-        # Of a new run without a name the folder must be new: two may begin at once.
+        # The first save of an unnamed run makes its folder: another may have begun just now.
         folder.mkdir(parents=True, exist_ok=bool(named or state or losses))
         nanoad.save(folder / "checkpoint.npz", {
             "written_by": "train_gpt.py", "settings": settings, "chars": chars,
@@ -202,7 +202,7 @@ if args.sample is None:
     save()  # before the work, so that a folder which cannot be written to is noticed now
     show(f"{settings['size']}: {sum(p.size for p in params):,} parameters, {len(text):,} "
          f"characters, {threads} threads, step {len(losses)} of {steps}, into {folder}")
-    interrupted = []  # Ctrl-C asks for an end after the step; the second kills, and does no harm
+    interrupted = []  # Ctrl-C ends it after the step; a second kills at once, and does no harm
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(
         signal.signal(signal.SIGINT, signal.SIG_DFL)))
     np.seterr("ignore")  # we look for inf and nan ourselves
@@ -213,7 +213,7 @@ if args.sample is None:
             x, y = (ids[starts[:, None] + np.arange(i, T + i)] for i in (0, 1))  # (B, T) each
             shares = np.array_split(x, threads), np.array_split(y, threads)
             parts, gradients = zip(*pool.map(share, range(threads), *shares))
-            for p, (one, *others) in zip(params, zip(*gradients)):
+            for p, (one, *others) in zip(params, zip(*gradients)):  # over the shares
                 p.grad = sum(others, one)
             loss, norm = sum(parts), nanoad.clip_grad_norm(params, 1.0)
             if not np.isfinite(loss + norm):
@@ -223,13 +223,13 @@ if args.sample is None:
             schedule.step()
             losses.append(loss)
 
-            now, recent = time.monotonic(), np.mean(losses[-50:]).item()  # one alone is noisy
+            now, recent = time.monotonic(), np.mean(losses[-50:]).item()  # one is noisy
             speed = (step - first) / (now - begun)
             if now - shown > (0.1 if TERMINAL else 10):
                 shown, left = now, int((steps - step) / speed)
                 show(f"step {step}/{steps}  loss {recent:.3f}  {speed * B * T:,.0f} tokens/s  "
                      f"{left // 60}:{left % 60:02} left", live=TERMINAL)
-            if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
+            if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:  # an eighth
                 history.append((step, recent, evaluate(ids[split:], pool)))
                 save()
                 show("step {}  training loss {:.3f}  validation loss {:.3f}".format(*history[-1]))

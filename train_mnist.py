@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # To show the network more images than there are, each is moved whenever it is used, by up to
-# `reach` pixels. A mirrored photograph is another photograph, but a mirrored digit is none.
+# `reach` pixels, and `mirrored` with that probability (but a mirrored digit is no digit).
 DATASETS = {
     "mnist": dict(epochs=10, lr=1e-2, width=8, reach=1, mirrored=0.0, names="0123456789"),
     "cifar10": dict(epochs=15, lr=5e-3, width=32, reach=4, mirrored=0.5, names=(
@@ -37,7 +37,7 @@ def show(text, live=False):
 
 def stop(message, code=2):
     """End with one line on stderr. Code 2: nothing was begun; 1: something went wrong later."""
-    show("", live=True)
+    show("", live=True)  # wipes what is there
     print("train_mnist.py:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(code)
 
@@ -63,13 +63,13 @@ for name, least in dict(epochs=1, batch_size=1, lr=1e-9, seed=0, width=1, thread
     if (given := getattr(args, name)) is not None and not least <= given < math.inf:
         stop(f"--{name.replace('_', '-')} must be at least {least}, not {given}")
 if args.resume and args.out:
-    stop("--resume FOLDER writes to that folder: leave --out away")
-interrupted = "interrupted"
+    stop("--resume FOLDER writes to that folder: drop --out")
+interrupted = "interrupted"  # says more once there is something to resume
 signal.signal(signal.SIGINT, lambda *_: stop(interrupted, 130))
 
 # Matrix products are computed by a library, BLAS, with threads of its own, which would be in the
 # way of ours. How many it has is settled once and for all when NumPy is imported: hence only now.
-# It has one even if we have one too, for how it splits its work would show in the last bits.
+# It gets one even where we have one: how it splits its work would show in the last bits.
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 # OpenBLAS does not know AMD's newest processors, and leaves half of their vector unit idle unless
 # told which kernels to take (SkylakeX means AVX-512; float32 products took 0.55 times as long).
@@ -138,7 +138,7 @@ def augment(x, rng):
     n, reach = len(x), kind["reach"]
     padded = np.pad(x, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, x.shape[2:], axis=(2, 3))
-    down, right = rng.integers(2 * reach + 1, size=(2, n))
+    down, right = rng.integers(2 * reach + 1, size=(2, n))  # windows: (N, C, down, right, H, W)
     x = windows[np.arange(n), :, down, right]  # (N, C, H, W)
     return np.where(rng.random((n, 1, 1, 1)) < kind["mirrored"], x[..., ::-1], x)
 
@@ -164,8 +164,8 @@ if state:
     for name, part in parts.items():
         part.load_state_dict(state[name])
 
-# Each thread has a replica of the network. All share the parameters, but batch norm writes its
-# running statistics in every step, so each has its own. Those of the first are kept.
+# Each thread has a replica of the network. All share the parameters (deepcopy is told to take them
+# for copied), but batch norm writes its running statistics in every step: those of the first count.
 replicas = [model, *(copy.deepcopy(model, {id(p): p for p in params}) for _ in range(1, threads))]
 
 # Each takes its share of a batch. The mean over the batch is the sum of the shares' means weighted
@@ -187,7 +187,7 @@ with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as
         model.train()
         test_loss = nanoad.cross_entropy(logits, y_test).item()
         if not math.isfinite(sum(losses) + test_loss):
-            stop(f"epoch {len(history) + 1}: the loss is {[test_loss, *losses][-1]}, of the "
+            stop(f"epoch {len(history) + 1}: the loss is {(losses or [test_loss])[-1]}, of the "
                  f"test images {test_loss}; the last good checkpoint is in {folder}", 1)
         if losses:
             accuracy = np.mean(logits.argmax(1) == y_test).item()
@@ -210,14 +210,14 @@ with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as
         if len(history) == epochs:
             break
 
-        epoch, losses, begun = len(history) + 1, [], time.monotonic() - seconds
+        epoch, losses, begun = len(history) + 1, [], time.monotonic() - seconds  # without tests
         nanoad.manual_seed((seed, epoch))
         for x_batch, y_batch in loader:
             shares = np.array_split(x_batch, threads), np.array_split(y_batch, threads)
             parts_of_loss, gradients = zip(*pool.map(share, replicas, *shares))
             losses.append(sum(parts_of_loss))
             if not math.isfinite(losses[-1]):
-                break
+                break  # the next turn says so
             for p, (one, *others) in zip(params, zip(*gradients)):
                 p.grad = sum(others, one)
             optimizer.step()
@@ -236,8 +236,8 @@ for k, name in enumerate(names):
     counts = np.bincount(guess[y_test == k], minlength=10)
     show(" ".join([f"{name:>10}", *(f"{count or '.':>5}" for count in counts)]))
 wrong = np.flatnonzero(guess != y_test)
-show(f"\n{len(wrong)} of {len(y_test)} are mistaken. The network was surest of these:")
-pictures, across = [], 81 // (W - 1)
+show(f"\n{len(wrong):,} of {len(y_test):,} are mistaken. The network was surest of these:")
+pictures, across = [], 81 // (W - 1)  # each is W - 2 wide, and a space
 for i in wrong[np.argsort(-sure[wrong], kind="stable")][:6]:
     gray = x_test[i].mean(0)[1:-1, 1:-1]  # without the edge, three digits fit into 80 columns
     gray = gray.reshape(-1, 2, W - 2).mean(1)  # a character is twice as high as wide
