@@ -137,7 +137,7 @@ class Tensor:
     # TypeError. To convert silently would cut the tape, and the gradient would be wrong.
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.requires_grad:
-            raise TypeError("a Tensor that needs a gradient is no array: try t.numpy(), np.stack(list)")
+            raise TypeError("a Tensor that needs a gradient is no array: t.numpy(), np.stack(list)")
         return (np.array if copy else np.asarray)(self._data, dtype=dtype)
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain, constant = method == "__call__", not any(map(_tracked, inputs))
