@@ -11,12 +11,11 @@ its derivatives, and every Tensor that it began with learns how much it mattered
     >>> print(grad(grad(lambda x: x ** 3))(2.0))
     12.0
 
-Read from top to bottom, the chapters are: the **tensor**; the **tape** it writes and the walk back
-along it; the **functional transforms** (`grad`, `vjp`, `jvp`, `hvp`, `hessian`), which make new
-functions out of yours; the **operations**, each with its derivative; **modules**, which hold
-parameters; **optimizers**, which move them; **loaders**, which fetch data; **saving, drawing and
-the public names**; and a tour, which `python nanoad.py` prints and runs. You need NumPy, a little
-calculus, and no other file.
+The chapters, from top to bottom, are the **tensor**; the **tape** it writes and the walk back along
+it; the **functional transforms** (`grad`, `vjp`, `jvp`, `hvp`, `hessian`), which make new functions
+out of yours; the **operations**, each with its derivative; **modules**, which hold parameters;
+**optimizers**, which move them; **loaders**, which fetch data; **saving, drawing and the public
+names**; and a tour, which `python nanoad.py` runs. You need NumPy, calculus, and no other file.
 """
 
 from __future__ import annotations
@@ -35,30 +34,25 @@ import numpy as np
 # unit of `x` and by `g * x` per unit of `w`. To say so we must know *which operation* made `y`,
 # *what it was made of*, and the *values* that went in. A Tensor is an array plus exactly these. All
 # Tensors of one computation, each pointing at its operands, are what the field calls the tape.
-#
-# `_seq` is drawn from a global counter when a tensor is made. A result is made after its operands,
-# so sorting by `_seq` sorts a computation into an order in which it could have happened.
 
 class Tensor:
     """An n-dimensional array that can be differentiated through.
-    `data` is anything NumPy makes an array of, and is copied. float32 and float64 stay what they
-    are; integers and bools become float64, since an integer cannot carry a gradient. A list that
-    holds Tensors is stacked. A Tensor has ndarray's operators and methods, and NumPy's functions
-    (`np.exp(t)`) work on it; both differentiate, and treat all that is no Tensor as constant.
-    Comparisons give plain bool arrays. Raises TypeError for data that is not real numbers.
-
+    `data` is anything NumPy makes an array of, and is copied; integers and bools become float64,
+    since an integer cannot carry a gradient. A list that holds Tensors is stacked. ndarray's
+    operators and methods and NumPy's functions (`np.exp(t)`) differentiate, and treat all that is
+    no Tensor as constant; comparisons give plain bool arrays. TypeError for what is no real number.
     With `requires_grad` a Tensor is *tracked*: results made of it remember how, and receive
     gradients. Without, it is a *constant*. A Tensor that no operation made is a *leaf*.
     """
-    # After the four that are the user's: when it was made and when written to; then its operation,
-    # operands, their arrays, settings, and the pullback if the operation is a `fused` one.
+    # After the user's four: when it was made, by a global counter, and when written to; then its
+    # operation, operands, their arrays, settings, and the pullback if the operation is `fused`.
     __slots__ = ("_data", "requires_grad", "grad", "label", "_seq", "_guard", "__weakref__",
                  "_op", "_args", "_values", "_params", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
-        made = as_tensor(data)
-        follows = requires_grad and made.requires_grad and _mode.recording  # then it is a result
-        how = (identity, (made,), [made._data], {}) if follows else ()
-        _record(np.array(made._data), *how, tracked=requires_grad, t=self)
+        made = as_tensor(data)  # if that is tracked, this may be a result of it
+        made = identity(made) if requires_grad and made.requires_grad else made.detach()
+        _record(np.array(made._data), made._op, made._args, made._values, made._params,
+                tracked=requires_grad, t=self)
         self.label = label
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
     dtype = property(lambda self: self._data.dtype, doc="The NumPy type of the elements.")
@@ -67,7 +61,7 @@ class Tensor:
     T = property(lambda self: transpose(self), doc="The tensor with its axes reversed.")
     @property
     def data(self) -> np.ndarray:
-        """The array itself, to read and to write (see "Writes the tape must not miss")."""
+        """The array, to read and to write (see "Writes the tape must not miss"); also t.numpy()."""
         if self.requires_grad:
             _renew_guard(self)
         return np.asarray(self._data)  # (of a 0-d result a copy, for NumPy makes that a scalar)
@@ -75,15 +69,11 @@ class Tensor:
     def data(self, value: Any) -> None:
         value = value.data if isinstance(value, Tensor) else value
         array = np.asarray(value, None if isinstance(value, np.ndarray) else self.dtype)
-        if array.shape != self.shape or array.dtype != self.dtype:
-            raise ValueError(f"t.data is {self.dtype} of shape {self.shape}; it cannot be replaced "
-                             f"by {array.dtype} of shape {array.shape}; make a new Tensor for that")
-        self._data = array  # which somebody else may hold, and write to
-        _note_write(self)
-        _renew_guard(self)
-    def numpy(self) -> np.ndarray:
-        """The array, for code outside nanoad: the same memory as `t.data`."""
-        return self.data
+        own, new = (f"{a.dtype} of shape {a.shape}" for a in (self, array))
+        if own != new:
+            raise ValueError(f"t.data is {own} and cannot become {new}; make a new Tensor for that")
+        self._data, self._guard = array, (next(_clock), -1)  # somebody may hold that array
+    numpy = lambda self: self.data  # as code outside nanoad knows it: the same memory
     def item(self) -> float:
         """The one element, as a Python number. Raises ValueError if there is not exactly one."""
         if self.size != 1:
@@ -95,23 +85,19 @@ class Tensor:
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
         """Add the derivative of this tensor to `.grad` of every tracked leaf it was made from.
-        `grad`, of this tensor's shape, says how much each element counts (it is the cotangent, see
-        "The tape"); a scalar needs none, it counts as 1.
-        `create_graph` makes the gradients differentiable in turn. The tape is let go as it is
-        walked, unless `retain_graph` or `create_graph`. `retain_grads` keeps it too, and leaves
-        `.grad` on every tensor, for `draw` to show. Raises ValueError for a non-scalar without
-        `grad` or a `grad` of another shape, RuntimeError if there is no tape.
+        `grad` (the cotangent, see "The tape") says how much each element counts; a scalar counts as
+        1. `create_graph` makes the gradients differentiable in turn; `retain_grads` leaves `.grad`
+        on every tensor, for `draw` to show. Without one of them or `retain_graph`, the tape is let
+        go as it is walked. Raises ValueError for a non-scalar without `grad`, or a `grad` of
+        another shape; RuntimeError if there is no tape.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor was made of constants or inside no_grad()")
         seeds = [(self, _seed("backward", self, grad, create_graph))]
-        shared = create_graph or retain_grads  # then somebody else may hold the array of g, too
         with _recording(create_graph):
-            for t, g in _walk(seeds, None, create_graph, retain_graph or shared):
-                if t._op is None or retain_grads:
-                    if not _tracked(g):
-                        g = _wrap(np.array(_value(g)) if shared else np.asarray(g))
-                    t.grad = g if t.grad is None else t.grad + g
+            for t, g in _walk(seeds, None, create_graph, retain_graph or retain_grads,
+                              lambda t: t._op is None or retain_grads):
+                t.grad = g if t.grad is None else t.grad + g
     def __repr__(self) -> str:
         values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
         label = f", label={self.label!r}" if self.label else ""
@@ -124,40 +110,38 @@ class Tensor:
     __iter__ = lambda self: (self[i] for i in range(len(self)))
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
-    def __reduce__(self) -> tuple:
-        # Copies and pickles are new leaves: they must not share `_seq` with the original.
+    def __reduce__(self) -> tuple:  # copies and pickles are new leaves, with a new `_seq`
         if self._op is not None:
             raise TypeError("only leaves can be copied or pickled; use t.detach() on this result")
         return type(self), (np.asarray(self._data), self.requires_grad, self.label)
 
     # ### What NumPy is told
     #
-    # NumPy asks an operand that is not its own before it computes. A function that nanoad knows is
-    # answered by nanoad's operation (the tables end the chapter on operations); any other is a
-    # TypeError. To convert silently would cut the tape, and the gradient would be wrong.
+    # NumPy asks an operand that is not its own before it computes. What nanoad knows is answered by
+    # its own operation (the tables end the chapter on operations), and all else is a TypeError: to
+    # convert silently would cut the tape, and the gradient would be wrong.
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.requires_grad:
             raise TypeError("a Tensor that needs a gradient is no array: t.numpy(), np.stack(list)")
         return (np.array if copy else np.asarray)(self._data, dtype=dtype)
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        plain, constant = method == "__call__", not any(map(_tracked, inputs))
+        plain, out = method == "__call__", kwargs.get("out")
         if plain and not kwargs and ufunc in _UFUNCS:
             return _UFUNCS[ufunc](*inputs)
-        out = kwargs.get("out")  # `array += constant` has one, and an array can hold that
-        if plain and not _holds_tensor(out) and (ufunc in _WITHOUT_GRADIENT or constant and out):
+        held = out and not any(map(_tracked, inputs))  # an array can hold `array += constant`
+        if plain and not _holds_tensor(out) and (held or ufunc in _WITHOUT_GRADIENT):
             return ufunc(*map(_value, inputs), **kwargs)
         how = ("" if plain else f".{method}") + (f" with {', '.join(kwargs)}=" if kwargs else "")
-        raise TypeError(_NO_DERIVATIVE.format(ufunc.__name__ + how))
+        raise TypeError(_NO_DERIVATIVE.format(f"numpy.{ufunc.__name__}{how}"))
     def __array_function__(self, function: Callable, kinds: Any, args: tuple, kwargs: dict) -> Any:
         if function in _FUNCTIONS:
             return _FUNCTIONS[function](*args, **kwargs)
         if function in _WITHOUT_GRADIENT:
             return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
-        name = f"{function.__module__}.{function.__name__}".removeprefix("numpy.")
-        raise TypeError(_NO_DERIVATIVE.format(name))
+        raise TypeError(_NO_DERIVATIVE.format(f"{function.__module__}.{function.__name__}"))
 
 Value = Tensor  # as it is called in Karpathy's micrograd
-_NO_DERIVATIVE = "np.{}: nanoad has no derivative for this; use t.numpy() if none is needed"
+_NO_DERIVATIVE = "{}: nanoad has no derivative for this; use t.numpy() if none is needed"
 
 class _Mode(threading.local):
     """What each thread has for itself: whether it writes a tape, and its random numbers."""
@@ -169,7 +153,7 @@ def manual_seed(seed: int | Sequence[int]) -> None:
     """Seed this thread's initialization, dropout, shuffling and sampling; (seed, step) will do."""
     _mode.rng = np.random.default_rng(seed)
 
-def _record(y, op=None, args=None, values=None, params=None, pullback=None, tracked=True, t=None):
+def _record(y, op=None, args=(), values=None, params=None, pullback=None, tracked=True, t=None):
     """Make `t`, or a new tensor, a result that remembers how it was made; without `op`, a leaf."""
     t = Tensor.__new__(Tensor) if t is None else t
     t._data, t.requires_grad, t.grad, t.label = y, tracked, None, ""
@@ -203,8 +187,8 @@ _from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # of
 # A tensor does not copy its operands, so writing into one between the forward and the backward
 # pass would change the derivative without a word. NumPy reports no writes. So a checksum is taken
 # when the array is handed out (`t.data`), and compared when a walk needs the elements as they were.
-# `_guard` is None until the array is handed out or written to. Then it is a pair: the time of the
-# last write (0 for none), and the last checksum (None if the array was never handed out).
+# `_guard` is None until either happens; then it is the time of the last known write (0: none), and
+# the last checksum (None: never handed out; -1: the array is somebody's, and has none yet).
 
 def _note_write(t: Tensor) -> None:
     t._guard = next(_clock), t._guard and t._guard[1]
@@ -230,45 +214,36 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 # does. The cotangent of *L* itself is 1. Now step backwards. If `y = f(a, b)` and the cotangent of
 # `y` is `g`, the chain rule gives what `a` receives by way of `y`: `g` times the Jacobian of `f`.
 # That product is all we ever need, never the Jacobian alone, so each operation brings a function
-# that computes it: its **VJP rule** (vector-Jacobian product). For `mul` it is `g * b`. An array
-# used in several places receives from each, and the parts add up. Visit every tensor after all that
-# were made from it, hand its finished cotangent to its rule, pass the results on to its operands:
-# that is reverse-mode differentiation. It costs a small multiple of the forward pass, however many
-# inputs there are, and that one fact is why neural networks can be trained.
+# for it: its **VJP rule** (vector-Jacobian product). For `mul` it is `g * b`. An array used in
+# several places receives from each, and the parts add up. Visit every tensor after all that were
+# made from it, hand its finished cotangent to its rule, pass the results on to its operands: that
+# is reverse-mode differentiation. However many inputs there are, it costs a small multiple of the
+# forward pass, and that one fact is why neural networks can be trained.
 #
-#     >>> a, b = Tensor(2.0), Tensor(3.0)
-#     >>> (a * b + a).backward()  # a receives b, and then 1
-#     >>> print(a.grad, b.grad)
-#     4.0 2.0
+#     >>> a, b, rule = Tensor(2.0), Tensor(3.0), mul.rules[0]  # lambda g, y, a, b: g * b
+#     >>> y = a * b
+#     >>> print(y._op.__name__, y._args[0] is a, y._values)  # what y remembers
+#     mul True [array(2.), array(3.)]
+#     >>> (y + a).backward()  # a receives b, and then 1
+#     >>> print(a.grad, b.grad, y._args)  # nothing of the tape is left behind the walk
+#     4.0 2.0 None
+#     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, b)))
+#     3.0 Tensor(3., dtype=float64)
 #
 # Three properties of this walk carry the rest of the file:
 #
-# 1. *The order is the clock, backwards.* The tensor with the largest `_seq` still waiting cannot
-#    be an operand of another that waits, so its cotangent is complete. A heap of these numbers
-#    replaces the usual recursive sort: a tape of a million operations needs no recursion.
-# 2. *The tape is let go behind us.* Once a tensor has passed its cotangent on, what it saved is
-#    dropped, and memory falls while we walk.
+# 1. *The order is the clock, backwards.* A result is made after its operands, and has the larger
+#    `_seq`. So the largest that waits is no operand of another that waits: its cotangent is
+#    complete. A heap replaces the usual recursive sort; a tape may be a million operations deep.
+# 2. *The tape is let go behind us.* What a tensor saved is dropped, and memory falls as we walk.
 # 3. *A rule is ordinary array code.* Given ndarrays, it computes at NumPy's own speed. Given
 #    Tensors, the same text writes a new tape, so the gradient it returns can be differentiated
 #    again. `create_graph` decides which; no second set of rules exists to be wrong.
-#
-# To see it:
-#
-#     >>> x, rule = Tensor(3.0), mul.rules[0]  # lambda g, y, a, b: g * b
-#     >>> y = x * x
-#     >>> print(y._op.__name__, y._args[0] is x, y._values)  # what y remembers
-#     mul True [array(3.), array(3.)]
-#     >>> y.backward()
-#     >>> print(x.grad, y._args)  # what is left of it behind the walk
-#     6.0 None
-#     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, x)))
-#     3.0 Tensor(3., dtype=float64)
 
-def _walk(seeds: list, needed: dict | None, create_graph: bool, retain_graph: bool) -> Iterator:
-    """Yield the tensors of `seeds` and all behind them, each with its finished cotangent.
-    `seeds` are pairs (tensor, cotangent); cotangents are ndarrays, or Tensors under `create_graph`.
-    `needed` has the `_seq` of each tensor to visit, and whether the walk goes on from there; with
-    None it visits all. (`_paths`, below, finds out what is needed.)
+def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Tensor, Tensor]]:
+    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs where `keep(tensor)`.
+    On the way, cotangents are ndarrays, or Tensors under `create_graph`. `needed` has the `_seq` of
+    each tensor to visit, and whether to go on from there (see `_paths`); None visits all.
     """
     pending: dict = {}  # _seq -> (tensor, the sum of what it has received so far)
     for t, g in seeds:
@@ -276,12 +251,12 @@ def _walk(seeds: list, needed: dict | None, create_graph: bool, retain_graph: bo
     heap = sorted(-seq for seq in pending)  # a sorted list is a heap
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
-        yield t, g
+        if keep(t):
+            own = t._op is None and not create_graph  # as seen to below
+            yield t, g if _tracked(g) else _wrap(np.asarray(g) if own else np.array(_value(g)))
         if t._op is None or (needed is not None and not needed.get(t._seq)):
             continue
-        for a, part in zip(t._args, _pull(t, g, needed, create_graph)):
-            if part is None:
-                continue
+        for a, part in _pull(t, g, needed, create_graph):
             if not create_graph and part.__class__ is Tensor:  # a rule may call our operations
                 part = part._data
             data, seq = a._data, a._seq
@@ -298,11 +273,11 @@ def _walk(seeds: list, needed: dict | None, create_graph: bool, retain_graph: bo
                 if a._op is None and not create_graph and (part is g or part.base is not None):
                     part = part.copy()
             pending[seq] = a, part
-        if not retain_graph:
+        if not (retain_graph or create_graph):
             t._args = t._values = t._params = t._pullback = None
 
-def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
-    """What each operand of `t` receives from its cotangent `g`; None where nothing is due."""
+def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> Iterable:
+    """The operands of `t` to which something is due, each with what it receives from `g`."""
     op, wanted = t._op, []
     if t._guard is not None:
         _check_unwritten(t, t._seq, op)
@@ -312,26 +287,23 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> list:
             _check_unwritten(a, t._seq, op)
         wanted.append(due and (needed is None or a._seq in needed))
     if t._pullback is not None:
-        if create_graph and getattr(op, "definition", None):  # a fused operation: see "Operations"
-            return _pull_by_definition(t, g, wanted)
-        return [part if due else None for part, due in zip(t._pullback(g, wanted), wanted)]
+        by_definition = create_graph and getattr(op, "definition", None)  # see "Operations"
+        parts = _pull_by_definition(t, g, wanted) if by_definition else t._pullback(g, wanted)
+        return itertools.compress(zip(t._args, parts), wanted)
     # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
-    y, values = (t, t._args) if create_graph else (t._data, t._values)
-    rules, params = op.rules, t._params
-    return [rules[i](g, y, *values, **params) if due else None for i, due in enumerate(wanted)]
+    y, xs = (t, t._args) if create_graph else (t._data, t._values)
+    return [(a, op.rules[i](g, y, *xs, **t._params)) for i, a in enumerate(t._args) if wanted[i]]
 
 def _operands(t: Tensor) -> tuple:
-    if t._op is not None and t._args is None:
-        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was walked and let go; "
-                           "call backward(retain_graph=True) the first time to walk it again")
-    return t._args or ()
+    if t._args is None:
+        raise RuntimeError(f"{t._op.__name__}: tape let go by a walk without retain_graph=True")
+    return t._args
 
 # ### Broadcasting, and the sum it leaves behind
 #
 # NumPy stretches a `(3,)` row along a `(4, 3)` table without being asked. Each element of the row
 # is then used four times, and what is used several times receives the *sum* of what comes back:
-# the cotangent arrives with shape `(4, 3)` and has to be added up over the four. The walk does it
-# for every operation, and no rule mentions it.
+# the cotangent, `(4, 3)`, is added up over the four. The walk does it, and no rule mentions it.
 
 def unbroadcast(g: Any, shape: tuple) -> Any:
     """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from `shape`.
@@ -341,9 +313,8 @@ def unbroadcast(g: Any, shape: tuple) -> Any:
         >>> print(row.grad, unbroadcast(np.ones((4, 3)), (3,)))
         [4. 4. 4.] [4. 4. 4.]
     """
-    extra = g.ndim - len(shape)
-    stretched = [i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1]
-    return np.sum(g, axis=(*range(extra), *stretched)).reshape(shape)
+    before = (1,) * (g.ndim - len(shape)) + shape
+    return np.sum(g, axis=tuple(i for i, n in enumerate(before) if n != g.shape[i])).reshape(shape)
 
 @contextlib.contextmanager
 def _recording(on: bool) -> Iterator[None]:
@@ -361,31 +332,26 @@ def no_grad() -> contextlib.AbstractContextManager:
 #
 # `backward` leaves its results in `.grad`, which suits training. To *use* a gradient inside a
 # larger computation we want it returned, for the inputs we name. What is older than all of these
-# cannot depend on them, so the search stops at that age; and of what is younger, only tensors on a
-# path from an input to an output matter.
+# cannot depend on them, so the search for paths from them to the outputs stops at that age.
 
 def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list]:
     """Search the tape from `outputs` back to `inputs`: what lies between, and what lies behind.
     The first result, `needed`, maps the `_seq` of every tensor on a path between them to whether a
-    walk goes on from it (from an input if `beyond`, for another may lie behind it). The second,
-    `older`, lists the tracked tensors older than all inputs, at which the search stopped. They had
-    a part in the outputs: an enclosing transform (next chapter) may ask for derivatives by them.
+    walk goes on from it (from an input if `beyond`, for another may lie behind it). The second has
+    the tracked tensors older than all inputs, by which an enclosing transform may differentiate.
     """
-    oldest = builtins.min((t._seq for t in inputs), default=math.inf)
     needed = {t._seq: beyond for t in inputs}
-    younger, older, waiting = {}, {}, list(filter(_tracked, outputs))
-    while waiting:
-        t = waiting.pop()
-        if t._seq < oldest:
-            older[t._seq] = t
-        elif t._seq not in younger:
-            follow = needed.get(t._seq, True)
-            younger[t._seq] = [a for a in _operands(t) if _tracked(a)] if follow else []
-            waiting += younger[t._seq]
-    for seq in sorted(younger):  # operands before results
-        if any(a._seq in needed for a in younger[seq]):
+    oldest = builtins.min(needed, default=math.inf)
+    found, waiting = {}, list(filter(_tracked, outputs))  # _seq -> (tensor, operands)
+    for t in waiting:  # which grows
+        if t._seq not in found:
+            further = t._seq >= oldest and needed.get(t._seq, True)
+            found[t._seq] = t, [a for a in _operands(t) if _tracked(a)] if further else []
+            waiting += found[t._seq][1]
+    for seq in sorted(found):  # operands before results
+        if any(a._seq in needed for a in found[seq][1]):
             needed.setdefault(seq, True)
-    return needed, list(older.values())
+    return needed, [t for t, _ in found.values() if t._seq < oldest]
 
 def _require_tensors(name: str, tensors: list) -> list:
     for t in tensors:
@@ -394,42 +360,30 @@ def _require_tensors(name: str, tensors: list) -> list:
     return tensors
 
 def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
-    """The cotangent with which a walk starts at `output`: the one given, or 1 for a scalar.
-    It is an ndarray, or a Tensor if one may want to differentiate by it in turn. A leaf will keep
-    it, and so gets a copy.
-    """
+    """What a walk from `output` starts with: a copy of the cotangent given, or 1 for a scalar."""
     _require_tensors(name, [output])
     given = np.ones(output.shape) if cotangent is None and output.size == 1 else cotangent
-    if given is None or np.shape(given) != output.shape:
+    if np.shape(given) != output.shape:
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent like it, not"
                          f" {np.shape(given) or given}; only a scalar, as by .sum(), needs none")
-    if create_graph:
-        return astype(as_tensor(given), output.dtype)
-    return (np.array if output._op is None else np.asarray)(_value(given), output.dtype)
+    return (astype(as_tensor(given), output.dtype) if create_graph  # one may differentiate by it
+            else np.array(_value(given), output.dtype))
 
 def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
     """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
-    needed = _paths([t for t, _ in seeds], inputs)[0] if needed is None else needed
-    arrived = dict.fromkeys(t._seq for t in inputs)
+    needed = needed or _paths([t for t, _ in seeds], inputs)[0]
     with _recording(create_graph):
-        walk = _walk(seeds, needed, create_graph, retain_graph)
-        # A leaf's cotangent is its own already (see `_walk`); another's may be shared.
-        arrived.update((t._seq, g if create_graph or t._op is None else g.copy())
-                       for t, g in walk if t._seq in arrived)
-    return [as_tensor(np.zeros(t.shape, t.dtype) if arrived[t._seq] is None else arrived[t._seq])
-            for t in inputs]
+        got = dict(_walk(seeds, needed, create_graph, retain_graph, set(inputs).__contains__))
+    return [got[t] if t in got else _wrap(np.zeros_like(t._data)) for t in inputs]
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
-    """The derivatives of `output` by each of `inputs`, as a tuple of Tensors of their shapes.
-    Touches no `.grad`, so an optimizer learns nothing of it. An input that had no part in the
-    output gets zeros, and so do all if the output is a constant. The other arguments are those of
-    `Tensor.backward`, and so are the errors for them. (In PyTorch: `torch.autograd.grad`.)
+    """The derivatives of `output` by each of `inputs`, as a tuple; zeros for one that had no part.
+    Touches no `.grad`; all else is as in `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.)
     """
-    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    _require_tensors("gradients", inputs)
+    inputs = _require_tensors("gradients", [inputs] if isinstance(inputs, Tensor) else list(inputs))
     seeds = [(output, _seed("gradients", output, grad, create_graph))]
-    return tuple(_gradients(seeds, inputs, create_graph, retain_graph or create_graph))
+    return tuple(_gradients(seeds, inputs, create_graph, retain_graph))
 
 # ## Functional transforms
 #
@@ -452,8 +406,7 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 # `y`, finds the slope of `(3 + e) (2 + e)` inside, and answers 5. That is perturbation confusion.
 # Here it has no room. Every call of a transform makes *new* tensors for its own arguments and asks
 # for the derivative by *those objects*. `x` is another, older than `y`, so the inner walk stops at
-# it; but the inner result was computed from it, so to the outer walk it is an operand like any
-# other.
+# it; but the inner result was computed from it, so the outer walk meets it like any operand.
 #
 #     >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
 #     6.0
@@ -461,20 +414,15 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 # **When the inner walk is itself recorded.** When somebody else can still ask, that is, when a
 # tracked tensor older than the transform's own inputs had a part in the result, as `_paths` finds.
 # If not, the walk runs on bare ndarrays and returns constants (see the example under `grad`).
-
 def _map_tree(f: Callable, tree: Any) -> Any:
-    """Apply `f` to everything in nested dicts, lists and tuples that is none of these."""
+    """Apply `f` to all items of nested dicts, lists and tuples; a list of numbers is one item."""
     if isinstance(tree, dict):
         return {key: _map_tree(f, item) for key, item in tree.items()}
-    if isinstance(tree, tuple):
-        return getattr(type(tree), "_make", tuple)(_map_tree(f, item) for item in tree)
-    if isinstance(tree, list) and not _numbers(tree):
-        return [_map_tree(f, item) for item in tree]
+    if isinstance(tree, (list, tuple)) and not _numbers(tree):
+        return getattr(type(tree), "_make", type(tree))(_map_tree(f, item) for item in tree)
     return f(tree)
 
-def _numbers(a: Any) -> bool:
-    """Is this a list of numbers only? Then it is one item, as it is one array to NumPy."""
-    return all(map(_numbers, a)) if isinstance(a, list) else isinstance(a, (int, float, np.generic))
+_numbers = lambda a: all(map(_numbers, a)) if isinstance(a, list) else np.isscalar(a)
 
 def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     """The items of `tree`, and a function that builds the same nest of other items."""
@@ -482,40 +430,44 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     _map_tree(items.append, tree)
     return items, lambda others: _map_tree(lambda _, other=iter(others): next(other), tree)
 
-def _settle(result: Any, recorded: bool) -> Any:
-    """What `f` returned: made constant, and its tape let go, if nobody can ask any more."""
-    constant = lambda a: a.detach() if isinstance(a, Tensor) else a
-    return result if recorded else _map_tree(constant, result)
-
 def _input(name: str, x: Any) -> Tensor:
     """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
     array = np.asarray(_value(x))
     if array.dtype.kind != "f":
-        raise TypeError(f"{name}: differentiates by floating-point numbers, not by {str(x)[:40]} "
-                        f"({array.dtype}); write 3.0 for 3, or use .astype(float)")
+        raise TypeError(f"{name}: {str(x)[:40]} is {array.dtype}; make it floating-point, like 3.0")
     return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
 
 def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     """Call `f` with fresh tensors for its arguments at `argnums` (None: all).
-    Returns its result; the list of fresh tensors; a function that gives such a list the structure
-    of the arguments; `needed` from `_paths`; and whether to record the walk, since somebody else
-    may ask: if there is anything `older`, or tracked in `beside` (such as tangents).
+    Returns its result; the same for the caller, constant if nobody else can ask; the tensors; how
+    to give such a list the structure of the arguments; `needed` of `_paths`; and whether to record
+    the walk: if anything is `older`, or tracked in `beside` (such as tangents).
     """
-    if not isinstance(args, (tuple, list)):
+    if not isinstance(args, (tuple, list)) or not isinstance(beside, (tuple, list)):
         raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
     args, one = list(args), isinstance(argnums, int)
-    positions = [argnums] if one else list(range(len(args)) if argnums is None else argnums)
+    positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
     if not all(i in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones")
-    items, rebuild = _flatten(tuple(args[i] for i in positions))
+    items, structure = _flatten(args[argnums] if one else tuple(args[i] for i in positions))
     inputs = [_input(name, item) for item in items]
-    for i, argument in zip(positions, rebuild(inputs)):
+    for i, argument in zip(positions, [structure(inputs)] if one else structure(inputs)):
         args[i] = argument
     with _recording(True):
         out = f(*args, **kwargs or {})
     needed, older = _paths(_flatten(out)[0], inputs)
     recorded = _mode.recording and (bool(older) or any(map(_tracked, _flatten(beside)[0])))
-    return out, inputs, (lambda flat: rebuild(flat)[0]) if one else rebuild, needed, recorded
+    value = out if recorded else _map_tree(lambda a: a.detach() if _tracked(a) else a, out)
+    return out, value, inputs, structure, needed, recorded
+
+def _pull_back(name, outputs, vectors, inputs, create_graph, needed=None, retain_graph=False):
+    """The gradients at `inputs` for a nest of cotangents of `outputs` (None: 1, of a scalar)."""
+    shapes = [t.shape for t in _require_tensors(name, outputs)]
+    parts = [None] if vectors is None else list(map(as_tensor, _flatten(vectors)[0]))
+    if vectors is not None and (given := [v.shape for v in parts]) != shapes:
+        raise ValueError(f"{name}: needs vectors of shapes {shapes}, not {given}")
+    seeds = [(t, _seed(name, t, v, create_graph)) for t, v in zip(outputs, parts)]
+    return _gradients(seeds, inputs, create_graph, retain_graph or create_graph, needed)
 
 def _transform(name, f, argnums, argnum, finish):
     """The function that runs `f` and returns what `finish` makes of the run."""
@@ -523,33 +475,27 @@ def _transform(name, f, argnums, argnum, finish):
         *_run(name, f, args, argnums if argnum is None else argnum, kwargs)))
 
 def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-                   argnum: int | None = None) -> Callable:
+                   argnum: Any = None) -> Callable:
     """The function that returns (f(...), gradient of f) where f returns a scalar.
-    The gradient has the structure of the argument at `argnums`, or is a tuple if that is one. With
-    `has_aux`, f returns (scalar, anything), and the value is that pair. `argnum` is HIPS autograd's
-    name for `argnums`. Raises ValueError if f is not scalar, TypeError for integer arguments or if
-    f returns no Tensor.
+    The gradient is built like the argument at `argnums` (`argnum` in HIPS autograd), or is a tuple
+    if that is one. With `has_aux`, f returns (scalar, anything), and the value is that pair. Raises
+    ValueError if f is not scalar, TypeError for integer arguments or if f returns no Tensor.
 
         >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
         10.0 [2. 6.]
     """
-    def finish(out, inputs, structure, needed, recorded):
+    def finish(out, value, inputs, structure, needed, recorded):
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError("grad: with has_aux the function must return (scalar, aux)")
         scalar = out[0] if has_aux else out
-        seeds = [(scalar, _seed("grad", scalar, None, recorded))]
-        return (_settle(out, recorded),
-                structure(_gradients(seeds, inputs, recorded, recorded, needed)))
+        return value, structure(_pull_back("grad", [scalar], None, inputs, recorded, needed))
     return _transform("grad", f, argnums, argnum, finish)
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-         argnum: int | None = None) -> Callable:
+         argnum: Any = None) -> Callable:
     """The function that returns the gradient of f, which returns a scalar (else see `jacobian`).
-    A Tensor like the argument at `argnums`, the first, or a nest of Tensors like it; (gradient,
-    aux) with `has_aux`. `value_and_grad` says more, and has the same errors.
+    It is like the argument at `argnums`; with `has_aux`, (gradient, aux). See `value_and_grad`.
 
-        >>> print(grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
-        [2. 6.]
         >>> slope = grad(lambda x: x * x)  # constant, unless somebody can differentiate by x
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
         False True
@@ -559,92 +505,69 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
     return functools.wraps(f)(lambda *args, **kwargs: pick(*both(*args, **kwargs)))
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
-    """`(f(*primals), vjp_fn)`; vjp_fn takes the result's cotangent to a tuple, the arguments'.
-    (*Primals* are arguments to differentiate at.) The cotangent is built like f's result. f runs
-    once, however often `vjp_fn` is called.
+    """`(f(*primals), vjp_fn)`; vjp_fn takes a cotangent, built like f's result, to a tuple of those
+    of the *primals*, the arguments to differentiate at. f runs once, however often vjp_fn does.
     """
-    out, inputs, structure, needed, recorded = _run("vjp", f, primals)
+    out, value, inputs, structure, needed, recorded = _run("vjp", f, primals)
     outputs = _require_tensors("vjp", _flatten(out)[0])
     def vjp_fn(cotangent: Any) -> tuple:
-        parts, _ = _flatten(cotangent)
-        if len(parts) != len(outputs):
-            raise ValueError(f"vjp: {len(outputs)} cotangents are needed, not {len(parts)}")
-        again = _mode.recording and (recorded or any(map(_tracked, parts)))
-        seeds = [(t, _seed("vjp", t, c, again)) for t, c in zip(outputs, parts)]
-        return structure(_gradients(seeds, inputs, again, True, needed))
-    return _settle(out, recorded), vjp_fn
+        again = _mode.recording and (recorded or any(map(_tracked, _flatten(cotangent)[0])))
+        return structure(_pull_back("vjp", outputs, cotangent, inputs, again, needed, True))
+    return value, vjp_fn
 
 # A *tangent* v says how fast the inputs move, and forward mode asks how fast f then moves: `J v`.
 # It comes out of reverse mode. What `vjp_fn` computes, `s(u) = J^T u`, is linear in the cotangent
 # u, so the derivative of the number `s(u) . v` by u is `J v`. Hence: walk back to u along the tape
 # of the first walk, with v for the cotangent (Townsend, 2017). Hessian times vector is the same
 # second walk, on to the inputs, for the price of a few gradients (Pearlmutter, 1994).
-
-def _walk_again(name: str, slopes: list, vectors: Any, targets: list, recorded: bool) -> list:
-    """The derivatives of the inner product of `slopes` and `vectors` by `targets`."""
-    # A list of numbers would be one item, but here it is one number per argument.
-    vectors, _ = _flatten(tuple(vectors) if isinstance(vectors, list) else vectors)
-    shapes, given = [s.shape for s in slopes], [np.shape(v) for v in vectors]
-    if given != shapes:
-        raise ValueError(f"{name}: primals of shapes {shapes} need tangents like them, not {given}")
-    seeds = [(s, _seed(name, s, as_tensor(v), recorded)) for s, v in zip(slopes, vectors)]
-    return _gradients(seeds, targets, recorded, recorded)
-
 def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     """`(f(*primals), the directional derivative of f along tangents)`.
 
         >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
         2.0
     """
-    out, inputs, _, needed, recorded = _run("jvp", f, primals, beside=tangents)
+    out, value, inputs, _, needed, recorded = _run("jvp", f, primals, beside=tangents)
     outputs, rebuild = _flatten(out)
     u = [_wrap(np.zeros(t.shape, t.dtype), True) for t in _require_tensors("jvp", outputs)]
     slopes = _gradients(list(zip(outputs, u)), inputs, True, True, needed)
-    return _settle(out, recorded), rebuild(_walk_again("jvp", slopes, tangents, u, recorded))
+    return value, rebuild(_pull_back("jvp", slopes, tuple(tangents), u, recorded))
 
 def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
     """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`."""
-    out, inputs, structure, needed, recorded = _run("hvp", f, primals, beside=vector)
-    slopes = _gradients([(out, _seed("hvp", out, None, True))], inputs, True, True, needed)
-    return _settle(out, recorded), structure(_walk_again("hvp", slopes, vector, inputs, recorded))
+    out, value, inputs, structure, needed, recorded = _run("hvp", f, primals, beside=vector)
+    slopes = _pull_back("hvp", [out], None, inputs, True, needed)
+    return value, structure(_pull_back("hvp", slopes, tuple(vector), inputs, recorded))
 
-def _jacobian(outputs, inputs, structure, recorded, flat=False) -> Iterator:
-    """Of each output the Jacobians: out.shape + in.shape, or if `flat`, (out.size, in.size)."""
-    needed, _ = _paths(outputs, inputs)
-    for out in outputs:
-        rows = [_gradients([(out, _seed("jacobian", out, unit, recorded))], inputs, recorded, True,
-                           needed) for unit in np.eye(out.size).reshape(out.size, *out.shape)]
+def _jacobian(out, value, inputs, structure, needed, recorded, flat=False) -> Any:
+    """The Jacobians of each y in `out`: y.shape + in.shape, or (y.size, in.size) if `flat`."""
+    def of_one(y: Any) -> Any:
+        _require_tensors("jacobian", [y])
+        rows = [_gradients([(y, _seed("jacobian", y, unit, recorded))], inputs, recorded, True,
+                           needed) for unit in np.eye(y.size).reshape(y.size, *y.shape)]
         columns = map(stack, zip(*rows)) if rows else [np.zeros(0, x.dtype) for x in inputs]
-        yield structure(reshape(c, (out.size, x.size) if flat else out.shape + x.shape)
-                        for c, x in zip(columns, inputs))
+        return structure(reshape(c, (y.size, x.size) if flat else y.shape + x.shape)
+                         for c, x in zip(columns, inputs))
+    return _map_tree(of_one, out)
 
-def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
-             argnum: int | None = None) -> Callable:
+def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
     """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk per row.
 
-        >>> print(jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
-        [[2. 0.]
-         [0. 4.]]
+        >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
+        [2. 0.] [0. 4.]
     """
-    def finish(out, inputs, structure, needed, recorded):
-        outputs, rebuild = _flatten(out)
-        _require_tensors("jacobian", outputs)
-        return rebuild(_jacobian(outputs, inputs, structure, recorded))
-    return _transform("jacobian", f, argnums, argnum, finish)
+    return _transform("jacobian", f, argnums, argnum, _jacobian)
 
-def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
-            argnum: int | None = None) -> Callable:
-    """The function that returns the Hessian of a scalar f.
-    It is (size, size) for an argument of `size` elements, and a nest of nests of such for a nest of
-    arrays. f and its gradient run once; each row is one walk more.
+def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
+    """The function that returns the Hessian of a scalar f; f runs once, and each row is one walk.
+    It is (size, size) for an argument of `size` elements, and a nest of nests of such for a nest.
 
-        >>> print(hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
-        [[ 6.  0.]
-         [ 0. 12.]]
+        >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
+        [6. 0.] [ 0. 12.]
     """
-    def finish(out, inputs, structure, needed, recorded):
-        slopes = _gradients([(out, _seed("hessian", out, None, True))], inputs, True, True, needed)
-        return structure(_jacobian(slopes, inputs, structure, recorded, flat=True))
+    def finish(out, value, inputs, structure, needed, recorded):
+        slopes = _pull_back("hessian", [out], None, inputs, True, needed)
+        needed, _ = _paths(slopes, inputs)
+        return _jacobian(structure(slopes), value, inputs, structure, needed, recorded, flat=True)
     return _transform("hessian", f, argnums, argnum, finish)
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -653,13 +576,10 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     module's parameters) gets gradients too. Random numbers are drawn again alike; other effects of
     f, such as those on batch norm's running statistics, happen twice.
     """
-    if not _mode.recording:
-        return f(*args)
     start, drawn = _wrap(np.zeros(())), _mode.rng.bit_generator.state  # a mark in time
-    out = f(*args)
-    _require_tensors("checkpoint", [out])
+    (out,) = _require_tensors("checkpoint", [f(*args)])
     reads = _paths([out], [start])[1]  # older than `start`: arguments, and what f closes over
-    if not reads:
+    if not reads or not _mode.recording:
         return out.detach()
     def pullback(g: Any, wanted: list) -> list:
         bits, create_graph = _mode.rng.bit_generator, isinstance(g, Tensor)
@@ -681,42 +601,33 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
         >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
         True
     """
-    if order < 1:
-        raise ValueError(f"check_grad: order must be at least 1, not {order}")
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
-    if not which:
-        raise ValueError("check_grad: no floating-point argument to differentiate by; write 3.0")
-    args = [np.array(_value(a), np.float64) if i in which else a for i, a in enumerate(args)]
+    args = [as_tensor(np.array(_value(a), float)) if i in which else a for i, a in enumerate(args)]
     def weighted(*args: Any) -> Tensor:  # a scalar, in which no two elements cancel
-        y = f(*(as_tensor(a) if i in which else a for i, a in enumerate(args)))
-        _require_tensors("check_grad", [y])
+        (y,) = _require_tensors("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
-    errors = [(0.0, "")]
+    errors = [(0.0, "by no argument: none is floating-point, as 3.0 is")]
     for i, exact in zip(which, grad(weighted, which)(*args)):
-        for index in np.ndindex(exact.shape):
-            step = np.zeros(exact.shape)
-            step[index] = eps
-            up, down = (float(weighted(*args[:i], x, *args[i + 1:]))
-                        for x in (args[i] + step, args[i] - step))
-            numeric, analytic = (up - down) / (2 * eps), float(exact._data[index])
-            error = builtins.abs(numeric - analytic) / builtins.max(1, builtins.abs(numeric))
+        moved = lambda step: float(weighted(*args[:i], args[i] + step, *args[i + 1:]))
+        for k, (index, analytic) in enumerate(np.ndenumerate(exact._data)):
+            step = eps * np.eye(1, exact.size, k).reshape(exact.shape)
+            numeric = (moved(step) - moved(-step)) / (2 * eps)
+            error = float(builtins.abs(numeric - analytic) / builtins.max(1, builtins.abs(numeric)))
             errors.append((math.inf if math.isnan(error) else error, f"by argument {i} at index "
                            f"{index}: numeric {numeric:.9g}, analytic {analytic:.9g}"))
     error, worst = builtins.max(errors)
-    if error > rtol:
+    if error > rtol or not which:
         raise AssertionError(f"check_grad: the derivative {worst}")
-    if order == 1:
+    if order <= 1:
         return error
     slopes = lambda *args: concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
     return builtins.max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
 
 # ## Operations
 #
-# What does an operation consist of? Of a function on ndarrays, and its VJP rules, one per operand.
-# `primitive` makes it of the two:
+# What is an operation? A function on ndarrays and a VJP rule per operand, joined by `primitive`:
 #
-#     @primitive(lambda g, y, a, b: g * b,
-#                lambda g, y, a, b: g * a)
+#     @primitive(lambda g, y, a, b: g * b, lambda g, y, a, b: g * a)
 #     def mul(a, b):
 #         return a * b
 #
@@ -730,14 +641,13 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 # When the operation is called, Tensors among its operands are unwrapped, the function computes on
 # bare arrays, and if one of the Tensors is tracked, the result remembers operation and operands.
 #
-# Some compositions deserve one fast kernel. A `fused` operation is introduced by its *definition*,
-# a few lines of other operations, and then by a kernel that computes the same on bare arrays and
-# returns, with the result, a `pullback`: the whole backward step as a closure over whatever it
-# keeps. A kernel may be clever, in place, and without a thought for second derivatives, because
-# under `create_graph` the walk differentiates the definition instead. So the definition is at once
-# the explanation, the test oracle, and the source of every higher derivative. (The annotations
-# below are those of the finished operation, which takes Tensors, too, and returns one.)
-
+# Some compositions deserve one fast kernel. A `fused` operation has a *definition*, a few lines of
+# other operations, and a kernel that computes the same on bare arrays and returns, with the result,
+# a `pullback`: the whole backward step as a closure over what it keeps. A kernel may be clever, in
+# place, and without a thought for second derivatives, because under `create_graph` the walk
+# differentiates the definition instead. So the definition is at once the explanation, the test
+# oracle, and the source of every higher derivative. (The annotations below are those of the
+# finished operation, which takes Tensors, too, and returns one.)
 def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
     """Decorate a function on arrays to make it an operation with these VJP rules, one per operand.
     An operation on any number of operands gives one rule `each(i, g, y, *operands)` instead.
@@ -783,30 +693,20 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
                 y, pullback = y
             if y.dtype.kind != "f":
                 y = _real_array(y)
-        except (ValueError, TypeError, IndexError) as error:
-            raise _at_the_call(operation, values, error) from None
-        if _OLD_NUMPY and operation is not astype:
-            y = _with_weak_numbers(y, args)
-        if tracked and _mode.recording:
-            return _record(y, operation, args, values, params, pullback)
-        return _wrap(y)
+        except (ValueError, TypeError, IndexError) as error:  # say which operation, on what
+            kind = [k for k in type(error).__mro__ if k in (ValueError, TypeError, IndexError)][-1]
+            shapes = ", ".join(str(v.shape) for v in values if hasattr(v, "shape")) or "no array"
+            raise kind(f"{operation.__name__} of {shapes}: {error}") from None
+        if _OLD_NUMPY and operation is not astype:  # it takes float32 scalars times 2.0 for float64
+            if {a.dtype.char for a in args if isinstance(a, (Tensor, np.ndarray))} == {"f"}:
+                y = y.astype(np.float32)
+        return (_record(y, operation, args, values, params, pullback)
+                if tracked and _mode.recording else _wrap(y))
     operation.rules, operation.definition = rules, definition
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
 
-def _at_the_call(op: Callable, values: list, error: Exception) -> Exception:
-    """The same error, saying which operation failed and on what shapes."""
-    shapes = [str(v.shape) for v in values if isinstance(v, (np.ndarray, np.generic))]
-    kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
-    of = f" of shape{'s' * (len(shapes) > 1)} {', '.join(shapes)}" if shapes else ""
-    return kind(f"{op.__name__}{of}: {error}")
-
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
-
-def _with_weak_numbers(y: Any, args: tuple) -> Any:
-    """NumPy 1 computes float32 scalars with Python numbers in float64; NumPy 2 does not."""
-    dtypes = {a.dtype for a in args if isinstance(a, (Tensor, np.ndarray))}
-    return y.astype(np.float32) if dtypes == {np.dtype(np.float32)} else y
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
     """What `_pull` returns, from a tape of the definition that ends at new tensors for operands."""
@@ -820,9 +720,7 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
 # Most operations are one NumPy function and a rule of one line, so they stand in a table: the name,
 # the function, the rules. The rule of a function of one variable is `g` times its derivative, and
 # where the derivative is simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
-# (`lambda x: np.exp(x)`, and not `np.exp`, for `_op` writes a name and a docstring on the
-# function.)
-
+# (`lambda x: np.exp(x)` and not `np.exp`, since `_op` writes a name and a docstring on it.)
 def _op(name: str, forward: Callable, *rules: Callable,
         doc: str = "{}, element by element, with NumPy's broadcasting and dtypes.") -> Callable:
     forward.__name__ = forward.__qualname__ = name
@@ -849,18 +747,14 @@ tanh = _op("tanh", lambda x: np.tanh(x), lambda g, y, x: g * (1 - y * y))
 # `p x ** (p - 1)`; for p = 0 the exponent is kept at 0, since 0 to the power -1 is infinite. Small
 # powers are products, ten times faster than the C library's pow.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
-
-def _to_the(x: Any, p: Any) -> Any:
-    return _PRODUCTS[p](x) if isinstance(p, (int, float)) and p in _PRODUCTS else x ** p
-
+_to_the = lambda x, p: _PRODUCTS[p](x) if isinstance(p, (int, float)) and p in _PRODUCTS else x ** p
 power = _op("power", _to_the,
             lambda g, y, x, p: g * (p * _to_the(x, p - 1 + (p == 0))),
             lambda g, y, x, p: g * (y * np.log(np.where(x == 0, 1, x))))
 
-# `log(1 + exp(x))` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
-# derivative of softplus is sigmoid(x) = 1 - exp(-y), since exp(y) = 1 + exp(x). That of logaddexp
-# by a is `e^a / (e^a + e^b) = e^(a - y)`; that of sigmoid is `e^-x y^2`, or `y (1 - y)`, since
-# `1/y = 1 + e^-x`.
+# `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
+# derivative of logaddexp by a is `e^a / (e^a + e^b) = e^(a - y)`; that of softplus is sigmoid(x),
+# or `1 - e^-y`, since `e^y = 1 + e^x`; of sigmoid `e^-x y^2 = y (1 - y)`, since `1/y = 1 + e^-x`.
 _finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
 logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
                 lambda g, y, a, b: g * np.exp(a - _finite(y)),
@@ -879,8 +773,7 @@ _to_the_winner = (lambda g, y, a, b: g * (a == y) - g * (a == b) * 0.5,
                   lambda g, y, a, b: g * (b == y) - g * (a == b) * 0.5)
 maximum = _op("maximum", lambda a, b: np.maximum(a, b), *_to_the_winner)
 minimum = _op("minimum", lambda a, b: np.minimum(a, b), *_to_the_winner)
-_clip = _op("clip", lambda x, low, high: np.clip(x, low, high),
-            lambda g, y, x, low, high: g * (x == y))
+_clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds), lambda g, y, x, *bounds: g * (x == y))
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
     """x limited to [low, high], which are constants; the gradient passes where x is within."""
@@ -888,8 +781,7 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
         raise TypeError("clip: the bounds are constants; for a Tensor use maximum and minimum")
     return _clip(x, low, high)
 
-@primitive(None, lambda g, y, condition, a, b: np.where(condition, g, 0),
-           lambda g, y, condition, a, b: np.where(condition, 0, g))
+@primitive(None, lambda g, y, c, a, b: np.where(c, g, 0), lambda g, y, c, a, b: np.where(c, 0, g))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """a where the bool array `condition` holds, else b. The condition has no gradient."""
     if np.asarray(condition).dtype.kind != "b":
@@ -907,8 +799,7 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #
 # Write the function and one rule per operand; there is nothing to register. The function may use
 # all of NumPy, since it only ever meets arrays. The rules must be array code: operators, functions
-# of `np`, other operations. Then let `check_grad` hold the derivatives against central differences,
-# to whatever order you like. That is the whole test.
+# of `np`, other operations. `check_grad` is the whole test, to any order you like.
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def arctan(x):
@@ -933,9 +824,9 @@ def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
 
-def _dense(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """x, with its axes in memory in the order of `like` and no gaps; copied only if it must be."""
-    out = np.empty_like(like)
+    out = np.empty_like(x if like is None else like)
     if x.strides == out.strides:
         return x
     out[...] = x
@@ -943,17 +834,15 @@ def _dense(x: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 # gelu is `x` times the probability `p` that a standard normal number is below x. Its definition
 # here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and PyTorch calls
-# `approximate="tanh"`: `p = (1 + tanh(u)) / 2` with a cubic `u` (the exact one needs erf, which
-# NumPy lacks). The derivative of p is `2 p (1 - p) du/dx`, so that of x p is
-# `p (1 + (1 - p) x 2 du/dx)`. The kernel keeps p, and works in place, since new arrays on the way
-# would drive the block out of the cache.
+# `approximate="tanh"`: `p = (1 + tanh(u)) / 2` with a cubic `u` (NumPy lacks the erf of the exact
+# one). As `dp/dx = 2 p (1 - p) du/dx`, the derivative of x p is `p (1 + (1 - p) x 2 du/dx)`. The
+# kernel keeps p, and works in place, since new arrays would drive the block out of the cache.
 _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
 @fused(lambda x: 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))))
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
-    x = _real_array(x)
-    x = _dense(x, x)
+    x = _dense(_real_array(x))
     y, p = np.empty_like(x), np.empty_like(x)
     for x_, y_, p_ in _blocks(x, y, p):
         np.multiply(x_, x_, out=p_)
@@ -980,38 +869,28 @@ def gelu(x: Any) -> Tensor:
 
 # ### Shape
 #
-# These move elements about without touching them; the rule moves them back. Most of them return
-# views, so they cost next to nothing. What takes NumPy's own arguments stands in a table again.
+# These move elements about; the rule moves them back. Most return views, and cost next to nothing.
+# What takes NumPy's own arguments stands in a table. (A permutation's inverse is its argsort.)
 _np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
-
-# The inverse of a permutation is its argsort; without axes, reversing undoes itself.
-reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape),
-                 lambda g, y, x, *shape: g.reshape(x.shape))
-transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes),
-                   lambda g, y, x, *axes: g.transpose(np.argsort(np.ravel(axes) % x.ndim)
-                                                      if axes and axes[0] is not None else None))
+_in_the_shape_of_x = lambda g, y, x, *_, **__: g.reshape(x.shape)
+_slice = lambda x, axis, start, n: x[(*[slice(None)] * (axis % x.ndim), slice(start, start + n))]
+reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
+transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes), lambda g, y, x, *axes: (
+    g.transpose(np.argsort(np.ravel(axes) % x.ndim)) if axes and axes[0] is not None else g.T))
 swapaxes = _np_op("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
                   lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2))
 moveaxis = _np_op("moveaxis", lambda x, source, destination: np.moveaxis(x, source, destination),
                   lambda g, y, x, source, destination: np.moveaxis(g, destination, source))
-expand_dims = _np_op("expand_dims", lambda x, axis: np.expand_dims(x, axis),
-                     lambda g, y, x, axis: g.reshape(x.shape))
-squeeze = _np_op("squeeze", lambda x, axis=None: np.squeeze(x, axis),
-                 lambda g, y, x, axis=None: g.reshape(x.shape))
+expand_dims = _np_op("expand_dims", lambda x, axis: np.expand_dims(x, axis), _in_the_shape_of_x)
+squeeze = _np_op("squeeze", lambda x, axis=None: np.squeeze(x, axis), _in_the_shape_of_x)
 broadcast_to = _np_op("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
                       lambda g, y, x, shape: g)  # the sum in the backward pass is the walk's
-pad = _np_op("pad", lambda x, pad_width: np.pad(x, pad_width),
-             lambda g, y, x, pad_width: g[tuple(slice(before, before + n) for (before, _), n in zip(
-                 np.broadcast_to(pad_width, (x.ndim, 2)).tolist(), x.shape))],
+pad = _np_op("pad", lambda x, pad_width: np.pad(x, pad_width), lambda g, y, x, pad_width: g[tuple(
+    slice(i, i + n) for (i, _), n in zip(np.broadcast_to(pad_width, (x.ndim, 2)), x.shape))],
              doc="Zeros around x: a number of them, (before, after), or one such pair per axis.")
 
-_slice = lambda x, axis, start, stop: x[(*[slice(None)] * (axis % x.ndim), slice(start, stop))]
-
-def _concatenate_rule(i, g, y, *xs, axis):
-    start = builtins.sum(x.shape[axis] for x in xs[:i])
-    return _slice(g, axis, start, start + xs[i].shape[axis])
-
-@primitive(each=_concatenate_rule)
+@primitive(each=lambda i, g, y, *xs, axis: _slice(
+    g, axis, builtins.sum(x.shape[axis] for x in xs[:i]), xs[i].shape[axis]))
 def _concatenate(*xs: Any, axis: int) -> Tensor:
     return np.concatenate(xs, axis)
 
@@ -1031,19 +910,17 @@ def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
     """x cut along an axis into equal sections (a number) or at indices (a list), as by np.split."""
     x = as_tensor(x)
     try:
-        pieces, n = np.split(x._data, sections, axis), x.shape[axis]
+        pieces = np.split(np.arange(x.shape[axis]), sections)
     except (ValueError, IndexError) as error:
         raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
-    cuts = sections if np.ndim(sections) else [n // sections * i for i in range(1, len(pieces))]
-    return [_slice(x, axis, start, stop) for start, stop in itertools.pairwise([0, *cuts, n])]
+    return [_slice(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 # Indexing takes elements out, scatter-add puts them back, and each is the other's rule. An index
 # may name an element twice, and then both cotangents must arrive: hence *add*. `np.add.at` does
 # that slowly; numbering the elements and counting with weights does the same and is fast.
-@primitive(lambda g, y, x, index: scatter_add(g, index, x.shape))
-def getitem(x: Any, index: Any) -> Tensor:
-    """x[index], with NumPy's basic and advanced indexing."""
-    return x[index]
+getitem = _op("getitem", lambda x, index: x[index],
+              lambda g, y, x, index: scatter_add(g, index, x.shape),
+              doc="x[index], with NumPy's basic and advanced indexing.")
 
 @primitive(lambda g, y, x, index, shape: g[index])
 def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
@@ -1065,25 +942,13 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
 # arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is `_restore`, and is
 # stretched along it, (4, 3). Stretching and sum are each other's rule, as with indexing. A mean is
 # a sum over n, and hands everybody an n-th of g.
-
-def _axes(x: Any, axis: Any) -> list[int]:
-    """The axes that `axis` names, as numbers from 0."""
-    named = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    if any(a not in range(-x.ndim, x.ndim) for a in named):
-        raise ValueError(f"axis {axis} is out of bounds for an array of shape {x.shape}")
-    return [a % x.ndim for a in named]
-
-def _restore(y: Any, x: Any, axis: Any) -> Any:
-    """y, reduced from x, with size 1 along the axes that were reduced, in array code."""
-    reduced = _axes(x, axis)
-    return y.reshape(tuple(1 if i in reduced else n for i, n in enumerate(x.shape)))
-
+_restore = lambda y, x, axis: y if axis is None or y.ndim == x.ndim else np.expand_dims(y, axis)
 _stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
 # NumPy's own reductions start anew for every row, which for short rows is most of their time. A
 # sum over the last axes is faster as a product with ones, a row's maximum by reduceat. (np.dot
 # lets other threads of Python run meanwhile; `@` does so only if its *result* is large.)
-_ones = functools.lru_cache(16)(lambda n, dtype: np.ones(n, dtype))
+_ones = functools.lru_cache(16)(np.ones)
 
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
@@ -1101,48 +966,47 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
 def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
-    axes = sorted(_axes(x, axis))
+    named = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    axes = sorted(a + x.ndim if a < 0 else a for a in named)
     first = x.ndim - len(axes)
     kept, n = x.shape[:first], math.prod(x.shape[first:])
     # NumPy adds in pairs and rounds off less, which tells in long sums: from, say, 4096 on.
-    if axes != list(range(first, x.ndim)) or not kept or n > 4096 or x.dtype != np.float32:
+    if axes != list(range(first, x.ndim)) or first < 1 or n > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
-    rows = x.reshape(math.prod(kept), n)
-    return _row_sum(rows).reshape(*kept, *[1] * (len(axes) * keepdims))
+    return _row_sum(x.reshape(math.prod(kept), n)).reshape(*kept, *[1] * (len(axes) * keepdims))
 
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _stretch(g * (y.size / builtins.max(1, x.size)), x, axis))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
-    # `__wrapped__` is the bare function, left there by functools.wraps.
-    return sum.__wrapped__(x, axis, keepdims) / math.prod(x.shape[a] for a in _axes(x, axis))
+    y = sum.__wrapped__(x, axis, keepdims)  # the bare function, left there by functools.wraps
+    return y / (x.size // builtins.max(1, y.size))
 
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
     x = as_tensor(x)
-    count = math.prod(x.shape[a] for a in _axes(x, axis))
-    if count <= ddof:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {count} elements are too few")
     centred = x - mean(x, axis, keepdims=True)
-    return sum(centred * centred, axis, keepdims) / (count - ddof)
+    y = sum(centred * centred, axis, keepdims)
+    n = x.size // builtins.max(1, y.size)
+    if n <= ddof and y.size:
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few")
+    return y / (n - ddof)
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The standard deviation, the square root of `var`."""
     return sqrt(var(x, axis, ddof, keepdims))
 
-def _shared_by_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     winners = x == _restore(y, x, axis)
-    return np.where(winners, _restore(g, x, axis) / np.sum(winners, axis=axis, keepdims=True), 0)
+    return np.where(winners, _restore(g, x, axis) / np.sum(winners, axis, keepdims=True), 0)
 
-max = _np_op("max", lambda x, axis=None, keepdims=False: np.max(x, axis=axis, keepdims=keepdims),
-             _shared_by_ties)
-min = _np_op("min", lambda x, axis=None, keepdims=False: np.min(x, axis=axis, keepdims=keepdims),
-             _shared_by_ties)
+max = _np_op("max", lambda x, axis=None, keepdims=False: np.max(x, axis, None, keepdims), _to_ties)
+min = _np_op("min", lambda x, axis=None, keepdims=False: np.min(x, axis, None, keepdims), _to_ties)
 
 # The exponentials of large numbers overflow. So the largest is subtracted first, and nothing
 # exceeds exp(0) = 1. logsumexp gets it back at the end; softmax is the same without it.
-@primitive(lambda g, y, x, axis=None, keepdims=False:
-           _restore(g, x, axis) * np.exp(x - _finite(_restore(y, x, axis))))
+@primitive(lambda g, y, x, axis=None, keepdims=False: (
+    _restore(g, x, axis) * np.exp(x - _finite(_restore(y, x, axis)))))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """log(sum(exp(x))), without overflow. The derivative is softmax(x) = exp(x - y)."""
     m = _finite(np.max(x, axis=axis, keepdims=True)).astype(x.dtype)
@@ -1157,23 +1021,19 @@ def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
     e = _real_array(x) - _row_max(x, axis)
     np.exp(e, out=e)
-    e *= 1 / _row_sum(e, axis)
-    return e
+    return np.multiply(e, 1 / _row_sum(e, axis), out=e)
 
 @primitive(lambda g, y, x, axis=-1: g - np.exp(y) * _row_sum(g, axis))
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """The logarithm of softmax, exact also where softmax underflows."""
     z = _real_array(x) - _row_max(x, axis)
-    z -= np.log(_row_sum(np.exp(z), axis))
-    return z
+    return np.subtract(z, np.log(_row_sum(np.exp(z), axis)), out=z)
 
 # ### Linear algebra
 #
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it
 # receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless they are square,
-# the shapes alone allow nothing else.
-
-# x with all axes but the last made one:
+# the shapes alone allow nothing else. (`_rows` makes one axis of all but the last.)
 _rows = lambda x: x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 _matmul = _np_op("matmul", lambda a, b: np.matmul(a, b), lambda g, y, a, b: g @ b.swapaxes(-1, -2),
                  lambda g, y, a, b: a.swapaxes(-1, -2) @ g)
@@ -1182,15 +1042,11 @@ def matmul(a: Any, b: Any) -> Tensor:
     """a @ b with NumPy's meaning for every rank: vectors, matrices, and stacks of matrices."""
     a, b = as_tensor(a), as_tensor(b)
     if 0 in (a.ndim, b.ndim) or a.shape[-1] != b.shape[-2:][0]:  # the last but one, or only
-        raise ValueError(f"matmul of shapes {a.shape}, {b.shape}: the last axis of the first must "
-                         "be as long as the last but one (or only) axis of the second")
-    if a.ndim == 1:
-        return matmul(expand_dims(a, 0), b).squeeze(0 if b.ndim == 1 else -2)
-    if b.ndim == 1:
-        return matmul(a, expand_dims(b, 1)).squeeze(-1)
-    if a.ndim > 2 and b.ndim == 2:  # a stack times one matrix is one tall matrix times it
-        return _matmul(_rows(a), b).reshape(*a.shape[:-1], b.shape[1])
-    return _matmul(a, b)
+        raise ValueError(f"matmul of shapes {a.shape}, {b.shape}: inner axes differ or are missing")
+    if b.ndim == 1 or a.ndim != b.ndim == 2:  # vectors times one matrix are the rows of another
+        columns = b if b.ndim == 2 else expand_dims(b, 1)
+        return _matmul(_rows(a), columns).reshape((*a.shape[:-1], *b.shape[1:]))
+    return _matmul(expand_dims(a, 0), b).squeeze(-2) if a.ndim == 1 else _matmul(a, b)
 
 def bmm(a: Any, b: Any) -> Tensor:
     """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j), one by one."""
@@ -1205,72 +1061,58 @@ def bmm(a: Any, b: Any) -> Tensor:
            lambda g, y, x, weight, bias: g)
 def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
     """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
-    if (weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]
-            or bias is not None and bias.shape != weight.shape[:1]):
+    if x.shape[-1:] != weight.shape[1:] or bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError("needs an input (..., in), a weight (out, in) and a bias (out,)")
-    y = _rows(x) @ weight.T
-    if bias is not None:
-        y += bias
-    return y.reshape(*x.shape[:-1], len(weight))
+    y = (_rows(x) @ weight.T).reshape(*x.shape[:-1], len(weight))
+    return y if bias is None else np.add(y, bias, out=y)
 
 # An einsum is a sum of products over indices, so by an operand it differentiates into an einsum of
-# the cotangent with the other operands. Two cases need one more factor: an index that only this
-# operand has was summed away, and comes back by a row of ones; an index it has twice picked a
+# the others with the cotangent in its place. Two cases need one more factor: an index that only
+# this operand has was summed away, and comes back by a row of ones; an index it has twice picked a
 # diagonal, and comes back by an identity matrix. `...` is passed on; NumPy finds its axes.
-
-def _einsum_rule(i: int, g: Any, y: Any, *xs: Any, spec: str) -> Any:
-    inputs, output = spec.split("->")
-    named = list(zip(inputs.split(","), xs))
-    factors, target = [(output, g), *named[:i], *named[i + 1:]], ""
-    own = named[i][0].replace("...", ".")  # the letters of this operand
-    for k, letter in enumerate(own):  # n is the length of its axis; after "." count from the end
-        n = xs[i].shape[k - len(own) if "." in own[:k] else k] if letter != "." else 0
-        if letter in target:
-            fresh = builtins.min({*string.ascii_letters} - {*spec, *target})
-            factors.append((letter + fresh, np.eye(n, dtype=g.dtype)))
-            letter = fresh
-        elif not any(letter in other for other, _ in factors):
-            factors.append((letter, np.ones(n, g.dtype)))
-        target += letter
-    spec = ",".join(other for other, _ in factors) + "->" + target.replace(".", "...")
-    return np.einsum(spec, *(x for _, x in factors))
-
-@primitive(each=_einsum_rule)
-def _einsum(*xs: Any, spec: str) -> Tensor:
-    return np.einsum(spec, *xs, optimize=len(xs) > 1)
-
-def einsum(subscripts: str, *operands: Any) -> Tensor:
-    """np.einsum with a subscripts string, `einsum("bij,bjk->bik", a, b)`; `...` is understood."""
-    if not isinstance(subscripts, str):
-        raise TypeError("einsum: the subscripts must be a string, such as 'ij,jk->ik'")
+def _einsum_rule(i: int, g: Any, y: Any, subscripts: str, *xs: Any) -> Any:
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     if not arrow:  # NumPy then keeps what occurs once, in alphabetical order
         once = sorted(c for c in inputs if c not in ".," and inputs.count(c) == 1)
         output = "..." * ("..." in inputs) + "".join(once)
-    if "..." not in output:  # then it stands for no axes
-        inputs = inputs.replace("...", "")
-    return _einsum(*map(as_tensor, operands), spec=f"{inputs}->{output}")
+    factors = list(zip(inputs.split(","), xs))
+    (target, x), factors[i - 1] = factors[i - 1], (output, g)
+    front, _, back = target.partition("...")  # the letters of the first axes, and of the last
+    for letter, n in [*zip(front, x.shape), *zip(back[::-1], x.shape[::-1])]:
+        if target.count(letter) > 1:
+            fresh = builtins.min({*string.ascii_letters} - {*subscripts, *target})
+            target = target.replace(letter, fresh, 1)
+            factors.append((letter + fresh, np.eye(n, dtype=g.dtype)))
+        elif not any(letter in other for other, _ in factors):
+            factors.append((letter, np.ones(n, g.dtype)))
+    others, arrays = zip(*factors)
+    return np.einsum(",".join(others) + "->" + target, *arrays)
+
+@primitive(each=_einsum_rule)
+def einsum(subscripts: str, *operands: Any) -> Tensor:
+    """np.einsum with a subscripts string, `einsum("bij,bjk->bik", a, b)`; `...` is understood."""
+    if not isinstance(subscripts, str):
+        raise TypeError("the subscripts must be a string, such as 'ij,jk->ik'")
+    if "..." not in subscripts.rpartition("->")[2]:  # then it stands for no axes
+        subscripts = subscripts.replace("...", "")
+    return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 # ### Images
 #
-# A convolution slides a small window over an image and takes the same weighted sum everywhere.
-# Said with arrays: *gather* all windows, then multiply by the weights, once. Pooling gathers too,
-# and takes the largest or the mean. Images are (N, C, H, W): batch, channels, height, width.
-
+# A convolution slides a small window over an image and takes the same weighted sum everywhere. Said
+# with arrays: *gather* all windows, then multiply by the weights, once. Pooling gathers too, and
+# takes the largest or the mean. Images are (N, C, H, W): batch, channels, height, width. Sizes of
+# windows, strides and paddings are numbers, or pairs for height and width.
 _pair = lambda value: tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
     """Views (N, C, oh, ow) of x, one for each position in a window: that element of all windows."""
     kernel, stride = _pair(kernel_size), _pair(kernel_size if stride is None else stride)
-    if x.ndim != 4:
-        raise ValueError("images are (batch, channels, height, width)")
-    if builtins.min(*kernel, *stride) < 1:
-        raise ValueError(f"kernel size {kernel} and stride {stride} must be at least 1")
-    oh, ow = ((size - k) // s + 1 for size, k, s in zip(x.shape[2:], kernel, stride))
-    if oh < 1 or ow < 1:
-        raise ValueError(f"a window of {kernel} is larger than the (padded) image, {x.shape[2:]}")
-    return [x[:, :, i:i + stride[0] * oh:stride[0], j:j + stride[1] * ow:stride[1]]
-            for i in range(kernel[0]) for j in range(kernel[1])]
+    axes = list(zip(x.shape[2:], kernel, stride))
+    if x.ndim != 4 or any(k < 1 or k > n or s < 1 for n, k, s in axes):
+        raise ValueError(f"kernel {kernel} and stride {stride} must be >= 1, and fit (N, C, H, W)")
+    rows, columns = ([slice(i, i + n - k + 1, s) for i in range(k)] for n, k, s in axes)
+    return [x[:, :, i, j] for i in rows for j in columns]
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any, stride: Any) -> np.ndarray:
     """The transpose of `_gather`: zeros like x, and each share added where its part was read."""
@@ -1283,14 +1125,11 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any, stride: Any
 # through a transposed view. A line of a small image is, say, 14 numbers, and NumPy pays for every
 # loop it begins; with the batch last, W * N numbers lie side by side. Elementwise operations keep
 # the order in memory, so from one layer to the next nothing is moved.
-
 _batch_last = lambda x: x.transpose(*range(1, x.ndim), 0)
 _batch_first = lambda x: x.transpose(-1, *range(x.ndim - 1))
 
 # A convolution lays the windows out as the columns of one matrix (im2col: Chellapilla and others,
-# 2006), so the weighted sums become a matrix product. Backward, the product has its two transposes,
-# and the gather its own.
-
+# 2006), so the weighted sums become a matrix product. Backward, both steps are transposed.
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     (top, left), (o, c, *kernel) = _pair(padding), weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)))
@@ -1300,13 +1139,10 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 
 @fused(_conv2d_definition)
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0) -> Tensor:
-    """Convolve images (N, C, H, W) with weight (O, C, kh, kw): (N, O, oh, ow), as torch's conv2d.
-    `stride` and `padding` are numbers or pairs. Raises ValueError if the shapes do not fit.
-    """
+    """As torch's conv2d: images (N, C, H, W), weight (O, C, kh, kw), (O,) -> (N, O, oh, ow)."""
     top, left = _pair(padding)
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or top < 0 or left < 0:
-        raise ValueError(f"images (N, C, H, W) and weight (O, C, kh, kw) must have the same C, and "
-                         f"padding {padding} must not be negative")
+        raise ValueError(f"needs (N, C, H, W), (O, C, kh, kw) and a padding from 0, not {padding}")
     (n, c, h, w), (o, _, *kernel) = x.shape, weight.shape
     padded = _batch_first(np.zeros((c, h + 2 * top, w + 2 * left, n), x.dtype))
     inside = np.s_[:, :, top:top + h, left:left + w]
@@ -1329,12 +1165,8 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any 
         return dx, dw, _row_sum(g)[:, 0]
     return _batch_first(y.reshape(o, *shape[2:])), pullback
 
-def _max_pool2d_definition(x, kernel_size, stride=None):
-    windows = np.stack(_gather(x, kernel_size, stride))
-    first = np.argmax(windows, axis=0)
-    return windows[(first, *np.indices(first.shape, sparse=True))]
-
-@fused(_max_pool2d_definition)
+@fused(lambda *args, **params: functools.reduce(
+    lambda best, part: np.where(part > best, part, best), _gather(*args, **params)))
 def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The largest of each window, (N, C, H, W) -> (N, C, oh, ow). Of equals the first gets g."""
     parts = _gather(x, kernel_size, stride)
@@ -1356,9 +1188,8 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The mean of each window, (N, C, H, W) -> (N, C, oh, ow)."""
     parts = _gather(x, kernel_size, stride)
-    n = len(parts)
-    return functools.reduce(np.add, parts) / n, lambda g, wanted: (
-        _scatter_back(itertools.repeat(g / n, n), x, kernel_size, stride),)
+    return functools.reduce(np.add, parts) / len(parts), lambda g, wanted: (
+        _scatter_back([g / len(parts)] * len(parts), x, kernel_size, stride),)
 
 # ### Normalization
 #
@@ -1369,29 +1200,20 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 #     dx = (h - mean(h) - xhat * mean(h * xhat)) / s
 #
-# Layer norm normalizes each position, batch norm each channel. The kernels call these rows. Layer
-# norm's weights scale columns; batch norm's scale rows, and so may be applied last, together with
-# 1 / s. (Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.)
+# Layer norm normalizes each position, batch norm each channel; the kernels call these rows. Batch
+# norm has one weight per row, and so may scale by it last, with 1 / s. (Its definition puts the
+# channels last, to broadcast.) Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.
+def _norm_definition(x, weight, bias=None, eps=1e-5, axis=-1):
+    centred = x - mean(x, axis, keepdims=True)
+    xhat = centred / sqrt(mean(centred * centred, axis, keepdims=True) + eps)
+    return xhat * weight if bias is None else xhat * weight + bias
 
-def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)
-    y = centred / np.sqrt(variance + eps) * weight
-    return y if bias is None else y + bias
-
-def _batch_norm_definition(x, weight, bias, eps, running, momentum):
-    last = _batch_last(x)  # (C, ..., N)
-    y = _layer_norm_definition(last.reshape(len(weight), -1), weight[:, None], bias[:, None], eps)
-    return _batch_first(y.reshape(last.shape))
-
-# In float32 the mean of large numbers is off by a rounding error, which would pass for a signal
-# where all numbers are equal. So the first of a row is subtracted before the mean is taken.
 _along = lambda x, y: np.einsum("ij,ij->i", x, y)[:, None]  # inner products of rows: (rows, 1)
 
 def _normalize(x, eps):
     """x - mean, still to be multiplied by 1 / s; and mean, sum of squares and 1 / s of each row."""
     n, first = x.shape[1], x[:, :1]
-    centred = x - first
+    centred = x - first  # else, in float32, the mean of large equal numbers leaves a false signal
     rest = _row_sum(centred) / n
     centred -= rest
     squares = _along(centred, centred)
@@ -1406,7 +1228,7 @@ def _normalize_back(h, centred, slope, scale):
     dx *= scale
     return dx, total
 
-@fused(_layer_norm_definition)
+@fused(_norm_definition)
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Normalize x over its last axis, scale by `weight` and shift by `bias`, both of that size."""
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
@@ -1423,23 +1245,22 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         return dx.reshape(x.shape), np.einsum("ij,ij->j", g, xhat), _row_sum(g.T)[:, 0]
     return y.reshape(x.shape), pullback
 
-@fused(_batch_norm_definition)
+@fused(lambda x, weight, bias, eps, running, momentum: _norm_definition(
+    x.swapaxes(1, -1), weight, bias, eps, axis=tuple(range(x.ndim - 1))).swapaxes(1, -1))
 def _batch_norm(x, weight, bias, eps, running, momentum):
-    last = _batch_last(x).shape
-    to_rows = lambda v: _batch_last(v).reshape(len(weight), -1)
-    back = lambda rows: _batch_first(rows.reshape(last))
-    centred, mean, squares, inverse = _normalize(to_rows(x), eps)
+    last = _batch_last(x)  # (C, ..., N)
+    centred, mean, squares, inverse = _normalize(last.reshape(len(weight), -1), eps)
     n, scale = centred.shape[1], inverse * weight[:, None]
     for kept, new in zip(running, (mean, squares / (n - 1))):
         kept[...] += momentum * (new.ravel() - kept)
     y = centred * scale
     y += bias[:, None]
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = to_rows(g)
+        g = _batch_last(g).reshape(centred.shape)
         dw = _along(g, centred) * inverse
         dx, db = _normalize_back(g, centred, dw * inverse / n, scale)
-        return back(dx), dw.ravel(), db.ravel()
-    return back(y), pullback
+        return _batch_first(dx.reshape(last.shape)), dw.ravel(), db.ravel()
+    return _batch_first(y.reshape(last.shape)), pullback
 
 def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight: Any, bias: Any,
                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
@@ -1448,45 +1269,36 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
     (the variance unbiased, as PyTorch keeps it); otherwise by the running ones.
     """
     x, c = as_tensor(x), len(weight)
-    if x.ndim < 2 or x.shape[1] != c:
-        raise ValueError(f"batch_norm: axis 1 of {x.shape} must have {c} channels")
-    if training and (x.size < 2 * c or c == 0):
-        raise ValueError(f"batch_norm: cannot train on one value per channel or none, {x.shape}")
+    if x.ndim < 2 or x.shape[1] != c or training and x.size <= c:
+        raise ValueError(f"batch_norm: axis 1 of {x.shape} must have {c} channels; and one value "
+                         "per channel, or none, is too few to train on")
     if training:
         return _batch_norm(x, weight, bias, eps, (running_mean, running_var), momentum)
-    scale = as_tensor(weight) / np.sqrt(running_var + eps).astype(x.dtype)
+    scale = weight / np.sqrt(running_var + eps).astype(x.dtype)
     shift = bias - scale * running_mean.astype(x.dtype)
-    shape = (c, *[1] * (x.ndim - 2))
-    return x * scale.reshape(shape) + shift.reshape(shape)
+    return (x.swapaxes(1, -1) * scale + shift).swapaxes(1, -1)
 
 # ### Attention, embedding, dropout
 #
 # Attention (Vaswani and others, 2017) lets each position of a sequence look at others: its *query*
 # is compared with every *key*, and the *values* are averaged with the softmax of the scores as
-# weights. Causal means that a position sees itself and what came before. Shapes: B sequences, H
-# heads, T positions, D numbers per head.
+# weights. Causal means that a position sees itself and what came before: to the scores of what lies
+# ahead, -inf is added. Shapes: B sequences, H heads, T positions, D numbers per head.
+_ahead = functools.lru_cache(8)(lambda shape, dtype: np.triu(np.full(shape, -np.inf, dtype), 1))
 
 def _attention_definition(q, k, v, is_causal=False):
-    scores = q @ np.swapaxes(k, -1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
-    if is_causal:
-        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
-    return softmax(scores) @ v
+    scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
+    return softmax(scores + _ahead(scores.shape[-2:], scores.dtype) if is_causal else scores) @ v
 
 # With E the exponentials of the scores and r one over their row sums, the softmax is `P = r E`, and
 # `Y = r (E V)`: the small result is normalized, not the large matrix. Backward, with `h = r g`,
-# `dV = E^T h`, and what reaches the scores is `E * (h V^T - rowsum(h * Y))`. For softmax's rule
-# sums T terms per row, `sum_j P_ij (V_j . g_i)`, and that is `Y_i . g_i`, of D terms (Dao and
-# others, 2022).
-
-# What to add to scores, so that a position gives no weight to those after it:
-_nothing_ahead = functools.lru_cache(8)(
-    lambda shape, dtype: np.triu(np.full(shape, -np.inf, dtype), 1))
-
+# `dV = E^T h`, and what reaches the scores is `E * (h V^T - rowsum(h * Y))`: the T terms a row of
+# softmax's rule, `sum_j P_ij (V_j . g_i)`, are the D terms of `Y_i . g_i` (Dao and others, 2022).
 def _attend(q, k, v, is_causal, out=None):
     """The result (written to `out`), E and r."""
     e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
     if is_causal:
-        e += _nothing_ahead(e.shape[-2:], e.dtype)
+        e += _ahead(e.shape[-2:], e.dtype)
     e -= _row_max(e)
     np.exp(e, out=e)
     r = 1 / _row_sum(e)
@@ -1506,18 +1318,16 @@ def _attend_back(g, q, k, v, y, e, r, out=(None, None, None)):
 
 @fused(_attention_definition)
 def scaled_dot_product_attention(q: Any, k: Any, v: Any, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v: (..., T, D), (..., S, D), (..., S, D) -> (..., T, D).
+    """softmax(q k^T / sqrt(D)) v: (..., T, D), (..., S, D), (..., S, E) -> (..., T, E).
     With `is_causal`, position i sees positions 0 to i. Raises ValueError if the shapes disagree.
     """
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError("queries, keys and values must agree in all leading axes; queries and keys"
-                         " in the last axis; keys and values in the last but one")
-    y, e, r = _attend(q, k, v, is_causal)
-    return y, lambda g, wanted: _attend_back(g, q, k, v, y, e, r)
+        raise ValueError("the shapes must be (..., T, D), (..., S, D) and (..., S, E)")
+    kept = _attend(q, k, v, is_causal)
+    return kept[0], lambda g, wanted: _attend_back(g, q, k, v, *kept)
 
 # A transformer computes q, k and v of all heads by one product, side by side in one array. Taking
 # them out as views, and writing their gradients into views of one array, saves all the copying.
-
 def _heads(qkv: Any, num_heads: int) -> Any:
     b, t, c = qkv.shape  # (B, T, 3 H D) -> (3, B, H, T, D)
     return qkv.reshape(b, t, 3, num_heads, c // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
@@ -1531,30 +1341,27 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C); qkv is q, k, v in one."""
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"needs (B, T, 3 * C) with C divisible by {num_heads} heads")
-    qkv = _real_array(qkv)
-    q, k, v = _heads(qkv, num_heads)
-    b, h, t, d = q.shape
-    merged = np.empty((b, t, h, d), qkv.dtype)
-    y = merged.transpose(0, 2, 1, 3)  # (B, H, T, D)
+    heads = _heads(_real_array(qkv), num_heads)
+    _, b, h, t, d = heads.shape
+    y = np.empty((b, t, h, d), heads.dtype).swapaxes(1, 2)  # (B, H, T, D)
     step = builtins.max(1, 2 * _BLOCK // builtins.max(1, h * t * t))
     parts = [slice(i, i + step) for i in range(0, b, step)]
-    kept = [_attend(q[s], k[s], v[s], True, out=y[s]) for s in parts]
+    kept = [_attend(*heads[:, s], True, out=y[s]) for s in parts]
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g, dqkv = g.reshape(merged.shape).transpose(0, 2, 1, 3), np.empty_like(qkv)
+        g, dqkv = g.reshape(b, t, h, d).swapaxes(1, 2), np.empty_like(qkv)
         to = _heads(dqkv, num_heads)
-        for s, (y_s, e, r) in zip(parts, kept):
-            _attend_back(g[s], q[s], k[s], v[s], y_s, e, r, out=to[:, s])
+        for s, results in zip(parts, kept):
+            _attend_back(g[s], *heads[:, s], *results, out=to[:, s])
         return (dqkv,)
-    return merged.reshape(b, t, h * d), pullback
+    return _merge(y), pullback
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
     """`ids` as an integer array with all elements in 0..count-1, or an error that says why not."""
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}")
-    if ids.size and (ids.min() < 0 or ids.max() >= count):
-        bad = ids[(ids < 0) | (ids >= count)][0]
-        raise ValueError(f"{what} must be from 0 to {count - 1}; found {bad}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
     return ids
 
 # Looking up row i is multiplying by a one-hot vector. For the backward pass of a small vocabulary
@@ -1583,121 +1390,98 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 
 # ### Losses
 #
-# How wrong is a prediction? A loss says it in one number, for training to make small. All but the
-# first are compositions of what we have, so their derivatives are known already.
-#
-# Softmax and logarithm together have a simple gradient. The loss of a row is
-# `log(sum(exp(x))) - x[target]`; the first term's derivative is softmax(x), the second's is 1 at
-# the target: `softmax - one_hot`, the probabilities minus what they should have been.
-
+# How wrong is a prediction? A loss says it in one number, for training to make small. For classes,
+# softmax and logarithm are taken together: the loss of a row is `log(sum(exp(x))) - x[target]`. The
+# first term's derivative is softmax(x), the second's is 1 at the target: `softmax - one_hot`, the
+# probabilities minus what they should have been. (The other losses are compositions of operations.)
 @fused(lambda logits, targets: -np.mean(log_softmax(logits)[np.arange(len(targets)), targets]))
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: logits (N, C), integer targets (N,) -> a scalar.
     Raises ValueError for shapes or targets that do not fit, TypeError for non-integer targets.
     """
     if logits.ndim != 2 or np.shape(targets) != logits.shape[:1] or len(logits) == 0:
-        raise ValueError(f"logits must be (N, C) and targets (N,), not {np.shape(targets)}, and of "
-                         "at least one row (no rows have no mean); reshape (B, T) to (B * T,)")
-    targets, rows = _whole_numbers("targets", targets, logits.shape[1]), np.arange(len(logits))
+        raise ValueError("must be (N, C) and (N,), so reshape (B, T, C); and no rows have no mean")
+    hit = np.arange(len(logits)), _whole_numbers("targets", targets, logits.shape[1])
     p = _real_array(logits) - _row_max(logits)
-    picked = p[rows, targets]
+    picked = p[hit]
     np.exp(p, out=p)
     total = _row_sum(p)  # the softmax is p / total
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        share = np.asarray(g / len(rows), p.dtype)
+        share = np.asarray(g / len(p), p.dtype)
         dx = p * (share / total)
-        dx[rows, targets] -= share
+        dx[hit] -= share
         return (dx, None)
     return np.mean(np.log(total[:, 0]) - picked), pullback
 
-def _prediction_and_target(name: str, prediction: Any, target: Any) -> tuple[Tensor, Any]:
+def _matched(loss: str, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
     """Both, of one shape and dtype. No loss broadcasts: (N, 1) against (N,) would be (N, N)."""
-    prediction, target = as_tensor(prediction), as_tensor(target)
-    if prediction.shape != target.shape or prediction.size == 0:
-        raise ValueError(f"{name}: prediction {prediction.shape} and target {target.shape} must "
-                         "have one shape; and the mean of no elements is undefined")
-    return prediction, target.astype(prediction.dtype)
+    p, t = as_tensor(prediction), as_tensor(target)
+    if p.shape != t.shape or p.size == 0:
+        raise ValueError(f"{loss}: shapes {p.shape} and {t.shape} differ, or have no elements")
+    return p, t.astype(p.dtype)
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference of two arrays of one shape."""
-    prediction, target = _prediction_and_target("mse_loss", prediction, target)
-    difference = prediction - target
-    return mean(difference * difference)
+    p, t = _matched("mse_loss", prediction, target)
+    return mean((p - t) ** 2)
 
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
-    """The mean of -log probability, where sigmoid(logits) is the probability of target 1.
-    With s the sigmoid, `-(t log s + (1-t) log(1-s)) = softplus(x) - t x`, which never overflows.
-    """
-    logits, target = _prediction_and_target("binary_cross_entropy_with_logits", logits, target)
-    return mean(softplus(logits) - logits * target)
+    """The mean of -log probability, where sigmoid(logits) is the probability of target 1."""
+    x, t = _matched("binary_cross_entropy_with_logits", logits, target)
+    return mean(softplus(x) - t * x)  # = -t log s - (1-t) log(1-s), s = sigmoid(x); no overflow
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
-    """The mean of -log probability, from probabilities in [0, 1] of target 1.
-    Logarithms are held above -100, as PyTorch does.
-    """
-    p, target = _prediction_and_target("binary_cross_entropy", probability, target)
+    """The mean of -log probability, from [0, 1]; logarithms are held above -100, as in PyTorch."""
+    p, t = _matched("binary_cross_entropy", probability, target)
     if not np.all((p >= 0) & (p <= 1)):
-        raise ValueError("binary_cross_entropy: probabilities must lie in [0, 1]; for other numbers"
-                         " there is binary_cross_entropy_with_logits")
-    least = math.exp(-100)
-    return -mean(target * log(clip(p, least)) + (1 - target) * log(clip(1 - p, least)))
+        raise ValueError("binary_cross_entropy: not in [0, 1]; for logits there is ..._with_logits")
+    log_of = lambda p: log(clip(p, math.exp(-100)))
+    return -mean(t * log_of(p) + (1 - t) * log_of(1 - p))
 
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
-    prediction, target = _prediction_and_target("hinge_loss", prediction, target)
-    if not np.all(abs(target) == 1):
+    p, t = _matched("hinge_loss", prediction, target)
+    if not np.all(abs(t) == 1):
         raise ValueError("hinge_loss: targets must be -1 or 1")
-    return mean(relu(1 - prediction * target))
+    return mean(relu(1 - t * p))
 
 # ### What a Tensor can do, and what NumPy may ask of it
 #
 # The operations exist; here they become operators, methods and NumPy's own functions.
-
 for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=matmul).items():
     setattr(Tensor, f"__{_name}__", _f)
     setattr(Tensor, f"__r{_name}__", lambda self, other, op=_f: op(other, self))
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # __hash__ stays
-    setattr(Tensor, _name, lambda self, other, compare=_name: getattr(
-        np.asarray(self._data), compare)(_value(other)))
+    setattr(Tensor, _name, lambda a, b, name=_name: getattr(np.asarray(a._data), name)(_value(b)))
 for _f in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
-            std, max, min, reshape, transpose, swapaxes, squeeze):
+           std, max, min, reshape, transpose, swapaxes, squeeze, np.ravel, np.dot, np.argmax,
+           np.argmin):  # (NumPy's ask the tables below)
     setattr(Tensor, _f.__name__, _f)
-Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__ = neg, abs, getitem
-Tensor.flatten = Tensor.ravel = lambda self: reshape(self, -1)
-Tensor.argmax = lambda self, axis=None: np.argmax(self._data, axis)
-Tensor.argmin = lambda self, axis=None: np.argmin(self._data, axis)
+Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__, Tensor.flatten = neg, abs, getitem, np.ravel
 Tensor.tolist = lambda self: self._data.tolist()
 
 def _dot(a: Any, b: Any) -> Tensor:
     """a @ b, or a * b if one is a number; b has at most two axes."""
     if np.ndim(b) > 2:
         raise TypeError(f"np.dot with a Tensor of shape {np.shape(b)}: use np.matmul or np.einsum")
-    return mul(a, b) if np.ndim(a) == 0 or np.ndim(b) == 0 else matmul(a, b)
-
-Tensor.dot = _dot
-
-def _reduction(op: Callable) -> Callable:
-    """A reduction with the arguments that NumPy passes, and perhaps `more`: var's ddof."""
-    return lambda a, axis=None, dtype=None, *, keepdims=False, **more: op(
-        as_tensor(a) if dtype is None else astype(a, dtype), axis, keepdims=keepdims, **more)
+    return mul(a, b) if 0 in (np.ndim(a), np.ndim(b)) else matmul(a, b)
 
 def _pad_with_zeros(array: Any, pad_width: Any, mode: str = "constant") -> Tensor:
     if mode != "constant":
         raise TypeError(f"np.pad of a Tensor: nanoad has no derivative for mode {mode!r}")
     return pad(array, pad_width)
 
-_UFUNCS = {
-    **{getattr(np, _f.__name__): _f for _f in (add, power, exp, expm1, log, log1p, logaddexp,
-                                                  sqrt, sin, cos, tanh, maximum, minimum, matmul)},
+# A reduction with the arguments that NumPy passes; `more` may have keepdims, and ddof for var.
+_reduction = lambda op: lambda a, axis=None, dtype=None, **more: op(
+    a if dtype is None else astype(a, dtype), axis, **more)
+_UFUNCS = _FUNCTIONS = {  # NumPy asks for its ufuncs by one protocol, for the rest by another
+    **{getattr(np, _f.__name__): _f for _f in (
+        add, power, exp, expm1, log, log1p, logaddexp, sqrt, sin, cos, tanh, maximum, minimum,
+        matmul, where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack)},
+    **{getattr(np, _f.__name__): _reduction(_f) for _f in (sum, mean, var, std, max, min)},
+    np.amax: _reduction(max), np.amin: _reduction(min), np.tan: lambda x: sin(x) / cos(x),
     np.subtract: sub, np.multiply: mul, np.true_divide: div, np.negative: neg, np.absolute: abs,
     np.fabs: abs, np.positive: identity, np.square: lambda x: x * x, np.reciprocal: lambda x: 1 / x,
-    np.tan: lambda x: sin(x) / cos(x),
-}
-_FUNCTIONS = {
-    **{getattr(np, _f.__name__): _f for _f in (
-        where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack, _copy)},
-    **{getattr(np, _f.__name__): _reduction(_f) for _f in (sum, mean, var, std, max, min)},
-    np.amax: _reduction(max), np.amin: _reduction(min),
     np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None: clip(
         a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.reshape: lambda a, shape=None, *, newshape=None: reshape(
@@ -1706,9 +1490,8 @@ _FUNCTIONS = {
     np.hstack: lambda tup: concatenate(tup, 0 if np.ndim(tup[0]) < 2 else 1),
     np.vstack: lambda tup: concatenate([expand_dims(t, 0) if np.ndim(t) == 1 else t for t in tup]),
     np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
-    np.pad: _pad_with_zeros, np.dot: _dot,
-    np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
-    np.outer: lambda a, b: reshape(a, -1, 1) * reshape(b, 1, -1),
+    np.pad: _pad_with_zeros, np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
+    np.copy: _copy, np.dot: _dot, np.outer: lambda a, b: reshape(a, -1, 1) * reshape(b, 1, -1),
     np.einsum: lambda subscripts, *operands, optimize=None: einsum(subscripts, *operands),
     np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
         astype(fill_value, dtype or a.dtype), a.shape),
@@ -1729,88 +1512,74 @@ _WITHOUT_GRADIENT = {getattr(np, _name) for _name in (
 #
 # Where do the numbers live that training changes? A Module is an object with Parameters among its
 # attributes, and other modules that have some of their own. There is no registry: whoever wants the
-# parameters looks through the attributes, in the order in which they were set. An ndarray attribute
-# (batch norm's running mean) is saved with the parameters but not trained. Names and shapes are
-# PyTorch's, so its state_dict is ours too.
+# parameters looks through the attributes, and the lists among them, in the order in which they were
+# set. An ndarray (batch norm's running mean) is saved with the parameters but not trained. Names
+# and shapes are PyTorch's, so its state_dict is ours too.
 class Parameter(Tensor):
     """A Tensor that its module trains."""
     __slots__ = ()
 
+def _parts(holder: Any, prefix: str = "", deep: bool = True) -> Iterator[tuple[str, Any]]:
+    """(dotted name, item) for all in a module or list, in its lists, and if `deep` its modules."""
+    for key, item in vars(holder).items() if isinstance(holder, Module) else enumerate(holder):
+        yield f"{prefix}{key}", item
+        if isinstance(item, (list, tuple)) or deep and isinstance(item, Module):
+            yield from _parts(item, f"{prefix}{key}.", deep)
+
+def _fitting(what: str, own: dict, given: dict, strict: bool = True) -> dict[str, np.ndarray]:
+    """The arrays `given` for `own`, if their names (when `strict`) and shapes are the same."""
+    missing, unknown = sorted(own.keys() - set(given)), sorted(set(given) - own.keys())
+    if strict and (missing or unknown):
+        raise KeyError(f"{what}: missing {missing}, unknown {unknown}")
+    new = {k: np.asarray(_value(given[k]), np.result_type(own[k])) for k in own if k in given}
+    for key, array in new.items():
+        if array.shape != np.shape(own[key]):
+            raise ValueError(f"{what}: {key} has shape {array.shape}, not {np.shape(own[key])}")
+    return new
+
 class Module:
     """The base of all layers and networks: give it attributes in `__init__`, write `forward`.
-    Calling a module runs `forward`, after raw floating-point arrays among the arguments have been
-    converted to the parameters' dtype. Lists that hold Tensors are stacked.
+    To call it runs `forward`, with lists stacked, and raw floats in the dtype of the parameters.
     """
     training = True
     def forward(self, *args: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward method")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*map(self._argument, args), **kwargs)
-    def _argument(self, a: Any) -> Any:
-        a = _from_list(a) if isinstance(a, (list, tuple)) else a
-        if isinstance(a, np.ndarray) and a.dtype.kind == "f":
-            dtypes = (p.dtype for _, p in self._state() if isinstance(p, Parameter))
-            a = a.astype(next(dtypes, a.dtype), copy=False)
-        return a
-    def _items(self) -> Iterator[tuple[str, Any]]:
-        """The attributes by name; those in a list of modules or parameters as name.0, name.1 .."""
-        for key, value in vars(self).items():
-            parts = value if isinstance(value, (list, tuple)) else ()
-            if any(isinstance(part, (Module, Parameter)) for part in parts):
-                yield from ((f"{key}.{i}", part) for i, part in enumerate(parts))
-            else:
-                yield key, value
-    def _state(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        """(dotted name, Parameter or ndarray) for everything that is saved, in order."""
-        for name, item in self._items():
-            if isinstance(item, Module):
-                yield from item._state(f"{prefix}{name}.")
-            elif isinstance(item, (Parameter, np.ndarray)):
-                yield prefix + name, item
+        args = [_from_list(a) if isinstance(a, (list, tuple)) else a for a in args]
+        for i, a in enumerate(args):
+            if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+                dtypes = (p.dtype for _, p in _parts(self) if isinstance(p, Parameter))
+                args[i] = a.astype(next(dtypes, a.dtype), copy=False)
+        return self.forward(*args, **kwargs)
     def named_parameters(self) -> list[tuple[str, Parameter]]:
         """(dotted name, parameter) pairs; one that occurs twice is listed once."""
-        named: dict = {}
-        for name, item in self._state():
-            if isinstance(item, Parameter):
-                named.setdefault(id(item), (name, item))
-        return list(named.values())
+        found = [(name, p) for name, p in _parts(self) if isinstance(p, Parameter)]
+        first = {p: name for name, p in reversed(found)}
+        return [(name, p) for name, p in found if first[p] == name]
     def parameters(self) -> list[Parameter]:
         """The parameters, each once."""
         return [parameter for _, parameter in self.named_parameters()]
     def modules(self) -> list[Module]:
         """This module and all below it."""
-        below = [item.modules() for _, item in self._items() if isinstance(item, Module)]
-        return [self, *itertools.chain(*below)]
+        return [self, *(item for _, item in _parts(self) if isinstance(item, Module))]
     def state_dict(self) -> dict[str, np.ndarray]:
         """Copies of all parameters and running statistics, by PyTorch's dotted names."""
-        return {name: np.array(_value(item)) for name, item in self._state()}
+        return {name: np.array(_value(item)) for name, item in _parts(self)
+                if isinstance(item, (Parameter, np.ndarray))}
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Copy arrays into this module.
-        Raises KeyError, if strict, for missing or unknown names, and ValueError for shapes that
-        differ; then nothing has been changed.
-        """
-        own = dict(self._state())
-        missing, unknown = sorted(own.keys() - set(state)), sorted(set(state) - own.keys())
-        if strict and (missing or unknown):
-            raise KeyError(f"load_state_dict: missing {missing}, unknown {unknown}")
-        new = [(name, item, np.asarray(_value(state[name]), item.dtype))
-               for name, item in own.items() if name in state]
-        for name, item, array in new:
-            if array.shape != item.shape:
-                raise ValueError(f"load_state_dict: {name} is {array.shape}, not {item.shape}")
-        for name, item, array in new:
-            _value(item)[...] = array
-            if isinstance(item, Parameter):
-                _note_write(item)
+        """Copy arrays in, all or none: KeyError for names, if strict, and ValueError for shapes."""
+        own = dict(_parts(self))
+        for name, array in _fitting("load_state_dict", self.state_dict(), state, strict).items():
+            _value(own[name])[...] = array
+            if isinstance(own[name], Parameter):
+                _note_write(own[name])
     def astype(self, dtype: Any) -> Module:
         """Convert all parameters and running statistics in place, say to float64; returns self."""
-        for module in self.modules():
-            for name, item in module._items():
-                if isinstance(item, Parameter):
-                    item._data, item.grad = astype(item._data, dtype)._data, None
-                    _note_write(item)
-                elif isinstance(item, np.ndarray):
-                    setattr(module, name, item.astype(dtype))
+        for p in self.parameters():
+            p._data, p.grad = astype(p._data, dtype)._data, None
+            _note_write(p)
+        for own in map(vars, self.modules()):
+            own |= {key: a.astype(dtype) for key, a in own.items() if isinstance(a, np.ndarray)}
         return self
     def train(self, mode: bool = True) -> Module:
         """Set this and all modules below to training, which dropout and batch norm ask about."""
@@ -1825,21 +1594,18 @@ class Module:
         for parameter in self.parameters():
             parameter.grad = None
     def __repr__(self) -> str:
-        details, below = [], ""
-        for name, item in self._items():
-            if isinstance(item, Module):
-                below += f"\n  ({name}): " + repr(item).replace("\n", "\n  ")
-            elif isinstance(item, Tensor):
-                details.append(f"{name}: {item.shape}")
-            elif isinstance(item, (int, float, tuple)) and name != "training":
-                details.append(f"{name}={item}")
-        return f"{type(self).__name__}({', '.join(details)}{below}" + ("\n)" if below else ")")
+        own = [f"{name}={getattr(item, 'shape', item)}" for name, item in vars(self).items()
+               if isinstance(item, (Tensor, int, float, tuple)) and name != "training"]
+        below = "".join(f"\n({name}): {item!r}" for name, item in _parts(self, deep=False)
+                        if isinstance(item, Module)).replace("\n", "\n  ")
+        return f"{type(self).__name__}({', '.join(own)}{below}" + ("\n)" if below else ")")
 
 # A layer is a function of the chapter before, with the parameters and settings it needs. Weights
 # start as in PyTorch, so that its recipes and learning rates carry over.
-def _uniform(shape: tuple, fan_in: int) -> Parameter:
-    bound = 1 / math.sqrt(fan_in)  # a sum of fan_in such products is of the order of the inputs
-    return Parameter(_mode.rng.uniform(-bound, bound, shape).astype(np.float32))
+def _uniform(bias: bool, *shape: int) -> tuple[Parameter, Parameter | None]:
+    bound = 1 / math.sqrt(math.prod(shape[1:]))  # a sum of so many products is like the inputs
+    draw = lambda *shape: Parameter(_mode.rng.uniform(-bound, bound, shape).astype(np.float32))
+    return draw(*shape), draw(shape[0]) if bias else None
 
 def _positive(name: str, **sizes: int) -> None:
     for key, size in sizes.items():
@@ -1850,10 +1616,8 @@ class Linear(Module):
     """x @ weight.T + bias, weight (out_features, in_features): (..., in) -> (..., out)."""
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         _positive("Linear", in_features=in_features, out_features=out_features)
-        self.weight = _uniform((out_features, in_features), in_features)
-        self.bias = _uniform((out_features,), in_features) if bias else None
-    def forward(self, x: Any) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        self.weight, self.bias = _uniform(bias, out_features, in_features)
+    forward = lambda self, x: linear(x, self.weight, self.bias)
 
 class Conv2d(Module):
     """`conv2d` with weight (out_channels, in_channels, kh, kw): (N, C, H, W) -> (N, O, oh, ow)."""
@@ -1861,24 +1625,19 @@ class Conv2d(Module):
                  padding: Any = 0, bias: bool = True) -> None:
         (h, w), self.stride, self.padding = _pair(kernel_size), stride, padding
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels, height=h, width=w)
-        self.weight = _uniform((out_channels, in_channels, h, w), in_channels * h * w)
-        self.bias = _uniform((out_channels,), in_channels * h * w) if bias else None
-    def forward(self, x: Any) -> Tensor:
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        self.weight, self.bias = _uniform(bias, out_channels, in_channels, h, w)
+    forward = lambda self, x: conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
-class _Pool(Module):
+class MaxPool2d(Module):
+    """`max_pool2d`: the largest element of each window."""
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
         self.kernel_size, self.stride = kernel_size, stride
-    def forward(self, x: Any) -> Tensor:
-        return self._function(x, self.kernel_size, self.stride)
+    forward = lambda self, x: max_pool2d(x, self.kernel_size, self.stride)
 
-class MaxPool2d(_Pool):
-    """`max_pool2d`: the largest element of each window."""
-    _function = staticmethod(max_pool2d)
-
-class AvgPool2d(_Pool):
+class AvgPool2d(Module):
     """`avg_pool2d`: the mean of each window."""
-    _function = staticmethod(avg_pool2d)
+    __init__ = MaxPool2d.__init__
+    forward = lambda self, x: avg_pool2d(x, self.kernel_size, self.stride)
 
 class BatchNorm2d(Module):
     """`batch_norm` over the channels of (N, C, H, W), with running statistics for evaluation."""
@@ -1888,9 +1647,8 @@ class BatchNorm2d(Module):
         zeros, ones = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
         self.weight, self.bias = Parameter(ones), Parameter(zeros)
         self.running_mean, self.running_var = zeros, ones
-    def forward(self, x: Any) -> Tensor:
-        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                          self.training, self.momentum, self.eps)
+    forward = lambda self, x: batch_norm(x, self.running_mean, self.running_var, self.weight,
+                                         self.bias, self.training, self.momentum, self.eps)
 
 class LayerNorm(Module):
     """`layer_norm` over the last axis."""
@@ -1898,8 +1656,7 @@ class LayerNorm(Module):
         _positive("LayerNorm", normalized_shape=normalized_shape)
         self.eps, self.weight = eps, Parameter(np.ones(normalized_shape, np.float32))
         self.bias = Parameter(np.zeros(normalized_shape, np.float32)) if bias else None
-    def forward(self, x: Any) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    forward = lambda self, x: layer_norm(x, self.weight, self.bias, self.eps)
 
 class Embedding(Module):
     """A table (num_embeddings, embedding_dim) looked up by integers: (...) -> (..., dim)."""
@@ -1907,27 +1664,23 @@ class Embedding(Module):
         _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         shape = num_embeddings, embedding_dim
         self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
-    def forward(self, ids: Any) -> Tensor:
-        return embedding(ids, self.weight)
+    forward = lambda self, ids: embedding(ids, self.weight)
 
 class Dropout(Module):
     """`dropout`: active in training, nothing in evaluation."""
     def __init__(self, p: float = 0.5) -> None:
         dropout(0.0, p)  # complains of a wrong p
         self.p = p
-    def forward(self, x: Any) -> Tensor:
-        return dropout(x, self.p, self.training)
+    forward = lambda self, x: dropout(x, self.p, self.training)
 
 class Flatten(Module):
     """(N, ...) -> (N, everything else)."""
-    def forward(self, x: Any) -> Tensor:
-        return reshape(x, len(x), math.prod(x.shape[1:]))
+    forward = lambda self, x: reshape(x, len(x), math.prod(x.shape[1:]))
 
 def _layer(name: str, function: Callable) -> type:
     """A module without parameters that does what a function does."""
-    return type(name, (Module,), dict(
-        __doc__=f"`{function.__name__}` as a module.", __module__=__name__,
-        forward=lambda self, *args: function(*args)))
+    return type(name, (Module,), dict(forward=staticmethod(function), __module__=__name__,
+                                      __doc__=f"`{function.__name__}` as a module."))
 
 ReLU, GELU, Tanh = _layer("ReLU", relu), _layer("GELU", gelu), _layer("Tanh", tanh)
 Sigmoid, CrossEntropy = _layer("Sigmoid", sigmoid), _layer("CrossEntropy", cross_entropy)
@@ -1937,25 +1690,21 @@ class Sequential(Module):
     """The layers given, one after another."""
     def __init__(self, *layers: Module) -> None:
         vars(self).update((str(i), layer) for i, layer in enumerate(layers))
-    def __getitem__(self, i: int) -> Module:
-        return [m for m in vars(self).values() if isinstance(m, Module)][i]
-    def __len__(self) -> int:
-        return len(self[:])
-    def forward(self, x: Any) -> Tensor:
-        return functools.reduce(lambda x, layer: layer(x), self[:], x)
+    __getitem__ = lambda self, i: [m for m in vars(self).values() if isinstance(m, Module)][i]
+    __len__ = lambda self: len(self[:])
+    forward = lambda self, x: functools.reduce(lambda x, layer: layer(x), self[:], x)
 
 class MLP(Sequential):
     """Linear layers of these sizes with relu between them: (N, nin) -> (N, nouts[-1]).
-    A last size of 1 is dropped from the result, as micrograd's MLP does: (N, nin) -> (N,) and
-    (nin,) -> a scalar.
+    A last size of 1 is dropped, as in micrograd's MLP: (N, nin) -> (N,), and (nin,) -> a scalar.
 
         >>> MLP(2, [16, 1])(np.zeros((5, 2))).shape
         (5,)
     """
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
         _positive("MLP", layers=len(nouts))
-        pairs = [(Linear(*sizes), ReLU()) for sizes in itertools.pairwise([nin, *nouts])]
-        super().__init__(*list(itertools.chain(*pairs))[:-1])
+        sizes = itertools.pairwise([nin, *nouts])
+        super().__init__(*[layer for pair in sizes for layer in (Linear(*pair), ReLU())][:-1])
     def forward(self, x: Any) -> Tensor:
         y = super().forward(x)
         return y.squeeze(-1) if y.shape[-1] == 1 else y
@@ -1970,10 +1719,9 @@ class MLP(Sequential):
 # GPT writes, `seen` keeps them: a list per layer, which from the first call on holds one array
 # (2, B, H, T, D). A new character then costs the work of one position.
 class MultiHeadAttention(Module):
-    """Causal self-attention in `num_heads` heads: (B, T, C) -> (B, T, C)."""
+    """Causal self-attention in `num_heads` heads, which divide C: (B, T, C) -> (B, T, C)."""
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = False):
-        _positive("MultiHeadAttention", embed_dim=embed_dim, num_heads=num_heads)
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"MultiHeadAttention: cannot split {embed_dim} into {num_heads} heads")
         self.num_heads, self.qkv = num_heads, Linear(embed_dim, 3 * embed_dim, bias)
         self.proj, self.dropout = Linear(embed_dim, embed_dim, bias), Dropout(dropout)
@@ -1988,36 +1736,27 @@ class MultiHeadAttention(Module):
         return self.proj(_wrap(_merge(y)))
 
 class _Block(Module):
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
-        self.ln1, self.ln2 = LayerNorm(embed_dim), LayerNorm(embed_dim)
-        self.attn = MultiHeadAttention(embed_dim, num_heads, dropout)
-        self.mlp = Sequential(Linear(embed_dim, 4 * embed_dim), GELU(),
-                              Linear(4 * embed_dim, embed_dim), Dropout(dropout))
-    def forward(self, x: Tensor, seen: list | None = None, last_only: bool = False) -> Tensor:
-        x = x + self.attn(self.ln1(x), seen=seen)
-        x = x[:, -1:] if last_only else x
-        return x + self.mlp(self.ln2(x))
+    def __init__(self, c: int, num_heads: int) -> None:
+        self.ln1, self.ln2, self.attn = LayerNorm(c), LayerNorm(c), MultiHeadAttention(c, num_heads)
+        self.mlp = Sequential(Linear(c, 4 * c), GELU(), Linear(4 * c, c))
 
 class GPT(Module):
     """A decoder-only transformer: integers (B, T), T <= block_size -> logits (B, T, vocab_size).
-    `num_heads` must divide `embed_dim`. Learned positions, layer norms before attention and MLP,
-    one matrix for embedding tokens and scoring them (Press and Wolf, 2017). Weights start at
-    N(0, 0.02), those that write to the residual stream smaller by sqrt(2 * num_layers), as GPT-2's:
-    so many terms add up in it.
+    Learned positions, layer norms before attention and MLP, one matrix for embedding tokens and
+    scoring them (Press and Wolf, 2017). Weights start at N(0, 0.02), those that write to the
+    residual stream smaller by sqrt(2 * num_layers), as GPT-2's: so many terms add up in it.
     """
     def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
                  block_size: int, dropout: float = 0.0) -> None:
         _positive("GPT", vocab_size=vocab_size, num_layers=num_layers, block_size=block_size)
         self.block_size, self.dropout = block_size, Dropout(dropout)
-        self.tok_emb = Embedding(vocab_size, embed_dim)
-        self.pos_emb = Embedding(block_size, embed_dim)
-        self.blocks = [_Block(embed_dim, num_heads, dropout) for _ in range(num_layers)]
+        self.tok_emb, self.pos_emb = (Embedding(n, embed_dim) for n in (vocab_size, block_size))
+        self.blocks = [_Block(embed_dim, num_heads) for _ in range(num_layers)]
         self.ln_f = LayerNorm(embed_dim)
         for name, p in self.named_parameters():
-            residual = name.endswith(("proj.weight", "mlp.2.weight"))
-            scale = np.float32(0.02 / math.sqrt(2 * num_layers) if residual else 0.02)
+            terms = 2 * num_layers if name.endswith(("proj.weight", "mlp.2.weight")) else 1
             if p.ndim == 2:
-                p._data[...] = _mode.rng.standard_normal(p.shape, np.float32) * scale
+                p._data[...] = 0.02 / terms ** 0.5 * _mode.rng.standard_normal(p.shape, np.float32)
             elif name.endswith("bias"):
                 p._data[...] = 0
     def forward(self, ids: Any, seen: list[list] | None = None) -> Tensor:
@@ -2026,45 +1765,34 @@ class GPT(Module):
         room = 1 if start else self.block_size
         if ids.ndim != 2 or not 0 < ids.shape[1] <= room:
             raise ValueError(f"GPT: needs ids (B, T), 0 < T <= {room}, not {ids.shape}")
-        x = self.tok_emb(ids) + self.pos_emb(start + np.arange(ids.shape[1]))  # (B, T, C)
-        x = self.dropout(x)
+        drop = identity if seen else self.dropout  # who writes drops nothing
+        x = drop(self.tok_emb(ids) + self.pos_emb(start + np.arange(ids.shape[1])))  # (B, T, C)
         for block, before in zip(self.blocks, seen or itertools.repeat(None)):
-            # To go on writing, the scores of the last position are enough.
-            x = block(x, seen=before, last_only=bool(seen) and block is self.blocks[-1])
+            x = x + drop(block.attn(block.ln1(x), seen=before))
+            x = x[:, -1:] if seen and block is self.blocks[-1] else x  # enough to go on writing
+            x = x + drop(block.mlp(block.ln2(x)))
         return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
     @no_grad()
     def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None) -> np.ndarray:
-        """Continue sequences of integers (B, T) by sampling, in eval mode: (B, T + max_new_tokens).
-        `manual_seed` fixes what is drawn; `temperature` divides the logits; `top_k` samples among
-        the k likeliest. Once block_size is full, the window slides at every step; then all
-        positions change, and it is read anew.
+        """Continue sequences of integers (B, T) by sampling, without dropout: (B, T + new tokens).
+        `manual_seed` fixes draws, `temperature` divides the logits, `top_k` keeps the k largest.
+        Once block_size is full, each step moves all positions, and the window is read anew.
         """
-        idx = np.array(idx)
-        if idx.ndim != 2 or idx.shape[1] == 0:
-            raise ValueError(f"generate: needs ids (B, T), T > 0, not {idx.shape}")
         if max_new_tokens < 0 or not temperature > 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"generate: max_new_tokens {max_new_tokens} must not be negative, "
-                             f"temperature {temperature} and top_k {top_k} must be positive")
-        modes, seen = [(m, m.training) for m in self.modules()], []
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                again = not seen or seen[0][0].shape[3] == self.block_size
-                seen = [[] for _ in self.blocks] if again else seen
-                logits = self(idx[:, -self.block_size:] if again else idx[:, -1:], seen=seen)
-                new = _sample(logits._data[:, -1] / np.float32(temperature), top_k)
-                idx = np.concatenate([idx, new], axis=1)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+            raise ValueError(f"generate: too small: {max_new_tokens=}, {temperature=} or {top_k=}")
+        idx, seen = np.array(idx), None
+        for _ in range(max_new_tokens):
+            if seen is None or idx.shape[1] > self.block_size:
+                seen, unread = [[] for _ in self.blocks], idx[..., -self.block_size:]
+            unread = _sample(self(unread, seen=seen)._data[:, -1] / np.float32(temperature), top_k)
+            idx = np.concatenate([idx, unread], axis=1)
         return idx
 
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
-    """One index per row of logits (B, V), drawn from their softmax: (B, 1)."""
-    if top_k is not None and top_k < logits.shape[1]:
-        least = np.partition(logits, -top_k, axis=1)[:, -top_k, None]
-        logits = np.where(logits < least, -np.inf, logits)
+    """One index per row of logits (B, V), drawn from the softmax of all or the top k: (B, 1)."""
+    if top_k is not None:
+        logits = np.where(logits < np.sort(logits, axis=1)[:, -top_k:][:, :1], -np.inf, logits)
     # The Gumbel-max trick: argmax(logits + Gumbel noise) is a draw from softmax(logits).
     return np.argmax(logits + _mode.rng.gumbel(size=logits.shape), axis=1)[:, None]
 
@@ -2076,11 +1804,11 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # in pieces that fit the cache, and copies the results back. What it remembers from step to step
 # (its state, a number or two per parameter) is as flat.
 class Optimizer:
-    """The base of all optimizers.
-    A subclass names its states and writes `_update(x, g, *states)`, which changes x and the states
-    in place; g is the gradient and may be overwritten.
+    """The base of all optimizers: a subclass names its states and writes `_update(x, g, *states)`,
+    which changes x and the states in place; g is the gradient and may be overwritten.
     """
     _state_names: tuple[str, ...] = ()
+    _flat = staticmethod(lambda tensors: np.concatenate([t._data.ravel() for t in tensors]))
     def __init__(self, params: Iterable[Tensor], lr: float, **settings: float) -> None:
         name, self.steps = type(self).__name__, 0
         self.params = [params] if isinstance(params, Module) else list(params)  # (refused below)
@@ -2088,12 +1816,10 @@ class Optimizer:
             raise TypeError(f"{name}: parameters must be leaf Tensors, such as model.parameters()")
         if not self.params or len(set(self.params)) < len(self.params):
             raise ValueError(f"{name}: there are no parameters to optimize, or one is listed twice")
-        for key, value in dict(settings, lr=lr).items():
-            if not value >= 0:
-                raise ValueError(f"{name}: {key} must not be negative, and is {value}")
-            setattr(self, key, value)
-        flat = np.concatenate([p._data.ravel() for p in self.params])
-        self._state = {key: np.zeros_like(flat) for key in self._state_names}
+        vars(self).update(settings, lr=lr)
+        if wrong := {k: v for k, v in dict(settings, lr=lr).items() if not np.min(v) >= 0}:
+            raise ValueError(f"{name}: settings must not be negative, as is {wrong}")
+        self._state = {key: np.zeros_like(self._flat(self.params)) for key in self._state_names}
         _calm_the_allocator()
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -2109,11 +1835,10 @@ class Optimizer:
             run = list(run)
             start, end = end, end + builtins.sum(p.size for p in run)
             if has_grad:
-                x = np.concatenate([p._data.ravel() for p in run])
-                g = np.concatenate([p.grad._data.ravel() for p in run])
+                x, g = self._flat(run), self._flat(p.grad for p in run)
                 for piece in _blocks(x, g, *(s[start:end] for s in self._state.values())):
                     self._update(*piece)
-                for p, new in zip(run, np.split(x, np.cumsum([p.size for p in run])[:-1])):
+                for p, new in zip(run, np.split(x, np.cumsum([p.size for p in run]))):
                     p._data[...] = new.reshape(p.shape)
                     _note_write(p)
     def state_dict(self) -> dict[str, Any]:
@@ -2121,14 +1846,9 @@ class Optimizer:
         return {"steps": self.steps, "lr": self.lr, **{k: s.copy() for k, s in self._state.items()}}
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict. Raises KeyError, ValueError if it is another optimizer's."""
-        name = f"{type(self).__name__}.load_state_dict"
-        if other := {"steps", "lr", *self._state} ^ set(state):
-            raise KeyError(f"{name}: {sorted(other)} missing or unknown")
-        for key, own in self._state.items():
-            if np.shape(state[key]) != own.shape:
-                raise ValueError(f"{name}: {key} has {np.size(state[key])} numbers, not {own.size}")
-        self._state = {key: np.array(state[key], own.dtype) for key, own in self._state.items()}
+        new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
         self.steps, self.lr = int(state["steps"]), float(state["lr"])
+        self._state = {key: new[key].copy() for key in self._state}
 
 @functools.cache
 def _calm_the_allocator() -> None:
@@ -2150,10 +1870,10 @@ class SGD(Optimizer):
     _state_names = ("velocity",)
     def __init__(self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.0,
                  nesterov: bool = False, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and momentum == 0:
             raise ValueError("SGD: nesterov needs a momentum")
         self.nesterov = nesterov
+        super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay)
     def _update(self, x: np.ndarray, g: np.ndarray, velocity: np.ndarray) -> None:
         if self.weight_decay:
             g += self.weight_decay * x
@@ -2164,16 +1884,13 @@ class SGD(Optimizer):
         x -= self.lr * g
 
 class Adam(Optimizer):
-    """Steps of about lr in every direction: the mean gradient over its root mean square.
-    Kingma and Ba (2015). weight_decay is added to the gradient, as in PyTorch's Adam.
-    """
+    """Steps of about lr each way: mean gradient over root mean square (Kingma and Ba, 2015)."""
     _state_names, _decoupled = ("mean", "square"), False
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"{type(self).__name__}: betas must be in [0, 1), not {betas}")
-        self.betas = betas
+        super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
     # Both averages start at zero, which dividing them by 1 - b^t corrects. Then the step is
     # lr * mean / (sqrt(square) + eps); multiplied out, the corrections are two numbers.
     def _update(self, x: np.ndarray, g: np.ndarray, mean: np.ndarray, square: np.ndarray) -> None:
@@ -2203,8 +1920,6 @@ class CosineWarmupLR:
     """
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
                  min_lr: float = 0.0) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"CosineWarmupLR: needs an optimizer, not {type(optimizer).__name__}")
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"CosineWarmupLR: {warmup_steps} warmup_steps of {total_steps} steps")
         self.optimizer, self.min_lr = optimizer, min_lr
@@ -2246,9 +1961,10 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
 # Where does the data come from, and how do we know that it is the right data? A network trained on
 # half a file still learns something, so a damaged file costs an evening before anyone suspects it.
 # Hence one rule: **bytes are believed only after their SHA-256 has been compared**, whether they
-# came from the disk or from a mirror. It is the digest of the *unpacked* content, because two gzip
-# files of one text may differ in every byte (but CIFAR-10's archive is there only once). The table:
+# came from the disk or from a mirror. It is that of the *unpacked* content, because two gzip files
+# of one text may differ in every byte (but CIFAR-10's archive is there only once). The table has
 # each file's place under the data folder, its mirrors, and its content's size and digest.
+import hashlib, io, json, pathlib, tarfile, time, zipfile  # for this chapter and the next
 _MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
           "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz")
 _TEXT = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",
@@ -2272,33 +1988,28 @@ _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
 _TIMEOUT = 10.0
 
 def _fetch(url: str, size: int) -> bytes:
-    """The bytes behind `url`, of which no more than about `size` are accepted."""
-    import time, urllib.request
+    """The bytes behind `url`; if more than `size` and what gzip may add, only the beginning."""
+    import urllib.request  # only here, for it is slow to load
     received, start = bytearray(), time.monotonic()
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:
-        while part := reply.read1(1 << 16):
+        while len(received) <= size + 4096 and (part := reply.read1(1 << 16)):
             received += part
-            if len(received) > size + 4096:  # packing what does not compress adds a few bytes
-                raise ValueError(f"it sends more than the {size:,} bytes expected")
             if time.monotonic() - start > _TIMEOUT + len(received) / 10_000:
                 raise TimeoutError(f"only {len(received):,} bytes arrived in time")
             if sys.stderr and sys.stderr.isatty():
                 print(f"{url}: {len(received) / 1e6:.1f} MB", end="\r", file=sys.stderr, flush=True)
     return bytes(received)
 
-def _verified(raw: bytes, where: str, name: str) -> bytes:
-    """The content of `raw`, unpacked if `where` ends in .gz; ValueError if it is not `name`'s."""
-    import hashlib
-    (_, size, digest), content, flaw = _SOURCES[name], raw, ""
-    if where.endswith(".gz") and not name.endswith(".gz"):
-        try:  # 31: deflate within a gzip header; and never more than size + 1, whatever it promises
+def _verified(place: str, name: str) -> bytes:
+    """The content of data file `name`, read from a path or URL; ValueError if it is not that."""
+    _, size, digest = _SOURCES[name]
+    raw = content = _fetch(place, size) if "://" in place else pathlib.Path(place).read_bytes()
+    if place.endswith(".gz") and not name.endswith(".gz"):
+        with contextlib.suppress(zlib.error):  # 31: a gzip header; size + 1: whatever it promises
             content = zlib.decompressobj(wbits=31).decompress(raw, size + 1)
-        except zlib.error as error:
-            flaw = f" ({error})"
-    found = hashlib.sha256(content).hexdigest()
-    if found != digest:
-        raise ValueError(f"{where}: expected {size:,} bytes with SHA-256 {digest}, found "
-                         f"{len(content):,} bytes with {found}{flaw}; it starts {raw[:24]!r}")
+    if (found := hashlib.sha256(content).hexdigest()) != digest:
+        raise ValueError(f"{place}: expected {size:,} bytes with SHA-256 {digest}, found "
+                         f"{len(content):,} bytes with {found}; it starts {raw[:24]!r}")
     return content
 
 # A file must appear under its final name whole or not at all, even if the power fails or two
@@ -2314,42 +2025,38 @@ def _write_whole(path: str, content: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; what was there before is untouched", path)
     finally:  # after an error, or Ctrl-C; else there is nothing left to remove
         with contextlib.suppress(OSError):
             os.unlink(temporary)
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
         stack.callback(os.close, folder)
         os.fsync(folder)  # the new name is the folder's data, where folders can be synced
 
 def _download(name: str, path: str) -> bytes:
     """The content of data file `name` from the first mirror that has it; `path` then holds it."""
-    from http.client import HTTPException
     (mirrors, size, digest), failures = _SOURCES[name], []
     for url in (mirror.format(os.path.basename(name)) for mirror in mirrors):
         try:
-            content = _verified(_fetch(url, size), url, name)
+            content = _verified(url, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             _write_whole(path, content)
             return content
-        except (OSError, HTTPException, ValueError) as error:
+        except Exception as error:  # whatever went wrong here, the next mirror may do better
             failures.append(f"{url}: {error}")
-            if hasattr(error, "close"):  # an HTTPError is also the reply, still open
-                error.close()
     raise OSError("\n  ".join([f"cannot get {name}:", *failures]) + f"\nPut it by hand at {path} ("
                   f"{size:,} bytes, SHA-256 {digest}), or set NANOAD_DATA to a folder that has it.")
 
-# A download is stored unpacked under the plain name, which is looked at first. So a damaged file,
-# of either form, is in nobody's way once its replacement has arrived.
+# A download is stored unpacked, under the name that is tried first: no damaged file is in its way.
 def _content(name: str) -> bytes:
     """The verified content of data file `name`: from the data folder, or else from a mirror."""
     folder = os.environ.get("NANOAD_DATA") or os.path.join(os.path.dirname(__file__), "data")
-    path = os.path.join(os.path.abspath(folder), *name.split("/"))
+    path = os.path.abspath(os.path.join(folder, name))
     for candidate in filter(os.path.exists, (path, path + ".gz")):
-        with open(candidate, "rb") as file:
-            raw = file.read()
         try:
-            return _verified(raw, candidate, name)
+            return _verified(candidate, name)
         except ValueError as error:
             print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
     return _download(name, path)
@@ -2359,9 +2066,8 @@ def _by_split(split: str, **choices: Any) -> Any:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     return choices[split]
 
-# What the digest has vouched for needs no further check. MNIST (LeCun, Cortes and Burges 1998)
-# comes as IDX: four bytes that say what follows, four for each dimension, and then the array
-# itself.
+# What the digest vouches for needs no further check. MNIST (LeCun, Cortes and Burges 1998) comes as
+# IDX: four bytes that say what follows, four for each dimension, and then the array itself.
 def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
     Returns images, float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with `flatten`, and
@@ -2377,17 +2083,13 @@ def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray,
 # pickle is a program. Each record is a label byte and 3 x 32 x 32 bytes of red, green and blue. The
 # archive is read where it lies, so no name inside it ever becomes a path on the disk.
 def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs.
-    Returns images, float32 in [0, 1] of shape (N, 3, 32, 32), and labels, int64 of shape (N,).
-    OSError if the archive (170 MB) is neither in the data folder nor to be had.
+    """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs (170 MB to fetch).
+    Returns what `load_mnist` does, with images of shape (N, 3, 32, 32), and fails as it does.
     """
-    import io, tarfile
-    five, name = [f"data_batch_{i}" for i in range(1, 6)], "cifar10/cifar-10-binary.tar.gz"
-    batches = _by_split(split, train=five, test=["test_batch"])
-    unpacked = io.BytesIO(zlib.decompress(_content(name), wbits=31))  # 31: with a gzip header
-    with tarfile.open(fileobj=unpacked) as archive:
-        raw = b"".join(archive.extractfile(f"cifar-10-batches-bin/{batch}.bin").read()
-                       for batch in batches)
+    batches = _by_split(split, train=[f"data_batch_{i}" for i in range(1, 6)], test=["test_batch"])
+    unpacked = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
+    with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
+        raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{b}.bin").read() for b in batches)
     records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
     images = np.divide(records[:, 1:].reshape(-1, 3, 32, 32), 255, dtype=np.float32)
     return images, records[:, 0].astype(np.int64)
@@ -2398,16 +2100,14 @@ def load_tinyshakespeare() -> str:
 
 def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Two interleaving half circles, the smallest problem that no straight line solves.
-    Returns points, float32 (n_samples, 2), and labels 0 or 1, int64 (n_samples,), in random order.
-    `noise` is the standard deviation of what is added to each coordinate.
+    Returns float32 points (n_samples, 2), int64 labels 0 and 1. `noise` is a standard deviation.
     """
     if n_samples < 1 or noise < 0:
         raise ValueError(f"make_moons: needs n_samples >= 1, noise >= 0; got {n_samples}, {noise}")
-    rng = _mode.rng
-    y = rng.permutation(np.arange(n_samples) % 2)
-    angle, side = np.pi * rng.random(n_samples), 1 - 2 * y  # -1 turns the lower moon by a half
-    x = np.stack([side * np.cos(angle) + y, side * np.sin(angle) + 0.5 * y], axis=1)
-    return (x + noise * rng.standard_normal(x.shape)).astype(np.float32), y.astype(np.int64)
+    y = _mode.rng.permutation(np.arange(n_samples) % 2)
+    angle = np.pi * (_mode.rng.random(n_samples) + y)  # the lower moon is turned by a half
+    x = np.stack([np.cos(angle) + y, np.sin(angle) + 0.5 * y], axis=1)
+    return _mode.rng.normal(x, noise).astype(np.float32), y.astype(np.int64)
 
 class DataLoader:
     """Iterate over `x` and `y` (same length) in batches of (x_batch, y_batch), as ndarrays.
@@ -2429,12 +2129,11 @@ class DataLoader:
     def __len__(self) -> int:
         return (len(self.x) + (self.batch_size - 1) * (not self.drop_last)) // self.batch_size
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = _mode.rng.permutation(len(self.x)) if self.shuffle else np.arange(len(self.x))
+        order = (_mode.rng.permutation if self.shuffle else np.arange)(len(self.x))
         for i in range(len(self)):
             rows = order[i * self.batch_size:(i + 1) * self.batch_size]
-            x = self.x.take(rows, axis=0)
-            x = x if self.transform is None else self.transform(x, _mode.rng)
-            yield x, self.y.take(rows, axis=0)
+            x, y = self.x.take(rows, axis=0), self.y.take(rows, axis=0)
+            yield (self.transform(x, _mode.rng) if self.transform else x), y
 
 class CharTokenizer:
     """Number the distinct characters of `text` from 0, in code point order.
@@ -2486,12 +2185,10 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, (list, tuple)):
         items = (_describe(item, f"{path}.{i}".strip("."), arrays) for i, item in enumerate(value))
         return ["list" if isinstance(value, list) else "tuple", *items]
-    # (NumPy's float64 is a float, too, but comes back as an array.)
-    if value is None or isinstance(value, (int, str)) or type(value) is float:
-        return value
     if not isinstance(value, (Tensor, np.ndarray, np.generic)):
-        raise TypeError(f"save: {where} is a {type(value).__name__}; only dicts, lists, tuples, "
-                        "arrays, Tensors, numbers, strings and None can be saved")
+        if value is None or isinstance(value, (int, float, str)):
+            return value
+        raise TypeError(f"save: {where} is a {type(value).__name__}, not an array or plain value")
     array = np.asarray(_value(value))
     if array.dtype.hasobject:
         raise TypeError(f"save: {where} is an array of objects, which only pickle could store")
@@ -2503,105 +2200,75 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
 
 def save(path: str | os.PathLike, state: Any) -> None:
     """Write `state`, nested dicts and lists of arrays, Tensors and plain values, to `path`.
-    The file is replaced atomically: at every moment `path` holds the old checkpoint or the new.
-    Tensors and NumPy scalars come back from `load` as arrays, everything else as it was, floats bit
-    for bit. TypeError names what cannot be saved; OSError means that the old file is untouched.
+    At every moment `path` holds the old checkpoint or the new. Tensors and NumPy scalars come back
+    as arrays, all else as it was, floats bit for bit. TypeError names what cannot be saved.
     """
-    import hashlib, io, json, zipfile
     arrays, file = {"nanoad": np.empty(0)}, io.BytesIO()  # reserves the name for the JSON
-    text = json.dumps(_describe(state, "", arrays))
-    arrays["nanoad"] = np.frombuffer(text.encode(), np.uint8)
+    arrays["nanoad"] = np.frombuffer(json.dumps(_describe(state, "", arrays)).encode(), np.uint8)
     with zipfile.ZipFile(file, "w") as archive:
         archive.comment = _STAMP + bytes(64)  # room for the digest, which it cannot know yet
         for name, array in arrays.items():
             # A ZipInfo of our own has no date in it: equal states make equal files.
             with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
-    content, path = file.getvalue()[:-64], os.fsdecode(path)
-    try:
-        _write_whole(os.path.realpath(path), content + hashlib.sha256(content).hexdigest().encode())
-    except OSError as error:
-        why = f"save: {error.strerror or error}; what was there before is untouched"
-        raise OSError(error.errno, why, path) from error
+    content = file.getvalue()[:-64]
+    content += hashlib.sha256(content).hexdigest().encode()
+    _write_whole(os.path.realpath(os.fsdecode(path)), content)
 
 def load(path: str | os.PathLike) -> Any:
     """The state that `save` wrote to `path`. Reads only: nothing in the file is run or unpacked.
-    FileNotFoundError if there is no such file; ValueError if it is not, to the last bit, what
-    `save` wrote.
+    FileNotFoundError if there is none; ValueError if it is not, to the last bit, what `save` wrote.
     """
-    import hashlib, io, json
-    path = os.fsdecode(path)
-    with open(path, "rb") as file:
-        raw = file.read()
-    digest = hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode()
-    if raw[-64 - len(_STAMP):] != _STAMP + digest:
-        raise ValueError(f"{path} is not a whole checkpoint: it does not end with the SHA-256 of "
-                         "the rest, so it was cut short, damaged, or written by something else")
+    raw = pathlib.Path(os.fsdecode(path)).read_bytes()
+    if not raw.endswith(_STAMP + hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode()):
+        raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or something else")
+    kinds = {"list": list, "tuple": tuple, "array": lambda names: members[[*names][0] + ".npy"]}
+    def rebuild(value: Any) -> Any:  # the inverse of `_describe`
+        if isinstance(value, dict):
+            return {key: rebuild(item) for key, item in value.items()}
+        return kinds[value[0]](map(rebuild, value[1:])) if isinstance(value, list) else value
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as members:
             # We store, and never compress: so no member can unpack to more than the file's size.
-            if {member.compress_type for member in members.zip.infolist()} != {0}:
+            if any(member.compress_type for member in members.zip.infolist()):
                 raise ValueError("a member is compressed")
-            return _rebuild(json.loads(members["nanoad.npy"].tobytes()), members)
+            return rebuild(json.loads(members["nanoad.npy"].tobytes()))
     except Exception as error:  # the digest is right and the content wrong: somebody's handiwork
         raise ValueError(f"{path} is not a checkpoint written by nanoad.save: {error}") from error
-
-def _rebuild(value: Any, members: Mapping[str, np.ndarray]) -> Any:
-    """The inverse of `_describe`."""
-    if isinstance(value, dict):
-        return {key: _rebuild(item, members) for key, item in value.items()}
-    if not isinstance(value, list):
-        return value
-    kind, *items = value
-    if kind == "array":
-        return members[items[0] + ".npy"]
-    return {"list": list, "tuple": tuple}[kind](_rebuild(item, members) for item in items)
 
 # ## Drawing
 #
 # What does a tape look like? A graph with the output on top and each operation over its operands,
-# shown by `draw` as a picture or as indented text. Both come from one walk. It uses a stack of its
-# own, since a tape may be deeper than Python recurses, and stops when nobody would read on.
-def _tape_rows(output: Tensor) -> list[tuple[Any, Any, str, bool]]:
+# shown by `draw` as a picture or as indented text. Both come from one walk, of which only as much
+# is taken as anybody would read; so it may recurse, however deep the tape.
+def _tape_rows(node: Any, seen: set, result: Any = None, indent: str = "") -> Iterator[tuple]:
     """(node, the result it is an operand of, indentation, seen before), results first."""
-    seen, rows, stack = set(), [], [(output, None, "", "")]
-    while stack and len(rows) < 200:
-        node, result, indent, below = stack.pop()
-        rows.append((node, result, indent, id(node) in seen))
-        if not isinstance(node, Tensor) or id(node) in seen:
-            continue
+    yield node, result, indent, id(node) in seen
+    if isinstance(node, Tensor) and id(node) not in seen:
         seen.add(id(node))
         # Arguments beyond the rules are settings. A fused operation has no rules, and shows all.
-        rules = getattr(node._op, "rules", ())
-        operands = [a for a in (node._args or ())[:len(rules) or None]
-                    if isinstance(a, (Tensor, np.ndarray, np.generic, int, float))]
-        for i, operand in enumerate(reversed(operands)):
-            branch, trunk = ("├─ ", "│  ") if i else ("└─ ", "   ")
-            stack.append((operand, node, below + branch, below + trunk))
-    if stack:
-        rows.append(("... 200 lines are enough", *stack[-1][1:3], False))
-    return rows
+        args = (node._args or ())[:len(getattr(node._op, "rules", ())) or None]
+        operands = [a for a in args if isinstance(a, (Tensor, np.ndarray, np.generic, int, float))]
+        below = indent.replace("├─", "│ ").replace("└─", "  ")
+        for i, operand in enumerate(operands, start=1 - len(operands)):  # so the last is 0
+            yield from _tape_rows(operand, seen, node, below + ("├─ " if i else "└─ "))
 
 def _caption(node: Any, gap: str) -> str:
     """`label = op`, the value or else type and shape, and the gradient or else its norm."""
     if not isinstance(node, Tensor):
-        return node if isinstance(node, str) else _in_short(node)
+        array = np.asarray(node)
+        return f"{array.item():.5g}" if array.size == 1 else f"{array.dtype}{list(array.shape)}"
     name = " = ".join(filter(None, (node.label, node._op and node._op.__name__)))
-    parts = [name, _in_short(node._data)]
+    parts = [name, _caption(node._data, gap)]
     if node.grad is not None:
-        g = node.grad._data
-        parts.append("grad " + (_in_short(g) if g.size == 1 else f"norm {np.linalg.norm(g):.5g}"))
+        g, norm = node.grad._data, np.linalg.norm(node.grad._data)
+        parts.append(f"grad {g.item():.5g}" if g.size == 1 else f"grad norm {norm:.5g}")
     return gap.join(filter(None, parts))
-
-def _in_short(array: Any) -> str:
-    array = np.asarray(array)
-    return f"{array.item():.5g}" if array.size == 1 else f"{array.dtype}{list(array.shape)}"
 
 def draw(tensor: Tensor, format: str = "svg") -> Any:
     """Draw the tape of `tensor`: operations, labels, values or shapes, gradients where set.
-    Returns a `graphviz.Digraph`, which a notebook shows by itself, or, for `format="text"`, a str
-    that needs no package. Backward lets the tape go, so draw before it or after
-    `backward(retain_grads=True)`. ImportError without the package graphviz.
+    Returns a `graphviz.Digraph`, which a notebook shows (ImportError without that package), or for
+    `format="text"` a str. Backward lets the tape go; draw before, or `backward(retain_grads=True)`.
 
         >>> a = Tensor(2.0, label="a")
         >>> print(draw(a * 3 + a, format="text"))
@@ -2611,18 +2278,20 @@ def draw(tensor: Tensor, format: str = "svg") -> Any:
         │  └─ 3
         └─ a [1] above
     """
-    rows = _tape_rows(*_require_tensors("draw", [tensor]))
+    walk = _tape_rows(*_require_tensors("draw", [tensor]), set())
+    rows = list(itertools.islice(walk, 200))
+    more = ["... 200 lines are enough"] if next(walk, None) else []
     if format == "text":
         again = dict.fromkeys(id(node) for node, _, _, seen in rows if seen)
         marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
         texts = [f"{node.label} {marks[id(node)]} above" if seen else
                  f"{_caption(node, '  ')}  {marks.get(id(node), '')}" for node, _, _, seen in rows]
-        return "\n".join(indent + text.strip() for text, (_, _, indent, _) in zip(texts, rows))
+        return "\n".join([row[2] + text.strip() for text, row in zip(texts, rows)] + more)
     try:
         import graphviz
     except ImportError:
         raise ImportError("draw needs graphviz (nanoad[viz]), unless format is 'text'") from None
-    graph = graphviz.Digraph(format=format, graph_attr={"rankdir": "BT"})
+    graph = graphviz.Digraph(format=format, graph_attr={"rankdir": "BT", "label": "".join(more)})
     for i, (node, result, _, seen) in enumerate(rows):
         name = str(id(node)) if isinstance(node, Tensor) else f"constant {i}"
         if not seen:
@@ -2633,8 +2302,7 @@ def draw(tensor: Tensor, format: str = "svg") -> Any:
 
 def plot(values: Any, width: int = 72, height: int = 12) -> str:
     """The curve of `values` (1-d) in `width` by `height` characters, with a labelled y axis.
-    Where values outnumber columns, each column shows the mean of its share. Values that are not
-    finite leave a gap; if none is finite, the string says so.
+    Where values outnumber columns, a column shows the mean of its share; nan and inf leave a gap.
 
         >>> print(plot([4, 2, 1, 1, 2], width=26, height=4))
         4 ┤───╮
@@ -2642,24 +2310,20 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
         2 ┤   ╰──╮     ╭──
         1 ┤      ╰─────╯
     """
-    values = np.asarray(values, np.float64).ravel()
+    values = np.ma.masked_invalid(np.asarray(values, np.float64).ravel())
     columns = builtins.max(width - 11, 1)  # beside ticks of up to 9 characters
     edges = np.arange(columns + 1) * len(values) // columns
-    shares = [values[a:builtins.max(b, a + 1)] for a, b in itertools.pairwise(edges)]
-    shares = [share[np.isfinite(share)] for share in shares]
-    curve = np.array([share.mean() if share.size else np.nan for share in shares])
-    if np.isnan(curve).all():
+    shares = (values[a:builtins.max(b, a + 1)] for a, b in itertools.pairwise(edges))
+    curve = {x: share.mean() for x, share in enumerate(shares) if share.count()}
+    if not curve:
         return "(no finite values to plot)"
-    low, high = np.nanmin(curve), np.nanmax(curve)
-    depths = (high - curve) / (high - low or 1) * (height - 1)
-    rows = [None if np.isnan(depth) else round(depth) for depth in depths]
+    low, high = builtins.min(curve.values()), builtins.max(curve.values())
+    rows = {x: round((high - y) / (high - low or 1) * (height - 1)) for x, y in curve.items()}
     grid = np.full((height, columns), " ")
-    for x, (before, row) in enumerate(zip([None, *rows], rows)):
-        if row is not None and before in (None, row):
-            grid[row, x] = "─"
-        elif row is not None:
-            grid[builtins.min(before, row):builtins.max(before, row), x] = "│"
-            grid[before, x], grid[row, x] = "╮╰" if row > before else "╯╭"
+    for x, row in rows.items():
+        before = rows.get(x - 1, row)  # after a gap the curve begins anew
+        grid[builtins.min(before, row):builtins.max(before, row), x] = "│"
+        grid[before, x], grid[row, x] = "──" if row == before else "╮╰" if row > before else "╯╭"
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
     margin = builtins.max(map(len, ticks))
     return "\n".join(f"{t:>{margin}} ┤{''.join(row).rstrip()}" for t, row in zip(ticks, grid))
@@ -2668,49 +2332,35 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
 #
 # How can one file please those who like flat names and those who like them sorted? All names are
 # flat, and there are modules too, `nanoad.nn` and its like, made here and entered where `import`
-# looks first. They are named after the module this file was imported as, so it may be renamed or
-# vendored.
-_NAMESPACES = {
-    "nn": "Module Parameter Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding"
-          " Flatten Dropout ReLU GELU Tanh Sigmoid CrossEntropy MSE Sequential MLP"
-          " MultiHeadAttention GPT",
-    "optim": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm",
-    "data": "DataLoader CharTokenizer load_mnist load_cifar10 load_tinyshakespeare make_moons",
-    "viz": "draw plot",
-}
-_CORE = "Tensor Value as_tensor no_grad unbroadcast primitive fused manual_seed save load"
+# looks first. Each has the public names from the one given below to where the next module begins
+# (but for four), and is named after this file's module, however that is called and wherever it is.
+_NAMESPACES = {"functional": "gradients", "nn": "Parameter", "optim": "Optimizer",
+               "data": "load_mnist", "viz": "draw"}
 __all__ = [_name for _name, _item in globals().items()
            if _name[0] != "_" and getattr(_item, "__module__", None) == __name__]
-_NAMESPACES["functional"] = " ".join(  # what is left
-    _name for _name in __all__ if _name not in " ".join([_CORE, *_NAMESPACES.values()]).split())
-for _space, _names in _NAMESPACES.items():
-    _module = types.ModuleType(f"{__name__}.{_space}", f"The part of {__name__} with {_names}.")
-    _module.__all__ = _names.split()
-    vars(_module).update((_name, globals()[_name]) for _name in _module.__all__)
+_starts = [__all__.index(_name) for _name in _NAMESPACES.values()]
+for _space, _start, _end in zip(_NAMESPACES, _starts, [*_starts[1:], None]):
+    _names = [_f for _f in __all__[_start:_end] if _f not in ("primitive", "fused", "save", "load")]
+    _module = types.ModuleType(f"{__name__}.{_space}", "Here are " + ", ".join(_names) + ".")
+    vars(_module).update({_name: globals()[_name] for _name in _names}, __all__=_names)
     globals()[_space] = sys.modules[_module.__name__] = _module
 
-# `from nanoad import *` must not put our sum, max, min and abs in the place of Python's own. So
-# these four have to be named: `nanoad.sum`, or `from nanoad.functional import sum`.
+# `from nanoad import *` must not hide Python's own sum, max, min and abs: ours are to be named.
 __all__ = [_name for _name in __all__ if not hasattr(builtins, _name)]
-
-def __dir__() -> list[str]:
-    return [*__all__, *_NAMESPACES]  # what an editor offers
+__dir__ = lambda: [*__all__, *_NAMESPACES]  # what an editor offers
 
 # ## The tour
 #
 # What can all this do? `python nanoad.py` shows it in a few seconds.
-
 def _tour() -> None:
     """Each paragraph below is printed and then run, so what you read is what happened.
 
-        # The derivative of x sin x is sin x + x cos x. At x = 2, by hand and then by the tape:
-        print(math.sin(2) + 2 * math.cos(2))
+        # The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
+        # tape, each operation over its operands, with the gradient that reached them:
         x = Tensor(2.0, label="x")
         y = x * np.sin(x)
         y.backward(retain_grads=True)
-        print(x.grad)
-
-        # That tape, each operation over its operands, with the gradient that reached them:
+        print(math.sin(2) + 2 * math.cos(2), x.grad)
         print(draw(y, format="text"))
 
         # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
@@ -2725,7 +2375,8 @@ def _tour() -> None:
             print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
             w = w - np.linalg.solve(hessian(loss)(w).data, slope)
 
-        # A network learns which of two moons a point belongs to.
+        # A network learns which of two moons a point belongs to: its loss, and what it learned,
+        # shaded where it says 1, with the points o (0) and x (1).
         manual_seed(1)
         points, labels = make_moons(200, noise=0.15)
         model, losses = MLP(2, [16, 16, 1]), []
@@ -2736,12 +2387,9 @@ def _tour() -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-
-        # Its loss, and what it learned: shaded where it says 1, with the points o (0) and x (1).
         print(plot(losses, height=8))
         across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
-        said = model(np.stack([across, up], axis=-1)).data
-        picture = np.where(said > 0, ":", " ")
+        picture = np.where(model(np.stack([across, up], axis=-1)) > 0, ":", " ")
         for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
             picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
         print(*map("".join, picture), sep="\\n")
