@@ -360,14 +360,15 @@ def _require_tensors(name: str, tensors: list) -> list:
     return tensors
 
 def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
-    """What a walk from `output` starts with: a copy of the cotangent given, or 1 for a scalar."""
+    """What a walk starts with: the cotangent given (a leaf keeps it, so a copy), or a scalar's 1."""
     _require_tensors(name, [output])
     given = np.ones(output.shape) if cotangent is None and output.size == 1 else cotangent
     if np.shape(given) != output.shape:
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent like it, not"
                          f" {np.shape(given) or given}; only a scalar, as by .sum(), needs none")
-    return (astype(as_tensor(given), output.dtype) if create_graph  # one may differentiate by it
-            else np.array(_value(given), output.dtype))
+    if create_graph:  # somebody may want to differentiate by it
+        return astype(as_tensor(given), output.dtype)
+    return (np.array if output._op is None else np.asarray)(_value(given), output.dtype)
 
 def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
     """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
@@ -601,6 +602,8 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
         >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
         True
     """
+    if order < 1:
+        raise ValueError(f"check_grad: order must be at least 1, not {order}")
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     args = [as_tensor(np.array(_value(a), float)) if i in which else a for i, a in enumerate(args)]
     def weighted(*args: Any) -> Tensor:  # a scalar, in which no two elements cancel
@@ -618,7 +621,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     error, worst = builtins.max(errors)
     if error > rtol or not which:
         raise AssertionError(f"check_grad: the derivative {worst}")
-    if order <= 1:
+    if order == 1:
         return error
     slopes = lambda *args: concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
     return builtins.max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
@@ -911,7 +914,7 @@ def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
     x = as_tensor(x)
     try:
         pieces = np.split(np.arange(x.shape[axis]), sections)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
     return [_slice(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
@@ -984,13 +987,12 @@ def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
-    x = as_tensor(x)
-    centred = x - mean(x, axis, keepdims=True)
-    y = sum(centred * centred, axis, keepdims)
-    n = x.size // builtins.max(1, y.size)
-    if n <= ddof and y.size:
+    x, total = as_tensor(x), sum(x, axis, keepdims=True)
+    n = x.size // builtins.max(1, total.size)
+    if n <= ddof and total.size:
         raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few")
-    return y / (n - ddof)
+    centred = x - total / n
+    return sum(centred * centred, axis, keepdims) / (n - ddof)
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The standard deviation, the square root of `var`."""
@@ -1086,7 +1088,7 @@ def _einsum_rule(i: int, g: Any, y: Any, subscripts: str, *xs: Any) -> Any:
         elif not any(letter in other for other, _ in factors):
             factors.append((letter, np.ones(n, g.dtype)))
     others, arrays = zip(*factors)
-    return np.einsum(",".join(others) + "->" + target, *arrays)
+    return np.einsum(",".join(others) + "->" + target, *arrays, optimize=len(arrays) > 1)
 
 @primitive(each=_einsum_rule)
 def einsum(subscripts: str, *operands: Any) -> Tensor:
@@ -1669,7 +1671,7 @@ class Embedding(Module):
 class Dropout(Module):
     """`dropout`: active in training, nothing in evaluation."""
     def __init__(self, p: float = 0.5) -> None:
-        dropout(0.0, p)  # complains of a wrong p
+        dropout(0.0, p, training=False)  # complains of a wrong p
         self.p = p
     forward = lambda self, x: dropout(x, self.p, self.training)
 
@@ -1791,8 +1793,8 @@ class GPT(Module):
 
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
     """One index per row of logits (B, V), drawn from the softmax of all or the top k: (B, 1)."""
-    if top_k is not None:
-        logits = np.where(logits < np.sort(logits, axis=1)[:, -top_k:][:, :1], -np.inf, logits)
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = np.where(logits < np.partition(logits, -top_k)[:, -top_k, None], -np.inf, logits)
     # The Gumbel-max trick: argmax(logits + Gumbel noise) is a draw from softmax(logits).
     return np.argmax(logits + _mode.rng.gumbel(size=logits.shape), axis=1)[:, None]
 
@@ -2323,7 +2325,8 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
     for x, row in rows.items():
         before = rows.get(x - 1, row)  # after a gap the curve begins anew
         grid[builtins.min(before, row):builtins.max(before, row), x] = "│"
-        grid[before, x], grid[row, x] = "──" if row == before else "╮╰" if row > before else "╯╭"
+        corners = "──" if row == before else "╮╰" if row > before else "╯╭"
+        grid[before, x], grid[row, x] = corners
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
     margin = builtins.max(map(len, ticks))
     return "\n".join(f"{t:>{margin}} ┤{''.join(row).rstrip()}" for t, row in zip(ticks, grid))
