@@ -360,7 +360,7 @@ def _require_tensors(name: str, tensors: list) -> list:
     return tensors
 
 def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
-    """What a walk starts with: the cotangent given (a leaf keeps it, so a copy), or a scalar's 1."""
+    """What a walk starts with: the cotangent given (a copy for a leaf, which keeps it), or 1."""
     _require_tensors(name, [output])
     given = np.ones(output.shape) if cotangent is None and output.size == 1 else cotangent
     if np.shape(given) != output.shape:
