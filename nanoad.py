@@ -45,11 +45,11 @@ class Tensor:
     gradients. Without, it is a *constant*. A Tensor that no operation made is a *leaf*.
     """
     # After the user's four: when it was made, by a global counter, and when written to; then its
-    # operation, operands, their arrays, settings, and the pullback if the operation is `fused`.
+    # operation, operands, the arrays they held, settings, and the pullback (see "Operations").
     __slots__ = ("_data", "requires_grad", "grad", "label", "_seq", "_guard", "__weakref__",
                  "_op", "_args", "_values", "_params", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
-        made = as_tensor(data)  # if that is tracked, this may be a result of it
+        made = as_tensor(data)  # (a copy of what is tracked is a result, of `identity`)
         made = identity(made) if requires_grad and made.requires_grad else made.detach()
         _record(np.array(made._data), made._op, made._args, made._values, made._params,
                 tracked=requires_grad, t=self)
@@ -64,7 +64,7 @@ class Tensor:
         """The array, to read and to write (see "Writes the tape must not miss"); also t.numpy()."""
         if self.requires_grad:
             _renew_guard(self)
-        return np.asarray(self._data)  # (of a 0-d result a copy, for NumPy makes that a scalar)
+        return np.asarray(self._data)  # (a copy of a 0-d result, which NumPy made a scalar)
     @data.setter
     def data(self, value: Any) -> None:
         value = value.data if isinstance(value, Tensor) else value
@@ -72,7 +72,7 @@ class Tensor:
         own, new = (f"{a.dtype} of shape {a.shape}" for a in (self, array))
         if own != new:
             raise ValueError(f"t.data is {own} and cannot become {new}; make a new Tensor for that")
-        self._data, self._guard = array, (next(_clock), -1)  # somebody may hold that array
+        self._data, self._guard = array, (next(_clock), -1)  # -1: somebody may hold it
     numpy = lambda self: self.data  # as code outside nanoad knows it: the same memory
     def item(self) -> float:
         """The one element, as a Python number. Raises ValueError if there is not exactly one."""
@@ -128,7 +128,7 @@ class Tensor:
         plain, out = method == "__call__", kwargs.get("out")
         if plain and not kwargs and ufunc in _UFUNCS:
             return _UFUNCS[ufunc](*inputs)
-        held = out and not any(map(_tracked, inputs))  # an array can hold `array += constant`
+        held = out and not any(map(_tracked, inputs))  # as in `array += constant`
         if plain and not _holds_tensor(out) and (held or ufunc in _WITHOUT_GRADIENT):
             return ufunc(*map(_value, inputs), **kwargs)
         how = ("" if plain else f".{method}") + (f" with {', '.join(kwargs)}=" if kwargs else "")
@@ -150,7 +150,7 @@ class _Mode(threading.local):
 _mode, _clock = _Mode(), itertools.count(1)
 
 def manual_seed(seed: int | Sequence[int]) -> None:
-    """Seed this thread's initialization, dropout, shuffling and sampling; (seed, step) will do."""
+    """Seed this thread's initialization, dropout, shuffling and sampling: a number, or several."""
     _mode.rng = np.random.default_rng(seed)
 
 def _record(y, op=None, args=(), values=None, params=None, pullback=None, tracked=True, t=None):
@@ -180,15 +180,15 @@ def as_tensor(data: Any) -> Tensor:
 def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
-_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # of an argument
+_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # of an argument, a list
 
 # ### Writes the tape must not miss
 #
 # A tensor does not copy its operands, so writing into one between the forward and the backward
 # pass would change the derivative without a word. NumPy reports no writes. So a checksum is taken
 # when the array is handed out (`t.data`), and compared when a walk needs the elements as they were.
-# `_guard` is None until either happens; then it is the time of the last known write (0: none), and
-# the last checksum (None: never handed out; -1: the array is somebody's, and has none yet).
+# `_guard` is None until the array is handed out or written to. Then it is the time of the last
+# known write (0: none) and the last checksum (None: never handed out; -1: given, but none yet).
 
 def _note_write(t: Tensor) -> None:
     t._guard = next(_clock), t._guard and t._guard[1]
@@ -224,7 +224,7 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 #     >>> y = a * b
 #     >>> print(y._op.__name__, y._args[0] is a, y._values)  # what y remembers
 #     mul True [array(2.), array(3.)]
-#     >>> (y + a).backward()  # a receives b, and then 1
+#     >>> (y + a).backward()  # a receives 1, and then b
 #     >>> print(a.grad, b.grad, y._args)  # nothing of the tape is left behind the walk
 #     4.0 2.0 None
 #     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, b)))
@@ -252,7 +252,7 @@ def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Ten
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
         if keep(t):
-            own = t._op is None and not create_graph  # as seen to below
+            own = t._op is None and not create_graph  # then g is t's alone: see the copy below
             yield t, g if _tracked(g) else _wrap(np.asarray(g) if own else np.array(_value(g)))
         if t._op is None or (needed is not None and not needed.get(t._seq)):
             continue
@@ -442,7 +442,7 @@ def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     """Call `f` with fresh tensors for its arguments at `argnums` (None: all).
     Returns its result; the same for the caller, constant if nobody else can ask; the tensors; how
     to give such a list the structure of the arguments; `needed` of `_paths`; and whether to record
-    the walk: if anything is `older`, or tracked in `beside` (such as tangents).
+    the walk: if a tracked tensor was `older` or is in `beside` (such as tangents).
     """
     if not isinstance(args, (tuple, list)) or not isinstance(beside, (tuple, list)):
         raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
@@ -665,7 +665,7 @@ def fused(definition: Callable) -> Callable:
     return lambda kernel: _operation(kernel, (), definition)
 
 class _Each(functools.partial):
-    """One rule for all operands, that is told which, in the guise of a list of rules."""
+    """In place of a list of rules: item i is the one rule, told i."""
     __getitem__ = lambda self, i: functools.partial(self, i)
     __len__ = lambda self: sys.maxsize  # for `draw`: every argument is an operand
 
@@ -679,7 +679,7 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
                 if a._guard is not None and a._guard[1] is not None:  # somebody has the array
                     _renew_guard(a)
                 a = a._data
-            elif a.__class__ is list and a:  # an array to be (a tuple is a setting)
+            elif a.__class__ is list and a:  # (a tuple would be a setting)
                 return operation(*(_from_list(b) if b is a else b for b in args), **params)
             values.append(a)
         # A Tensor given by name is an operand, too, and rules belong to positions.
@@ -691,16 +691,15 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
         if bare and not any(isinstance(v, np.ndarray) for v in values):
             values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
         try:
-            y, pullback = forward(*values, **params), None
-            if definition is not None:
-                y, pullback = y
+            made = forward(*values, **params)
+            y, pullback = made if definition is not None else (made, None)
             if y.dtype.kind != "f":
                 y = _real_array(y)
         except (ValueError, TypeError, IndexError) as error:  # say which operation, on what
-            kind = [k for k in type(error).__mro__ if k in (ValueError, TypeError, IndexError)][-1]
+            kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
             shapes = ", ".join(str(v.shape) for v in values if hasattr(v, "shape")) or "no array"
             raise kind(f"{operation.__name__} of {shapes}: {error}") from None
-        if _OLD_NUMPY and operation is not astype:  # it takes float32 scalars times 2.0 for float64
+        if _OLD_NUMPY and operation is not astype:  # for which a float32 number * 2.0 is float64
             if {a.dtype.char for a in args if isinstance(a, (Tensor, np.ndarray))} == {"f"}:
                 y = y.astype(np.float32)
         return (_record(y, operation, args, values, params, pullback)
@@ -712,7 +711,7 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
-    """What `_pull` returns, from a tape of the definition that ends at new tensors for operands."""
+    """What a pullback returns, from a tape of the definition that ends at the operands' copies."""
     operands = [identity(a) if due else a for a, due in zip(t._args, wanted)]
     out = t._op.definition(*operands, **t._params)
     parts = iter(_gradients([(out, g)], list(itertools.compress(operands, wanted)), True, True))
@@ -757,7 +756,7 @@ power = _op("power", _to_the,
 
 # `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
 # derivative of logaddexp by a is `e^a / (e^a + e^b) = e^(a - y)`; that of softplus is sigmoid(x),
-# or `1 - e^-y`, since `e^y = 1 + e^x`; of sigmoid `e^-x y^2 = y (1 - y)`, since `1/y = 1 + e^-x`.
+# or `1 - e^-y`, since `e^y = 1 + e^x`; that of sigmoid is `e^-x y^2 = y (1 - y)`: `1/y = 1 + e^-x`.
 _finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
 logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
                 lambda g, y, a, b: g * np.exp(a - _finite(y)),
@@ -973,7 +972,7 @@ def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tens
     axes = sorted(a + x.ndim if a < 0 else a for a in named)
     first = x.ndim - len(axes)
     kept, n = x.shape[:first], math.prod(x.shape[first:])
-    # NumPy adds in pairs and rounds off less, which tells in long sums: from, say, 4096 on.
+    # NumPy adds in pairs and rounds off less: better for float64, and for more than, say, 4096.
     if axes != list(range(first, x.ndim)) or first < 1 or n > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
     return _row_sum(x.reshape(math.prod(kept), n)).reshape(*kept, *[1] * (len(axes) * keepdims))
@@ -1045,7 +1044,7 @@ def matmul(a: Any, b: Any) -> Tensor:
     a, b = as_tensor(a), as_tensor(b)
     if 0 in (a.ndim, b.ndim) or a.shape[-1] != b.shape[-2:][0]:  # the last but one, or only
         raise ValueError(f"matmul of shapes {a.shape}, {b.shape}: inner axes differ or are missing")
-    if b.ndim == 1 or a.ndim != b.ndim == 2:  # vectors times one matrix are the rows of another
+    if b.ndim == 1 or b.ndim == 2 != a.ndim:  # vectors times one matrix are the rows of another
         columns = b if b.ndim == 2 else expand_dims(b, 1)
         return _matmul(_rows(a), columns).reshape((*a.shape[:-1], *b.shape[1:]))
     return _matmul(expand_dims(a, 0), b).squeeze(-2) if a.ndim == 1 else _matmul(a, b)
@@ -1078,7 +1077,7 @@ def _einsum_rule(i: int, g: Any, y: Any, subscripts: str, *xs: Any) -> Any:
         once = sorted(c for c in inputs if c not in ".," and inputs.count(c) == 1)
         output = "..." * ("..." in inputs) + "".join(once)
     factors = list(zip(inputs.split(","), xs))
-    (target, x), factors[i - 1] = factors[i - 1], (output, g)
+    (target, x), factors[i - 1] = factors[i - 1], (output, g)  # operand 0 is the subscripts
     front, _, back = target.partition("...")  # the letters of the first axes, and of the last
     for letter, n in [*zip(front, x.shape), *zip(back[::-1], x.shape[::-1])]:
         if target.count(letter) > 1:
@@ -1294,8 +1293,8 @@ def _attention_definition(q, k, v, is_causal=False):
 
 # With E the exponentials of the scores and r one over their row sums, the softmax is `P = r E`, and
 # `Y = r (E V)`: the small result is normalized, not the large matrix. Backward, with `h = r g`,
-# `dV = E^T h`, and what reaches the scores is `E * (h V^T - rowsum(h * Y))`: the T terms a row of
-# softmax's rule, `sum_j P_ij (V_j . g_i)`, are the D terms of `Y_i . g_i` (Dao and others, 2022).
+# `dV = E^T h`, and what reaches the scores is `E * (h V^T - rowsum(h * Y))`: softmax's rule sums
+# T terms a row, `sum_j P_ij (V_j . g_i)`, and that is `Y_i . g_i`, D terms (Dao and others, 2022).
 def _attend(q, k, v, is_causal, out=None):
     """The result (written to `out`), E and r."""
     e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
@@ -1337,7 +1336,7 @@ def _heads(qkv: Any, num_heads: int) -> Any:
 def _merge(y: Any) -> Any:  # (B, H, T, D) -> (B, T, H D)
     return y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], y.shape[1] * y.shape[3])
 
-# The kernel takes a few sequences at a time, so that their E stays in the cache: two blocks do.
+# The kernel takes a few sequences at a time, whose E, of about two blocks, stays in the cache.
 @fused(lambda qkv, num_heads: _merge(_attention_definition(*_heads(qkv, num_heads), True)))
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C); qkv is q, k, v in one."""
@@ -1402,7 +1401,8 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     Raises ValueError for shapes or targets that do not fit, TypeError for non-integer targets.
     """
     if logits.ndim != 2 or np.shape(targets) != logits.shape[:1] or len(logits) == 0:
-        raise ValueError("must be (N, C) and (N,), so reshape (B, T, C); and no rows have no mean")
+        raise ValueError("logits (N, C), targets (N,) are needed, N > 0 (no rows have no mean); "
+                         "of sequences, reshape (B, T, C) to (B * T, C), and (B, T) to (B * T,)")
     hit = np.arange(len(logits)), _whole_numbers("targets", targets, logits.shape[1])
     p = _real_array(logits) - _row_max(logits)
     picked = p[hit]
@@ -1457,7 +1457,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # __
     setattr(Tensor, _name, lambda a, b, name=_name: getattr(np.asarray(a._data), name)(_value(b)))
 for _f in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
            std, max, min, reshape, transpose, swapaxes, squeeze, np.ravel, np.dot, np.argmax,
-           np.argmin):  # (NumPy's ask the tables below)
+           np.argmin):  # (as methods, NumPy's functions ask the table below)
     setattr(Tensor, _f.__name__, _f)
 Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__, Tensor.flatten = neg, abs, getitem, np.ravel
 Tensor.tolist = lambda self: self._data.tolist()
@@ -1529,7 +1529,7 @@ def _parts(holder: Any, prefix: str = "", deep: bool = True) -> Iterator[tuple[s
             yield from _parts(item, f"{prefix}{key}.", deep)
 
 def _fitting(what: str, own: dict, given: dict, strict: bool = True) -> dict[str, np.ndarray]:
-    """The arrays `given` for `own`, if their names (when `strict`) and shapes are the same."""
+    """The arrays `given` for `own` (or numbers), if names (when `strict`) and shapes agree."""
     missing, unknown = sorted(own.keys() - set(given)), sorted(set(given) - own.keys())
     if strict and (missing or unknown):
         raise KeyError(f"{what}: missing {missing}, unknown {unknown}")
@@ -1541,7 +1541,7 @@ def _fitting(what: str, own: dict, given: dict, strict: bool = True) -> dict[str
 
 class Module:
     """The base of all layers and networks: give it attributes in `__init__`, write `forward`.
-    To call it runs `forward`, with lists stacked, and raw floats in the dtype of the parameters.
+    Calling it runs `forward`, with lists stacked, and raw floats in the dtype of the parameters.
     """
     training = True
     def forward(self, *args: Any) -> Any:
@@ -1605,7 +1605,7 @@ class Module:
 # A layer is a function of the chapter before, with the parameters and settings it needs. Weights
 # start as in PyTorch, so that its recipes and learning rates carry over.
 def _uniform(bias: bool, *shape: int) -> tuple[Parameter, Parameter | None]:
-    bound = 1 / math.sqrt(math.prod(shape[1:]))  # a sum of so many products is like the inputs
+    bound = 1 / math.sqrt(math.prod(shape[1:]))  # so a sum of that many products is like the inputs
     draw = lambda *shape: Parameter(_mode.rng.uniform(-bound, bound, shape).astype(np.float32))
     return draw(*shape), draw(shape[0]) if bias else None
 
@@ -1813,7 +1813,7 @@ class Optimizer:
     _flat = staticmethod(lambda tensors: np.concatenate([t._data.ravel() for t in tensors]))
     def __init__(self, params: Iterable[Tensor], lr: float, **settings: float) -> None:
         name, self.steps = type(self).__name__, 0
-        self.params = [params] if isinstance(params, Module) else list(params)  # (refused below)
+        self.params = [params] if isinstance(params, Module) else list(params)  # (an error)
         if not all(isinstance(p, Tensor) and p._op is None for p in self.params):
             raise TypeError(f"{name}: parameters must be leaf Tensors, such as model.parameters()")
         if not self.params or len(set(self.params)) < len(self.params):
@@ -1858,7 +1858,7 @@ def _calm_the_allocator() -> None:
     A step makes and drops the same arrays of a few megabytes each time. By default glibc gives such
     memory back to the kernel and faults it in again page by page: half of the time of a CNN's step.
     So (mallopt(3)) let it keep what was freed, in blocks of up to 32 MiB, the most it takes; and in
-    one heap for all threads, since it would give back those of the others all the same.
+    one heap for all threads, since it would not keep what the others have freed in theirs.
     """
     import ctypes
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
@@ -1964,8 +1964,8 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
 # half a file still learns something, so a damaged file costs an evening before anyone suspects it.
 # Hence one rule: **bytes are believed only after their SHA-256 has been compared**, whether they
 # came from the disk or from a mirror. It is that of the *unpacked* content, because two gzip files
-# of one text may differ in every byte (but CIFAR-10's archive is there only once). The table has
-# each file's place under the data folder, its mirrors, and its content's size and digest.
+# of one text may differ in every byte (but CIFAR-10's archive, of one source, counts packed). Here
+# are each file's place under the data folder, its mirrors, and its content's size and digest.
 import hashlib, io, json, pathlib, tarfile, time, zipfile  # for this chapter and the next
 _MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
           "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz")
@@ -2224,7 +2224,7 @@ def load(path: str | os.PathLike) -> Any:
     raw = pathlib.Path(os.fsdecode(path)).read_bytes()
     if not raw.endswith(_STAMP + hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode()):
         raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or something else")
-    kinds = {"list": list, "tuple": tuple, "array": lambda names: members[[*names][0] + ".npy"]}
+    kinds = {"list": list, "tuple": tuple, "array": lambda names: members[next(names) + ".npy"]}
     def rebuild(value: Any) -> Any:  # the inverse of `_describe`
         if isinstance(value, dict):
             return {key: rebuild(item) for key, item in value.items()}
