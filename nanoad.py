@@ -20,9 +20,9 @@ names**; and a tour, which `python nanoad.py` runs. You need NumPy, calculus, an
 
 from __future__ import annotations
 
-import builtins, contextlib, functools, heapq, inspect, itertools, math
-import os, string, sys, threading, types, zlib  # builtins: the abs, max, min, sum below are ours
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import builtins, contextlib, functools, hashlib, heapq, inspect, io, itertools, json, math, os
+import pathlib, string, sys, tarfile, threading, time, types, zipfile, zlib  # sum, max are ours
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,6 @@ import numpy as np
 # unit of `x` and by `g * x` per unit of `w`. To say so we must know *which operation* made `y`,
 # *what it was made of*, and the *values* that went in. A Tensor is an array plus exactly these. All
 # Tensors of one computation, each pointing at its operands, are what the field calls the tape.
-
 class Tensor:
     """An n-dimensional array that can be differentiated through.
     `data` is anything NumPy makes an array of, and is copied; integers and bools become float64,
@@ -72,7 +71,7 @@ class Tensor:
         own, new = (f"{a.dtype} of shape {a.shape}" for a in (self, array))
         if own != new:
             raise ValueError(f"t.data is {own} and cannot become {new}; make a new Tensor for that")
-        self._data, self._guard = array, (next(_clock), -1)  # -1: somebody may hold it
+        self._data, self._guard = array, (next(_clock), zlib.crc32(np.ascontiguousarray(array)))
     numpy = lambda self: self.data  # as code outside nanoad knows it: the same memory
     def item(self) -> float:
         """The one element, as a Python number. Raises ValueError if there is not exactly one."""
@@ -146,7 +145,6 @@ _NO_DERIVATIVE = "{}: nanoad has no derivative for this; use t.numpy() if none i
 class _Mode(threading.local):
     """What each thread has for itself: whether it writes a tape, and its random numbers."""
     recording, rng = True, functools.cached_property(lambda self: np.random.default_rng())
-
 _mode, _clock = _Mode(), itertools.count(1)
 
 def manual_seed(seed: int | Sequence[int]) -> None:
@@ -188,8 +186,7 @@ _from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # of
 # pass would change the derivative without a word. NumPy reports no writes. So a checksum is taken
 # when the array is handed out (`t.data`), and compared when a walk needs the elements as they were.
 # `_guard` is None until the array is handed out or written to. Then it is the time of the last
-# known write (0: none) and the last checksum (None: never handed out; -1: given, but none yet).
-
+# known write (0: none), and the last checksum (None: never handed out).
 def _note_write(t: Tensor) -> None:
     t._guard = next(_clock), t._guard and t._guard[1]
 
@@ -239,7 +236,6 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 # 3. *A rule is ordinary array code.* Given ndarrays, it computes at NumPy's own speed. Given
 #    Tensors, the same text writes a new tape, so the gradient it returns can be differentiated
 #    again. `create_graph` decides which; no second set of rules exists to be wrong.
-
 def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Tensor, Tensor]]:
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs where `keep(tensor)`.
     On the way, cotangents are ndarrays, or Tensors under `create_graph`. `needed` has the `_seq` of
@@ -253,7 +249,7 @@ def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Ten
         t, g = pending.pop(-heapq.heappop(heap))
         if keep(t):
             own = t._op is None and not create_graph  # then g is t's alone: see the copy below
-            yield t, g if _tracked(g) else _wrap(np.asarray(g) if own else np.array(_value(g)))
+            yield t, (g if _tracked(g) else _wrap(np.asarray(g) if own else np.array(_value(g))))
         if t._op is None or (needed is not None and not needed.get(t._seq)):
             continue
         for a, part in _pull(t, g, needed, create_graph):
@@ -289,7 +285,7 @@ def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> Iterabl
     if t._pullback is not None:
         by_definition = create_graph and getattr(op, "definition", None)  # see "Operations"
         parts = _pull_by_definition(t, g, wanted) if by_definition else t._pullback(g, wanted)
-        return itertools.compress(zip(t._args, parts), wanted)
+        return [(a, p) for a, p, due in zip(t._args, parts, wanted) if due and p is not None]
     # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
     y, xs = (t, t._args) if create_graph else (t._data, t._values)
     return [(a, op.rules[i](g, y, *xs, **t._params)) for i, a in enumerate(t._args) if wanted[i]]
@@ -304,7 +300,6 @@ def _operands(t: Tensor) -> tuple:
 # NumPy stretches a `(3,)` row along a `(4, 3)` table without being asked. Each element of the row
 # is then used four times, and what is used several times receives the *sum* of what comes back:
 # the cotangent, `(4, 3)`, is added up over the four. The walk does it, and no rule mentions it.
-
 def unbroadcast(g: Any, shape: tuple) -> Any:
     """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from `shape`.
 
@@ -333,7 +328,6 @@ def no_grad() -> contextlib.AbstractContextManager:
 # `backward` leaves its results in `.grad`, which suits training. To *use* a gradient inside a
 # larger computation we want it returned, for the inputs we name. What is older than all of these
 # cannot depend on them, so the search for paths from them to the outputs stops at that age.
-
 def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list]:
     """Search the tape from `outputs` back to `inputs`: what lies between, and what lies behind.
     The first result, `needed`, maps the `_seq` of every tensor on a path between them to whether a
@@ -420,7 +414,8 @@ def _map_tree(f: Callable, tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _map_tree(f, item) for key, item in tree.items()}
     if isinstance(tree, (list, tuple)) and not _numbers(tree):
-        return getattr(type(tree), "_make", type(tree))(_map_tree(f, item) for item in tree)
+        build = getattr(type(tree), "_make", list if isinstance(tree, list) else tuple)
+        return build(_map_tree(f, item) for item in tree)  # (_make: of a namedtuple)
     return f(tree)
 
 _numbers = lambda a: all(map(_numbers, a)) if isinstance(a, list) else np.isscalar(a)
@@ -446,7 +441,7 @@ def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     """
     if not isinstance(args, (tuple, list)) or not isinstance(beside, (tuple, list)):
         raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
-    args, one = list(args), isinstance(argnums, int)
+    args, one = list(args), isinstance(argnums, (int, np.integer))
     positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
     if not all(i in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones")
@@ -464,7 +459,7 @@ def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
 def _pull_back(name, outputs, vectors, inputs, create_graph, needed=None, retain_graph=False):
     """The gradients at `inputs` for a nest of cotangents of `outputs` (None: 1, of a scalar)."""
     shapes = [t.shape for t in _require_tensors(name, outputs)]
-    parts = [None] if vectors is None else list(map(as_tensor, _flatten(vectors)[0]))
+    parts = [None] * len(shapes) if vectors is None else list(map(as_tensor, _flatten(vectors)[0]))
     if vectors is not None and (given := [v.shape for v in parts]) != shapes:
         raise ValueError(f"{name}: needs vectors of shapes {shapes}, not {given}")
     seeds = [(t, _seed(name, t, v, create_graph)) for t, v in zip(outputs, parts)]
@@ -602,14 +597,14 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
         >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
         True
     """
-    if order < 1:
-        raise ValueError(f"check_grad: order must be at least 1, not {order}")
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
+    if order < 1 or not which:
+        raise ValueError(f"check_grad: order {order} is below 1, or no argument a float, like 3.0")
     args = [as_tensor(np.array(_value(a), float)) if i in which else a for i, a in enumerate(args)]
     def weighted(*args: Any) -> Tensor:  # a scalar, in which no two elements cancel
         (y,) = _require_tensors("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
-    errors = [(0.0, "by no argument: none is floating-point, as 3.0 is")]
+    errors = [(0.0, "")]
     for i, exact in zip(which, grad(weighted, which)(*args)):
         moved = lambda step: float(weighted(*args[:i], args[i] + step, *args[i + 1:]))
         for k, (index, analytic) in enumerate(np.ndenumerate(exact._data)):
@@ -619,7 +614,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
             errors.append((math.inf if math.isnan(error) else error, f"by argument {i} at index "
                            f"{index}: numeric {numeric:.9g}, analytic {analytic:.9g}"))
     error, worst = builtins.max(errors)
-    if error > rtol or not which:
+    if error > rtol:
         raise AssertionError(f"check_grad: the derivative {worst}")
     if order == 1:
         return error
@@ -669,6 +664,7 @@ class _Each(functools.partial):
     __getitem__ = lambda self, i: functools.partial(self, i)
     __len__ = lambda self: sys.maxsize  # for `draw`: every argument is an operand
 
+_OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Callable:
     @functools.wraps(forward)
     def operation(*args: Any, **params: Any) -> Tensor:
@@ -707,8 +703,6 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
     operation.rules, operation.definition = rules, definition
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
-
-_OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
     """What a pullback returns, from a tape of the definition that ends at the operands' copies."""
@@ -1044,7 +1038,7 @@ def matmul(a: Any, b: Any) -> Tensor:
     a, b = as_tensor(a), as_tensor(b)
     if 0 in (a.ndim, b.ndim) or a.shape[-1] != b.shape[-2:][0]:  # the last but one, or only
         raise ValueError(f"matmul of shapes {a.shape}, {b.shape}: inner axes differ or are missing")
-    if b.ndim == 1 or b.ndim == 2 != a.ndim:  # vectors times one matrix are the rows of another
+    if b.ndim == 1 or (b.ndim == 2 and a.ndim != 2):  # vectors times one matrix: rows of another
         columns = b if b.ndim == 2 else expand_dims(b, 1)
         return _matmul(_rows(a), columns).reshape((*a.shape[:-1], *b.shape[1:]))
     return _matmul(expand_dims(a, 0), b).squeeze(-2) if a.ndim == 1 else _matmul(a, b)
@@ -1076,6 +1070,7 @@ def _einsum_rule(i: int, g: Any, y: Any, subscripts: str, *xs: Any) -> Any:
     if not arrow:  # NumPy then keeps what occurs once, in alphabetical order
         once = sorted(c for c in inputs if c not in ".," and inputs.count(c) == 1)
         output = "..." * ("..." in inputs) + "".join(once)
+    xs = [x if isinstance(x, Tensor) else _real_array(x) for x in xs]  # bools add up to a bool
     factors = list(zip(inputs.split(","), xs))
     (target, x), factors[i - 1] = factors[i - 1], (output, g)  # operand 0 is the subscripts
     front, _, back = target.partition("...")  # the letters of the first axes, and of the last
@@ -1096,7 +1091,7 @@ def einsum(subscripts: str, *operands: Any) -> Tensor:
         raise TypeError("the subscripts must be a string, such as 'ij,jk->ik'")
     if "..." not in subscripts.rpartition("->")[2]:  # then it stands for no axes
         subscripts = subscripts.replace("...", "")
-    return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
+    return np.einsum(subscripts, *map(_real_array, operands), optimize=len(operands) > 1)
 
 # ### Images
 #
@@ -1401,8 +1396,7 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     Raises ValueError for shapes or targets that do not fit, TypeError for non-integer targets.
     """
     if logits.ndim != 2 or np.shape(targets) != logits.shape[:1] or len(logits) == 0:
-        raise ValueError("logits (N, C), targets (N,) are needed, N > 0 (no rows have no mean); "
-                         "of sequences, reshape (B, T, C) to (B * T, C), and (B, T) to (B * T,)")
+        raise ValueError("needs logits (N, C), targets (N,), not of no rows; reshape (B, T, C)")
     hit = np.arange(len(logits)), _whole_numbers("targets", targets, logits.shape[1])
     p = _real_array(logits) - _row_max(logits)
     picked = p[hit]
@@ -1581,7 +1575,7 @@ class Module:
             p._data, p.grad = astype(p._data, dtype)._data, None
             _note_write(p)
         for own in map(vars, self.modules()):
-            own |= {key: a.astype(dtype) for key, a in own.items() if isinstance(a, np.ndarray)}
+            own.update({k: a.astype(dtype) for k, a in own.items() if isinstance(a, np.ndarray)})
         return self
     def train(self, mode: bool = True) -> Module:
         """Set this and all modules below to training, which dropout and batch norm ask about."""
@@ -1619,7 +1613,7 @@ class Linear(Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         _positive("Linear", in_features=in_features, out_features=out_features)
         self.weight, self.bias = _uniform(bias, out_features, in_features)
-    forward = lambda self, x: linear(x, self.weight, self.bias)
+    def forward(self, x): return linear(x, self.weight, self.bias)
 
 class Conv2d(Module):
     """`conv2d` with weight (out_channels, in_channels, kh, kw): (N, C, H, W) -> (N, O, oh, ow)."""
@@ -1628,18 +1622,18 @@ class Conv2d(Module):
         (h, w), self.stride, self.padding = _pair(kernel_size), stride, padding
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels, height=h, width=w)
         self.weight, self.bias = _uniform(bias, out_channels, in_channels, h, w)
-    forward = lambda self, x: conv2d(x, self.weight, self.bias, self.stride, self.padding)
+    def forward(self, x): return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 class MaxPool2d(Module):
     """`max_pool2d`: the largest element of each window."""
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
         self.kernel_size, self.stride = kernel_size, stride
-    forward = lambda self, x: max_pool2d(x, self.kernel_size, self.stride)
+    def forward(self, x): return max_pool2d(x, self.kernel_size, self.stride)
 
 class AvgPool2d(Module):
     """`avg_pool2d`: the mean of each window."""
     __init__ = MaxPool2d.__init__
-    forward = lambda self, x: avg_pool2d(x, self.kernel_size, self.stride)
+    def forward(self, x): return avg_pool2d(x, self.kernel_size, self.stride)
 
 class BatchNorm2d(Module):
     """`batch_norm` over the channels of (N, C, H, W), with running statistics for evaluation."""
@@ -1649,8 +1643,9 @@ class BatchNorm2d(Module):
         zeros, ones = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
         self.weight, self.bias = Parameter(ones), Parameter(zeros)
         self.running_mean, self.running_var = zeros, ones
-    forward = lambda self, x: batch_norm(x, self.running_mean, self.running_var, self.weight,
-                                         self.bias, self.training, self.momentum, self.eps)
+    def forward(self, x):
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                          self.training, self.momentum, self.eps)
 
 class LayerNorm(Module):
     """`layer_norm` over the last axis."""
@@ -1658,7 +1653,7 @@ class LayerNorm(Module):
         _positive("LayerNorm", normalized_shape=normalized_shape)
         self.eps, self.weight = eps, Parameter(np.ones(normalized_shape, np.float32))
         self.bias = Parameter(np.zeros(normalized_shape, np.float32)) if bias else None
-    forward = lambda self, x: layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x): return layer_norm(x, self.weight, self.bias, self.eps)
 
 class Embedding(Module):
     """A table (num_embeddings, embedding_dim) looked up by integers: (...) -> (..., dim)."""
@@ -1666,18 +1661,18 @@ class Embedding(Module):
         _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         shape = num_embeddings, embedding_dim
         self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
-    forward = lambda self, ids: embedding(ids, self.weight)
+    def forward(self, ids): return embedding(ids, self.weight)
 
 class Dropout(Module):
     """`dropout`: active in training, nothing in evaluation."""
     def __init__(self, p: float = 0.5) -> None:
         dropout(0.0, p, training=False)  # complains of a wrong p
         self.p = p
-    forward = lambda self, x: dropout(x, self.p, self.training)
+    def forward(self, x): return dropout(x, self.p, self.training)
 
 class Flatten(Module):
     """(N, ...) -> (N, everything else)."""
-    forward = lambda self, x: reshape(x, len(x), math.prod(x.shape[1:]))
+    def forward(self, x): return reshape(x, len(x), math.prod(x.shape[1:]))
 
 def _layer(name: str, function: Callable) -> type:
     """A module without parameters that does what a function does."""
@@ -1694,7 +1689,7 @@ class Sequential(Module):
         vars(self).update((str(i), layer) for i, layer in enumerate(layers))
     __getitem__ = lambda self, i: [m for m in vars(self).values() if isinstance(m, Module)][i]
     __len__ = lambda self: len(self[:])
-    forward = lambda self, x: functools.reduce(lambda x, layer: layer(x), self[:], x)
+    def forward(self, x): return functools.reduce(lambda x, layer: layer(x), self[:], x)
 
 class MLP(Sequential):
     """Linear layers of these sizes with relu between them: (N, nin) -> (N, nouts[-1]).
@@ -1723,7 +1718,8 @@ class MLP(Sequential):
 class MultiHeadAttention(Module):
     """Causal self-attention in `num_heads` heads, which divide C: (B, T, C) -> (B, T, C)."""
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = False):
-        if num_heads < 1 or embed_dim % num_heads:
+        _positive("MultiHeadAttention", embed_dim=embed_dim, num_heads=num_heads)
+        if embed_dim % num_heads:
             raise ValueError(f"MultiHeadAttention: cannot split {embed_dim} into {num_heads} heads")
         self.num_heads, self.qkv = num_heads, Linear(embed_dim, 3 * embed_dim, bias)
         self.proj, self.dropout = Linear(embed_dim, embed_dim, bias), Dropout(dropout)
@@ -1783,7 +1779,7 @@ class GPT(Module):
         """
         if max_new_tokens < 0 or not temperature > 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"generate: too small: {max_new_tokens=}, {temperature=} or {top_k=}")
-        idx, seen = np.array(idx), None
+        idx, seen = np.array(idx, ndmin=1), None  # (`forward` checks the shape)
         for _ in range(max_new_tokens):
             if seen is None or idx.shape[1] > self.block_size:
                 seen, unread = [[] for _ in self.blocks], idx[..., -self.block_size:]
@@ -1966,7 +1962,6 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
 # came from the disk or from a mirror. It is that of the *unpacked* content, because two gzip files
 # of one text may differ in every byte (but CIFAR-10's archive, of one source, counts packed). Here
 # are each file's place under the data folder, its mirrors, and its content's size and digest.
-import hashlib, io, json, pathlib, tarfile, time, zipfile  # for this chapter and the next
 _MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
           "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz")
 _TEXT = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",
@@ -2325,8 +2320,7 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
     for x, row in rows.items():
         before = rows.get(x - 1, row)  # after a gap the curve begins anew
         grid[builtins.min(before, row):builtins.max(before, row), x] = "│"
-        corners = "──" if row == before else "╮╰" if row > before else "╯╭"
-        grid[before, x], grid[row, x] = corners
+        grid[before, x], grid[row, x] = "──" if row == before else "╮╰" if row > before else "╯╭"
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
     margin = builtins.max(map(len, ticks))
     return "\n".join(f"{t:>{margin}} ┤{''.join(row).rstrip()}" for t, row in zip(ticks, grid))

@@ -1712,6 +1712,43 @@ def test_a_write_through_an_array_taken_before_the_forward_pass():
         loss.backward()
 
 
+def test_einsum_counts_bools_and_small_integers_as_numbers():
+    mask, image = np.array([[True, True], [True, False]]), np.full((2, 300), 200, np.uint8)
+    x, y = Tensor([2.0, 3.0]), Tensor([5.0, 7.0])
+    out = nanoad.einsum("ij,j,k,ik->", mask, x, y, mask)
+    assert out.item() == mask.astype(float) @ [2.0, 3.0] @ (mask.astype(float) @ [5.0, 7.0])
+    out.backward()
+    assert x.grad.tolist() == [17.0, 12.0] and y.grad.tolist() == [7.0, 5.0]
+    assert nanoad.einsum("ij,i->", image, x).item() == 300 * 200 * 5
+
+
+def test_a_missing_cotangent_of_several_results_counts_as_one_for_each():
+    pull = vjp(lambda x: (x * 2, x * 3), 1.0)[1]
+    assert [float(g) for g in pull(None)] == [5.0]
+
+
+def test_check_grad_needs_something_to_differentiate_by():
+    for wrong in (dict(order=0), dict()):
+        with pytest.raises(ValueError, match="order"):
+            nanoad.check_grad(lambda x: x * x, 3.0 if wrong else 3, **wrong)
+
+
+def test_a_pullback_may_know_no_gradient_for_an_operand():
+    @nanoad.fused(lambda x, mask: x * mask)
+    def masked(x, mask):
+        return x * mask, lambda g, wanted: (g * mask, None)
+    x, mask = Tensor([2.0, 3.0]), Tensor([1.0, 0.0])
+    masked(x, mask).sum().backward()
+    assert x.grad.tolist() == [1.0, 0.0] and mask.grad is None
+
+
+def test_checkpoint_of_a_tensor_whose_data_was_replaced():
+    x = Tensor([1.0, 2.0])
+    x.data = np.array([3.0, 4.0])
+    (nanoad.checkpoint(lambda x: x, x) * 2).sum().backward()
+    assert x.grad.tolist() == [2.0, 2.0]
+
+
 def test_an_array_taken_before_a_step_of_the_optimizer_is_still_watched():
     x = Tensor([1.0, 2.0])
     held, x.grad = x.data, as_tensor([1.0, 1.0])
