@@ -121,7 +121,7 @@ class Tensor:
     # convert silently would cut the tape, and the gradient would be wrong.
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.requires_grad:
-            raise TypeError("a Tensor that needs a gradient is no array: t.numpy(), np.stack(list)")
+            raise TypeError("a Tensor that needs a gradient is no array: use t.numpy() or np.stack")
         return (np.array if copy else np.asarray)(self._data, dtype=dtype)
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain, out = method == "__call__", kwargs.get("out")
@@ -675,7 +675,7 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
                 if a._guard is not None and a._guard[1] is not None:  # somebody has the array
                     _renew_guard(a)
                 a = a._data
-            elif a.__class__ is list and a:  # (a tuple would be a setting)
+            elif a.__class__ is list and a:  # an array to be (a tuple is not)
                 return operation(*(_from_list(b) if b is a else b for b in args), **params)
             values.append(a)
         # A Tensor given by name is an operand, too, and rules belong to positions.
@@ -938,12 +938,13 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
 # arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is `_restore`, and is
 # stretched along it, (4, 3). Stretching and sum are each other's rule, as with indexing. A mean is
 # a sum over n, and hands everybody an n-th of g.
-_restore = lambda y, x, axis: y if axis is None or y.ndim == x.ndim else np.expand_dims(y, axis)
+_restore = lambda r, x, axis: r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
 _stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
 # NumPy's own reductions start anew for every row, which for short rows is most of their time. A
 # sum over the last axes is faster as a product with ones, a row's maximum by reduceat. (np.dot
 # lets other threads of Python run meanwhile; `@` does so only if its *result* is large.)
+_rows = lambda x: x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 _ones = functools.lru_cache(16)(np.ones)
 
 def _row_sum(x: Any, axis: Any = -1) -> Any:
@@ -1028,8 +1029,7 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 #
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it
 # receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless they are square,
-# the shapes alone allow nothing else. (`_rows` makes one axis of all but the last.)
-_rows = lambda x: x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+# the shapes alone allow nothing else.
 _matmul = _np_op("matmul", lambda a, b: np.matmul(a, b), lambda g, y, a, b: g @ b.swapaxes(-1, -2),
                  lambda g, y, a, b: a.swapaxes(-1, -2) @ g)
 
@@ -1447,7 +1447,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=matmul).items():
     setattr(Tensor, f"__{_name}__", _f)
     setattr(Tensor, f"__r{_name}__", lambda self, other, op=_f: op(other, self))
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # __hash__ stays
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # so __hash__ stays
     setattr(Tensor, _name, lambda a, b, name=_name: getattr(np.asarray(a._data), name)(_value(b)))
 for _f in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
            std, max, min, reshape, transpose, swapaxes, squeeze, np.ravel, np.dot, np.argmax,
@@ -1882,7 +1882,7 @@ class SGD(Optimizer):
         x -= self.lr * g
 
 class Adam(Optimizer):
-    """Steps of about lr each way: mean gradient over root mean square (Kingma and Ba, 2015)."""
+    """Steps of about lr per coordinate: mean gradient over its RMS (Kingma and Ba, 2015)."""
     _state_names, _decoupled = ("mean", "square"), False
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0) -> None:
@@ -1998,7 +1998,7 @@ def _fetch(url: str, size: int) -> bytes:
     return bytes(received)
 
 def _verified(place: str, name: str) -> bytes:
-    """The content of data file `name`, read from a path or URL; ValueError if it is not that."""
+    """The content of data file `name`, from a path or URL; ValueError if the digest differs."""
     _, size, digest = _SOURCES[name]
     raw = content = _fetch(place, size) if "://" in place else pathlib.Path(place).read_bytes()
     if place.endswith(".gz") and not name.endswith(".gz"):
@@ -2328,9 +2328,9 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
 # ## Public names
 #
 # How can one file please those who like flat names and those who like them sorted? All names are
-# flat, and there are modules too, `nanoad.nn` and its like, made here and entered where `import`
-# looks first. Each has the public names from the one given below to where the next module begins
-# (but for four), and is named after this file's module, however that is called and wherever it is.
+# flat, and there are modules too, `nanoad.nn` and its like, made here and entered in `sys.modules`.
+# Each has the public names from the one given below to where the next module begins (but for four),
+# and is named after this file's module, however that is called and wherever it is.
 _NAMESPACES = {"functional": "gradients", "nn": "Parameter", "optim": "Optimizer",
                "data": "load_mnist", "viz": "draw"}
 __all__ = [_name for _name, _item in globals().items()
