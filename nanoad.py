@@ -34,6 +34,7 @@ import numpy as np
 # unit of `x` and by `g * x` per unit of `w`. To say so we must know *which operation* made `y`,
 # *what it was made of*, and the *values* that went in. A Tensor is an array plus exactly these. All
 # Tensors of one computation, each pointing at its operands, are what the field calls the tape.
+
 class Tensor:
     """An n-dimensional array that can be differentiated through.
     `data` is anything NumPy makes an array of, and is copied; integers and bools become float64,
@@ -236,6 +237,7 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 # 3. *A rule is ordinary array code.* Given ndarrays, it computes at NumPy's own speed. Given
 #    Tensors, the same text writes a new tape, so the gradient it returns can be differentiated
 #    again. `create_graph` decides which; no second set of rules exists to be wrong.
+
 def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Tensor, Tensor]]:
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs where `keep(tensor)`.
     On the way, cotangents are ndarrays, or Tensors under `create_graph`. `needed` has the `_seq` of
@@ -1462,11 +1464,6 @@ def _dot(a: Any, b: Any) -> Tensor:
         raise TypeError(f"np.dot with a Tensor of shape {np.shape(b)}: use np.matmul or np.einsum")
     return mul(a, b) if 0 in (np.ndim(a), np.ndim(b)) else matmul(a, b)
 
-def _pad_with_zeros(array: Any, pad_width: Any, mode: str = "constant") -> Tensor:
-    if mode != "constant":
-        raise TypeError(f"np.pad of a Tensor: nanoad has no derivative for mode {mode!r}")
-    return pad(array, pad_width)
-
 # A reduction with the arguments that NumPy passes; `more` may have keepdims, and ddof for var.
 _reduction = lambda op: lambda a, axis=None, dtype=None, **more: op(
     a if dtype is None else astype(a, dtype), axis, **more)
@@ -1486,7 +1483,9 @@ _UFUNCS = _FUNCTIONS = {  # NumPy asks for its ufuncs by one protocol, for the r
     np.hstack: lambda tup: concatenate(tup, 0 if np.ndim(tup[0]) < 2 else 1),
     np.vstack: lambda tup: concatenate([expand_dims(t, 0) if np.ndim(t) == 1 else t for t in tup]),
     np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
-    np.pad: _pad_with_zeros, np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
+    np.pad: lambda array, pad_width, mode="constant": pad(
+        array, pad_width, **{} if mode == "constant" else {"mode": mode}),  # pad refuses that
+    np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
     np.copy: _copy, np.dot: _dot, np.outer: lambda a, b: reshape(a, -1, 1) * reshape(b, 1, -1),
     np.einsum: lambda subscripts, *operands, optimize=None: einsum(subscripts, *operands),
     np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
@@ -1715,6 +1714,7 @@ class MLP(Sequential):
 # All that attention asks of old positions are their keys and values, which never change. So while
 # GPT writes, `seen` keeps them: a list per layer, which from the first call on holds one array
 # (2, B, H, T, D). A new character then costs the work of one position.
+
 class MultiHeadAttention(Module):
     """Causal self-attention in `num_heads` heads, which divide C: (B, T, C) -> (B, T, C)."""
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = False):
