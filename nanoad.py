@@ -44,12 +44,12 @@ class Tensor:
     With `requires_grad` a Tensor is *tracked*: results made of it remember how, and receive
     gradients. Without, it is a *constant*. A Tensor that no operation made is a *leaf*.
     """
-    # After the user's four: when it was made, by a global counter, and when written to; then its
-    # operation, operands, the arrays they held, settings, and the pullback (see "Operations").
+    # After the user's four: the time it was made (`_seq`) and last written to (`_guard`), by a
+    # counter; its operation, operands, their arrays then, settings, pullback (see "Operations").
     __slots__ = ("_data", "requires_grad", "grad", "label", "_seq", "_guard", "__weakref__",
                  "_op", "_args", "_values", "_params", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
-        made = as_tensor(data)  # (a copy of what is tracked is a result, of `identity`)
+        made = as_tensor(data)  # what is tracked keeps its tape: this is `identity` of it
         made = identity(made) if requires_grad and made.requires_grad else made.detach()
         _record(np.array(made._data), made._op, made._args, made._values, made._params,
                 tracked=requires_grad, t=self)
@@ -64,7 +64,7 @@ class Tensor:
         """The array, to read and to write (see "Writes the tape must not miss"); also t.numpy()."""
         if self.requires_grad:
             _renew_guard(self)
-        return np.asarray(self._data)  # (a copy of a 0-d result, which NumPy made a scalar)
+        return np.asarray(self._data)  # (NumPy has 0-d results as scalars; of these, a copy)
     @data.setter
     def data(self, value: Any) -> None:
         value = value.data if isinstance(value, Tensor) else value
@@ -128,7 +128,7 @@ class Tensor:
         plain, out = method == "__call__", kwargs.get("out")
         if plain and not kwargs and ufunc in _UFUNCS:
             return _UFUNCS[ufunc](*inputs)
-        held = out and not any(map(_tracked, inputs))  # as in `array += constant`
+        held = out and not any(map(_tracked, inputs))  # as in `array += t` for a constant t
         if plain and not _holds_tensor(out) and (held or ufunc in _WITHOUT_GRADIENT):
             return ufunc(*map(_value, inputs), **kwargs)
         how = ("" if plain else f".{method}") + (f" with {', '.join(kwargs)}=" if kwargs else "")
@@ -179,7 +179,7 @@ def as_tensor(data: Any) -> Tensor:
 def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
-_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # of an argument, a list
+_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # for list arguments
 
 # ### Writes the tape must not miss
 #
@@ -189,12 +189,12 @@ _from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # of
 # `_guard` is None until the array is handed out or written to. Then it is the time of the last
 # known write (0: none), and the last checksum (None: never handed out).
 def _note_write(t: Tensor) -> None:
-    t._guard = next(_clock), t._guard and t._guard[1]
+    t._guard = (next(_clock), t._guard[1] if t._guard else None)
 
 def _renew_guard(t: Tensor) -> None:
     """Take the checksum of `t`, and note a write if it is not what it was."""
     (written, before), now = t._guard or (0, None), zlib.crc32(np.ascontiguousarray(t._data))
-    t._guard = (written if before in (None, now) else next(_clock)), now
+    t._guard = (written if before in (None, now) else next(_clock)), now  # None: never seen
 
 def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
     """Raise if the array of `t` was written to after the operation made at `since` saw it."""
@@ -250,7 +250,7 @@ def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Ten
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
         if keep(t):
-            own = t._op is None and not create_graph  # then g is t's alone: see the copy below
+            own = t._op is None and not create_graph  # a leaf's g is copied below if shared
             yield t, (g if _tracked(g) else _wrap(np.asarray(g) if own else np.array(_value(g))))
         if t._op is None or (needed is not None and not needed.get(t._seq)):
             continue
@@ -334,7 +334,7 @@ def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list
     """Search the tape from `outputs` back to `inputs`: what lies between, and what lies behind.
     The first result, `needed`, maps the `_seq` of every tensor on a path between them to whether a
     walk goes on from it (from an input if `beyond`, for another may lie behind it). The second has
-    the tracked tensors older than all inputs, by which an enclosing transform may differentiate.
+    the tracked tensors older than all inputs; an outer transform (see below) may ask about them.
     """
     needed = {t._seq: beyond for t in inputs}
     oldest = builtins.min(needed, default=math.inf)
@@ -367,7 +367,7 @@ def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
     return (np.array if output._op is None else np.asarray)(_value(given), output.dtype)
 
 def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
-    """The cotangents that arrive at `inputs`, zeros for an input that had no part."""
+    """The cotangents that reach `inputs`, zeros where none does. (Tensors hash by identity.)"""
     needed = needed or _paths([t for t, _ in seeds], inputs)[0]
     with _recording(create_graph):
         got = dict(_walk(seeds, needed, create_graph, retain_graph, set(inputs).__contains__))
@@ -400,7 +400,7 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 # so what is asked for is the derivative of `x * x`: 6 at 3. An engine that marks "the variable we
 # differentiate by" with a flag on the values cannot tell the `x` inside from the `y` it is asked
 # about. It forgets that the inner result depends on `x`, and answers 3; or it moves `x` along with
-# `y`, finds the slope of `(3 + e) (2 + e)` inside, and answers 5. That is perturbation confusion.
+# `y`, takes the slope of `(3 + e) (2 + e)` for the inner one, and says 5: perturbation confusion.
 # Here it has no room. Every call of a transform makes *new* tensors for its own arguments and asks
 # for the derivative by *those objects*. `x` is another, older than `y`, so the inner walk stops at
 # it; but the inner result was computed from it, so the outer walk meets it like any operand.
@@ -408,7 +408,7 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
 #     >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
 #     6.0
 #
-# **When the inner walk is itself recorded.** When somebody else can still ask, that is, when a
+# **When is the inner walk itself recorded?** When somebody else can still ask, that is, when a
 # tracked tensor older than the transform's own inputs had a part in the result, as `_paths` finds.
 # If not, the walk runs on bare ndarrays and returns constants (see the example under `grad`).
 def _map_tree(f: Callable, tree: Any) -> Any:
@@ -437,9 +437,9 @@ def _input(name: str, x: Any) -> Tensor:
 
 def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
     """Call `f` with fresh tensors for its arguments at `argnums` (None: all).
-    Returns its result; the same for the caller, constant if nobody else can ask; the tensors; how
-    to give such a list the structure of the arguments; `needed` of `_paths`; and whether to record
-    the walk: if a tracked tensor was `older` or is in `beside` (such as tangents).
+    Returns (out, value, inputs, structure, needed, recorded): f's result; the same for the caller,
+    constant if nobody else can ask; the tensors; how to give such a list the arguments' structure;
+    `needed` of `_paths`; whether to record: if a tracked tensor is `older` or in `beside`.
     """
     if not isinstance(args, (tuple, list)) or not isinstance(beside, (tuple, list)):
         raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
@@ -526,7 +526,7 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     """
     out, value, inputs, _, needed, recorded = _run("jvp", f, primals, beside=tangents)
     outputs, rebuild = _flatten(out)
-    u = [_wrap(np.zeros(t.shape, t.dtype), True) for t in _require_tensors("jvp", outputs)]
+    u = [_wrap(np.zeros(t.shape, t.dtype), True) for t in _require_tensors("jvp", outputs)]  # any u
     slopes = _gradients(list(zip(outputs, u)), inputs, True, True, needed)
     return value, rebuild(_pull_back("jvp", slopes, tuple(tangents), u, recorded))
 
@@ -579,7 +579,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     reads = _paths([out], [start])[1]  # older than `start`: arguments, and what f closes over
     if not reads or not _mode.recording:
         return out.detach()
-    def pullback(g: Any, wanted: list) -> list:
+    def pullback(g: Any, wanted: list) -> list:  # as of a `fused` operation, below
         bits, create_graph = _mode.rng.bit_generator, isinstance(g, Tensor)
         now, bits.state = bits.state, drawn
         with _recording(True):
@@ -677,7 +677,7 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
                 if a._guard is not None and a._guard[1] is not None:  # somebody has the array
                     _renew_guard(a)
                 a = a._data
-            elif a.__class__ is list and a:  # an array to be (a tuple is not)
+            elif a.__class__ is list and a:  # an operand; a tuple would be a setting, like axis
                 return operation(*(_from_list(b) if b is a else b for b in args), **params)
             values.append(a)
         # A Tensor given by name is an operand, too, and rules belong to positions.
@@ -726,7 +726,7 @@ def _op(name: str, forward: Callable, *rules: Callable,
     return primitive(*rules)(forward)
 
 identity = _op("identity", lambda x: x, lambda g, y, x: g)
-_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g)
+_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g)  # t.copy(), np.copy(t)
 neg = _op("neg", lambda x: -x, lambda g, y, x: -g)
 add = _op("add", lambda a, b: a + b, lambda g, y, a, b: g, lambda g, y, a, b: g)
 sub = _op("sub", lambda a, b: a - b, lambda g, y, a, b: g, lambda g, y, a, b: -g)
@@ -795,9 +795,9 @@ def astype(x: Any, dtype: Any) -> Tensor:
 
 # ### How to add an operation
 #
-# Write the function and one rule per operand; there is nothing to register. The function may use
-# all of NumPy, since it only ever meets arrays. The rules must be array code: operators, functions
-# of `np`, other operations. `check_grad` is the whole test, to any order you like.
+# Write the function and one rule per operand; nothing is registered, unless it is to be a method or
+# to answer a function of `np` (the tables end this chapter). The function may use all of NumPy, for
+# it only meets arrays; rules use operators, functions of `np`, operations. `check_grad` tests both.
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def arctan(x):
@@ -854,7 +854,7 @@ def gelu(x: Any) -> Tensor:
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dx = _dense(g, x), np.empty_like(x)
         for g_, x_, p_, dx_ in _blocks(g, x, p, dx):
-            np.multiply(x_, x_, out=dx_)  # the next two make it 2 (scale + 3 cubic x^2), 2 du/dx
+            np.multiply(x_, x_, out=dx_)  # after the next two: 2 (scale + 3 cubic x^2)
             dx_ *= 6 * _GELU_CUBIC
             dx_ += 2 * _GELU_SCALE
             dx_ *= x_
@@ -871,7 +871,7 @@ def gelu(x: Any) -> Tensor:
 # What takes NumPy's own arguments stands in a table. (A permutation's inverse is its argsort.)
 _np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
 _in_the_shape_of_x = lambda g, y, x, *_, **__: g.reshape(x.shape)
-_slice = lambda x, axis, start, n: x[(*[slice(None)] * (axis % x.ndim), slice(start, start + n))]
+_slice = lambda x, axis, start, n: x[(slice(None),) * (axis % x.ndim) + (slice(start, start + n),)]
 reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
 transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes), lambda g, y, x, *axes: (
     g.transpose(np.argsort(np.ravel(axes) % x.ndim)) if axes and axes[0] is not None else g.T))
@@ -950,7 +950,7 @@ _rows = lambda x: x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.sha
 _ones = functools.lru_cache(16)(np.ones)
 
 def _row_sum(x: Any, axis: Any = -1) -> Any:
-    """sum(x, axis, keepdims=True), in array code."""
+    """sum(x, axis, keepdims=True), in array code. (`_rows` joins all axes but the last.)"""
     if axis not in (-1, x.ndim - 1):
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
@@ -969,10 +969,10 @@ def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tens
     axes = sorted(a + x.ndim if a < 0 else a for a in named)
     first = x.ndim - len(axes)
     kept, n = x.shape[:first], math.prod(x.shape[first:])
-    # NumPy adds in pairs and rounds off less: better for float64, and for more than, say, 4096.
+    # NumPy adds in pairs and rounds off less: better for float64, a whole array, more than ~4096.
     if axes != list(range(first, x.ndim)) or first < 1 or n > 4096 or x.dtype != np.float32:
         return np.sum(x, axis=axis, keepdims=keepdims)
-    return _row_sum(x.reshape(math.prod(kept), n)).reshape(*kept, *[1] * (len(axes) * keepdims))
+    return _row_sum(x.reshape(math.prod(kept), n)).reshape(kept + (1,) * (len(axes) * keepdims))
 
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _stretch(g * (y.size / builtins.max(1, x.size)), x, axis))
@@ -1002,7 +1002,7 @@ max = _np_op("max", lambda x, axis=None, keepdims=False: np.max(x, axis, None, k
 min = _np_op("min", lambda x, axis=None, keepdims=False: np.min(x, axis, None, keepdims), _to_ties)
 
 # The exponentials of large numbers overflow. So the largest is subtracted first, and nothing
-# exceeds exp(0) = 1. logsumexp gets it back at the end; softmax is the same without it.
+# exceeds exp(0) = 1. logsumexp adds it back at the end; in softmax it cancels.
 @primitive(lambda g, y, x, axis=None, keepdims=False: (
     _restore(g, x, axis) * np.exp(x - _finite(_restore(y, x, axis)))))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
@@ -1072,9 +1072,9 @@ def _einsum_rule(i: int, g: Any, y: Any, subscripts: str, *xs: Any) -> Any:
     if not arrow:  # NumPy then keeps what occurs once, in alphabetical order
         once = sorted(c for c in inputs if c not in ".," and inputs.count(c) == 1)
         output = "..." * ("..." in inputs) + "".join(once)
-    xs = [x if isinstance(x, Tensor) else _real_array(x) for x in xs]  # bools add up to a bool
+    xs = [x if isinstance(x, Tensor) else _real_array(x) for x in xs]  # NumPy adds bools to a bool
     factors = list(zip(inputs.split(","), xs))
-    (target, x), factors[i - 1] = factors[i - 1], (output, g)  # operand 0 is the subscripts
+    (target, x), factors[i - 1] = factors[i - 1], (output, g)  # g for x (0: subscripts)
     front, _, back = target.partition("...")  # the letters of the first axes, and of the last
     for letter, n in [*zip(front, x.shape), *zip(back[::-1], x.shape[::-1])]:
         if target.count(letter) > 1:
@@ -1211,14 +1211,14 @@ _along = lambda x, y: np.einsum("ij,ij->i", x, y)[:, None]  # inner products of 
 def _normalize(x, eps):
     """x - mean, still to be multiplied by 1 / s; and mean, sum of squares and 1 / s of each row."""
     n, first = x.shape[1], x[:, :1]
-    centred = x - first  # else, in float32, the mean of large equal numbers leaves a false signal
+    centred = x - first  # else, in float32, large equal numbers would not give exactly 0
     rest = _row_sum(centred) / n
     centred -= rest
     squares = _along(centred, centred)
     return centred, first + rest, squares, math.sqrt(n) / np.sqrt(squares + n * eps)
 
 def _normalize_back(h, centred, slope, scale):
-    """(h - mean(h) - centred * slope) * scale, which is dx as above; and the sums of h's rows."""
+    """dx = (h - mean(h) - centred * slope) * scale, given centred or xhat; and h's row sums."""
     total = _row_sum(h)
     dx = centred * -slope
     dx += h
@@ -1291,7 +1291,7 @@ def _attention_definition(q, k, v, is_causal=False):
 # With E the exponentials of the scores and r one over their row sums, the softmax is `P = r E`, and
 # `Y = r (E V)`: the small result is normalized, not the large matrix. Backward, with `h = r g`,
 # `dV = E^T h`, and what reaches the scores is `E * (h V^T - rowsum(h * Y))`: softmax's rule sums
-# T terms a row, `sum_j P_ij (V_j . g_i)`, and that is `Y_i . g_i`, D terms (Dao and others, 2022).
+# S terms a row, `sum_j P_ij (V_j . g_i)`, and that is `Y_i . g_i`, D terms (Dao and others, 2022).
 def _attend(q, k, v, is_causal, out=None):
     """The result (written to `out`), E and r."""
     e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
@@ -1453,7 +1453,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # so
     setattr(Tensor, _name, lambda a, b, name=_name: getattr(np.asarray(a._data), name)(_value(b)))
 for _f in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
            std, max, min, reshape, transpose, swapaxes, squeeze, np.ravel, np.dot, np.argmax,
-           np.argmin):  # (as methods, NumPy's functions ask the table below)
+           np.argmin):  # (np's own, called as methods, come back to the tables)
     setattr(Tensor, _f.__name__, _f)
 Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__, Tensor.flatten = neg, abs, getitem, np.ravel
 Tensor.tolist = lambda self: self._data.tolist()
@@ -1467,7 +1467,7 @@ def _dot(a: Any, b: Any) -> Tensor:
 # A reduction with the arguments that NumPy passes; `more` may have keepdims, and ddof for var.
 _reduction = lambda op: lambda a, axis=None, dtype=None, **more: op(
     a if dtype is None else astype(a, dtype), axis, **more)
-_UFUNCS = _FUNCTIONS = {  # NumPy asks for its ufuncs by one protocol, for the rest by another
+_UFUNCS = _FUNCTIONS = {  # one table, though NumPy asks for ufuncs and for the rest in two ways
     **{getattr(np, _f.__name__): _f for _f in (
         add, power, exp, expm1, log, log1p, logaddexp, sqrt, sin, cos, tanh, maximum, minimum,
         matmul, where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack)},
@@ -1491,7 +1491,7 @@ _UFUNCS = _FUNCTIONS = {  # NumPy asks for its ufuncs by one protocol, for the r
     np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
         astype(fill_value, dtype or a.dtype), a.shape),
 }
-for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np's function
+for _function, _f in _FUNCTIONS.items():  # so a TypeError for a wrong argument names np.x
     if _f.__qualname__[0] in "_<":  # such as <lambda>
         _f.__qualname__ = f"np.{_function.__name__}"
 
@@ -1569,7 +1569,7 @@ class Module:
             if isinstance(own[name], Parameter):
                 _note_write(own[name])
     def astype(self, dtype: Any) -> Module:
-        """Convert all parameters and running statistics in place, say to float64; returns self."""
+        """Convert parameters and ndarray attributes in place, say to float64; returns self."""
         for p in self.parameters():
             p._data, p.grad = astype(p._data, dtype)._data, None
             _note_write(p)
@@ -1598,7 +1598,7 @@ class Module:
 # A layer is a function of the chapter before, with the parameters and settings it needs. Weights
 # start as in PyTorch, so that its recipes and learning rates carry over.
 def _uniform(bias: bool, *shape: int) -> tuple[Parameter, Parameter | None]:
-    bound = 1 / math.sqrt(math.prod(shape[1:]))  # so a sum of that many products is like the inputs
+    bound = 1 / math.sqrt(math.prod(shape[1:]))  # so sums of that many products stay input-sized
     draw = lambda *shape: Parameter(_mode.rng.uniform(-bound, bound, shape).astype(np.float32))
     return draw(*shape), draw(shape[0]) if bias else None
 
@@ -1809,7 +1809,7 @@ class Optimizer:
     _flat = staticmethod(lambda tensors: np.concatenate([t._data.ravel() for t in tensors]))
     def __init__(self, params: Iterable[Tensor], lr: float, **settings: float) -> None:
         name, self.steps = type(self).__name__, 0
-        self.params = [params] if isinstance(params, Module) else list(params)  # (an error)
+        self.params = [params] if isinstance(params, Module) else list(params)  # (refused below)
         if not all(isinstance(p, Tensor) and p._op is None for p in self.params):
             raise TypeError(f"{name}: parameters must be leaf Tensors, such as model.parameters()")
         if not self.params or len(set(self.params)) < len(self.params):
@@ -2165,7 +2165,7 @@ class CharTokenizer:
 # the script likes: weights, optimizer moments, the vocabulary. The file is an .npz, so `np.load`
 # opens it without nanoad: each array is a member named by its dotted path, and all the rest is
 # JSON in a member of its own; nothing is pickled. The last 64 characters are the SHA-256 of all
-# that stands before them (they fill the comment that a zip file may end with), so a damaged
+# that stands before them (they end the comment that a zip file may end with), so a damaged
 # checkpoint is told from a whole one before any parser has read a byte of it.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
@@ -2308,7 +2308,7 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
         1 ┤      ╰─────╯
     """
     values = np.ma.masked_invalid(np.asarray(values, np.float64).ravel())
-    columns = builtins.max(width - 11, 1)  # beside ticks of up to 9 characters
+    columns = builtins.max(width - 11, 1)  # beside ticks of some 9 characters
     edges = np.arange(columns + 1) * len(values) // columns
     shares = (values[a:builtins.max(b, a + 1)] for a, b in itertools.pairwise(edges))
     curve = {x: share.mean() for x, share in enumerate(shares) if share.count()}
@@ -2329,15 +2329,15 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
 #
 # How can one file please those who like flat names and those who like them sorted? All names are
 # flat, and there are modules too, `nanoad.nn` and its like, made here and entered in `sys.modules`.
-# Each has the public names from the one given below to where the next module begins (but for four),
-# and is named after this file's module, however that is called and wherever it is.
+# Each has the public names from its first, given below, to the next module's first (but for four,
+# see there), and is named after this file's module, whatever that is called and wherever it is.
 _NAMESPACES = {"functional": "gradients", "nn": "Parameter", "optim": "Optimizer",
                "data": "load_mnist", "viz": "draw"}
 __all__ = [_name for _name, _item in globals().items()
            if _name[0] != "_" and getattr(_item, "__module__", None) == __name__]
 _starts = [__all__.index(_name) for _name in _NAMESPACES.values()]
 for _space, _start, _end in zip(_NAMESPACES, _starts, [*_starts[1:], None]):
-    _names = [_f for _f in __all__[_start:_end] if _f not in ("primitive", "fused", "save", "load")]
+    _names = [n for n in __all__[_start:_end] if n not in ("primitive", "fused", "save", "load")]
     _module = types.ModuleType(f"{__name__}.{_space}", "Here are " + ", ".join(_names) + ".")
     vars(_module).update({_name: globals()[_name] for _name in _names}, __all__=_names)
     globals()[_space] = sys.modules[_module.__name__] = _module
