@@ -21,10 +21,9 @@ names**; and a tour, which `python nanoad.py` runs. You need NumPy, calculus, an
 from __future__ import annotations
 
 import builtins, contextlib, functools, hashlib, heapq, inspect, io, itertools, json, math, os
-import pathlib, string, sys, tarfile, threading, time, types, zipfile, zlib  # sum, max are ours
+import pathlib, string, sys, threading, time, types, zipfile, zlib  # (sum, max are our own)
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-
 import numpy as np
 
 # ## The tensor
@@ -126,8 +125,8 @@ class Tensor:
         return (np.array if copy else np.asarray)(self._data, dtype=dtype)
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain, out = method == "__call__", kwargs.get("out")
-        if plain and not kwargs and ufunc in _UFUNCS:
-            return _UFUNCS[ufunc](*inputs)
+        if plain and not kwargs and ufunc in _FUNCTIONS:
+            return _FUNCTIONS[ufunc](*inputs)
         held = out and not any(map(_tracked, inputs))  # as in `array += t` for a constant t
         if plain and not _holds_tensor(out) and (held or ufunc in _WITHOUT_GRADIENT):
             return ufunc(*map(_value, inputs), **kwargs)
@@ -465,7 +464,7 @@ def _pull_back(name, outputs, vectors, inputs, create_graph, needed=None, retain
     if vectors is not None and (given := [v.shape for v in parts]) != shapes:
         raise ValueError(f"{name}: needs vectors of shapes {shapes}, not {given}")
     seeds = [(t, _seed(name, t, v, create_graph)) for t, v in zip(outputs, parts)]
-    return _gradients(seeds, inputs, create_graph, retain_graph or create_graph, needed)
+    return _gradients(seeds, inputs, create_graph, retain_graph, needed)
 
 def _transform(name, f, argnums, argnum, finish):
     """The function that runs `f` and returns what `finish` makes of the run."""
@@ -1467,7 +1466,7 @@ def _dot(a: Any, b: Any) -> Tensor:
 # A reduction with the arguments that NumPy passes; `more` may have keepdims, and ddof for var.
 _reduction = lambda op: lambda a, axis=None, dtype=None, **more: op(
     a if dtype is None else astype(a, dtype), axis, **more)
-_UFUNCS = _FUNCTIONS = {  # one table, though NumPy asks for ufuncs and for the rest in two ways
+_FUNCTIONS = {  # one table, though NumPy asks for its ufuncs and for the rest in two ways
     **{getattr(np, _f.__name__): _f for _f in (
         add, power, exp, expm1, log, log1p, logaddexp, sqrt, sin, cos, tanh, maximum, minimum,
         matmul, where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack)},
@@ -2083,6 +2082,7 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs (170 MB to fetch).
     Returns what `load_mnist` does, with images of shape (N, 3, 32, 32), and fails as it does.
     """
+    import tarfile  # only here, for it is slow to load
     batches = _by_split(split, train=[f"data_batch_{i}" for i in range(1, 6)], test=["test_batch"])
     unpacked = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
     with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:

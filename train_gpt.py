@@ -229,7 +229,7 @@ if args.sample is None:
                 shown, left = now, int((steps - step) / speed)
                 show(f"step {step}/{steps}  loss {recent:.3f}  {speed * B * T:,.0f} tokens/s  "
                      f"{left // 60}:{left % 60:02} left", live=TERMINAL)
-            if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:  # an eighth
+            if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:  # due
                 history.append((step, recent, evaluate(ids[split:], pool)))
                 save()
                 show("step {}  training loss {:.3f}  validation loss {:.3f}".format(*history[-1]))

@@ -210,7 +210,7 @@ with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as
         if len(history) == epochs:
             break
 
-        epoch, losses, begun = len(history) + 1, [], time.monotonic() - seconds  # without tests
+        epoch, losses, begun = len(history) + 1, [], time.monotonic() - seconds  # no testing
         nanoad.manual_seed((seed, epoch))
         for x_batch, y_batch in loader:
             shares = np.array_split(x_batch, threads), np.array_split(y_batch, threads)
