@@ -21,7 +21,7 @@ names**; and a tour, which `python nanoad.py` runs. You need NumPy, calculus, an
 from __future__ import annotations
 
 import builtins, contextlib, functools, hashlib, heapq, inspect, io, itertools, json, math, os
-import pathlib, string, sys, threading, time, types, zipfile, zlib  # (sum, max are our own)
+import pathlib, string, sys, threading, time, types, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 import numpy as np
@@ -336,7 +336,7 @@ def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list
     the tracked tensors older than all inputs; an outer transform (see below) may ask about them.
     """
     needed = {t._seq: beyond for t in inputs}
-    oldest = builtins.min(needed, default=math.inf)
+    oldest = min(needed, default=math.inf)
     found, waiting = {}, list(filter(_tracked, outputs))  # _seq -> (tensor, operands)
     for t in waiting:  # which grows
         if t._seq not in found:
@@ -611,16 +611,16 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
         for k, (index, analytic) in enumerate(np.ndenumerate(exact._data)):
             step = eps * np.eye(1, exact.size, k).reshape(exact.shape)
             numeric = (moved(step) - moved(-step)) / (2 * eps)
-            error = float(builtins.abs(numeric - analytic) / builtins.max(1, builtins.abs(numeric)))
+            error = float(abs(numeric - analytic) / max(1, abs(numeric)))
             errors.append((math.inf if math.isnan(error) else error, f"by argument {i} at index "
                            f"{index}: numeric {numeric:.9g}, analytic {analytic:.9g}"))
-    error, worst = builtins.max(errors)
+    error, worst = max(errors)
     if error > rtol:
         raise AssertionError(f"check_grad: the derivative {worst}")
     if order == 1:
         return error
     slopes = lambda *args: concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
-    return builtins.max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
+    return max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
 
 # ## Operations
 #
@@ -763,7 +763,7 @@ sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)), lambda g, y, x:
 
 # At a kink any slope between the two sides is right: abs and relu take 0 there, and where two
 # operands tie, each gets half. Comparisons give plain bool arrays, which count as 0 and 1.
-abs = _op("abs", lambda x: np.abs(x), lambda g, y, x: g * np.sign(x))
+abs_ = _op("abs", lambda x: np.abs(x), lambda g, y, x: g * np.sign(x))
 relu = _op("relu", lambda x: np.clip(x, 0, np.inf), lambda g, y, x: g * (x > 0),
            doc="max(x, 0), element by element.")  # clip, as NumPy's fastest way to say so
 _to_the_winner = (lambda g, y, a, b: g * (a == y) - g * (a == b) * 0.5,
@@ -887,7 +887,7 @@ pad = _np_op("pad", lambda x, pad_width: np.pad(x, pad_width), lambda g, y, x, p
              doc="Zeros around x: a number of them, (before, after), or one such pair per axis.")
 
 @primitive(each=lambda i, g, y, *xs, axis: _slice(
-    g, axis, builtins.sum(x.shape[axis] for x in xs[:i]), xs[i].shape[axis]))
+    g, axis, sum(x.shape[axis] for x in xs[:i]), xs[i].shape[axis]))
 def _concatenate(*xs: Any, axis: int) -> Tensor:
     return np.concatenate(xs, axis)
 
@@ -962,7 +962,7 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     return rows.reshape(*x.shape[:-1], 1)
 
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
-def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
     named = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     axes = sorted(a + x.ndim if a < 0 else a for a in named)
@@ -974,20 +974,20 @@ def sum(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tens
     return _row_sum(x.reshape(math.prod(kept), n)).reshape(kept + (1,) * (len(axes) * keepdims))
 
 @primitive(lambda g, y, x, axis=None, keepdims=False:
-           _stretch(g * (y.size / builtins.max(1, x.size)), x, axis))
+           _stretch(g * (y.size / max(1, x.size)), x, axis))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
-    y = sum.__wrapped__(x, axis, keepdims)  # the bare function, left there by functools.wraps
-    return y / (x.size // builtins.max(1, y.size))
+    y = sum_.__wrapped__(x, axis, keepdims)  # the bare function, left there by functools.wraps
+    return y / (x.size // max(1, y.size))
 
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
-    x, total = as_tensor(x), sum(x, axis, keepdims=True)
-    n = x.size // builtins.max(1, total.size)
+    x, total = as_tensor(x), sum_(x, axis, keepdims=True)
+    n = x.size // max(1, total.size)
     if n <= ddof and total.size:
         raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few")
     centred = x - total / n
-    return sum(centred * centred, axis, keepdims) / (n - ddof)
+    return sum_(centred * centred, axis, keepdims) / (n - ddof)
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
     """The standard deviation, the square root of `var`."""
@@ -997,8 +997,8 @@ def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -
     winners = x == _restore(y, x, axis)
     return np.where(winners, _restore(g, x, axis) / np.sum(winners, axis, keepdims=True), 0)
 
-max = _np_op("max", lambda x, axis=None, keepdims=False: np.max(x, axis, None, keepdims), _to_ties)
-min = _np_op("min", lambda x, axis=None, keepdims=False: np.min(x, axis, None, keepdims), _to_ties)
+max_ = _np_op("max", lambda x, axis=None, keepdims=False: np.max(x, axis, None, keepdims), _to_ties)
+min_ = _np_op("min", lambda x, axis=None, keepdims=False: np.min(x, axis, None, keepdims), _to_ties)
 
 # The exponentials of large numbers overflow. So the largest is subtracted first, and nothing
 # exceeds exp(0) = 1. logsumexp adds it back at the end; in softmax it cancels.
@@ -1077,7 +1077,7 @@ def _einsum_rule(i: int, g: Any, y: Any, subscripts: str, *xs: Any) -> Any:
     front, _, back = target.partition("...")  # the letters of the first axes, and of the last
     for letter, n in [*zip(front, x.shape), *zip(back[::-1], x.shape[::-1])]:
         if target.count(letter) > 1:
-            fresh = builtins.min({*string.ascii_letters} - {*subscripts, *target})
+            fresh = min({*string.ascii_letters} - {*subscripts, *target})
             target = target.replace(letter, fresh, 1)
             factors.append((letter + fresh, np.eye(n, dtype=g.dtype)))
         elif not any(letter in other for other, _ in factors):
@@ -1341,7 +1341,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     heads = _heads(_real_array(qkv), num_heads)
     _, b, h, t, d = heads.shape
     y = np.empty((b, t, h, d), heads.dtype).swapaxes(1, 2)  # (B, H, T, D)
-    step = builtins.max(1, 2 * _BLOCK // builtins.max(1, h * t * t))
+    step = max(1, 2 * _BLOCK // max(1, h * t * t))
     parts = [slice(i, i + step) for i in range(0, b, step)]
     kept = [_attend(*heads[:, s], True, out=y[s]) for s in parts]
     def pullback(g: np.ndarray, wanted: list) -> tuple:
@@ -1438,7 +1438,7 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
     p, t = _matched("hinge_loss", prediction, target)
-    if not np.all(abs(t) == 1):
+    if not np.all(abs_(t) == 1):
         raise ValueError("hinge_loss: targets must be -1 or 1")
     return mean(relu(1 - t * p))
 
@@ -1450,11 +1450,11 @@ for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=
     setattr(Tensor, f"__r{_name}__", lambda self, other, op=_f: op(other, self))
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # so __hash__ stays
     setattr(Tensor, _name, lambda a, b, name=_name: getattr(np.asarray(a._data), name)(_value(b)))
-for _f in (abs, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum, mean, var,
-           std, max, min, reshape, transpose, swapaxes, squeeze, np.ravel, np.dot, np.argmax,
+for _f in (abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum_, mean, var,
+           std, max_, min_, reshape, transpose, swapaxes, squeeze, np.ravel, np.dot, np.argmax,
            np.argmin):  # (np's own, called as methods, come back to the tables)
     setattr(Tensor, _f.__name__, _f)
-Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__, Tensor.flatten = neg, abs, getitem, np.ravel
+Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__, Tensor.flatten = neg, abs_, getitem, np.ravel
 Tensor.tolist = lambda self: self._data.tolist()
 
 def _dot(a: Any, b: Any) -> Tensor:
@@ -1470,10 +1470,10 @@ _FUNCTIONS = {  # one table, though NumPy asks for its ufuncs and for the rest i
     **{getattr(np, _f.__name__): _f for _f in (
         add, power, exp, expm1, log, log1p, logaddexp, sqrt, sin, cos, tanh, maximum, minimum,
         matmul, where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack)},
-    **{getattr(np, _f.__name__): _reduction(_f) for _f in (sum, mean, var, std, max, min)},
-    np.amax: _reduction(max), np.amin: _reduction(min), np.tan: lambda x: sin(x) / cos(x),
-    np.subtract: sub, np.multiply: mul, np.true_divide: div, np.negative: neg, np.absolute: abs,
-    np.fabs: abs, np.positive: identity, np.square: lambda x: x * x, np.reciprocal: lambda x: 1 / x,
+    **{getattr(np, _f.__name__): _reduction(_f) for _f in (sum_, mean, var, std, max_, min_)},
+    np.amax: _reduction(max_), np.amin: _reduction(min_), np.tan: lambda x: sin(x) / cos(x),
+    np.subtract: sub, np.multiply: mul, np.true_divide: div, np.negative: neg, np.absolute: abs_,
+    np.fabs: abs_, np.positive: identity, np.square: lambda x: x * x, np.reciprocal: lambda x: 1 / x,
     np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None: clip(
         a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.reshape: lambda a, shape=None, *, newshape=None: reshape(
@@ -1830,7 +1830,7 @@ class Optimizer:
         self.steps, end = self.steps + 1, 0
         for has_grad, run in itertools.groupby(self.params, lambda p: p.grad is not None):
             run = list(run)
-            start, end = end, end + builtins.sum(p.size for p in run)
+            start, end = end, end + sum(p.size for p in run)
             if has_grad:
                 x, g = self._flat(run), self._flat(p.grad for p in run)
                 for piece in _blocks(x, g, *(s[start:end] for s in self._state.values())):
@@ -1927,7 +1927,7 @@ class CosineWarmupLR:
         if step < self.warmup_steps:
             return self.max_lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        cosine = math.cos(math.pi * builtins.min(1.0, done))
+        cosine = math.cos(math.pi * min(1.0, done))
         return self.min_lr + 0.5 * (self.max_lr - self.min_lr) * (1 + cosine)
     def step(self) -> None:
         """Move on to the next step's learning rate."""
@@ -1947,7 +1947,7 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
     params = [p for p in params if p.grad is not None]
-    norm = math.sqrt(builtins.sum(float(np.vdot(p.grad._data, p.grad._data)) for p in params))
+    norm = math.sqrt(sum(float(np.vdot(p.grad._data, p.grad._data)) for p in params))
     if max_norm < norm < math.inf:
         for p in params:
             p.grad = p.grad * (max_norm / norm)
@@ -2308,43 +2308,93 @@ def plot(values: Any, width: int = 72, height: int = 12) -> str:
         1 ┤      ╰─────╯
     """
     values = np.ma.masked_invalid(np.asarray(values, np.float64).ravel())
-    columns = builtins.max(width - 11, 1)  # beside ticks of some 9 characters
+    columns = max(width - 11, 1)  # beside ticks of some 9 characters
     edges = np.arange(columns + 1) * len(values) // columns
-    shares = (values[a:builtins.max(b, a + 1)] for a, b in itertools.pairwise(edges))
+    shares = (values[a:max(b, a + 1)] for a, b in itertools.pairwise(edges))
     curve = {x: share.mean() for x, share in enumerate(shares) if share.count()}
     if not curve:
         return "(no finite values to plot)"
-    low, high = builtins.min(curve.values()), builtins.max(curve.values())
+    low, high = min(curve.values()), max(curve.values())
     rows = {x: round((high - y) / (high - low or 1) * (height - 1)) for x, y in curve.items()}
     grid = np.full((height, columns), " ")
     for x, row in rows.items():
         before = rows.get(x - 1, row)  # after a gap the curve begins anew
-        grid[builtins.min(before, row):builtins.max(before, row), x] = "│"
+        grid[min(before, row):max(before, row), x] = "│"
         grid[before, x], grid[row, x] = "──" if row == before else "╮╰" if row > before else "╯╭"
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
-    margin = builtins.max(map(len, ticks))
+    margin = max(map(len, ticks))
     return "\n".join(f"{t:>{margin}} ┤{''.join(row).rstrip()}" for t, row in zip(ticks, grid))
 
 # ## Public names
 #
-# How can one file please those who like flat names and those who like them sorted? All names are
-# flat, and there are modules too, `nanoad.nn` and its like, made here and entered in `sys.modules`.
-# Each has the public names from its first, given below, to the next module's first (but for four,
-# see there), and is named after this file's module, whatever that is called and wherever it is.
-_NAMESPACES = {"functional": "gradients", "nn": "Parameter", "optim": "Optimizer",
-               "data": "load_mnist", "viz": "draw"}
-__all__ = [_name for _name, _item in globals().items()
-           if _name[0] != "_" and getattr(_item, "__module__", None) == __name__]
-_starts = [__all__.index(_name) for _name in _NAMESPACES.values()]
-for _space, _start, _end in zip(_NAMESPACES, _starts, [*_starts[1:], None]):
-    _names = [n for n in __all__[_start:_end] if n not in ("primitive", "fused", "save", "load")]
-    _module = types.ModuleType(f"{__name__}.{_space}", "Here are " + ", ".join(_names) + ".")
-    vars(_module).update({_name: globals()[_name] for _name in _names}, __all__=_names)
-    globals()[_space] = sys.modules[_module.__name__] = _module
+# Where is X? This is the index of the file, by namespace and topic. All names are flat, and for
+# those who like them sorted there are modules too, `nanoad.nn` and its like, made here and entered
+# in `sys.modules`. They are named after this file's module, whatever that is called and wherever it
+# is. A name that Python has itself (`sum`) stands in the file with a `_` behind it (`sum_`).
+_INDEX = {
+    "": {
+        "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
+        "operations of your own": "primitive fused",
+        "saving": "save load",
+    },
+    "functional": {
+        "transforms": "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
+        "care": "checkpoint check_grad",
+        "elementwise": "identity neg add sub mul div exp expm1 log log1p sqrt sin cos tanh power"
+                       " logaddexp softplus sigmoid abs relu gelu maximum minimum clip where astype",
+        "moving elements": "reshape transpose swapaxes moveaxis expand_dims squeeze broadcast_to pad"
+                           " concatenate stack split getitem scatter_add",
+        "reductions": "sum mean var std max min logsumexp softmax log_softmax",
+        "linear algebra": "matmul bmm linear einsum",
+        "images": "conv2d max_pool2d avg_pool2d",
+        "normalization": "layer_norm batch_norm",
+        "transformer": "scaled_dot_product_attention causal_self_attention embedding dropout",
+        "losses": "cross_entropy mse_loss binary_cross_entropy binary_cross_entropy_with_logits"
+                  " hinge_loss",
+    },
+    "nn": {
+        "modules": "Parameter Module Sequential MLP",
+        "layers": "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding Dropout"
+                  " Flatten ReLU GELU Tanh Sigmoid CrossEntropy MSE",
+        "transformer": "MultiHeadAttention GPT",
+    },
+    "optim": {"optimizers": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm"},
+    "data": {"loaders": "load_mnist load_cifar10 load_tinyshakespeare make_moons DataLoader"
+                        " CharTokenizer"},
+    "viz": {"drawing": "draw plot"},
+}
 
-# `from nanoad import *` must not hide Python's own sum, max, min and abs: ours are to be named.
-__all__ = [_name for _name in __all__ if not hasattr(builtins, _name)]
-__dir__ = lambda: [*__all__, *_NAMESPACES]  # what an editor offers
+
+def _item(name: str) -> Any:
+    """What the public `name` stands for."""
+    return globals()[f"{name}_" if hasattr(builtins, name) else name]
+
+
+def _make_namespaces() -> None:
+    """Make a module of each namespace, and `__all__` of all their names."""
+    for space, topics in _INDEX.items():
+        names = " ".join(topics.values()).split()
+        # `from nanoad import *` must not hide Python's own sum, max, min and abs.
+        __all__.extend(name for name in names if not hasattr(builtins, name))
+        if space:
+            module = types.ModuleType(f"{__name__}.{space}", f"Here are {', '.join(names)}.")
+            vars(module).update({name: _item(name) for name in names}, __all__=names)
+            globals()[space] = sys.modules[module.__name__] = module
+
+
+def __getattr__(name: str) -> Any:
+    """nanoad.sum, max, min and abs, which are no globals here: in this file they are Python's."""
+    if hasattr(builtins, name) and f"{name}_" in globals():
+        return _item(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *filter(None, _INDEX)]  # what an editor offers
+
+
+__all__: list[str] = []
+_make_namespaces()
 
 # ## The tour
 #
