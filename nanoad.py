@@ -43,14 +43,14 @@ class Tensor:
     With `requires_grad` a Tensor is *tracked*: results made of it remember how, and receive
     gradients. Without, it is a *constant*. A Tensor that no operation made is a *leaf*.
     """
-    # After the user's four: the time it was made (`_seq`) and last written to (`_guard`), by a
+    # After the user's four: the time it was made (`_time`) and last written to (`_guard`), by a
     # counter; its operation, operands, their arrays then, settings, pullback (see "Operations").
-    __slots__ = ("_data", "requires_grad", "grad", "label", "_seq", "_guard", "__weakref__",
-                 "_op", "_args", "_values", "_params", "_pullback")
+    __slots__ = ("_data", "requires_grad", "grad", "label", "_time", "_guard", "__weakref__",
+                 "_op", "_operands", "_values", "_settings", "_pullback")
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
         made = as_tensor(data)  # what is tracked keeps its tape: this is `identity` of it
         made = identity(made) if requires_grad and made.requires_grad else made.detach()
-        _record(np.array(made._data), made._op, made._args, made._values, made._params,
+        _record(np.array(made._data), made._op, made._operands, made._values, made._settings,
                 tracked=requires_grad, t=self)
         self.label = label
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
@@ -109,7 +109,7 @@ class Tensor:
     __iter__ = lambda self: (self[i] for i in range(len(self)))
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
-    def __reduce__(self) -> tuple:  # copies and pickles are new leaves, with a new `_seq`
+    def __reduce__(self) -> tuple:  # copies and pickles are new leaves, with a new `_time`
         if self._op is not None:
             raise TypeError("only leaves can be copied or pickled; use t.detach() on this result")
         return type(self), (np.asarray(self._data), self.requires_grad, self.label)
@@ -155,8 +155,8 @@ def _record(y, op=None, args=(), values=None, params=None, pullback=None, tracke
     """Make `t`, or a new tensor, a result that remembers how it was made; without `op`, a leaf."""
     t = Tensor.__new__(Tensor) if t is None else t
     t._data, t.requires_grad, t.grad, t.label = y, tracked, None, ""
-    t._seq, t._guard = next(_clock), None
-    t._op, t._args, t._values, t._params, t._pullback = op, args, values, params, pullback
+    t._time, t._guard = next(_clock), None
+    t._op, t._operands, t._values, t._settings, t._pullback = op, args, values, params, pullback
     return t
 
 _wrap = lambda array, requires_grad=False: _record(array, tracked=requires_grad)  # a leaf, no copy
@@ -219,10 +219,10 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 #
 #     >>> a, b, rule = Tensor(2.0), Tensor(3.0), mul.rules[0]  # lambda g, y, a, b: g * b
 #     >>> y = a * b
-#     >>> print(y._op.__name__, y._args[0] is a, y._values)  # what y remembers
+#     >>> print(y._op.__name__, y._operands[0] is a, y._values)  # what y remembers
 #     mul True [array(2.), array(3.)]
 #     >>> (y + a).backward()  # a receives 1, and then b
-#     >>> print(a.grad, b.grad, y._args)  # nothing of the tape is left behind the walk
+#     >>> print(a.grad, b.grad, y._operands)  # nothing of the tape is left behind the walk
 #     4.0 2.0 None
 #     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, b)))
 #     3.0 Tensor(3., dtype=float64)
@@ -230,7 +230,7 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 # Three properties of this walk carry the rest of the file:
 #
 # 1. *The order is the clock, backwards.* A result is made after its operands, and has the larger
-#    `_seq`. So the largest that waits is no operand of another that waits: its cotangent is
+#    `_time`. So the largest that waits is no operand of another that waits: its cotangent is
 #    complete. A heap replaces the usual recursive sort; a tape may be a million operations deep.
 # 2. *The tape is let go behind us.* What a tensor saved is dropped, and memory falls as we walk.
 # 3. *A rule is ordinary array code.* Given ndarrays, it computes at NumPy's own speed. Given
@@ -239,24 +239,24 @@ def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
 
 def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Tensor, Tensor]]:
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs where `keep(tensor)`.
-    On the way, cotangents are ndarrays, or Tensors under `create_graph`. `needed` has the `_seq` of
+    On the way, cotangents are ndarrays, or Tensors under `create_graph`. `needed` has the `_time` of
     each tensor to visit, and whether to go on from there (see `_paths`); None visits all.
     """
-    pending: dict = {}  # _seq -> (tensor, the sum of what it has received so far)
+    pending: dict = {}  # _time -> (tensor, the sum of what it has received so far)
     for t, g in seeds:
-        pending[t._seq] = t, (pending[t._seq][1] + g if t._seq in pending else g)
+        pending[t._time] = t, (pending[t._time][1] + g if t._time in pending else g)
     heap = sorted(-seq for seq in pending)  # a sorted list is a heap
     while heap:
         t, g = pending.pop(-heapq.heappop(heap))
         if keep(t):
             own = t._op is None and not create_graph  # a leaf's g is copied below if shared
             yield t, (g if _tracked(g) else _wrap(np.asarray(g) if own else np.array(_value(g))))
-        if t._op is None or (needed is not None and not needed.get(t._seq)):
+        if t._op is None or (needed is not None and not needed.get(t._time)):
             continue
         for a, part in _pull(t, g, needed, create_graph):
             if not create_graph and part.__class__ is Tensor:  # a rule may call our operations
                 part = part._data
-            data, seq = a._data, a._seq
+            data, seq = a._data, a._time
             if part.shape != data.shape:
                 part = unbroadcast(part, data.shape)
             if part.dtype != data.dtype:
@@ -271,30 +271,30 @@ def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Ten
                     part = part.copy()
             pending[seq] = a, part
         if not (retain_graph or create_graph):
-            t._args = t._values = t._params = t._pullback = None
+            t._operands = t._values = t._settings = t._pullback = None
 
 def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> Iterable:
     """The operands of `t` to which something is due, each with what it receives from `g`."""
     op, wanted = t._op, []
     if t._guard is not None:
-        _check_unwritten(t, t._seq, op)
-    for a in _operands(t):
+        _check_unwritten(t, t._time, op)
+    for a in _require_operands(t):
         due = isinstance(a, Tensor) and a.requires_grad
         if due and a._guard is not None:
-            _check_unwritten(a, t._seq, op)
-        wanted.append(due and (needed is None or a._seq in needed))
+            _check_unwritten(a, t._time, op)
+        wanted.append(due and (needed is None or a._time in needed))
     if t._pullback is not None:
         by_definition = create_graph and getattr(op, "definition", None)  # see "Operations"
         parts = _pull_by_definition(t, g, wanted) if by_definition else t._pullback(g, wanted)
-        return [(a, p) for a, p, due in zip(t._args, parts, wanted) if due and p is not None]
+        return [(a, p) for a, p, due in zip(t._operands, parts, wanted) if due and p is not None]
     # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
-    y, xs = (t, t._args) if create_graph else (t._data, t._values)
-    return [(a, op.rules[i](g, y, *xs, **t._params)) for i, a in enumerate(t._args) if wanted[i]]
+    y, xs = (t, t._operands) if create_graph else (t._data, t._values)
+    return [(a, op.rules[i](g, y, *xs, **t._settings)) for i, a in enumerate(t._operands) if wanted[i]]
 
-def _operands(t: Tensor) -> tuple:
-    if t._args is None:
+def _require_operands(t: Tensor) -> tuple:
+    if t._operands is None:
         raise RuntimeError(f"{t._op.__name__}: tape let go by a walk without retain_graph=True")
-    return t._args
+    return t._operands
 
 # ### Broadcasting, and the sum it leaves behind
 #
@@ -331,22 +331,22 @@ def no_grad() -> contextlib.AbstractContextManager:
 # cannot depend on them, so the search for paths from them to the outputs stops at that age.
 def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list]:
     """Search the tape from `outputs` back to `inputs`: what lies between, and what lies behind.
-    The first result, `needed`, maps the `_seq` of every tensor on a path between them to whether a
+    The first result, `needed`, maps the `_time` of every tensor on a path between them to whether a
     walk goes on from it (from an input if `beyond`, for another may lie behind it). The second has
     the tracked tensors older than all inputs; an outer transform (see below) may ask about them.
     """
-    needed = {t._seq: beyond for t in inputs}
+    needed = {t._time: beyond for t in inputs}
     oldest = min(needed, default=math.inf)
-    found, waiting = {}, list(filter(_tracked, outputs))  # _seq -> (tensor, operands)
+    found, waiting = {}, list(filter(_tracked, outputs))  # _time -> (tensor, operands)
     for t in waiting:  # which grows
-        if t._seq not in found:
-            further = t._seq >= oldest and needed.get(t._seq, True)
-            found[t._seq] = t, [a for a in _operands(t) if _tracked(a)] if further else []
-            waiting += found[t._seq][1]
+        if t._time not in found:
+            further = t._time >= oldest and needed.get(t._time, True)
+            found[t._time] = t, [a for a in _require_operands(t) if _tracked(a)] if further else []
+            waiting += found[t._time][1]
     for seq in sorted(found):  # operands before results
-        if any(a._seq in needed for a in found[seq][1]):
+        if any(a._time in needed for a in found[seq][1]):
             needed.setdefault(seq, True)
-    return needed, [t for t, _ in found.values() if t._seq < oldest]
+    return needed, [t for t, _ in found.values() if t._time < oldest]
 
 def _require_tensors(name: str, tensors: list) -> list:
     for t in tensors:
@@ -653,12 +653,12 @@ def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
     """
     return lambda forward: _operation(forward, _Each(each) if each else rules, None)
 
-def fused(definition: Callable) -> Callable:
+def fused(definition: Callable, operands: int = 0) -> Callable:
     """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
     `pullback(g, wanted)` returns a cotangent for each operand, and may give None where `wanted` is
     False. It must not write to `g` or to what it keeps: the tape may be walked twice.
     """
-    return lambda kernel: _operation(kernel, (), definition)
+    return lambda kernel: _operation(kernel, (), definition)  # (operands: not used yet)
 
 class _Each(functools.partial):
     """In place of a list of rules: item i is the one rule, told i."""
@@ -707,8 +707,8 @@ def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Ca
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
     """What a pullback returns, from a tape of the definition that ends at the operands' copies."""
-    operands = [identity(a) if due else a for a, due in zip(t._args, wanted)]
-    out = t._op.definition(*operands, **t._params)
+    operands = [identity(a) if due else a for a, due in zip(t._operands, wanted)]
+    out = t._op.definition(*operands, **t._settings)
     parts = iter(_gradients([(out, g)], list(itertools.compress(operands, wanted)), True, True))
     return [next(parts) if due else None for due in wanted]
 
@@ -717,28 +717,43 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
 # Most operations are one NumPy function and a rule of one line, so they stand in a table: the name,
 # the function, the rules. The rule of a function of one variable is `g` times its derivative, and
 # where the derivative is simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
-# (`lambda x: np.exp(x)` and not `np.exp`, since `_op` writes a name and a docstring on it.)
+_FUNCTIONS: dict[Callable, Callable] = {}  # of NumPy -> what answers for it (see the end)
+
+
 def _op(name: str, forward: Callable, *rules: Callable,
         doc: str = "{}, element by element, with NumPy's broadcasting and dtypes.") -> Callable:
-    forward.__name__ = forward.__qualname__ = name
-    forward.__doc__ = doc.format(name)
-    return primitive(*rules)(forward)
+    """One row of a table: an operation, which also answers for `forward` if that is NumPy's."""
+    operation = primitive(*rules)(forward)
+    operation.__name__ = operation.__qualname__ = name
+    operation.__doc__ = doc.format(name)
+    if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
+        _FUNCTIONS[forward] = operation
+    return operation
+
+
+def _answers(*functions: Callable) -> Callable:
+    """Decorate what is to be called in place of these NumPy functions when they meet a Tensor."""
+    def register(answer: Callable) -> Callable:
+        _FUNCTIONS.update(dict.fromkeys(functions, answer))
+        return answer
+    return register
+
 
 identity = _op("identity", lambda x: x, lambda g, y, x: g)
 _copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g)  # t.copy(), np.copy(t)
-neg = _op("neg", lambda x: -x, lambda g, y, x: -g)
-add = _op("add", lambda a, b: a + b, lambda g, y, a, b: g, lambda g, y, a, b: g)
-sub = _op("sub", lambda a, b: a - b, lambda g, y, a, b: g, lambda g, y, a, b: -g)
-mul = _op("mul", lambda a, b: a * b, lambda g, y, a, b: g * b, lambda g, y, a, b: g * a)
-div = _op("div", lambda a, b: a / b, lambda g, y, a, b: g / b, lambda g, y, a, b: -g * y / b)
-exp = _op("exp", lambda x: np.exp(x), lambda g, y, x: g * y)
-expm1 = _op("expm1", lambda x: np.expm1(x), lambda g, y, x: g * (y + 1))
-log = _op("log", lambda x: np.log(x), lambda g, y, x: g / x)
-log1p = _op("log1p", lambda x: np.log1p(x), lambda g, y, x: g / (1 + x))
-sqrt = _op("sqrt", lambda x: np.sqrt(x), lambda g, y, x: g / (2 * y))
-sin = _op("sin", lambda x: np.sin(x), lambda g, y, x: g * np.cos(x))
-cos = _op("cos", lambda x: np.cos(x), lambda g, y, x: -g * np.sin(x))
-tanh = _op("tanh", lambda x: np.tanh(x), lambda g, y, x: g * (1 - y * y))
+neg = _op("neg", np.negative, lambda g, y, x: -g)
+add = _op("add", np.add, lambda g, y, a, b: g, lambda g, y, a, b: g)
+sub = _op("sub", np.subtract, lambda g, y, a, b: g, lambda g, y, a, b: -g)
+mul = _op("mul", np.multiply, lambda g, y, a, b: g * b, lambda g, y, a, b: g * a)
+div = _op("div", np.true_divide, lambda g, y, a, b: g / b, lambda g, y, a, b: -g * y / b)
+exp = _op("exp", np.exp, lambda g, y, x: g * y)
+expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
+log = _op("log", np.log, lambda g, y, x: g / x)
+log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
+sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
+sin = _op("sin", np.sin, lambda g, y, x: g * np.cos(x))
+cos = _op("cos", np.cos, lambda g, y, x: -g * np.sin(x))
+tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
 
 # The derivative of `x ** p` by p is `y log x`, taken as 0 where x is 0. The derivative by x is
 # `p x ** (p - 1)`; for p = 0 the exponent is kept at 0, since 0 to the power -1 is infinite. Small
@@ -753,7 +768,7 @@ power = _op("power", _to_the,
 # derivative of logaddexp by a is `e^a / (e^a + e^b) = e^(a - y)`; that of softplus is sigmoid(x),
 # or `1 - e^-y`, since `e^y = 1 + e^x`; that of sigmoid is `e^-x y^2 = y (1 - y)`: `1/y = 1 + e^-x`.
 _finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
-logaddexp = _op("logaddexp", lambda a, b: np.logaddexp(a, b),
+logaddexp = _op("logaddexp", np.logaddexp,
                 lambda g, y, a, b: g * np.exp(a - _finite(y)),
                 lambda g, y, a, b: g * np.exp(b - _finite(y)))
 softplus = _op("softplus", lambda x: np.logaddexp(x, 0), lambda g, y, x: -g * np.expm1(-y),
@@ -763,13 +778,13 @@ sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)), lambda g, y, x:
 
 # At a kink any slope between the two sides is right: abs and relu take 0 there, and where two
 # operands tie, each gets half. Comparisons give plain bool arrays, which count as 0 and 1.
-abs_ = _op("abs", lambda x: np.abs(x), lambda g, y, x: g * np.sign(x))
+abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
 relu = _op("relu", lambda x: np.clip(x, 0, np.inf), lambda g, y, x: g * (x > 0),
            doc="max(x, 0), element by element.")  # clip, as NumPy's fastest way to say so
 _to_the_winner = (lambda g, y, a, b: g * (a == y) - g * (a == b) * 0.5,
                   lambda g, y, a, b: g * (b == y) - g * (a == b) * 0.5)
-maximum = _op("maximum", lambda a, b: np.maximum(a, b), *_to_the_winner)
-minimum = _op("minimum", lambda a, b: np.minimum(a, b), *_to_the_winner)
+maximum = _op("maximum", np.maximum, *_to_the_winner)
+minimum = _op("minimum", np.minimum, *_to_the_winner)
 _clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds), lambda g, y, x, *bounds: g * (x == y))
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
@@ -1031,7 +1046,7 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it
 # receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless they are square,
 # the shapes alone allow nothing else.
-_matmul = _np_op("matmul", lambda a, b: np.matmul(a, b), lambda g, y, a, b: g @ b.swapaxes(-1, -2),
+_matmul = _np_op("matmul", np.matmul, lambda g, y, a, b: g @ b.swapaxes(-1, -2),
                  lambda g, y, a, b: a.swapaxes(-1, -2) @ g)
 
 def matmul(a: Any, b: Any) -> Tensor:
@@ -1466,7 +1481,7 @@ def _dot(a: Any, b: Any) -> Tensor:
 # A reduction with the arguments that NumPy passes; `more` may have keepdims, and ddof for var.
 _reduction = lambda op: lambda a, axis=None, dtype=None, **more: op(
     a if dtype is None else astype(a, dtype), axis, **more)
-_FUNCTIONS = {  # one table, though NumPy asks for its ufuncs and for the rest in two ways
+_FUNCTIONS.update({  # one table, though NumPy asks for its ufuncs and for the rest in two ways
     **{getattr(np, _f.__name__): _f for _f in (
         add, power, exp, expm1, log, log1p, logaddexp, sqrt, sin, cos, tanh, maximum, minimum,
         matmul, where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack)},
@@ -1489,7 +1504,7 @@ _FUNCTIONS = {  # one table, though NumPy asks for its ufuncs and for the rest i
     np.einsum: lambda subscripts, *operands, optimize=None: einsum(subscripts, *operands),
     np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
         astype(fill_value, dtype or a.dtype), a.shape),
-}
+})
 for _function, _f in _FUNCTIONS.items():  # so a TypeError for a wrong argument names np.x
     if _f.__qualname__[0] in "_<":  # such as <lambda>
         _f.__qualname__ = f"np.{_function.__name__}"
@@ -2244,7 +2259,7 @@ def _tape_rows(node: Any, seen: set, result: Any = None, indent: str = "") -> It
     if isinstance(node, Tensor) and id(node) not in seen:
         seen.add(id(node))
         # Arguments beyond the rules are settings. A fused operation has no rules, and shows all.
-        args = (node._args or ())[:len(getattr(node._op, "rules", ())) or None]
+        args = (node._operands or ())[:len(getattr(node._op, "rules", ())) or None]
         operands = [a for a in args if isinstance(a, (Tensor, np.ndarray, np.generic, int, float))]
         below = indent.replace("├─", "│ ").replace("└─", "  ")
         for i, operand in enumerate(operands, start=1 - len(operands)):  # so the last is 0
