@@ -725,7 +725,7 @@ def _op(name: str, forward: Callable, *rules: Callable,
     """One row of a table: an operation, which also answers for `forward` if that is NumPy's."""
     operation = primitive(*rules)(forward)
     operation.__name__ = operation.__qualname__ = name
-    operation.__doc__ = doc.format(name)
+    operation.__module__, operation.__doc__ = __name__, doc.format(name)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
         _FUNCTIONS[forward] = operation
     return operation
