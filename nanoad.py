@@ -1,7 +1,9 @@
-"""nanoad: reverse-mode automatic differentiation, and what stands on it, in one file of NumPy.
+"""nanoad: reverse-mode automatic differentiation, and what stands on it, in one file of
+NumPy.
 
-A Tensor is a NumPy array that remembers where it came from. Ask the last one of a computation for
-its derivatives, and every Tensor that it began with learns how much it mattered:
+A Tensor is a NumPy array that remembers where it came from. Ask the last one of a
+computation for its derivatives, and every Tensor that it began with learns how much it
+mattered:
 
     >>> x = Tensor([1.0, 2.0, 3.0])
     >>> loss = (x * x).sum()
@@ -11,794 +13,1530 @@ its derivatives, and every Tensor that it began with learns how much it mattered
     >>> print(grad(grad(lambda x: x ** 3))(2.0))
     12.0
 
-The chapters, from top to bottom, are the **tensor**; the **tape** it writes and the walk back along
-it; the **functional transforms** (`grad`, `vjp`, `jvp`, `hvp`, `hessian`), which make new functions
-out of yours; the **operations**, each with its derivative; **modules**, which hold parameters;
-**optimizers**, which move them; **loaders**, which fetch data; **saving, drawing and the public
-names**; and a tour, which `python nanoad.py` runs. You need NumPy, calculus, and no other file.
+The file has four parts, and whoever stops early has something whole:
+
+    I    the idea        tensor, operations, the walk back, grad and what else one walk tells
+    II   the rule book   every operation with its derivative; how to add one; how one is made fast
+    III  networks        losses, modules, optimizers, convolution, attention, a GPT; many cores
+    IV   the craft       what a good tool needs and the idea does not: the watch over writes,
+                         memory, data, saving, drawing; an index of all names; a tour
+
+You need NumPy, calculus, and no other file. `python nanoad.py` gives the tour. (After
+the imports, which are Python's own and NumPy, the essay begins.)
 """
 
 from __future__ import annotations
 
-import builtins, contextlib, functools, hashlib, heapq, inspect, io, itertools, json, math, os
-import pathlib, string, sys, threading, time, types, zipfile, zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import builtins
+import contextlib
+import copy
+import functools
+import gc
+import hashlib
+import heapq
+import inspect
+import io
+import itertools
+import json
+import math
+import mmap
+import operator
+import os
+import pathlib
+import reprlib
+import signal
+import string
+import sys
+import threading
+import time
+import traceback
+import types
+import warnings
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Self
+
 import numpy as np
 
-# ## The tensor
+__version__ = "2.0.0"
+
+# # Part I. The idea
 #
-# What must an array remember, so that we can differentiate through it later? Take `y = x * w`. If
-# the final result changes by `g` per unit of `y`, then by the chain rule it changes by `g * w` per
-# unit of `x` and by `g * x` per unit of `w`. To say so we must know *which operation* made `y`,
-# *what it was made of*, and the *values* that went in. A Tensor is an array plus exactly these. All
-# Tensors of one computation, each pointing at its operands, are what the field calls the tape.
+# ## I.1 Tensor: what must an array remember?
+#
+# Take `y = x * w`. If the final result changes by `g` per unit of `y`, then by the
+# chain rule it changes by `g * w` per unit of `x`, and by `g * x` per unit of `w`. To
+# say so we must know *which operation* made `y`, *what it was made of*, and the
+# *values* that went in. A Tensor is an array that remembers these:
+#
+#     >>> x, w = Tensor(2.0, label="x"), Tensor(3.0, label="w")
+#     >>> y = x * w
+#     >>> print(y, y._op.__name__, y._operands[0] is x, y._operands[1] is w)
+#     6.0 mul True True
+#     >>> print(draw(y, format="text"))
+#     mul  6
+#     ├─ x  2
+#     └─ w  3
+#
+# All Tensors of one computation, each pointing at its operands, are what the field
+# calls the *tape*. It was written forwards, and derivatives are read off it backwards.
+#
+# Three words, used from here to the end. A Tensor is *tracked* if its derivative may be
+# asked for; results made of it are tracked, too. A *constant* is not. And a *leaf* was
+# made by nobody's operation: it is where a walk back along the tape ends.
+
 
 class Tensor:
     """An n-dimensional array that can be differentiated through.
-    `data` is anything NumPy makes an array of, and is copied; integers and bools become float64,
-    since an integer cannot carry a gradient. A list that holds Tensors is stacked. ndarray's
-    operators and methods and NumPy's functions (`np.exp(t)`) differentiate, and treat all that is
-    no Tensor as constant; comparisons give plain bool arrays. TypeError for what is no real number.
-    With `requires_grad` a Tensor is *tracked*: results made of it remember how, and receive
-    gradients. Without, it is a *constant*. A Tensor that no operation made is a *leaf*.
+
+    `data` is anything that NumPy makes an array of, and is copied; integers and bools
+    become float64, since an integer cannot carry a gradient. A list that holds Tensors
+    is stacked. `dtype` is a floating-point type to convert to. TypeError for what is no
+    real number.
+
+    With `requires_grad` it is tracked, and without, a constant. (A Tensor made of a
+    tracked one is a copy that is still tied to it, and so no leaf.) ndarray's operators
+    and methods and NumPy's functions (`np.exp(t)`) differentiate, and treat all that is
+    no Tensor as constant. Comparisons give plain bool arrays.
     """
-    # After the user's four: the time it was made (`_time`) and last written to (`_guard`), by a
-    # counter; its operation, operands, their arrays then, settings, pullback (see "Operations").
-    __slots__ = ("_data", "requires_grad", "grad", "label", "_time", "_guard", "__weakref__",
-                 "_op", "_operands", "_values", "_settings", "_pullback")
-    def __init__(self, data: Any, requires_grad: bool = True, label: str = "") -> None:
-        made = as_tensor(data)  # what is tracked keeps its tape: this is `identity` of it
-        made = identity(made) if requires_grad and made.requires_grad else made.detach()
-        _record(np.array(made._data), made._op, made._operands, made._values, made._settings,
-                tracked=requires_grad, t=self)
+
+    __slots__ = (
+        "_data",          # the array (one number that an operation made is a NumPy scalar)
+        "requires_grad",  # whether it is tracked
+        "_grad",          # the gradient that `backward` left here, a Tensor, or None
+        "label",          # a name, for pictures and messages
+        "_time",          # when it was made, by a counter: operands come before results
+        "_op",            # the operation that made it; None for a leaf
+        "_operands",      # what the operation was given; None once the tape was let go
+        "_settings",      # what it was given by name, such as axis=0
+        "_pullback",      # the backward step of a fused operation (II.7)
+        "_written",       # when the array was last written to (IV.1)
+        "_checksum",      # of the array when it was handed out (IV.1)
+        "__weakref__",
+    )
+
+    def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
+                 dtype: Any = None) -> None:
+        source = as_tensor(data)
+        if dtype is not None:
+            source = astype(source, dtype)
+        array = np.array(source._data)
+        if requires_grad and _mode.recording and source.requires_grad:
+            _fill(self, array, True, identity, (source,))  # still on the tape of its source
+        else:
+            _fill(self, array, requires_grad)
         self.label = label
+
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
     dtype = property(lambda self: self._data.dtype, doc="The NumPy type of the elements.")
     ndim = property(lambda self: self._data.ndim, doc="The number of axes.")
     size = property(lambda self: self._data.size, doc="The number of elements.")
-    T = property(lambda self: transpose(self), doc="The tensor with its axes reversed.")
+
     @property
     def data(self) -> np.ndarray:
-        """The array, to read and to write (see "Writes the tape must not miss"); also t.numpy()."""
-        if self.requires_grad:
-            _renew_guard(self)
-        return np.asarray(self._data)  # (NumPy has 0-d results as scalars; of these, a copy)
+        """The array, to read and to write. (What writing to it means for the tape is
+        told in IV.1.)
+
+        Assigning to it wants an array of the same shape and dtype, and takes it without
+        a copy.
+        """
+        return _hand_out(self)
+
     @data.setter
     def data(self, value: Any) -> None:
-        value = value.data if isinstance(value, Tensor) else value
-        array = np.asarray(value, None if isinstance(value, np.ndarray) else self.dtype)
-        own, new = (f"{a.dtype} of shape {a.shape}" for a in (self, array))
-        if own != new:
-            raise ValueError(f"t.data is {own} and cannot become {new}; make a new Tensor for that")
-        self._data, self._guard = array, (next(_clock), zlib.crc32(np.ascontiguousarray(array)))
-    numpy = lambda self: self.data  # as code outside nanoad knows it: the same memory
-    def item(self) -> float:
-        """The one element, as a Python number. Raises ValueError if there is not exactly one."""
-        if self.size != 1:
-            raise ValueError(f"item() needs a tensor of one element; this has shape {self.shape}")
-        return self._data.item()
+        _replace_data(self, value)
+
     def detach(self) -> Tensor:
         """The same array as a constant: nothing behind it will be differentiated."""
         return _wrap(self._data)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What `backward` added up here: a Tensor of this shape and dtype, or None.
+
+        May be set to None, to an array of this shape (which is taken without a copy
+        where the dtype agrees), or to a number, which then stands for all elements.
+        """
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        self._grad = _as_gradient(value, self)  # (II.8)
+
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
-        """Add the derivative of this tensor to `.grad` of every tracked leaf it was made from.
-        `grad` (the cotangent, see "The tape") says how much each element counts; a scalar counts as
-        1. `create_graph` makes the gradients differentiable in turn; `retain_grads` leaves `.grad`
-        on every tensor, for `draw` to show. Without one of them or `retain_graph`, the tape is let
-        go as it is walked. Raises ValueError for a non-scalar without `grad`, or a `grad` of
-        another shape; RuntimeError if there is no tape.
-        """
-        if not self.requires_grad:
-            raise RuntimeError("backward: this tensor was made of constants or inside no_grad()")
-        seeds = [(self, _seed("backward", self, grad, create_graph))]
-        with _recording(create_graph):
-            for t, g in _walk(seeds, None, create_graph, retain_graph or retain_grads,
-                              lambda t: t._op is None or retain_grads):
-                t.grad = g if t.grad is None else t.grad + g
-    def __repr__(self) -> str:
-        values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
-        label = f", label={self.label!r}" if self.label else ""
-        return f"Tensor({values}, dtype={self.dtype}{label})"
-    __str__ = lambda self: str(self._data)
-    __format__ = lambda self, spec: format(self.item(), spec) if spec else str(self)
-    __float__ = lambda self: float(self.item())
-    __bool__ = lambda self: bool(self._data)
-    __len__ = lambda self: len(self._data)
-    __iter__ = lambda self: (self[i] for i in range(len(self)))
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
-    def __reduce__(self) -> tuple:  # copies and pickles are new leaves, with a new `_time`
-        if self._op is not None:
-            raise TypeError("only leaves can be copied or pickled; use t.detach() on this result")
-        return type(self), (np.asarray(self._data), self.requires_grad, self.label)
+        """Add the derivative of this tensor to `.grad` of every tracked leaf it was
+        made from.
 
-    # ### What NumPy is told
-    #
-    # NumPy asks an operand that is not its own before it computes. What nanoad knows is answered by
-    # its own operation (the tables end the chapter on operations), and all else is a TypeError: to
-    # convert silently would cut the tape, and the gradient would be wrong.
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if self.requires_grad:
-            raise TypeError("a Tensor that needs a gradient is no array: use t.numpy() or np.stack")
-        return (np.array if copy else np.asarray)(self._data, dtype=dtype)
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        plain, out = method == "__call__", kwargs.get("out")
-        if plain and not kwargs and ufunc in _FUNCTIONS:
-            return _FUNCTIONS[ufunc](*inputs)
-        held = out and not any(map(_tracked, inputs))  # as in `array += t` for a constant t
-        if plain and not _holds_tensor(out) and (held or ufunc in _WITHOUT_GRADIENT):
-            return ufunc(*map(_value, inputs), **kwargs)
-        how = ("" if plain else f".{method}") + (f" with {', '.join(kwargs)}=" if kwargs else "")
-        raise TypeError(_NO_DERIVATIVE.format(f"numpy.{ufunc.__name__}{how}"))
-    def __array_function__(self, function: Callable, kinds: Any, args: tuple, kwargs: dict) -> Any:
-        if function in _FUNCTIONS:
-            return _FUNCTIONS[function](*args, **kwargs)
-        if function in _WITHOUT_GRADIENT:
-            return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
-        raise TypeError(_NO_DERIVATIVE.format(f"{function.__module__}.{function.__name__}"))
+        `grad` (the cotangent, see I.3) says how much each element counts; a scalar
+        counts as 1. `create_graph` makes the gradients differentiable in turn;
+        `retain_grads` leaves `.grad` on every tensor, for `draw` to show. Without one
+        of them or `retain_graph`, the tape is let go as it is walked. Raises ValueError
+        for a non-scalar without `grad`, or a `grad` of another shape; RuntimeError if
+        there is no tape.
+        """
+        _backward(self, grad, create_graph, retain_graph or retain_grads, retain_grads)
+
+
+# What else an array can do, a Tensor can, too: operators follow in I.2, NumPy's functions
+# in II.2, and methods in II.8.
 
 Value = Tensor  # as it is called in Karpathy's micrograd
-_NO_DERIVATIVE = "{}: nanoad has no derivative for this; use t.numpy() if none is needed"
+
 
 class _Mode(threading.local):
-    """What each thread has for itself: whether it writes a tape, and its random numbers."""
-    recording, rng = True, functools.cached_property(lambda self: np.random.default_rng())
-_mode, _clock = _Mode(), itertools.count(1)
+    """What each thread has for itself."""
 
-def manual_seed(seed: int | Sequence[int]) -> None:
-    """Seed this thread's initialization, dropout, shuffling and sampling: a number, or several."""
-    _mode.rng = np.random.default_rng(seed)
+    recording = True  # whether a tape is written
+    runs: tuple = ()  # the transforms that are running a function just now (I.7)
+    rng = functools.cached_property(lambda self: np.random.default_rng())  # made at first use
 
-def _record(y, op=None, args=(), values=None, params=None, pullback=None, tracked=True, t=None):
-    """Make `t`, or a new tensor, a result that remembers how it was made; without `op`, a leaf."""
-    t = Tensor.__new__(Tensor) if t is None else t
-    t._data, t.requires_grad, t.grad, t.label = y, tracked, None, ""
-    t._time, t._guard = next(_clock), None
-    t._op, t._operands, t._values, t._settings, t._pullback = op, args, values, params, pullback
+
+_mode = _Mode()
+_clock = itertools.count(1)
+
+
+def _fill(t: Tensor, array: np.ndarray, tracked: bool, op: Callable | None = None,
+          operands: tuple = (), settings: dict | None = None, pullback: Callable | None = None):
+    """Give a new tensor its contents."""
+    t._data = array
+    t.requires_grad = tracked
+    t._grad = None
+    t.label = ""
+    t._time = next(_clock)
+    t._op = op
+    t._operands = operands
+    t._settings = settings or {}
+    t._pullback = pullback
+    t._written = 0
+    t._checksum = None
     return t
 
-_wrap = lambda array, requires_grad=False: _record(array, tracked=requires_grad)  # a leaf, no copy
-_value = lambda a: a._data if isinstance(a, Tensor) else a
-_tracked = lambda a: isinstance(a, Tensor) and a.requires_grad
 
-def _real_array(data: Any) -> np.ndarray:
+def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
+    """A leaf that holds this very array."""
+    return _fill(Tensor.__new__(Tensor), array, requires_grad)
+
+
+def _value(a: Any) -> Any:
+    """The array of a Tensor; all else as it is."""
+    return a._data if isinstance(a, Tensor) else a
+
+
+def _tracked(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.requires_grad
+
+
+def _float_array(data: Any) -> np.ndarray:
+    """`data` as a floating-point array, copied only if it must be."""
     array = np.asarray(data)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
     return array if array.dtype.kind == "f" else array.astype(np.float64)
 
+
 def as_tensor(data: Any) -> Tensor:
     """`data` if it is a Tensor; a list with Tensors in it, stacked; else a constant, not copied."""
     if isinstance(data, Tensor):
         return data
-    return stack([as_tensor(a) for a in data]) if _holds_tensor(data) else _wrap(_real_array(data))
+    if _holds_tensor(data):
+        return stack([as_tensor(item) for item in data])
+    return _wrap(_float_array(data))
 
-def _holds_tensor(a: Any) -> bool:
-    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
-_from_list = lambda a: as_tensor(a) if _holds_tensor(a) else np.asarray(a)  # for list arguments
-
-# ### Writes the tape must not miss
+# ## I.2 Operations: what is one?
 #
-# A tensor does not copy its operands, so writing into one between the forward and the backward
-# pass would change the derivative without a word. NumPy reports no writes. So a checksum is taken
-# when the array is handed out (`t.data`), and compared when a walk needs the elements as they were.
-# `_guard` is None until the array is handed out or written to. Then it is the time of the last
-# known write (0: none), and the last checksum (None: never handed out).
-def _note_write(t: Tensor) -> None:
-    t._guard = (next(_clock), t._guard[1] if t._guard else None)
-
-def _renew_guard(t: Tensor) -> None:
-    """Take the checksum of `t`, and note a write if it is not what it was."""
-    (written, before), now = t._guard or (0, None), zlib.crc32(np.ascontiguousarray(t._data))
-    t._guard = (written if before in (None, now) else next(_clock)), now  # None: never seen
-
-def _check_unwritten(t: Tensor, since: int, op: Callable) -> None:
-    """Raise if the array of `t` was written to after the operation made at `since` saw it."""
-    if t._guard[1] is not None:
-        _renew_guard(t)
-    if t._guard[0] > since:
-        raise RuntimeError(f"{op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was changed "
-                           "between forward and backward; call backward first, then write")
-
-# ## The tape
+# A function on ndarrays, and for each operand a **VJP rule** that says what the operand
+# is due:
 #
-# How does one number at the end become a derivative for everything at the start? Let *L* be the
-# end, a scalar, and call the derivative of *L* by (with respect to) some array *v* the *cotangent*
-# of *v*; it has the shape of *v*, and says for each element how much *L* moves when that element
-# does. The cotangent of *L* itself is 1. Now step backwards. If `y = f(a, b)` and the cotangent of
-# `y` is `g`, the chain rule gives what `a` receives by way of `y`: `g` times the Jacobian of `f`.
-# That product is all we ever need, never the Jacobian alone, so each operation brings a function
-# for it: its **VJP rule** (vector-Jacobian product). For `mul` it is `g * b`. An array used in
-# several places receives from each, and the parts add up. Visit every tensor after all that were
-# made from it, hand its finished cotangent to its rule, pass the results on to its operands: that
-# is reverse-mode differentiation. However many inputs there are, it costs a small multiple of the
-# forward pass, and that one fact is why neural networks can be trained.
+#     mul = primitive(lambda g, y, a, b: g * b,   # for a
+#                     lambda g, y, a, b: g * a)(  # for b
+#                     operator.mul)
 #
-#     >>> a, b, rule = Tensor(2.0), Tensor(3.0), mul.rules[0]  # lambda g, y, a, b: g * b
-#     >>> y = a * b
-#     >>> print(y._op.__name__, y._operands[0] is a, y._values)  # what y remembers
-#     mul True [array(2.), array(3.)]
-#     >>> (y + a).backward()  # a receives 1, and then b
-#     >>> print(a.grad, b.grad, y._operands)  # nothing of the tape is left behind the walk
-#     4.0 2.0 None
-#     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, b)))
-#     3.0 Tensor(3., dtype=float64)
+# Read the first of these two slowly, once. Move `a` by a small `da`, and `y = a * b`
+# moves by `da * b`. What the final result L does then is for `g` to say, which holds
+# the slope of L by each element of `y`: L moves by the sum of `g * (da * b)` over all
+# elements. That is the sum of `(g * b) * da`, so the slope of L by each element of `a`
+# is what stands before `da`: `g * b`. All rules are found so: move an operand, see how
+# the result moves, multiply by `g`, add up, and read off the factor. A rule is given
+# `g`, the result `y` and the operands, and uses what it likes.
 #
-# Three properties of this walk carry the rest of the file:
+# The field has names for these things. `g`, what L's slope is by each element of an
+# array, is that array's **cotangent**. And the rule is a vector-Jacobian product, or
+# VJP: it multiplies the vector `g` by the matrix of all slopes of `y` by `a`, without
+# ever making that matrix.
 #
-# 1. *The order is the clock, backwards.* A result is made after its operands, and has the larger
-#    `_time`. So the largest that waits is no operand of another that waits: its cotangent is
-#    complete. A heap replaces the usual recursive sort; a tape may be a million operations deep.
-# 2. *The tape is let go behind us.* What a tensor saved is dropped, and memory falls as we walk.
-# 3. *A rule is ordinary array code.* Given ndarrays, it computes at NumPy's own speed. Given
-#    Tensors, the same text writes a new tape, so the gradient it returns can be differentiated
-#    again. `create_graph` decides which; no second set of rules exists to be wrong.
+# To call an operation is three lines, stripped of all care: compute on bare arrays, and
+# if an operand is tracked, remember operation and operands.
+#
+#     def operation(*operands):
+#         y = forward(*(_value(a) for a in operands))
+#         tracked = any(_tracked(a) for a in operands)
+#         return remember(y, operation, operands) if tracked else constant(y)
+#
+# The real one, `_operation`, adds: settings, which have no gradient, such as `axis`; a
+# place where all that is no Tensor is admitted; a look at arrays that somebody else has
+# in hand; operations that bring a whole backward step of their own; and errors that
+# name the operation.
 
-def _walk(seeds, needed, create_graph, retain_graph, keep) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs where `keep(tensor)`.
-    On the way, cotangents are ndarrays, or Tensors under `create_graph`. `needed` has the `_time` of
-    each tensor to visit, and whether to go on from there (see `_paths`); None visits all.
+
+def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
+    """Decorate a function on arrays to make it an operation with these VJP rules, one
+    per operand.
+
+    A rule `(g, y, *operands, **settings) -> cotangent` is array code for ndarrays and
+    Tensors alike; None marks an operand without a gradient. What follows the operands,
+    or is given by name, are settings. An operation on any number of operands gives a
+    single rule instead, `each(i, g, y, *operands, **settings)` for operand i. (II.1
+    shows how to add an operation.)
     """
-    pending: dict = {}  # _time -> (tensor, the sum of what it has received so far)
-    for t, g in seeds:
-        pending[t._time] = t, (pending[t._time][1] + g if t._time in pending else g)
-    heap = sorted(-seq for seq in pending)  # a sorted list is a heap
-    while heap:
-        t, g = pending.pop(-heapq.heappop(heap))
-        if keep(t):
-            own = t._op is None and not create_graph  # a leaf's g is copied below if shared
-            yield t, (g if _tracked(g) else _wrap(np.asarray(g) if own else np.array(_value(g))))
-        if t._op is None or (needed is not None and not needed.get(t._time)):
-            continue
-        for a, part in _pull(t, g, needed, create_graph):
-            if not create_graph and part.__class__ is Tensor:  # a rule may call our operations
-                part = part._data
-            data, seq = a._data, a._time
-            if part.shape != data.shape:
-                part = unbroadcast(part, data.shape)
-            if part.dtype != data.dtype:
-                part = part.astype(data.dtype)
-            if seq in pending:
-                part = pending[seq][1] + part
-            else:
-                heapq.heappush(heap, -seq)
-                # A rule may return its own g, or a view. A leaf keeps what it receives, and two
-                # leaves must not share memory: clipping one gradient would change the other.
-                if a._op is None and not create_graph and (part is g or part.base is not None):
-                    part = part.copy()
-            pending[seq] = a, part
-        if not (retain_graph or create_graph):
-            t._operands = t._values = t._settings = t._pullback = None
+    def decorate(forward: Callable) -> Callable:
+        count = sys.maxsize if each else len(rules)
+        operation = _operation(forward, count, _pull_by_rules)
+        operation.rules = _EachRule(each) if each else rules  # (II.1)
+        return operation
 
-def _pull(t: Tensor, g: Any, needed: dict | None, create_graph: bool) -> Iterable:
-    """The operands of `t` to which something is due, each with what it receives from `g`."""
-    op, wanted = t._op, []
-    if t._guard is not None:
-        _check_unwritten(t, t._time, op)
-    for a in _require_operands(t):
-        due = isinstance(a, Tensor) and a.requires_grad
-        if due and a._guard is not None:
-            _check_unwritten(a, t._time, op)
-        wanted.append(due and (needed is None or a._time in needed))
-    if t._pullback is not None:
-        by_definition = create_graph and getattr(op, "definition", None)  # see "Operations"
-        parts = _pull_by_definition(t, g, wanted) if by_definition else t._pullback(g, wanted)
-        return [(a, p) for a, p, due in zip(t._operands, parts, wanted) if due and p is not None]
-    # The one switch: a rule is given arrays, or the Tensors they came from, and then writes a tape.
-    y, xs = (t, t._operands) if create_graph else (t._data, t._values)
-    return [(a, op.rules[i](g, y, *xs, **t._settings)) for i, a in enumerate(t._operands) if wanted[i]]
+    return decorate
 
-def _require_operands(t: Tensor) -> tuple:
-    if t._operands is None:
-        raise RuntimeError(f"{t._op.__name__}: tape let go by a walk without retain_graph=True")
-    return t._operands
 
-# ### Broadcasting, and the sum it leaves behind
+def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
+    """What each operand of `t` receives from its cotangent `g`, or None where nothing
+    is wanted.
+
+    The rules are given arrays; with `create_graph`, the Tensors themselves (I.6 says
+    why).
+    """
+    y, operands = t, t._operands
+    if not create_graph:
+        y = t._data
+        operands = [a._data if isinstance(a, Tensor) else a for a in operands]
+    shares = []
+    for i, due in enumerate(wanted):
+        shares.append(t._op.rules[i](g, y, *operands, **t._settings) if due else None)
+    return shares
+
+
+def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
+    """The operation that computes `forward`, has `count` operands, and goes back by `pull`."""
+
+    @functools.wraps(forward)
+    def operation(*args: Any, **settings: Any) -> Tensor:
+        kinds = set(map(type, args))
+        plain = Tensor in kinds and kinds <= _PLAIN and not settings
+        if not plain:  # raw arrays, lists, numbers alone ...
+            args, settings = _admit(operation, args, settings)  # (II.1)
+        arrays, tracked = [], False
+        for a in args:
+            if isinstance(a, Tensor):
+                tracked = tracked or a.requires_grad
+                if a._checksum is not None:
+                    _compare_checksum(a)  # for somebody has the array in hand (IV.1)
+                a = a._data
+            arrays.append(a)
+        try:
+            result = forward(*arrays, **settings)
+            y, pullback = result if fused else (result, None)  # a pair, if fused (II.7)
+            if _OLD_NUMPY or y.dtype.kind != "f":
+                y = _settle_dtype(y, operation, arrays)  # (IV.4)
+        except (ValueError, TypeError, IndexError) as error:
+            raise _explained(error, operation, arrays) from None
+        if tracked and _mode.recording:
+            return _fill(Tensor.__new__(Tensor), y, True, operation, args, settings, pullback)
+        return _wrap(y)
+
+    operation.operands = count
+    operation.pull = pull
+    operation.rules = ()
+    operation.definition = None  # of a fused operation (II.7)
+    operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
+    return operation
+
+
+_PLAIN = {Tensor, int, float}  # the types that need no admission
+
+
+# Most operations are one function and a rule of one line, so they stand in tables.
+# Where a derivative is simpler in terms of the result, the rule says so: for exp it is
+# `y` itself. Here are the first ten; part II has the others, and the examples until
+# then use some of them, such as `sum` and `**`. (`answers` is the NumPy function whose
+# calls arrive here: II.2.)
+_FUNCTIONS: dict[Callable, Callable] = {}  # a function of NumPy -> what answers for it
+
+
+def _op(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
+        doc: str = "{}, element by element, with NumPy's broadcasting and dtypes.") -> Callable:
+    """One row of a table: an operation. If `forward` is NumPy's, it answers for that, too."""
+    operation = primitive(*rules)(forward)
+    operation.__name__ = operation.__qualname__ = name
+    operation.__module__ = __name__
+    operation.__doc__ = doc.format(name)
+    if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
+        _FUNCTIONS[forward] = operation
+    if answers is not None:
+        _FUNCTIONS[answers] = operation
+    return operation
+
+
+identity = _op("identity", lambda x: x, lambda g, y, x: g, answers=np.positive)
+neg = _op("neg", operator.neg, lambda g, y, x: -g, answers=np.negative)
+add = _op("add", operator.add,
+          lambda g, y, a, b: g,
+          lambda g, y, a, b: g, answers=np.add)
+sub = _op("sub", operator.sub,
+          lambda g, y, a, b: g,
+          lambda g, y, a, b: -g, answers=np.subtract)
+mul = _op("mul", operator.mul,
+          lambda g, y, a, b: g * b,
+          lambda g, y, a, b: g * a, answers=np.multiply)
+div = _op("div", operator.truediv,
+          lambda g, y, a, b: g / b,
+          lambda g, y, a, b: -g * y / b, answers=np.true_divide)
+exp = _op("exp", np.exp, lambda g, y, x: g * y)
+log = _op("log", np.log, lambda g, y, x: g / x)
+sin = _op("sin", np.sin, lambda g, y, x: g * np.cos(x))
+cos = _op("cos", np.cos, lambda g, y, x: -g * np.sin(x))
+
+# The operators of a Tensor *are* these operations; where the Tensor stands on the
+# right, as in `2 - t`, Python asks for the reflected one.
+def _reflected(op: Callable) -> Callable:
+    def operator_(self: Tensor, other: Any) -> Tensor:
+        return op(other, self)
+
+    return operator_
+
+
+for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div).items():
+    setattr(Tensor, f"__{_name}__", _f)
+    setattr(Tensor, f"__r{_name}__", _reflected(_f))
+Tensor.__neg__ = neg
+
+# ## I.3 The naive walk: which order is right?
 #
-# NumPy stretches a `(3,)` row along a `(4, 3)` table without being asked. Each element of the row
-# is then used four times, and what is used several times receives the *sum* of what comes back:
-# the cotangent, `(4, 3)`, is added up over the four. The walk does it, and no rule mentions it.
-def unbroadcast(g: Any, shape: tuple) -> Any:
-    """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from `shape`.
+# How does one number at the end become a derivative for everything at the start? Let
+# *L* be the end, a scalar; its own cotangent is 1. (To start from an array y with a
+# cotangent g means to take `L = sum(g * y)`.) Now step backwards. If `y = f(a, b)` has
+# the cotangent `g`, the rules of f say what `a` and `b` receive by way of y. What is
+# used in several places receives from each, and the shares add up, as the chain rule
+# wants.
+#
+# So a walk keeps what waits, each tensor with the sum of what it has received so far.
+# It takes one, hands its cotangent through the rules, and adds the shares to what
+# waits. Which one? The youngest:
+#
+#     >>> def naive_walk(end):
+#     ...     waiting = {end: 1.0}
+#     ...     while waiting:
+#     ...         t = max(waiting, key=lambda t: t._time)  # the youngest
+#     ...         g = waiting.pop(t)
+#     ...         if t._op is None:
+#     ...             t.grad = g  # a leaf: nothing is behind it
+#     ...             continue
+#     ...         for a, rule in zip(t._operands, t._op.rules):
+#     ...             share = rule(g, t._data, *map(_value, t._operands))
+#     ...             waiting[a] = waiting.get(a, 0) + share
+#     ...
+#     >>> x = Tensor(3.0)
+#     >>> naive_walk(x * x + x)
+#     >>> print(x.grad)  # 2 x + 1
+#     7.0
+#
+# (As keys of a dict, two tensors are two, however equal their values.)
+#
+# That is reverse-mode differentiation. Each operation is visited once, and its rules cost
+# about what it cost itself: so, however many inputs there are, the walk costs a small
+# multiple of the forward pass. That one fact is why neural networks can be trained.
+#
+# Why is the youngest right? A result is made after its operands, so *whatever uses t is
+# younger than t*. When t is the youngest that waits, all that used it has been taken
+# before; and nothing younger can come to wait later, since from here on only operands
+# are added, which are older still. So its cotangent is complete. Take `y = a * b` and
+# `z = y + a`, with the times 1, 2, 3, 4:
+#
+#          z:4         what waits, with its cotangent     is taken
+#         /   \        z:4 <- 1                           z, whose shares go to y and a
+#       y:3    |       y:3 <- 1,  a:1 <- 1                y, whose shares go to a and b
+#      /   \   |       b:2 <- a,  a:1 <- 1 + b            b, a leaf
+#   b:2     a:1        a:1 <- 1 + b                       a, a leaf, with both its shares
+#
+# Had `a` been taken before `y`, the share `b` would have come too late.
+#
+# Where does this walk fail, or waste?
+#
+# - Let `x` have the shape (3,) and be added to a table (4, 3): it receives (4, 3). (I.4)
+# - Of `2 * x`, the 2 would have to wait as well; and no rule is told its settings. (I.5)
+# - `max` looks at all that waits, at each step. (I.5: a heap)
+# - All it passed stays in memory until the last tensor is dropped. (I.5: letting go)
+# - It always goes to all leaves, whoever asks. (I.5: routes)
+# - It overwrites a gradient that was there. Whoever calls it twice, for two halves of a
+#   batch that is too large, wants the sum. (I.5)
+# - What it gives cannot be differentiated again. (I.6)
+#
+# ## I.4 Broadcasting: what does stretching leave behind?
+#
+# NumPy stretches a `(3,)` row along a `(4, 3)` table without being asked. Each element
+# of the row is then used four times, and what is used several times receives the *sum*
+# of what comes back: the cotangent, `(4, 3)`, is added up over the four. The walk does
+# it, and no rule mentions it.
+
+
+def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
+    """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from
+    `shape`.
 
         >>> row = Tensor([1.0, 2.0, 3.0])
         >>> (np.ones((4, 3)) * row).sum().backward()
         >>> print(row.grad, unbroadcast(np.ones((4, 3)), (3,)))
         [4. 4. 4.] [4. 4. 4.]
     """
-    before = (1,) * (g.ndim - len(shape)) + shape
-    return np.sum(g, axis=tuple(i for i, n in enumerate(before) if n != g.shape[i])).reshape(shape)
+    if g.dtype == np.float16:
+        g = g.astype(np.float32)  # many small numbers would not add up
+    before = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front, then stretches
+    stretched = tuple(i for i, n in enumerate(before) if n != g.shape[i])
+    return np.sum(g, axis=stretched).reshape(shape)
+
+
+# ## I.5 The real walk: what does care add?
+#
+# The same walk, with a heap instead of `max`: of the negative times, since a heap of
+# Python's gives out the smallest. A tape may be a million operations deep, and nothing
+# here recurses. On the way, a cotangent is an ndarray, or a Tensor when it is to be
+# differentiated again (`create_graph`, I.6).
+
+
+def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
+          retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
+    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
+    first.
+
+    Only what lies on `route` is visited; None means all. The cotangents yielded may
+    share memory with each other and with the tape: whoever keeps one makes a copy.
+    """
+    waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
+    for t, g in seeds:
+        if t._time in waiting:
+            g = waiting[t._time][1] + g
+        waiting[t._time] = t, g
+    heap = sorted(-time for time in waiting)  # a sorted list is a heap
+    while heap:
+        t, g = waiting.pop(-heapq.heappop(heap))
+        yield t, g
+        wanted = _wanted_operands(t, route)
+        if True not in wanted:
+            continue
+        for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
+            if share is None:
+                continue
+            data = a._data
+            if share.shape != data.shape or share.dtype != data.dtype or type(share) is Tensor:
+                share = _fit(share, a, create_graph)
+            if a._time in waiting:
+                share = waiting[a._time][1] + share
+            else:
+                heapq.heappush(heap, -a._time)
+            waiting[a._time] = a, share
+        if not (retain_graph or create_graph):
+            t._operands = t._settings = t._pullback = None  # let go
+
+
+def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
+    """For each operand of `t`, whether something is due to it."""
+    if t._op is None or (route is not None and t._time < route.horizon):
+        return []
+    if t._written or t._checksum is not None:
+        _check_unwritten(t, t)  # the rules read arrays: nobody may have changed them (IV.1)
+
+    wanted = []
+    for a in _require_operands(t)[:t._op.operands]:
+        tracked = isinstance(a, Tensor) and a.requires_grad
+        if tracked and (a._written or a._checksum is not None):
+            _check_unwritten(a, t)
+        wanted.append(tracked and (route is None or a._time in route.times))
+    return wanted
+
+
+def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
+    """A cotangent has its tensor's shape and dtype."""
+    if isinstance(share, Tensor) and not create_graph:
+        share = share._data  # a rule may call operations of ours
+    if share.shape != t._data.shape:
+        share = unbroadcast(share, t._data.shape)
+    if share.dtype != t._data.dtype:
+        share = share.astype(t._data.dtype)
+    return share
+
+
+# *Letting go.* What a tensor was made of is dropped when the walk has passed it, so
+# memory falls as we go. Who comes back for more is told.
+
+
+def _require_operands(t: Tensor) -> tuple:
+    if t._operands is None:
+        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
+                           "walk; to walk it twice, give the first walk retain_graph=True")
+    return t._operands
+
+
+# *Routes.* When we want the derivative of some outputs by certain inputs, only what lies
+# between them need be visited. Two searches find it:
+#
+#     inputs -> ... -> outputs      the route: what is behind the outputs *and* was made
+#       ^                           of the inputs
+#     horizon: the oldest input; what is older cannot have been made of them
+#
+# The first goes from the outputs back to all they were made of, but not beyond the
+# horizon. The second goes forwards through what the first has found.
+
+
+class _Route(NamedTuple):
+    """Which way a walk has to go."""
+
+    times: set[int]      # of the inputs, and of all that was made from them on the way to the outputs
+    horizon: int         # what is older than this moment is not walked on from
+    older: list[Tensor]  # tracked tensors beyond the horizon that had a part in the outputs
+
+
+def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None = None) -> _Route:
+    """The route of a walk from `outputs` to `inputs`. (IV.2 has another moment for its horizon.)"""
+    if horizon is None:
+        horizon = min((t._time for t in inputs), default=0)
+    found = _all_behind(outputs, horizon)
+    times = {t._time for t in inputs}
+    for time in sorted(found):  # operands before results
+        if time >= horizon and any(_tracked(a) and a._time in times for a in found[time]._operands):
+            times.add(time)
+    return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
+
+
+def _all_behind(outputs: Iterable, horizon: int) -> dict[int, Tensor]:
+    """By its time, each tracked tensor that `outputs` were made from, as far as the horizon."""
+    found: dict[int, Tensor] = {}
+    to_visit = [t for t in outputs if _tracked(t)]
+    while to_visit:
+        t = to_visit.pop()
+        if t._time not in found:
+            found[t._time] = t
+            if t._time >= horizon:
+                to_visit += [a for a in _require_operands(t) if _tracked(a)]
+    return found
+
+
+# With this, `backward` is a walk to all leaves, which keep what they receive, and
+# `gradients` one to the inputs that it names. Both begin with a cotangent of the
+# output, by default 1.
+
+
+def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
+              retain_grads: bool) -> None:
+    if not output.requires_grad:
+        raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
+                           "there is no tape to walk back on")
+    seed = _seed("backward", output, grad, create_graph)
+    with _recording(create_graph):
+        for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
+            if t._op is None or retain_grads:
+                _accumulate(t, g)
+
+
+_accumulating = threading.Lock()  # several threads may walk back to the same leaves
+
+
+def _accumulate(t: Tensor, g: Any) -> None:
+    """Add the cotangent `g` to `t.grad`."""
+    with _accumulating:
+        t._grad = _own(g) if t._grad is None else t._grad + g
+
+
+def _own(g: Any) -> Tensor:
+    """A cotangent to keep: a Tensor whose memory is shared with nobody."""
+    return _copy(g) if _tracked(g) else _wrap(np.array(_value(g)))
+
+
+def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
+    """What a walk starts with: the cotangent given, or 1 for a scalar."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{name}: a {type(output).__name__} ({str(output)[:40]}) is no Tensor")
+    if cotangent is None and output.size == 1:
+        cotangent = np.ones(output.shape)
+    if np.shape(cotangent) != output.shape:
+        given = "none" if cotangent is None else f"one of shape {np.shape(cotangent)}"
+        raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent of its shape,"
+                         f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
+    if create_graph:  # somebody may want to differentiate by it
+        return astype(as_tensor(cotangent), output.dtype)
+    return np.asarray(_value(cotangent), output.dtype)
+
+
+def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
+    """Pairs (output, cotangent), with which a walk starts."""
+    pairs = zip(outputs, cotangents)
+    return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
+
+
+def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
+              create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
+    """The derivatives of `output` by each of `inputs`, as a tuple; zeros for one that
+    had no part.
+
+    Touches no `.grad`; all else is as in `Tensor.backward`. (In PyTorch:
+    `torch.autograd.grad`.) Raises RuntimeError for an input that is a constant.
+    """
+    inputs = _require_tracked("gradients", [inputs] if isinstance(inputs, Tensor) else inputs)
+    seed = _seed("gradients", output, grad, create_graph)
+    return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph))
+
+
+def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
+               retain_graph: bool, route: _Route | None = None) -> list[Tensor]:
+    """The cotangents that reach `inputs`, zeros where none does."""
+    route = route or _find_route([t for t, _ in seeds], inputs)
+    received = dict.fromkeys(inputs)
+    with _recording(create_graph):
+        for t, g in _walk(seeds, route, create_graph, retain_graph):
+            if t in received:
+                received[t] = g
+        return [_wrap(np.zeros_like(t._data)) if received[t] is None else _own(received[t])
+                for t in inputs]
+
 
 @contextlib.contextmanager
 def _recording(on: bool) -> Iterator[None]:
-    before, _mode.recording = _mode.recording, on
+    before = _mode.recording
+    _mode.recording = on
     try:
         yield
     finally:
         _mode.recording = before
 
+
 def no_grad() -> contextlib.AbstractContextManager:
     """A context manager and, with its parentheses, a decorator: inside, no tape is written."""
     return _recording(False)
 
-# ### The reverse pass as a function
+
+# ## I.6 Twice: why can a gradient be differentiated?
 #
-# `backward` leaves its results in `.grad`, which suits training. To *use* a gradient inside a
-# larger computation we want it returned, for the inputs we name. What is older than all of these
-# cannot depend on them, so the search for paths from them to the outputs stops at that age.
-def _paths(outputs: list, inputs: list, beyond: bool = True) -> tuple[dict, list]:
-    """Search the tape from `outputs` back to `inputs`: what lies between, and what lies behind.
-    The first result, `needed`, maps the `_time` of every tensor on a path between them to whether a
-    walk goes on from it (from an input if `beyond`, for another may lie behind it). The second has
-    the tracked tensors older than all inputs; an outer transform (see below) may ask about them.
-    """
-    needed = {t._time: beyond for t in inputs}
-    oldest = min(needed, default=math.inf)
-    found, waiting = {}, list(filter(_tracked, outputs))  # _time -> (tensor, operands)
-    for t in waiting:  # which grows
-        if t._time not in found:
-            further = t._time >= oldest and needed.get(t._time, True)
-            found[t._time] = t, [a for a in _require_operands(t) if _tracked(a)] if further else []
-            waiting += found[t._time][1]
-    for seq in sorted(found):  # operands before results
-        if any(a._time in needed for a in found[seq][1]):
-            needed.setdefault(seq, True)
-    return needed, [t for t, _ in found.values() if t._time < oldest]
-
-def _require_tensors(name: str, tensors: list) -> list:
-    for t in tensors:
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {type(t).__name__} ({str(t)[:40]}) is no Tensor on the tape")
-    return tensors
-
-def _seed(name: str, output: Any, cotangent: Any, create_graph: bool) -> Any:
-    """What a walk starts with: the cotangent given (a copy for a leaf, which keeps it), or 1."""
-    _require_tensors(name, [output])
-    given = np.ones(output.shape) if cotangent is None and output.size == 1 else cotangent
-    if np.shape(given) != output.shape:
-        raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent like it, not"
-                         f" {np.shape(given) or given}; only a scalar, as by .sum(), needs none")
-    if create_graph:  # somebody may want to differentiate by it
-        return astype(as_tensor(given), output.dtype)
-    return (np.array if output._op is None else np.asarray)(_value(given), output.dtype)
-
-def _gradients(seeds, inputs, create_graph, retain_graph, needed=None) -> list[Tensor]:
-    """The cotangents that reach `inputs`, zeros where none does. (Tensors hash by identity.)"""
-    needed = needed or _paths([t for t, _ in seeds], inputs)[0]
-    with _recording(create_graph):
-        got = dict(_walk(seeds, needed, create_graph, retain_graph, set(inputs).__contains__))
-    return [got[t] if t in got else _wrap(np.zeros_like(t._data)) for t in inputs]
-
-def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Any = None, *,
-              create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
-    """The derivatives of `output` by each of `inputs`, as a tuple; zeros for one that had no part.
-    Touches no `.grad`; all else is as in `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.)
-    """
-    inputs = _require_tensors("gradients", [inputs] if isinstance(inputs, Tensor) else list(inputs))
-    seeds = [(output, _seed("gradients", output, grad, create_graph))]
-    return tuple(_gradients(seeds, inputs, create_graph, retain_graph))
-
-# ## Functional transforms
+# A rule is ordinary array code. Given ndarrays, it computes at NumPy's own speed. Given
+# Tensors, *the same text* writes a new tape, and the gradient that it returns can be
+# differentiated again. (Where a rule has a function of `np`, NumPy hands the call over
+# to us: II.2.)
 #
-# How do we turn a function into the function of its derivatives? `grad(f)` runs `f` on fresh
-# Tensors that hold your arguments, walks the tape this wrote, and returns the gradient. No `.grad`
-# is touched. The arguments may be numbers, arrays, Tensors, or dicts, lists and tuples of them.
+#     >>> rule = mul.rules[0]  # lambda g, y, a, b: g * b
+#     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, Tensor(3.0))))
+#     3.0 Tensor(3., dtype=float64)
 #
-# **Why a gradient can be differentiated again.** Inside `grad(grad(f))` the inner gradient is
-# computed by the rules, and the rules are array code. The outer transform has put Tensors where
-# arrays would be, so the inner backward pass is itself recorded, like any other computation, and
-# the outer one walks back along it. One rule, two uses; third derivatives need nothing more.
+# `create_graph` decides which, in two lines of `_pull_by_rules` (I.2). The result `y`,
+# too, is then the Tensor, so the derivative of a rule that uses it goes on through y.
+# There is no second set of rules that could be wrong. Here is `x * x * x`, three times
+# over:
 #
-#     >>> print(grad(grad(grad(lambda x: x ** 4)))(2.0))  # 4 * 3 * 2 * x
+#     >>> x = Tensor(2.0)
+#     >>> y = x * x * x
+#     >>> slope, = gradients(y, [x], create_graph=True)
+#     >>> bend, = gradients(slope, [x], create_graph=True)
+#     >>> third, = gradients(bend, [x])
+#     >>> print(slope, bend, third)  # 3 x^2, 6 x, 6
+#     12.0 12.0 6.0
+#
+# ## I.7 grad: how do nested ones stay apart?
+#
+# How do we turn a function into the function of its derivative? `grad(f)` runs `f` on a
+# fresh Tensor that holds your argument, walks the tape this wrote back to it, and
+# returns what arrived. No `.grad` is touched. For one argument, a number, it is this:
+#
+#     >>> def naive_grad(f):
+#     ...     def slope(x):
+#     ...         x = Tensor(x)  # a new one; if x is tracked, it is still tied to that
+#     ...         return gradients(f(x), [x], create_graph=True)[0]
+#     ...     return slope
+#     ...
+#     >>> print(naive_grad(naive_grad(naive_grad(lambda x: x ** 4)))(2.0))  # 4 * 3 * 2 * x
 #     48.0
 #
-# **Why nested transforms do not get confused.** In the example below the inner derivative is `x`,
-# so what is asked for is the derivative of `x * x`: 6 at 3. An engine that marks "the variable we
-# differentiate by" with a flag on the values cannot tell the `x` inside from the `y` it is asked
-# about. It forgets that the inner result depends on `x`, and answers 3; or it moves `x` along with
-# `y`, takes the slope of `(3 + e) (2 + e)` for the inner one, and says 5: perturbation confusion.
-# Here it has no room. Every call of a transform makes *new* tensors for its own arguments and asks
-# for the derivative by *those objects*. `x` is another, older than `y`, so the inner walk stops at
-# it; but the inner result was computed from it, so the outer walk meets it like any operand.
+# Why does it nest? The outer one hands the inner one a Tensor where a number was. The
+# inner backward pass is array code (I.6), so on Tensors it is recorded, like any other
+# computation, and the outer one walks back along it.
+#
+# Do nested ones get confused? Here the inner derivative is that of `x * y` by y, which
+# is `x`; so what is asked for is the derivative of `x * x`, 6 at 3:
 #
 #     >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
 #     6.0
 #
-# **When is the inner walk itself recorded?** When somebody else can still ask, that is, when a
-# tracked tensor older than the transform's own inputs had a part in the result, as `_paths` finds.
-# If not, the walk runs on bare ndarrays and returns constants (see the example under `grad`).
-def _map_tree(f: Callable, tree: Any) -> Any:
-    """Apply `f` to all items of nested dicts, lists and tuples; a list of numbers is one item."""
-    if isinstance(tree, dict):
-        return {key: _map_tree(f, item) for key, item in tree.items()}
-    if isinstance(tree, (list, tuple)) and not _numbers(tree):
-        build = getattr(type(tree), "_make", list if isinstance(tree, list) else tuple)
-        return build(_map_tree(f, item) for item in tree)  # (_make: of a namedtuple)
-    return f(tree)
+# Engines that mark "the variable we differentiate by" with a flag on the values have
+# answered 3, taking the inner result for a constant, or 5, moving x and y together in
+# the inner function. (It is called perturbation confusion: Siskind and Pearlmutter,
+# 2005.) Here it has no room. Every call makes *new* tensors for its own arguments and
+# asks for the derivative by *those objects*. `x` is another, older than `y`: it lies
+# beyond the inner walk's horizon, which sends it nothing. But the inner result was
+# computed from `x`, so the outer walk meets `x` there like any other operand.
+#
+# What does the real one add? Many arguments, nested as you like; and *a tape only when
+# somebody can ask*. The inner gradient above must be recorded, since the outer one asks
+# about x. In a single `grad(f)(3.0)` nobody can: so the walk runs on bare ndarrays, and
+# the gradient is a constant. How do we know? By the search for the route. In the
+# example it starts at the inner result and meets, by their times,
+#
+#     3   x * y, the result
+#     2   the inner input y: the horizon
+#     1   the outer input x: tracked, beyond the horizon, and it had a part in 3
+#
+# so somebody may ask about x. (What f makes inside, and keeps to itself, is younger, and
+# nobody's business.)
 
-_numbers = lambda a: all(map(_numbers, a)) if isinstance(a, list) else np.isscalar(a)
 
-def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
-    """The items of `tree`, and a function that builds the same nest of other items."""
-    items: list = []
-    _map_tree(items.append, tree)
-    return items, lambda others: _map_tree(lambda _, other=iter(others): next(other), tree)
+class _Run:
+    """A function run by a transform: its inputs, fresh tensors; its output; the tape between."""
 
-def _input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
-    array = np.asarray(_value(x))
-    if array.dtype.kind != "f":
-        raise TypeError(f"{name}: {str(x)[:40]} is {array.dtype}; make it floating-point, like 3.0")
-    return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
+    def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
+                 argnums: Any = None, beside: Any = ()) -> None:
+        self.name = name
+        # What is chosen may be nested dicts, lists and tuples of tensors; `_flatten`
+        # makes a list of them, and `rebuild` gives others the same form. (All this is
+        # IV.3.)
+        chosen, put_back = _choose_arguments(name, args, argnums)
+        items, self.rebuild = _flatten(chosen)
+        self.inputs = [self._input(item) for item in items]
+        self.output = self._call(f, put_back(self.rebuild(self.inputs)), kwargs or {})
+        self.route = _find_route(_flatten(self.output)[0], self.inputs)
+        # Somebody may ask by what is older, or by the tangents, which are given
+        # `beside` (I.8).
+        somebody_asks = bool(self.route.older) or any(map(_tracked, _flatten(beside)[0]))
+        self.recorded = _mode.recording and somebody_asks
 
-def _run(name, f, args, argnums=None, kwargs=None, beside=()) -> tuple:
-    """Call `f` with fresh tensors for its arguments at `argnums` (None: all).
-    Returns (out, value, inputs, structure, needed, recorded): f's result; the same for the caller,
-    constant if nobody else can ask; the tensors; how to give such a list the arguments' structure;
-    `needed` of `_paths`; whether to record: if a tracked tensor is `older` or in `beside`.
-    """
-    if not isinstance(args, (tuple, list)) or not isinstance(beside, (tuple, list)):
-        raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument: (x,)")
-    args, one = list(args), isinstance(argnums, (int, np.integer))
-    positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
-    if not all(i in range(-len(args), len(args)) for i in positions):
-        raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones")
-    items, structure = _flatten(args[argnums] if one else tuple(args[i] for i in positions))
-    inputs = [_input(name, item) for item in items]
-    for i, argument in zip(positions, [structure(inputs)] if one else structure(inputs)):
-        args[i] = argument
-    with _recording(True):
-        out = f(*args, **kwargs or {})
-    needed, older = _paths(_flatten(out)[0], inputs)
-    recorded = _mode.recording and (bool(older) or any(map(_tracked, _flatten(beside)[0])))
-    value = out if recorded else _map_tree(lambda a: a.detach() if _tracked(a) else a, out)
-    return out, value, inputs, structure, needed, recorded
+    def _input(self, x: Any) -> Tensor:
+        """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
+        array = np.asarray(_value(x))
+        if array.dtype.kind != "f":
+            raise TypeError(f"{self.name}: the argument {str(x)[:40]} is {array.dtype}, which has "
+                            "no derivative; make it floating-point, as in 3.0")
+        return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
 
-def _pull_back(name, outputs, vectors, inputs, create_graph, needed=None, retain_graph=False):
-    """The gradients at `inputs` for a nest of cotangents of `outputs` (None: 1, of a scalar)."""
-    shapes = [t.shape for t in _require_tensors(name, outputs)]
-    parts = [None] * len(shapes) if vectors is None else list(map(as_tensor, _flatten(vectors)[0]))
-    if vectors is not None and (given := [v.shape for v in parts]) != shapes:
-        raise ValueError(f"{name}: needs vectors of shapes {shapes}, not {given}")
-    seeds = [(t, _seed(name, t, v, create_graph)) for t, v in zip(outputs, parts)]
-    return _gradients(seeds, inputs, create_graph, retain_graph, needed)
+    def _call(self, f: Callable, args: Sequence, kwargs: dict) -> Any:
+        before = _mode.runs
+        _mode.runs = (*before, self)  # so that float() can refuse (II.8)
+        try:
+            with _recording(True):
+                return f(*args, **kwargs)
+        finally:
+            _mode.runs = before
 
-def _transform(name, f, argnums, argnum, finish):
-    """The function that runs `f` and returns what `finish` makes of the run."""
-    return functools.wraps(f)(lambda *args, **kwargs: finish(
-        *_run(name, f, args, argnums if argnum is None else argnum, kwargs)))
+    @property
+    def value(self) -> Any:
+        """The output for the caller: constant, if nobody else can ask."""
+        if self.recorded:
+            return self.output
+        return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
+
+    def pull(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
+             retain_graph: bool = False) -> list[Tensor]:
+        """What reaches the inputs from cotangents of outputs (None: 1, for a scalar)."""
+        seeds = _seeds(self.name, outputs, cotangents, create_graph)
+        return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
+
 
 def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
                    argnum: Any = None) -> Callable:
-    """The function that returns (f(...), gradient of f) where f returns a scalar.
-    The gradient is built like the argument at `argnums` (`argnum` in HIPS autograd), or is a tuple
-    if that is one. With `has_aux`, f returns (scalar, anything), and the value is that pair. Raises
-    ValueError if f is not scalar, TypeError for integer arguments or if f returns no Tensor.
+    """The function that returns (f(...), gradient of f), for an f that returns a scalar.
+
+    The gradient, a Tensor, is built like the argument at `argnums` (`argnum` in HIPS
+    autograd), or is a tuple of such if that is one; zeros for an argument that has no
+    part. With `has_aux`, f returns (scalar, anything), and the value is that pair.
+    Raises ValueError if f is not scalar, TypeError for integer arguments; warns if f
+    returns a plain number, whose derivative is zero.
 
         >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
         10.0 [2. 6.]
     """
-    def finish(out, value, inputs, structure, needed, recorded):
-        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError("grad: with has_aux the function must return (scalar, aux)")
-        scalar = out[0] if has_aux else out
-        return value, structure(_pull_back("grad", [scalar], None, inputs, recorded, needed))
-    return _transform("grad", f, argnums, argnum, finish)
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> tuple:
+        run = _Run("grad", f, args, kwargs, argnums)
+        scalar = _first_of_pair(run.output) if has_aux else run.output
+        slopes = run.pull(_outputs("grad", [scalar]), [None], run.recorded)
+        return run.value, run.rebuild(slopes)
+
+    return function
+
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
          argnum: Any = None) -> Callable:
-    """The function that returns the gradient of f, which returns a scalar (else see `jacobian`).
-    It is like the argument at `argnums`; with `has_aux`, (gradient, aux). See `value_and_grad`.
+    """The function that returns the gradient of f, which returns a scalar (else see
+    `jacobian`).
+
+    It returns a Tensor like the argument at `argnums` (see `value_and_grad`); with
+    `has_aux`, (gradient, aux). `.numpy()` makes an array of it; NumPy's functions take
+    it as it is.
 
         >>> slope = grad(lambda x: x * x)  # constant, unless somebody can differentiate by x
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
         False True
     """
     both = value_and_grad(f, argnums, has_aux, argnum=argnum)
-    pick = lambda value, slope: (slope, value[1]) if has_aux else slope
-    return functools.wraps(f)(lambda *args, **kwargs: pick(*both(*args, **kwargs)))
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        value, slope = both(*args, **kwargs)
+        return (slope, value[1]) if has_aux else slope
+
+    return function
+
+
+# **Whoever has come this far has the whole idea.** The rest of the file is its use.
+#
+# ## I.8 From vjp to hessian: what else does one walk tell?
+#
+# The walk computes `J^T u`: the transpose of the *Jacobian* J, the matrix of all slopes,
+# times a cotangent u of the output. Everything below is made of that one product.
+
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
-    """`(f(*primals), vjp_fn)`; vjp_fn takes a cotangent, built like f's result, to a tuple of those
-    of the *primals*, the arguments to differentiate at. f runs once, however often vjp_fn does.
-    """
-    out, value, inputs, structure, needed, recorded = _run("vjp", f, primals)
-    outputs = _require_tensors("vjp", _flatten(out)[0])
-    def vjp_fn(cotangent: Any) -> tuple:
-        again = _mode.recording and (recorded or any(map(_tracked, _flatten(cotangent)[0])))
-        return structure(_pull_back("vjp", outputs, cotangent, inputs, again, needed, True))
-    return value, vjp_fn
+    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, a tuple with an entry per
+    primal.
 
-# A *tangent* v says how fast the inputs move, and forward mode asks how fast f then moves: `J v`.
-# It comes out of reverse mode. What `vjp_fn` computes, `s(u) = J^T u`, is linear in the cotangent
-# u, so the derivative of the number `s(u) . v` by u is `J v`. Hence: walk back to u along the tape
-# of the first walk, with v for the cotangent (Townsend, 2017). Hessian times vector is the same
-# second walk, on to the inputs, for the price of a few gradients (Pearlmutter, 1994).
+    The *primals* are the arguments to differentiate at; the cotangent u is built like f's
+    result. f runs once, however often vjp_fn does.
+
+        >>> value, vjp_fn = vjp(lambda x: x ** 2, np.array([1.0, 3.0]))
+        >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
+        [1. 9.] [ 2. 60.]
+    """
+    # Copies: somebody may write to the arguments before vjp_fn is called.
+    run = _Run("vjp", f, _map_tree(lambda a: _copy(a) if _tracked(a) else np.array(_value(a)), primals))
+    outputs = _outputs("vjp", _flatten(run.output)[0])
+
+    def vjp_fn(cotangent: Any) -> tuple:
+        if cotangent is None:  # 1 for a scalar, as in `backward`
+            cotangents = [None] * len(outputs)
+        else:
+            cotangents = _match("vjp", cotangent, run.output)
+        somebody_asks = run.recorded or any(_tracked(u) for u in cotangents)
+        create_graph = _mode.recording and somebody_asks
+        return run.rebuild(run.pull(outputs, cotangents, create_graph, retain_graph=True))
+
+    return run.value, vjp_fn
+
+
+# A *tangent* v says how fast the inputs move, and forward mode asks how fast f then
+# moves: `J v`. It comes out of two reverse walks (Townsend, 2017):
+#
+# 1. From the output, with a cotangent u that is tracked, and `create_graph`: `s = J^T u`.
+# 2. From s, with v for its cotangent, back to u. That is the walk from the number
+#    `L = s . v = u . (J v)`, whose slope by u is `J v`, whatever u is. So u may be 0; all
+#    that matters is its place on the tape.
+#
+# With sin, J is the diagonal matrix of the cosines:
+#
+#     >>> u = Tensor([0.0, 0.0])
+#     >>> x = Tensor([0.0, np.pi])
+#     >>> s, = gradients(np.sin(x), [x], u, create_graph=True)  # cos(x) * u
+#     >>> print(*gradients(s, [u], [2.0, 3.0]))  # cos(x) * v
+#     [ 2. -3.]
+
+
 def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
-    """`(f(*primals), the directional derivative of f along tangents)`.
+    """`(f(*primals), the directional derivative of f along tangents)`, both built like
+    f's result.
 
         >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
         2.0
     """
-    out, value, inputs, _, needed, recorded = _run("jvp", f, primals, beside=tangents)
-    outputs, rebuild = _flatten(out)
-    u = [_wrap(np.zeros(t.shape, t.dtype), True) for t in _require_tensors("jvp", outputs)]  # any u
-    slopes = _gradients(list(zip(outputs, u)), inputs, True, True, needed)
-    return value, rebuild(_pull_back("jvp", slopes, tuple(tangents), u, recorded))
+    _require_tuples("jvp", primals, tangents)
+    run = _Run("jvp", f, primals, beside=tangents)
+    items, rebuild = _flatten(run.output)
+    outputs = _outputs("jvp", items)
+    u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]  # any u will do
+    s = run.pull(outputs, u, create_graph=True, retain_graph=True)
+    v = _match("jvp", tuple(tangents), tuple(primals))
+    seeds = _seeds("jvp", s, v, run.recorded)
+    return run.value, rebuild(_gradients(seeds, u, run.recorded, retain_graph=False))
+
+
+# A Hessian H is the Jacobian of the gradient, and its own transpose. So Hessian times
+# vector is `H^T v`, one walk back from the gradient with v for its cotangent, for the
+# price of a few gradients (Pearlmutter, 1994).
+
 
 def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
-    """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`."""
-    out, value, inputs, structure, needed, recorded = _run("hvp", f, primals, beside=vector)
-    slopes = _pull_back("hvp", [out], None, inputs, True, needed)
-    return value, structure(_pull_back("hvp", slopes, tuple(vector), inputs, recorded))
+    """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`.
 
-def _jacobian(out, value, inputs, structure, needed, recorded, flat=False) -> Any:
-    """The Jacobians of each y in `out`: y.shape + in.shape, or (y.size, in.size) if `flat`."""
-    def of_one(y: Any) -> Any:
-        _require_tensors("jacobian", [y])
-        rows = [_gradients([(y, _seed("jacobian", y, unit, recorded))], inputs, recorded, True,
-                           needed) for unit in np.eye(y.size).reshape(y.size, *y.shape)]
-        columns = map(stack, zip(*rows)) if rows else [np.zeros(0, x.dtype) for x in inputs]
-        return structure(reshape(c, (y.size, x.size) if flat else y.shape + x.shape)
-                         for c, x in zip(columns, inputs))
-    return _map_tree(of_one, out)
+        >>> print(*hvp(lambda x: (x ** 3).sum(), (np.array([1.0, 2.0]),), (np.array([1.0, 1.0]),)))
+        9.0 (Tensor([ 6., 12.], dtype=float64),)
+    """
+    _require_tuples("hvp", primals, vector)
+    run = _Run("hvp", f, primals, beside=vector)
+    slopes = run.pull(_outputs("hvp", [run.output]), [None], create_graph=True, retain_graph=True)
+    v = _match("hvp", tuple(vector), tuple(primals))
+    seeds = _seeds("hvp", slopes, v, run.recorded)
+    return run.value, run.rebuild(_gradients(seeds, run.inputs, run.recorded, retain_graph=False))
+
+
+# A Jacobian, where it is wanted, is made row by row: the cotangent that is 1 at one
+# element of the output, and 0 elsewhere, picks that element's slopes. A Hessian is the
+# Jacobian of the gradient.
+
 
 def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
-    """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk per row.
+    """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk
+    per row.
 
         >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
         [2. 0.] [0. 4.]
     """
-    return _transform("jacobian", f, argnums, argnum, _jacobian)
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        run = _Run("jacobian", f, args, kwargs, argnums)
+        return _map_tree(lambda y: _jacobian(run, y, run.route), run.output)
+
+    return function
+
 
 def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
-    """The function that returns the Hessian of a scalar f; f runs once, and each row is one walk.
-    It is (size, size) for an argument of `size` elements, and a nest of nests of such for a nest.
+    """The function that returns the Hessian of a scalar f: shape in.shape + in.shape.
+
+    f runs once, and each row is one walk. For a nest of arguments it is a nest of such
+    nests.
 
         >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
         [6. 0.] [ 0. 12.]
     """
-    def finish(out, value, inputs, structure, needed, recorded):
-        slopes = _pull_back("hessian", [out], None, inputs, True, needed)
-        needed, _ = _paths(slopes, inputs)
-        return _jacobian(structure(slopes), value, inputs, structure, needed, recorded, flat=True)
-    return _transform("hessian", f, argnums, argnum, finish)
+    argnums = argnums if argnum is None else argnum
 
-def checkpoint(f: Callable, *args: Any) -> Tensor:
-    """f(*args), whose intermediate results are not kept but recomputed in the backward pass.
-    Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it closes over (a
-    module's parameters) gets gradients too. Random numbers are drawn again alike; other effects of
-    f, such as those on batch norm's running statistics, happen twice.
-    """
-    start, drawn = _wrap(np.zeros(())), _mode.rng.bit_generator.state  # a mark in time
-    (out,) = _require_tensors("checkpoint", [f(*args)])
-    reads = _paths([out], [start])[1]  # older than `start`: arguments, and what f closes over
-    if not reads or not _mode.recording:
-        return out.detach()
-    def pullback(g: Any, wanted: list) -> list:  # as of a `fused` operation, below
-        bits, create_graph = _mode.rng.bit_generator, isinstance(g, Tensor)
-        now, bits.state = bits.state, drawn
-        with _recording(True):
-            again = f(*args)
-        bits.state = now
-        needed, _ = _paths([again], reads, beyond=False)  # the walk onwards from there is not ours
-        return _gradients([(again, g)], reads, create_graph, create_graph, needed)
-    return _record(out._data, checkpoint, tuple(reads), None, {}, pullback)
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        run = _Run("hessian", f, args, kwargs, argnums)
+        output = _outputs("hessian", [run.output])
+        slopes = run.pull(output, [None], create_graph=True, retain_graph=True)
+        route = _find_route(slopes, run.inputs)
+        return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
+
+    return function
+
+
+def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
+    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape."""
+    (y,) = _outputs(run.name, [y])
+    units = np.eye(y.size).reshape(y.size, *y.shape)
+    rows = []
+    for unit in units:
+        seeds = _seeds(run.name, [y], [unit], run.recorded)
+        rows.append(_gradients(seeds, run.inputs, run.recorded, True, route))
+    jacobians = []
+    for i, x in enumerate(run.inputs):
+        block = [row[i] for row in rows]
+        if not block:  # y has no elements, and so no rows
+            block = [np.zeros((0, *x.shape), x.dtype)]
+        jacobians.append(reshape(stack(block), y.shape + x.shape))
+    return run.rebuild(jacobians)
+
+
+# # Part II. The rule book
+#
+# ## II.1 How to add an operation, and how to test it
+#
+# Write the function and one rule per operand; there is nothing to register. The
+# function may use all of NumPy, for it only meets arrays; rules use operators,
+# functions of `np`, and operations. `check_grad` compares both with finite differences,
+# the derivative's derivative included:
+#
+#     >>> @primitive(lambda g, y, x: g / (1 + x * x))
+#     ... def my_arctan(x):
+#     ...     return np.arctan(x)
+#     ...
+#     >>> check_grad(my_arctan, np.array([-1.0, 0.5, 2.0]), order=3) < 1e-6
+#     True
+#     >>> print(grad(grad(my_arctan))(1.0))  # -2x / (1 + x*x)**2
+#     -0.5
+#
+# If that is too slow, write a kernel, and let what you had be its definition (II.7).
+
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                eps: float = 1e-5) -> float:
-    """Compare derivatives of f with central differences, up to `order`: how to test an operation.
-    f takes Tensors and returns one of any shape; it is tested at `args`, by those of them that hold
-    floating-point numbers, in float64. Returns the largest error, relative to max(1, |derivative|).
-    Raises AssertionError that names the worst element and both its values.
+    """Compare derivatives of f with central differences, up to `order`: how to test an
+    operation.
+
+    f takes Tensors and returns one of any shape; it is tested at `args`, by those of
+    them that hold floating-point numbers, in float64. Returns the largest error,
+    relative to max(1, |derivative|). Raises AssertionError that names the worst element
+    and both its values.
 
         >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
         True
     """
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
-        raise ValueError(f"check_grad: order {order} is below 1, or no argument a float, like 3.0")
-    args = [as_tensor(np.array(_value(a), float)) if i in which else a for i, a in enumerate(args)]
+        raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and an argument "
+                         "that holds floating-point numbers, such as 3.0")
+    args = tuple(as_tensor(np.array(_value(a), np.float64)) if i in which else a
+                 for i, a in enumerate(args))
+
     def weighted(*args: Any) -> Tensor:  # a scalar, in which no two elements cancel
-        (y,) = _require_tensors("check_grad", [f(*args)])
+        (y,) = _outputs("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
-    errors = [(0.0, "")]
-    for i, exact in zip(which, grad(weighted, which)(*args)):
-        moved = lambda step: float(weighted(*args[:i], args[i] + step, *args[i + 1:]))
-        for k, (index, analytic) in enumerate(np.ndenumerate(exact._data)):
-            step = eps * np.eye(1, exact.size, k).reshape(exact.shape)
-            numeric = (moved(step) - moved(-step)) / (2 * eps)
-            error = float(abs(numeric - analytic) / max(1, abs(numeric)))
-            errors.append((math.inf if math.isnan(error) else error, f"by argument {i} at index "
-                           f"{index}: numeric {numeric:.9g}, analytic {analytic:.9g}"))
-    error, worst = max(errors)
-    if error > rtol:
+
+    def slopes(*args: Any) -> Tensor:  # all in one vector
+        return concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
+
+    error = _largest_error(weighted, grad(weighted, which)(*args), args, which, rtol, eps)
+    if order > 1:
+        error = max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
+    return error
+
+
+def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rtol: float,
+                   eps: float) -> float:
+    """The largest relative error of the `slopes` of f by its arguments `which`, at `args`."""
+    largest, worst = 0.0, ""
+    for i, slope in zip(which, slopes):
+        for index, analytic in np.ndenumerate(slope._data):
+            numeric = _central_difference(f, args, i, index, eps)
+            error = abs(numeric - analytic) / max(1.0, abs(numeric))
+            if not error <= largest:  # so that nan counts as large
+                largest = math.inf if math.isnan(error) else float(error)
+                worst = (f"by argument {i} at index {index}: numeric {numeric:.9g}, "
+                         f"analytic {analytic:.9g}")
+    if largest > rtol:
         raise AssertionError(f"check_grad: the derivative {worst}")
-    if order == 1:
-        return error
-    slopes = lambda *args: concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
-    return max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
+    return largest
 
-# ## Operations
-#
-# What is an operation? A function on ndarrays and a VJP rule per operand, joined by `primitive`:
-#
-#     @primitive(lambda g, y, a, b: g * b, lambda g, y, a, b: g * a)
-#     def mul(a, b):
-#         return a * b
-#
-# A rule is given the cotangent `g` of the result, the result `y` and the operands, and returns the
-# cotangent of its operand. Read the first of these two slowly, once. Move `a` by a small `da`, and
-# `y` moves by `da * b`. What L does then is for `g` to say, which holds L's slope by each element
-# of `y`: L moves by the sum of `g * (da * b)` over all elements. That is the sum of `(g * b) * da`,
-# so L's slope by each element of `a` is what stands before `da`: `g * b`. All rules are found so:
-# move an operand, see how the result moves, multiply by `g`, add up, and read off the factor.
-#
-# When the operation is called, Tensors among its operands are unwrapped, the function computes on
-# bare arrays, and if one of the Tensors is tracked, the result remembers operation and operands.
-#
-# Some compositions deserve one fast kernel. A `fused` operation has a *definition*, a few lines of
-# other operations, and a kernel that computes the same on bare arrays and returns, with the result,
-# a `pullback`: the whole backward step as a closure over what it keeps. A kernel may be clever, in
-# place, and without a thought for second derivatives, because under `create_graph` the walk
-# differentiates the definition instead. So the definition is at once the explanation, the test
-# oracle, and the source of every higher derivative. (The annotations below are those of the
-# finished operation, which takes Tensors, too, and returns one.)
-def primitive(*rules: Callable, each: Callable | None = None) -> Callable:
-    """Decorate a function on arrays to make it an operation with these VJP rules, one per operand.
-    An operation on any number of operands gives one rule `each(i, g, y, *operands)` instead.
-    """
-    return lambda forward: _operation(forward, _Each(each) if each else rules, None)
 
-def fused(definition: Callable, operands: int = 0) -> Callable:
-    """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
-    `pullback(g, wanted)` returns a cotangent for each operand, and may give None where `wanted` is
-    False. It must not write to `g` or to what it keeps: the tape may be walked twice.
-    """
-    return lambda kernel: _operation(kernel, (), definition)  # (operands: not used yet)
+def _central_difference(f: Callable, args: tuple, i: int, index: tuple, eps: float) -> float:
+    """The slope of f by one element of argument i: (f(x + eps) - f(x - eps)) / (2 eps)."""
+    step = np.zeros(args[i].shape)
+    step[index] = eps
+    above = f(*args[:i], args[i] + step, *args[i + 1:])
+    below = f(*args[:i], args[i] - step, *args[i + 1:])
+    return (above.item() - below.item()) / (2 * eps)
 
-class _Each(functools.partial):
+
+# *Any number of operands.* An operation such as concatenate gives one rule for all of
+# them, `each(i, g, y, *operands)`; this stands in for the list.
+
+
+class _EachRule:
     """In place of a list of rules: item i is the one rule, told i."""
-    __getitem__ = lambda self, i: functools.partial(self, i)
-    __len__ = lambda self: sys.maxsize  # for `draw`: every argument is an operand
 
-_OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
-def _operation(forward: Callable, rules: Any, definition: Callable | None) -> Callable:
-    @functools.wraps(forward)
-    def operation(*args: Any, **params: Any) -> Tensor:
-        values, bare, tracked = [], True, False
-        for a in args:
-            if isinstance(a, Tensor):
-                bare, tracked = False, tracked or a.requires_grad
-                if a._guard is not None and a._guard[1] is not None:  # somebody has the array
-                    _renew_guard(a)
-                a = a._data
-            elif a.__class__ is list and a:  # an operand; a tuple would be a setting, like axis
-                return operation(*(_from_list(b) if b is a else b for b in args), **params)
-            values.append(a)
-        # A Tensor given by name is an operand, too, and rules belong to positions.
-        if params and any(isinstance(p, Tensor) for p in params.values()):
-            bound = inspect.signature(forward).bind(*args, **params)
-            bound.apply_defaults()
-            return operation(*bound.args, **_map_tree(_value, bound.kwargs))
-        # Beside arrays, Python's numbers stay as they are, for they take the arrays' dtype.
-        if bare and not any(isinstance(v, np.ndarray) for v in values):
-            values = [np.asarray(v) if isinstance(v, (int, float)) else v for v in values]
-        try:
-            made = forward(*values, **params)
-            y, pullback = made if definition is not None else (made, None)
-            if y.dtype.kind != "f":
-                y = _real_array(y)
-        except (ValueError, TypeError, IndexError) as error:  # say which operation, on what
-            kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
-            shapes = ", ".join(str(v.shape) for v in values if hasattr(v, "shape")) or "no array"
-            raise kind(f"{operation.__name__} of {shapes}: {error}") from None
-        if _OLD_NUMPY and operation is not astype:  # for which a float32 number * 2.0 is float64
-            if {a.dtype.char for a in args if isinstance(a, (Tensor, np.ndarray))} == {"f"}:
-                y = y.astype(np.float32)
-        return (_record(y, operation, args, values, params, pullback)
-                if tracked and _mode.recording else _wrap(y))
-    operation.rules, operation.definition = rules, definition
-    operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
-    return operation
+    def __init__(self, rule: Callable) -> None:
+        self.rule = rule
 
-def _pull_by_definition(t: Tensor, g: Tensor, wanted: list) -> list:
-    """What a pullback returns, from a tape of the definition that ends at the operands' copies."""
-    operands = [identity(a) if due else a for a, due in zip(t._operands, wanted)]
-    out = t._op.definition(*operands, **t._settings)
-    parts = iter(_gradients([(out, g)], list(itertools.compress(operands, wanted)), True, True))
-    return [next(parts) if due else None for due in wanted]
+    def __getitem__(self, i: int) -> Callable:
+        return functools.partial(self.rule, i)
 
-# ### Element by element
+
+# *Errors.* NumPy's errors do not say whose they are.
+
+
+def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
+    """The error, which now says which operation failed, and on what."""
+    shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
+    kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
+    kind = next(kind for kind in kinds if isinstance(error, kind))
+    return kind(f"{operation.__name__} of {shapes}: {error}")
+
+
+# *What may be an operand.* A Tensor passes as it is. For all else an operation calls
+# `_admit`, once and for all operations, so that functions and rules meet nothing but
+# floating-point arrays and Python's numbers:
 #
-# Most operations are one NumPy function and a rule of one line, so they stand in a table: the name,
-# the function, the rules. The rule of a function of one variable is `g` times its derivative, and
-# where the derivative is simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
-_FUNCTIONS: dict[Callable, Callable] = {}  # of NumPy -> what answers for it (see the end)
+# - What is given by name is put in its place: rules belong to positions.
+# - A list or tuple becomes an array, or a Tensor if it holds one.
+# - Integers and bools become floating-point, since uint8 wraps at 255 and has a
+#   logarithm in float16: float64, or what NumPy would compute in beside the other
+#   operands.
+# - A Python number stays one, for it takes the dtype of what it meets; alone, it is an
+#   array.
+# - What follows the operands are settings, which have no derivative.
 
 
-def _op(name: str, forward: Callable, *rules: Callable,
-        doc: str = "{}, element by element, with NumPy's broadcasting and dtypes.") -> Callable:
-    """One row of a table: an operation, which also answers for `forward` if that is NumPy's."""
-    operation = primitive(*rules)(forward)
-    operation.__name__ = operation.__qualname__ = name
-    operation.__module__, operation.__doc__ = __name__, doc.format(name)
-    if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
-        _FUNCTIONS[forward] = operation
-    return operation
+def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """The arguments of an operation as its function and rules may have them."""
+    if settings:
+        args, settings = _put_in_place(operation, args, settings)
+    count = operation.operands
+    operands = [a if type(a) in _PLAIN else _admit_operand(operation, a) for a in args[:count]]
+    kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
+    if kinds != {"f"}:
+        operands = _to_floating(operation, operands)
+    if len(args) > count or settings:
+        operands += [_admit_setting(operation, a) for a in args[count:]]
+        settings = {key: _admit_setting(operation, a) for key, a in settings.items()}
+    return tuple(operands), settings
 
 
-def _answers(*functions: Callable) -> Callable:
-    """Decorate what is to be called in place of these NumPy functions when they meet a Tensor."""
+def _to_floating(operation: Callable, operands: list) -> list:
+    """The same with no integers or bools; and an array at least, if there are numbers only."""
+    arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
+    floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
+    for i, a in enumerate(operands):
+        if not _has_gradient(operation, i):
+            continue  # such as the condition of `where`
+        if isinstance(a, np.ndarray) and a.dtype.kind in "biu":
+            operands[i] = a.astype(np.result_type(a.dtype, *floats) if floats else np.float64)
+        elif not arrays and isinstance(a, (int, float)):
+            operands[i] = np.asarray(a, np.float64)
+    return operands
+
+
+def _has_gradient(operation: Callable, i: int) -> bool:
+    return operation.definition is not None or operation.rules[i] is not None
+
+
+def _admit_operand(operation: Callable, a: Any) -> Any:
+    if type(a) is np.ndarray or isinstance(a, (Tensor, int, float)) or a is None:
+        return a
+    if isinstance(a, (list, tuple)):
+        return as_tensor(a) if _holds_tensor(a) else np.asarray(a)
+    if isinstance(a, (np.matrix, np.ma.MaskedArray)):
+        raise TypeError(f"{operation.__name__}: a {type(a).__name__} has operators of its own, which"
+                        " a Tensor's are not; give np.asarray of it")
+    if type(a).__name__ == "Tensor" and hasattr(type(a), "__array_ufunc__"):
+        raise TypeError(f"{operation.__name__}: a Tensor of {type(a).__module__}, which is another copy"
+                        f" of nanoad than {__name__}; import one of them everywhere")
+    return np.asarray(a) if hasattr(a, "__array__") or isinstance(a, np.generic) else a
+
+
+def _holds_tensor(a: Any) -> bool:
+    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
+
+
+def _admit_setting(operation: Callable, a: Any) -> Any:
+    if _tracked(a):
+        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given where a "
+                        "setting belongs (a shape, an axis, an eps, integers), and would get none; "
+                        "use .item() or .numpy()")
+    return _value(a)
+
+
+def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """Operands that were given by name become positional."""
+    code = getattr(inspect.unwrap(operation), "__code__", None)
+    names = code.co_varnames[:code.co_argcount] if code else ()
+    settings = dict(settings)
+    for name in names[len(args):operation.operands]:
+        if name not in settings:
+            break
+        args = (*args, settings.pop(name))
+    return args, settings
+
+
+# ## II.2 NumPy: how does `np.exp(t)` arrive here?
+#
+# NumPy asks an operand that is not its own before it computes. Its elementwise
+# functions (the "ufuncs", like exp) call the operand's `__array_ufunc__`, and most
+# others its `__array_function__`; so `np.exp(t)` is answered by our `exp`:
+#
+#     >>> t = Tensor([0.0, 1.0])
+#     >>> np.exp(t)._op is exp, np.sum(t, axis=0)._op is sum_
+#     (True, True)
+#
+# What answers for which function is in one table, `_FUNCTIONS`, filled where the
+# operations stand. All else is a TypeError for a tracked Tensor: to convert it silently
+# would cut the tape, and the gradient would be wrong. A constant has no gradient to
+# lose; it goes in as the array it holds.
+
+
+def _answers(*functions: Callable | None) -> Callable:
+    """Decorate what is called in place of these functions of NumPy when they meet a
+    Tensor.
+
+    (None stands for a function that the installed NumPy does not have.)
+    """
     def register(answer: Callable) -> Callable:
-        _FUNCTIONS.update(dict.fromkeys(functions, answer))
+        for function in filter(None, functions):
+            _FUNCTIONS[function] = answer
         return answer
+
     return register
 
 
-identity = _op("identity", lambda x: x, lambda g, y, x: g)
-_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g)  # t.copy(), np.copy(t)
-neg = _op("neg", np.negative, lambda g, y, x: -g)
-add = _op("add", np.add, lambda g, y, a, b: g, lambda g, y, a, b: g)
-sub = _op("sub", np.subtract, lambda g, y, a, b: g, lambda g, y, a, b: -g)
-mul = _op("mul", np.multiply, lambda g, y, a, b: g * b, lambda g, y, a, b: g * a)
-div = _op("div", np.true_divide, lambda g, y, a, b: g / b, lambda g, y, a, b: -g * y / b)
-exp = _op("exp", np.exp, lambda g, y, x: g * y)
-expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
-log = _op("log", np.log, lambda g, y, x: g / x)
-log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
-sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
-sin = _op("sin", np.sin, lambda g, y, x: g * np.cos(x))
-cos = _op("cos", np.cos, lambda g, y, x: -g * np.sin(x))
-tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
+def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+    """What `ufunc(*inputs, **kwargs)` gives, one of the inputs or outputs being a Tensor."""
+    out = kwargs.get("out", ())
+    if any(isinstance(a, Tensor) for a in out):
+        raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its result")
+    plain_call = method == "__call__" and not kwargs
+    if plain_call and ufunc in _FUNCTIONS:
+        return _FUNCTIONS[ufunc](*inputs)
+    if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
+        return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
+    how = "" if method == "__call__" else f".{method}"
+    options = f" with {', '.join(kwargs)}=" if kwargs else ""
+    raise TypeError(_no_derivative(ufunc, how + options))
 
-# The derivative of `x ** p` by p is `y log x`, taken as 0 where x is 0. The derivative by x is
-# `p x ** (p - 1)`; for p = 0 the exponent is kept at 0, since 0 to the power -1 is infinite. Small
-# powers are products, ten times faster than the C library's pow.
+
+def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
+                    kwargs: dict) -> Any:
+    """What `function(*args, **kwargs)` of NumPy gives, a Tensor being somewhere among these."""
+    if function in _FUNCTIONS:
+        return _FUNCTIONS[function](*args, **kwargs)
+    items = _flatten((args, kwargs))[0]
+    if function in _WITHOUT_GRADIENT or not any(map(_tracked, items)):
+        return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
+    raise TypeError(_no_derivative(function, ""))
+
+
+# Where something else does the same and has a derivative, the message says so.
+_INSTEAD = {
+    "add.reduce": "np.sum", "add.accumulate": "np.cumsum", "multiply.reduce": "np.prod",
+    "multiply.accumulate": "np.cumprod", "multiply.outer": "np.outer", "maximum.reduce": "np.max",
+    "minimum.reduce": "np.min", "modf": "np.fmod(t, 1)", "put": "np.where", "copyto": "np.where",
+    "place": "np.where", "cumulative_sum": "np.cumsum", "cumulative_prod": "np.cumprod",
+    "block": "np.concatenate",
+}
+
+
+def _no_derivative(function: Callable, options: str) -> str:
+    module = "numpy" if isinstance(function, np.ufunc) else function.__module__
+    name = f"{function.__name__}{options}"
+    instead = _INSTEAD.get(name, "what it has one for (nanoad.functional)")
+    return (f"{module}.{name}: nanoad has no derivative for this; use {instead}, or add it "
+            "(nanoad.primitive), or t.numpy() if none is needed")
+
+
+def _array(self: Tensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    """What NumPy gets that asks for the array itself, as np.asarray and `array[0] = t` do."""
+    if self.requires_grad:
+        raise TypeError("a Tensor that needs a gradient is no array, and as one it would lose it: use "
+                        "np.stack or np.concatenate to join Tensors, nanoad.Tensor([t, u]) for a "
+                        "list of them, and t.numpy() if no gradient is wanted")
+    return (np.array if copy else np.asarray)(self._data, dtype=dtype)
+
+
+Tensor.__array_ufunc__ = _array_ufunc
+Tensor.__array_function__ = _array_function
+Tensor.__array__ = _array
+
+# ## II.3 Element by element
+#
+# Which rules? Most operations are one NumPy function and a rule of one line, so they
+# stand in tables, grouped by kind: the name, the function, the rules. The rule of a
+# function of one variable is `g` times its derivative, and where the derivative is
+# simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
+#
+#     >>> y = np.tanh(0.5)
+#     >>> print(grad(np.tanh)(0.5).item() == 1 - y * y)
+#     True
+#
+# A row also answers for the NumPy function that it computes by. What NumPy code may
+# use, by kind:
+#
+#     arithmetic      add subtract multiply divide remainder fmod divmod negative positive
+#                     square reciprocal power float_power
+#     exponentials    exp exp2 expm1 log log2 log10 log1p logaddexp logaddexp2
+#     roots           sqrt cbrt hypot
+#     angles          sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg degrees radians
+#     hyperbolic      sinh cosh tanh arcsinh arccosh arctanh
+#     choosing        where maximum minimum fmax fmin absolute fabs clip heaviside nan_to_num
+#                     choose select piecewise sort partition
+#     of real input   real conjugate real_if_close copy full_like
+#     moving          roll flip fliplr flipud rot90 repeat tile resize delete insert append
+#                     take take_along_axis diag diagflat diagonal tril triu
+#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis matrix_transpose squeeze
+#                     expand_dims atleast_1d atleast_2d atleast_3d broadcast_to broadcast_arrays
+#                     meshgrid
+#     joining         concatenate stack hstack vstack row_stack dstack column_stack pad
+#     cutting         split array_split hsplit vsplit dsplit unstack
+#     reductions      sum mean average var std max amax min amin ptp prod trace nansum nanmean
+#                     median quantile percentile cov corrcoef trapezoid
+#     scans           cumsum cumprod diff ediff1d gradient
+#     products        matmul dot vdot inner outer einsum tensordot kron cross vecdot matvec vecmat
+#                     convolve correlate interp
+#     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv lstsq norm
+#                     vector_norm matrix_norm cond matrix_power multi_dot
+#
+# Comparisons, roundings and orders (`_WITHOUT_GRADIENT`) give plain arrays, and so does
+# histogram. All else is a TypeError: complex numbers, `fft`, `i0`, `unwrap`, `modf`,
+# `frexp`, `copysign`, the other nan functions, the methods of ufuncs (for
+# `np.add.reduce` there is np.sum), and what writes into an array (`put`, `copyto`,
+# `fill_diagonal`; np.where makes a new one). A remainder, `a - b floor(a/b)`, moves
+# with a; and floor(a/b) is constant between its jumps. (fmod rounds toward zero.)
+mod = _op("mod", np.remainder, lambda g, y, a, b: g, lambda g, y, a, b: -g * (a // b))
+fmod = _op("fmod", np.fmod, lambda g, y, a, b: g, lambda g, y, a, b: -g * np.trunc(a / b))
+
+# The derivative of `x ** p` by x is `p x ** (p - 1)`, and for p = 0 the exponent is
+# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
+# x is 0 and p is not negative.
+
+
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
-_to_the = lambda x, p: _PRODUCTS[p](x) if isinstance(p, (int, float)) and p in _PRODUCTS else x ** p
-power = _op("power", _to_the,
-            lambda g, y, x, p: g * (p * _to_the(x, p - 1 + (p == 0))),
-            lambda g, y, x, p: g * (y * np.log(np.where(x == 0, 1, x))))
 
-# `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does not. The
-# derivative of logaddexp by a is `e^a / (e^a + e^b) = e^(a - y)`; that of softplus is sigmoid(x),
-# or `1 - e^-y`, since `e^y = 1 + e^x`; that of sigmoid is `e^-x y^2 = y (1 - y)`: `1/y = 1 + e^-x`.
-_finite = lambda m: np.where(np.isfinite(m), m, 0)  # or -inf minus a result of -inf would be nan
-logaddexp = _op("logaddexp", np.logaddexp,
-                lambda g, y, a, b: g * np.exp(a - _finite(y)),
-                lambda g, y, a, b: g * np.exp(b - _finite(y)))
-softplus = _op("softplus", lambda x: np.logaddexp(x, 0), lambda g, y, x: -g * np.expm1(-y),
+
+def _raise(x: Any, p: Any) -> Any:
+    """x ** p. Small powers are products, ten times faster than the C library's pow."""
+    if isinstance(p, (int, float)) and p in _PRODUCTS:
+        return _PRODUCTS[p](x)
+    return x ** p
+
+
+power = _op("power", _raise,
+            lambda g, y, x, p: g * (p * _raise(x, p - 1 + (p == 0))),
+            lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
+            answers=np.power)
+
+# Exponentials and logarithms.
+exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
+expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
+log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
+log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
+log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
+
+# Roots and distances. The rule of `hypot`, as of `abs` below, is 0 where both operands
+# are.
+sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
+cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
+hypot = _op("hypot", np.hypot,
+            lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
+            lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
+
+# Angles, and the hyperbolic functions. (`a*a + b*b` would overflow where `hypot` does
+# not.)
+tan = _op("tan", np.tan, lambda g, y, x: g * (1 + y * y))
+arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
+arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
+arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+arctan2 = _op("arctan2", np.arctan2,
+              lambda g, y, a, b: g * (b / np.hypot(a, b) / np.hypot(a, b)),
+              lambda g, y, a, b: -g * (a / np.hypot(a, b) / np.hypot(a, b)))
+deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180))
+rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi))
+sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
+cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
+tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
+arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
+arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / np.sqrt((x - 1) * (x + 1)))
+arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
+
+
+# `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does
+# not. The derivative of softplus is sigmoid(x), or `1 - e^-y`, since `e^y = 1 + e^x`;
+# that of sigmoid is `e^-x y^2 = y (1 - y)`, since `1/y = 1 + e^-x`. The derivative of
+# logaddexp by a is `e^a / (e^a + e^b) = 1 / (1 + e^(b - a))`, which is sigmoid(a - b).
+softplus = _op("softplus", lambda x: np.logaddexp(x, 0),
+               lambda g, y, x: -g * np.expm1(-y),
                doc="log(1 + exp(x)), without overflow.")
-sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)), lambda g, y, x: g * (y * (1 - y)),
+sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)),
+              lambda g, y, x: g * (y * (1 - y)),
               doc="1 / (1 + exp(-x)), without overflow.")
+logaddexp = _op("logaddexp", np.logaddexp,
+                lambda g, y, a, b: g * sigmoid(a - b),
+                lambda g, y, a, b: g * sigmoid(b - a))
+logaddexp2 = _op("logaddexp2", np.logaddexp2,
+                 lambda g, y, a, b: g * sigmoid((a - b) * math.log(2)),
+                 lambda g, y, a, b: g * sigmoid((b - a) * math.log(2)))
 
-# At a kink any slope between the two sides is right: abs and relu take 0 there, and where two
-# operands tie, each gets half. Comparisons give plain bool arrays, which count as 0 and 1.
-abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
-relu = _op("relu", lambda x: np.clip(x, 0, np.inf), lambda g, y, x: g * (x > 0),
-           doc="max(x, 0), element by element.")  # clip, as NumPy's fastest way to say so
-_to_the_winner = (lambda g, y, a, b: g * (a == y) - g * (a == b) * 0.5,
-                  lambda g, y, a, b: g * (b == y) - g * (a == b) * 0.5)
-maximum = _op("maximum", np.maximum, *_to_the_winner)
-minimum = _op("minimum", np.minimum, *_to_the_winner)
-_clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds), lambda g, y, x, *bounds: g * (x == y))
 
-def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
-    """x limited to [low, high], which are constants; the gradient passes where x is within."""
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        raise TypeError("clip: the bounds are constants; for a Tensor use maximum and minimum")
-    return _clip(x, low, high)
+# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
+# 0/0 at 0 and loses its digits nearby. There we add up its series, written as nested
+# products (Horner),
+#
+#     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
+#
+# of which ten terms give all digits of float64 for |x| < 1/2.
+def _sinc_slope(x: Any) -> Any:
+    is_near = np.abs(_value(x)) < 0.5
+    near = np.pi * np.where(is_near, x, 0)
+    far = np.where(is_near, 1, x)
+    series = 1.0
+    for k in range(10, 0, -1):
+        series = 1 - near * near / (2 * k * (2 * k + 3)) * series
+    return np.where(is_near, near * series * (-np.pi / 3),
+                    (np.cos(np.pi * far) - np.sinc(far)) / far)
 
-@primitive(None, lambda g, y, c, a, b: np.where(c, g, 0), lambda g, y, c, a, b: np.where(c, 0, g))
+
+sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
+
+
+# ### Choosing elements
+#
+# What chooses between elements passes the cotangent to the chosen and 0 to the rest. It
+# must not multiply by a mask of 0 and 1, which makes nan of an infinity that was not
+# chosen:
+#
+#     >>> x = Tensor([-1.0, 4.0])
+#     >>> relu(x).backward([np.inf, 1.0])
+#     >>> print(x.grad)
+#     [0. 1.]
+#
+# (An infinite cotangent comes from the slope of sqrt at 0, say.) `np.where(mask, g, 0)`
+# would do, but takes seven times as long as a product when the mask is irregular, for
+# the processor cannot guess its jumps. So we multiply after all, but the *bits* of g,
+# read as an integer.
+@primitive(lambda g, y, x, mask: _chosen(g, mask))
+def _chosen(x: Any, mask: Any) -> Tensor:
+    """x where the bool array `mask` holds, else 0."""
+    if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
+        return np.where(mask, x, x.dtype.type(0))
+    bits = x.view(f"i{x.dtype.itemsize}")
+    return (bits * mask).view(x.dtype)
+
+
+@_answers(np.where)
+@primitive(None,
+           lambda g, y, c, a, b: _chosen(g, c),
+           lambda g, y, c, a, b: _chosen(g, np.logical_not(c)))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """a where the bool array `condition` holds, else b. The condition has no gradient."""
     if np.asarray(condition).dtype.kind != "b":
         raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
+
+
+# At a kink any slope between the two sides is right: abs and relu take 0 there. Of two
+# operands, the result is the one, the other, or, where they tie, both, and then each
+# gets half. A nan is the result of maximum and minimum, and is passed over by fmax and
+# fmin. (Comparisons give plain bool arrays, also of Tensors.)
+def _to_the_chosen(g: Any, y: Any, mine: Any, other: Any) -> Any:
+    """The cotangent of `mine`: g where `other` was not chosen, and half of g where they tie."""
+    return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
+
+
+_of_two = (lambda g, y, a, b: _to_the_chosen(g, y, a, b),
+           lambda g, y, a, b: _to_the_chosen(g, y, b, a))
+maximum = _op("maximum", np.maximum, *_of_two)
+minimum = _op("minimum", np.minimum, *_of_two)
+fmax = _op("fmax", np.fmax, *_of_two)
+fmin = _op("fmin", np.fmin, *_of_two)
+abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
+relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
+           lambda g, y, x: _chosen(g, ~(x <= 0)),
+           doc="max(x, 0), element by element.")
+
+
+_clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds),
+            lambda g, y, x, *bounds: _chosen(g, x == y))
+
+
+def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
+    """x limited to [low, high], constants; the gradient passes where x is within."""
+    if _tracked(low) or _tracked(high):
+        raise TypeError("clip: the bounds are constants; for Tensors use maximum and minimum")
+    return _clip(x, _value(low), _value(high))
+
+
+@_answers(np.clip)
+def _clip_as_numpy(a, a_min=None, a_max=None, *, min=None, max=None):
+    low = min if a_min is None else a_min
+    high = max if a_max is None else a_max
+    return clip(a, low, high)
+
+
+@_answers(np.nan_to_num)
+@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
+def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
+               neginf: float | None = None) -> Tensor:
+    """x with numbers for nan, inf and -inf, whose gradient is 0. (Whatever `copy`, a copy.)"""
+    return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
+
+
+# ### Types, and other names
+#
+_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
+
 
 @primitive(lambda g, y, x, dtype: g)
 def astype(x: Any, dtype: Any) -> Tensor:
@@ -807,34 +1545,1886 @@ def astype(x: Any, dtype: Any) -> Tensor:
         raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
     return x.astype(dtype)
 
-# ### How to add an operation
+
+# What NumPy has under another name, or what is a line of the above. (All numbers here
+# are real.)
+_FUNCTIONS.update({
+    np.conjugate: identity, np.real: identity, np.real_if_close: identity,
+    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
+})
+_answers(np.square)(lambda x: x * x)
+_answers(np.reciprocal)(lambda x: 1 / x)
+_answers(np.float_power)(lambda a, b: power(astype(a, np.float64), b))
+_answers(np.divmod)(lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)))
+
+
+@_answers(np.heaviside)
+def _heaviside(x, at_zero):
+    """0 below zero, 1 above, `at_zero` at zero, which is what has a derivative."""
+    x = _value(x)
+    return where(np.equal(x, 0), at_zero, np.heaviside(x, 0))
+
+
+@_answers(np.histogram)
+def _histogram(a, bins=10, range=None, density=None, weights=None):
+    if _tracked(weights):
+        raise TypeError("np.histogram: no derivative by its weights; use nanoad.scatter_add")
+    return np.histogram(_value(a), _value(bins), range, density, _value(weights))
+
+
+# These have derivative zero wherever it exists, or ask for a shape or an order: they
+# give plain arrays. So do those that count, sort into bins and compare, which choose by
+# the values alone.
+_WITHOUT_GRADIENT = {getattr(np, name) for name in """
+    sign floor ceil trunc rint fix round around floor_divide imag angle
+    isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj signbit
+    equal not_equal less less_equal greater greater_equal
+    logical_and logical_or logical_not logical_xor
+    isclose allclose array_equal array_equiv isin any all
+    argmax argmin nanargmax nanargmin argsort argpartition argwhere lexsort searchsorted
+    nonzero flatnonzero count_nonzero digitize unique
+    shape ndim size zeros_like ones_like empty_like
+    result_type can_cast may_share_memory shares_memory
+    array2string array_repr array_str
+    """.split()} | {np.linalg.matrix_rank}
+
+
+# ## II.4 Moving elements
 #
-# Write the function and one rule per operand; nothing is registered, unless it is to be a method or
-# to answer a function of `np` (the tables end this chapter). The function may use all of NumPy, for
-# it only meets arrays; rules use operators, functions of `np`, operations. `check_grad` tests both.
+# What undoes a move? Sending each element back to where it came from. And if it was
+# taken twice, both cotangents must arrive there, so they are *added*:
 #
-#     >>> @primitive(lambda g, y, x: g / (1 + x * x))
-#     ... def arctan(x):
-#     ...     return np.arctan(x)
+#     >>> x = Tensor([1.0, 2.0, 3.0])
+#     >>> x[[0, 0, 2]].sum().backward()
+#     >>> print(x.grad)
+#     [2. 0. 1.]
+#
+# Indexing takes elements out, scatter-add puts them back, and each is the other's rule.
+# A basic index (numbers and slices) or a mask names no element twice, and is written to
+# directly. For the others there is `np.add.at`, but it is slow; numbering the elements
+# and counting the numbers with weights does the same and is fast.
+getitem = _op("getitem", lambda x, index: x[index],
+              lambda g, y, x, index: scatter_add(g, index, x.shape),
+              doc="x[index], with NumPy's basic and advanced indexing.")
+
+
+@primitive(lambda g, y, x, index, shape: g[index])
+def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
+    """Zeros of `shape`, and the elements of x added at `index`: the transpose of indexing."""
+    out = np.zeros(shape, x.dtype)
+    if _names_none_twice(index):
+        out[index] = x
+        return out
+
+    if x.dtype.itemsize > 8:  # a longdouble, which bincount would round
+        np.add.at(out, index, x)
+        return out
+
+    numbers = np.arange(out.size).reshape(shape)[index]
+    weights = np.broadcast_to(x, numbers.shape)
+    sums = np.bincount(numbers.ravel(), weights.ravel(), out.size)  # float64
+    return sums.reshape(shape).astype(x.dtype)
+
+
+def _names_none_twice(index: Any) -> bool:
+    """Whether `index` is a mask, or made of numbers and slices only."""
+    if isinstance(index, np.ndarray) and index.dtype == bool:
+        return True
+    parts = index if isinstance(index, tuple) else (index,)
+    basic = (int, np.integer, slice, type(None), type(...))
+    return all(isinstance(part, basic) for part in parts)
+
+
+# Whatever NumPy can do that only moves or repeats elements has the same rule. Let it
+# loose on the *positions* 1, 2, 3, ... instead of the elements, and the result tells
+# where each element came from, so we know where to send its cotangent. What it fills
+# with zeros came from position 0.
+#
+#     >>> print(np.tril(np.arange(1, 5).reshape(2, 2)))  # tril of x: positions 1, 3 and 4
+#     [[1 0]
+#      [3 4]]
+#
+_np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
+
+
+def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
+    """The operation `move`, whose result holds elements of its first argument, and zeros."""
+
+    def send_back(g: Any, y: Any, x: Any, *settings: Any, **named: Any) -> Any:
+        positions = np.arange(1, x.size + 1).reshape(x.shape)
+        came_from = move(positions, *settings, **named)
+        return scatter_add(g, came_from, (x.size + 1,))[1:].reshape(x.shape)
+
+    return _np_op(name, move, send_back, answers=answers)
+
+
+roll = _moves("roll", np.roll)
+flip = _moves("flip", np.flip)
+rot90 = _moves("rot90", np.rot90)
+repeat = _moves("repeat", np.repeat)
+tile = _moves("tile", np.tile)
+diag = _moves("diag", np.diag)
+diagonal = _moves("diagonal", np.diagonal)
+tril = _moves("tril", np.tril)
+triu = _moves("triu", np.triu)
+for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
+    _moves(_move.__name__, _move)  # these are only called by NumPy's name
+
+
+def _take(a, indices, axis=None, *, mode="raise"):  # np.take has `out`, too
+    return np.take(a, indices, axis, mode=mode)
+
+
+take = _moves("take", _take, answers=np.take)
+
+
+def _take_along_axis(arr, indices, axis=-1):  # before NumPy 2.3, np's axis has no default
+    return np.take_along_axis(arr, indices, axis)
+
+
+take_along_axis = _moves("take_along_axis", _take_along_axis, answers=np.take_along_axis)
+
+
+# Sorting moves elements, too; their order tells which. (Equal elements stay in order.)
+@_answers(np.sort)
+def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
+    """A copy of x, sorted along an axis; None flattens it first. (So is `t.sort()`.)"""
+    order = np.argsort(_value(x), axis, kind or "stable")
+    return take_along_axis(x, order, axis)
+
+
+@_answers(np.partition)
+def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
+              kind: str = "introselect") -> Tensor:
+    """x with element number `kth` where sorting would put it, as np.partition has it."""
+    order = np.argpartition(_value(x), kth, axis, kind)
+    return take_along_axis(x, order, axis)
+
+
+# ### The same elements in another shape
+#
+# NumPy does these without touching an element (the results are views), so their rules
+# had better not count positions. What undoes them is of the same kind. A permutation's
+# inverse is its argsort.
+def _in_the_shape_of_x(g: Any, y: Any, x: Any, *_: Any, **__: Any) -> Any:
+    return g.reshape(x.shape)
+
+
+def _permuted_back(g: Any, y: Any, x: Any, *axes: Any) -> Any:
+    if not axes or axes[0] is None:
+        return g.T
+    order = np.ravel(axes) % x.ndim
+    return g.transpose(np.argsort(order))
+
+
+reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
+expand_dims = _np_op("expand_dims", lambda x, axis: np.expand_dims(x, axis),
+                     _in_the_shape_of_x,
+                     answers=np.expand_dims)
+squeeze = _np_op("squeeze", lambda x, axis=None: np.squeeze(x, axis),
+                 _in_the_shape_of_x,
+                 answers=np.squeeze)
+transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes), _permuted_back)
+swapaxes = _np_op("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
+                  lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2),
+                  answers=np.swapaxes)
+moveaxis = _np_op("moveaxis", lambda x, source, destination: np.moveaxis(x, source, destination),
+                  lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
+                  answers=np.moveaxis)
+broadcast_to = _np_op("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
+                      lambda g, y, x, shape: g,  # the sum over the copies is the walk's
+                      answers=np.broadcast_to)
+_answers(np.transpose)(lambda a, axes=None: transpose(a, axes))
+_answers(np.ravel)(lambda a: reshape(a, -1))
+
+
+@_answers(np.reshape)
+def _reshape_as_numpy(a, shape=None, *, newshape=None):  # its name before NumPy 2.1
+    return reshape(a, newshape if shape is None else shape)
+
+
+def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """x with the axes from `start_dim` to `end_dim` joined into one, as by torch.flatten."""
+    shape = np.shape(_value(x)) or (1,)
+    axes = range(len(shape))
+    try:
+        first, last = axes[start_dim], axes[end_dim]
+    except (IndexError, TypeError):
+        first, last = 1, 0
+    if first > last:
+        raise ValueError(f"flatten of shape {shape}: there are no axes "
+                         f"{start_dim!r} to {end_dim!r}")
+    joined = math.prod(shape[first:last + 1])
+    return reshape(x, (*shape[:first], joined, *shape[last + 1:]))
+
+
+def _at_least(function: Callable) -> None:
+    """np.atleast_1d and its kin: NumPy says which shape an array gets."""
+    @_answers(function)
+    def answer(*arrays):
+        results = tuple(reshape(a, function(_value(as_tensor(a))).shape) for a in arrays)
+        return results[0] if len(results) == 1 else results
+
+
+for _function in (np.atleast_1d, np.atleast_2d, np.atleast_3d):
+    _at_least(_function)
+
+
+# (From NumPy 2.1 on.)
+_answers(getattr(np, "unstack", None))(lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)))
+_answers(getattr(np, "matrix_transpose", None))(lambda x: swapaxes(x, -1, -2))
+
+
+@_answers(np.full_like)
+def _full_like(a, fill_value, dtype=None):
+    return broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a))
+
+
+@_answers(np.broadcast_arrays)
+def _broadcast_arrays(*arrays):
+    shape = np.broadcast_shapes(*map(np.shape, arrays))
+    return tuple(broadcast_to(a, shape) for a in arrays)
+
+
+@_answers(np.meshgrid)
+def _meshgrid(*xi, indexing="xy", sparse=False):
+    """One grid for each of the coordinates xi: grid i varies along axis i.
+
+    ("xy" exchanges the first two axes, and is what NumPy does if nothing is said.)
+    """
+    if indexing not in ("xy", "ij"):
+        raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
+    n = len(xi)
+    grids = []
+    for i, x in enumerate(xi):
+        grids.append(reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i)))
+    if indexing == "xy" and n > 1:
+        grids = [swapaxes(grid, 0, 1) for grid in grids]
+    return tuple(grids) if sparse else _broadcast_arrays(*grids)
+
+
+# ### Joined, cut, and framed
+#
+# Each operand of a concatenation receives the slice of g that lies where it was put.
+def _slice(x: Any, axis: int, start: int, n: int) -> Any:
+    """x[start:start + n] along an axis."""
+    before = (slice(None),) * (axis % x.ndim)
+    return x[(*before, slice(start, start + n))]
+
+
+def _slice_of_operand(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
+    start = sum(x.shape[axis] for x in xs[:i])
+    return _slice(g, axis, start, xs[i].shape[axis])
+
+
+@primitive(each=_slice_of_operand)
+def _concatenate(*xs: Any, axis: int) -> Tensor:
+    return np.concatenate(xs, axis)
+
+
+@_answers(np.concatenate)
+def concatenate(tensors: Sequence, axis: int | None = 0) -> Tensor:
+    """The tensors joined end to end along an axis they have; None flattens them first."""
+    if axis is None:
+        return _concatenate(*(reshape(t, -1) for t in tensors), axis=0)
+    return _concatenate(*map(as_tensor, tensors), axis=axis)
+
+
+@_answers(np.stack)
+def stack(tensors: Sequence, axis: int = 0) -> Tensor:
+    """The tensors, all of one shape, side by side along a new axis."""
+    shapes = {np.shape(t) for t in tensors}
+    if len(shapes) != 1:
+        raise ValueError(f"stack: needs tensors of one shape, and got {sorted(shapes)}")
+    return concatenate([expand_dims(t, axis) for t in tensors], axis)
+
+
+_answers(np.append)(lambda arr, values, axis=None: concatenate([arr, values], axis))
+
+
+@_answers(np.vstack, getattr(np, "row_stack", None))
+def _vstack(tup):
+    return concatenate([np.atleast_2d(as_tensor(t)) for t in tup])
+
+
+@_answers(np.dstack)
+def _dstack(tup):
+    return concatenate([np.atleast_3d(as_tensor(t)) for t in tup], 2)
+
+
+@_answers(np.hstack)
+def _hstack(tup):
+    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
+    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
+
+
+@_answers(np.column_stack)
+def _column_stack(tup):
+    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
+    return concatenate([t.reshape(-1, 1) if t.ndim == 1 else t for t in tensors], 1)
+
+
+# np.insert and np.choose take elements of several arrays. The positions again: those of
+# the arrays laid end to end.
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    """move(*operands), which only moves or repeats elements of the operands."""
+    tensors = [as_tensor(a) for a in operands]
+    positions, start = [], 0
+    for t in tensors:
+        positions.append(np.arange(start, start + t.size).reshape(t.shape))
+        start += t.size
+    return concatenate(tensors, axis=None)[move(*positions)]
+
+
+@_answers(np.insert)
+def _insert(arr, obj, values, axis=None):
+    values = astype(values, np.asarray(_value(arr)).dtype)
+    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
+
+
+@_answers(np.choose)
+def _choose(a, choices, *, mode="raise"):
+    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
+
+
+@_answers(np.select)
+def _select(condlist, choicelist, default=0):
+    result = default
+    for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
+        result = where(condition, choice, result)
+    return result
+
+
+@_answers(np.piecewise)
+def _piecewise(x, condlist, funclist, *args, **kw):
+    """Each function is called with its part of x only. Of several conditions the last counts."""
+    masks = list(np.reshape(condlist, (-1, *np.shape(x))))
+    if len(funclist) == len(masks) + 1:  # the last one is for the rest
+        masks.append(~np.any(masks, axis=0))
+    if len(funclist) != len(masks):
+        raise ValueError(f"np.piecewise: {len(masks)} conditions, {len(funclist)} functions")
+
+    result = np.zeros_like(x)
+    done = np.zeros(np.shape(x), bool)
+    for mask, f in reversed(list(zip(masks, funclist))):
+        mask = mask & ~done
+        value = f(x[mask], *args, **kw) if callable(f) else f
+        result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
+        done = done | mask
+    return result
+
+
+def _pieces(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
+    """x cut along an axis, where `cut` (np.split or np.array_split) cuts a row of numbers."""
+    x = as_tensor(x)
+    try:
+        pieces = cut(np.arange(x.shape[axis]), where_to_cut)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
+    return [_slice(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
+
+
+def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
+    """x cut along an axis into equal sections (a number) or at indices (a list)."""
+    return _pieces(np.split, x, sections, axis)
+
+
+@_answers(np.split)
+def _split_as_numpy(ary, indices_or_sections, axis=0):
+    return split(ary, indices_or_sections, axis)
+
+
+@_answers(np.array_split)
+def _array_split(ary, indices_or_sections, axis=0):
+    return _pieces(np.array_split, ary, indices_or_sections, axis)
+
+
+@_answers(np.hsplit)
+def _hsplit(ary, indices_or_sections):
+    return split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1)
+
+
+_answers(np.vsplit)(lambda ary, indices_or_sections: split(ary, indices_or_sections, 0))
+_answers(np.dsplit)(lambda ary, indices_or_sections: split(ary, indices_or_sections, 2))
+
+
+# A frame of zeros is taken off again. (Frames made of the elements themselves are moves.)
+def _inside(g: Any, y: Any, x: Any, pad_width: Any, value: Any) -> Any:
+    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]
+    return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
+
+
+_pad_with_constant = _op("pad", lambda x, pad_width, value:
+                         np.pad(x, pad_width, constant_values=value), _inside)
+_pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_width, mode))
+
+
+@_answers(np.pad)
+def pad(x: Any, pad_width: Any, mode: str = "constant", *,
+        constant_values: float = 0) -> Tensor:
+    """x in a frame of zeros: as wide as a number, (before, after), a pair per axis, or
+    {axis: pair}.
+
+    The frame may be of other `constant_values`; or of elements of x, by np.pad's modes
+    "edge", "reflect", "symmetric" and "wrap".
+    """
+    if isinstance(pad_width, dict):
+        pairs = np.zeros((np.ndim(x), 2), int)
+        for axis, pair in pad_width.items():
+            pairs[axis] = pair
+        pad_width = pairs
+    if mode in ("edge", "reflect", "symmetric", "wrap"):
+        return _pad_with_elements(x, pad_width, mode)
+    if mode != "constant":
+        raise TypeError(f"pad: no derivative for mode={mode!r}; there is one for constant, edge, "
+                        "reflect, symmetric and wrap")
+    return _pad_with_constant(x, pad_width, constant_values)
+
+
+# ## II.5 Reductions
+#
+# What does a sum hand back? Take x of shape (4, 3) and `y = sum(x, axis=0)`, of shape
+# (3,). Move one element `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by
+# `g[j] * dx`. So `x[i, j]` receives `g[j]`, whatever i is: a sum hands its cotangent,
+# as it is, to everything it added up.
+#
+#     >>> x = Tensor(np.ones((4, 3)))
+#     >>> x.sum(axis=0).backward([1.0, 2.0, 3.0])
+#     >>> print(x.grad[0], x.grad[3])
+#     [1. 2. 3.] [1. 2. 3.]
+#
+# In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is
+# `_restore`, and is stretched along it, (4, 3). Stretching and sum are each other's
+# rule, as with indexing. A mean is a sum over n, and hands everybody an n-th of g.
+def _restore(r: Any, x: Any, axis: Any) -> Any:
+    """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
+    return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
+
+
+def _stretch(g: Any, x: Any, axis: Any) -> Any:
+    return np.broadcast_to(_restore(g, x, axis), x.shape)
+
+
+# ### Sums of short rows
+#
+# `np.sum` is all that a sum needs. But it starts anew for every row, which for rows of
+# 64 numbers is most of its time. Over the last axes a sum is also a product with ones,
+# for which there is BLAS. NumPy adds in pairs and rounds off less, which matters for
+# float64 and for long rows, so those, and sums over a whole array, are left to it. The
+# largest of each row comes by `reduceat`. (np.dot lets other Python threads run
+# meanwhile; `@` does so only if its *result* is large.)
+_ones = functools.lru_cache(16)(np.ones)
+
+
+def _rows(x: Any) -> Any:
+    """x with all axes but the last joined into one."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _row_sum(x: Any, axis: Any = -1) -> Any:
+    """sum(x, axis, keepdims=True), in array code."""
+    if axis not in (-1, x.ndim - 1):
+        return np.sum(x, axis=axis, keepdims=True)
+    return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
+
+
+def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
+    """max(x, axis, keepdims=True)."""
+    if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
+        return np.max(x, axis=axis, keepdims=True)
+    starts = np.arange(0, x.size, x.shape[-1])
+    rows = np.maximum.reduceat(x.reshape(-1), starts)
+    return rows.reshape(*x.shape[:-1], 1)
+
+
+def _last_axes(x: np.ndarray, axis: Any) -> int:
+    """How many axes `axis` names, if they are the last ones and not all; else 0."""
+    named = axis if isinstance(axis, tuple) else (axis,)
+    axes = sorted(a + x.ndim if a < 0 else a for a in named)
+    n = len(axes)
+    return n if n < x.ndim and axes == list(range(x.ndim - n, x.ndim)) else 0
+
+
+def _sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+    """np.sum, but fast for short rows of float32; of float16, a float32 that cannot overflow."""
+    if x.dtype == np.float16:
+        return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
+
+    if x.dtype == np.float32 and axis is not None:
+        n = _last_axes(x, axis)
+        length = math.prod(x.shape[-n:])
+        if n and length <= 4096:
+            kept = x.shape[:-n]
+            sums = _row_sum(x.reshape(*kept, length))  # (..., 1)
+            return sums.reshape(kept + (1,) * n if keepdims else kept)
+
+    return np.sum(x, axis=axis, keepdims=keepdims)
+
+
+# ### Sum, mean, variance, extremes
+#
+@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
+def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The sum over all elements, or over the axes given."""
+    return _sum(x, axis, keepdims).astype(x.dtype, copy=False)
+
+
+@primitive(lambda g, y, x, axis=None, keepdims=False:
+           _stretch(g * (y.size / max(1, x.size)), x, axis))
+def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The mean over all elements, or over the axes given."""
+    total = _sum(x, axis, keepdims)
+    n = x.size // max(1, total.size)
+    return (total / n).astype(x.dtype, copy=False)
+
+
+def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
+        keepdims: bool = False) -> Tensor:
+    """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
+    x = as_tensor(x)
+    if x.dtype == np.float16:  # whose squares overflow above 256
+        return astype(var(astype(x, np.float32), axis, ddof, keepdims), np.float16)
+
+    total = sum_(x, axis, keepdims=True)
+    n = x.size // max(1, total.size)
+    if n <= ddof and total.size:
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few "
+                         f"for ddof={ddof}")
+    centred = x - total / n
+    return sum_(centred * centred, axis, keepdims) / (n - ddof)
+
+
+def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
+        keepdims: bool = False) -> Tensor:
+    """The standard deviation, the square root of `var`. Its gradient is 0 at equal elements."""
+    variance = var(x, axis, ddof, keepdims)
+    is_zero = variance == 0  # where the slope of sqrt is infinite, and that of var 0
+    return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
+
+
+# The largest element passes its cotangent on; several that tie share it evenly. A nan
+# counts as the largest, and the smallest, and leaves no element of its row a gradient
+# that is a number.
+def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    y, g = _restore(y, x, axis), _restore(g, x, axis)
+    is_nan = np.isnan(y)
+    winners = (x == y) | is_nan
+    count = np.sum(winners, axis, keepdims=True, dtype=x.dtype)
+    return _chosen(np.where(is_nan, np.nan, g / count), winners)
+
+
+@primitive(_to_ties)
+def max_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The largest element, or the largest over the axes given."""
+    return np.max(x, axis, keepdims=keepdims)
+
+
+@primitive(_to_ties)
+def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The smallest element, or the smallest over the axes given."""
+    return np.min(x, axis, keepdims=keepdims)
+
+
+# ### Exponentials, added up
+#
+# The exponentials of large numbers overflow. So the largest is subtracted first, and
+# nothing exceeds exp(0) = 1. logsumexp adds it back at the end; in softmax it cancels.
+# The derivative of logsumexp is `exp(x) / sum(exp(x))`, the softmax, which is exp(x -
+# y).
+@primitive(lambda g, y, x, axis=None, keepdims=False:
+           _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
+def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """log(sum(exp(x))), without overflow."""
+    top = np.max(x, axis=axis, keepdims=True)
+    top = np.where(np.isfinite(top), top, x.dtype.type(0))  # -inf - -inf would be nan
+    with np.errstate(divide="ignore"):  # log(0) = -inf is right for a row of -inf
+        y = np.log(_sum(np.exp(x - top), axis, keepdims=True)) + top
+    return (y if keepdims else np.squeeze(y, axis)).astype(x.dtype, copy=False)
+
+
+# With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`, so `g` comes back as
+# `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
+@primitive(lambda g, y, x, axis=-1: y * (g - _row_sum(g * y, axis)))
+def softmax(x: Any, axis: int = -1) -> Tensor:
+    """exp(x) / sum(exp(x)) along an axis."""
+    e = x - _row_max(x, axis)
+    np.exp(e, out=e)
+    return np.multiply(e, 1 / _row_sum(e, axis), out=e)
+
+
+@primitive(lambda g, y, x, axis=-1: g - np.exp(y) * _row_sum(g, axis))
+def log_softmax(x: Any, axis: int = -1) -> Tensor:
+    """The logarithm of softmax, exact also where softmax underflows."""
+    z = x - _row_max(x, axis)
+    return np.subtract(z, np.log(_row_sum(np.exp(z), axis)), out=z)
+
+
+# ### Products, and running sums
+#
+# What multiplies zeros must not divide by an element to leave it out. So a product is
+# taken by halves, the first half times the second, until one element is left; `mul`
+# knows the rest, to all orders. A running product takes log2(n) steps, too: after the
+# first, each element is multiplied with its neighbour, then with the one 2 before it, 4
+# before it (Hillis and Steele, 1986). A running sum hands each element's cotangent to
+# all before it: it is a running sum from the end.
+def _joined(x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
+    """x with the axes named joined into one, which is the last; and their numbers."""
+    x = as_tensor(x)
+    if axis is None:
+        axis = tuple(range(x.ndim))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
+    kept = moved.shape[:x.ndim - len(axes)]
+    joined = math.prod(moved.shape[len(kept):])
+    return reshape(moved, (*kept, joined)), tuple(a % x.ndim for a in axes)
+
+
+def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The product of all elements, or over the axes given. Zeros are no special case."""
+    x, axes = _joined(x, axis)  # (..., n)
+    if x.shape[-1] == 0:
+        x = 1 + sum_(x, -1, keepdims=True)
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        odd_one = x[..., 2 * half:]
+        x = concatenate([x[..., :half] * x[..., half:2 * half], odd_one], -1)
+    y = x[..., 0]
+    return expand_dims(y, axes) if keepdims else y
+
+
+@primitive(lambda g, y, x, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis))
+def _cumsum(x: Any, axis: int) -> Tensor:
+    return np.cumsum(x, axis)
+
+
+def cumsum(x: Any, axis: int | None = None) -> Tensor:
+    """The running sum along an axis; None flattens x first."""
+    return _cumsum(reshape(x, -1), 0) if axis is None else _cumsum(x, axis)
+
+
+def cumprod(x: Any, axis: int | None = None) -> Tensor:
+    """The running product along an axis; None flattens x first."""
+    y = reshape(x, -1) if axis is None else moveaxis(as_tensor(x), axis, -1)
+    step = 1
+    while step < y.shape[-1]:
+        y = concatenate([y[..., :step], y[..., step:] * y[..., :-step]], -1)
+        step *= 2
+    return y if axis is None else moveaxis(y, -1, axis)
+
+
+# ### Order statistics
+#
+# A quantile lies between two neighbours in sorted order. NumPy tells where: the
+# quantile of the numbers 0, 1, ..., n - 1 is the place itself, say 2.5 for the middle
+# of the third and the fourth. Then the gradient goes to these two. (Of equal elements,
+# to those that the sorting put there.)
+@_answers(np.quantile)
+def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
+             keepdims: bool = False) -> Tensor:
+    """The numbers below which a part q of the elements lies; `method` as of np.quantile."""
+    x, axes = _joined(x, axis)  # (..., n)
+    n = x.shape[-1]
+    if n == 0:
+        raise ValueError("quantile: there are no elements along the axis given")
+    place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
+    below = np.floor(place).astype(int)
+    above = np.ceil(place).astype(int)
+    part = place - below
+
+    ordered = sort(x, -1)
+    y = ordered[..., below]  # (..., *q's shape)
+    if part.any():
+        between = y * (1 - part).astype(x.dtype) + ordered[..., above] * part.astype(x.dtype)
+        y = where(part > 0, between, y)
+    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
+    y = where(np.isnan(last), np.nan, y)  # a nan sorts last
+
+    if keepdims:
+        y = expand_dims(y, axes)
+    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))
+
+
+@_answers(np.median)
+def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The middle element, or the mean of the two in the middle."""
+    return quantile(x, 0.5, axis, keepdims=keepdims)
+
+
+@_answers(np.percentile)
+def _percentile(a, q, axis=None, *, method="linear", keepdims=False):
+    return quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims)
+
+
+# ### Lines of the above, under NumPy's names
+#
+def _reduction(function: Callable, op: Callable) -> None:
+    """Answer for a reduction of NumPy, whose third argument is a dtype."""
+    @_answers(function)
+    def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
+        return op(a if dtype is None else astype(a, dtype), axis, **more)
+
+
+for _function, _f in ((np.sum, sum_), (np.mean, mean), (np.var, var), (np.std, std),
+                      (np.prod, prod), (np.cumsum, cumsum), (np.cumprod, cumprod)):
+    _reduction(_function, _f)
+_answers(np.max, np.amax)(lambda a, axis=None, *, keepdims=False: max_(a, axis, keepdims))
+_answers(np.min, np.amin)(lambda a, axis=None, *, keepdims=False: min_(a, axis, keepdims))
+
+
+@_answers(np.ptp)
+def _ptp(a, axis=None, *, keepdims=False):
+    return max_(a, axis, keepdims) - min_(a, axis, keepdims)
+
+
+def _nansum(a, axis=None, keepdims=False):
+    return sum_(where(np.isnan(a), 0, a), axis, keepdims)
+
+
+def _nanmean(a, axis=None, keepdims=False):
+    count = np.sum(~np.isnan(a), axis, dtype=a.dtype, keepdims=keepdims)
+    return _nansum(a, axis, keepdims) / count
+
+
+_reduction(np.nansum, _nansum)
+_reduction(np.nanmean, _nanmean)
+
+
+@_answers(np.average)
+def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
+            returned: bool = False, *, keepdims: bool = False) -> Any:
+    """The mean, each element counted with its weight; with `returned`, (mean, sum of
+    weights).
+
+    The weights have the shape of x, or, for a single axis, its length.
+    """
+    x = as_tensor(x)
+    weights = np.ones_like(x) if weights is None else as_tensor(weights)
+    if weights.shape != x.shape:
+        if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
+            raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of shape "
+                             f"{weights.shape} fit neither that nor the axis")
+        weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
+    total = sum_(weights, axis, keepdims)
+    y = sum_(x * weights, axis, keepdims) / total
+    return (y, total) if returned else y
+
+
+@_answers(np.trace)
+def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
+    """The sum along a diagonal."""
+    return sum_(diagonal(x, offset, axis1, axis2), -1)
+
+
+@_answers(np.diff)
+def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None, append: Any = None) -> Tensor:
+    """The differences of neighbours along an axis, n times over, as by np.diff."""
+    x = as_tensor(x)
+    pieces = [piece for piece in (prepend, x, append) if piece is not None]
+    if len(pieces) > 1:
+        x = concatenate([_as_slice_of(x, axis, piece) for piece in pieces], axis)
+    y = moveaxis(x, axis, 0)
+    for _ in range(n):
+        y = y[1:] - y[:-1]
+    return moveaxis(y, 0, axis)
+
+
+def _as_slice_of(x: Tensor, axis: int, piece: Any) -> Any:
+    """`piece`; if it is a number, a slice of x of thickness 1 that is full of it."""
+    if np.ndim(piece):
+        return piece
+    shape = list(x.shape)
+    shape[axis] = 1
+    return broadcast_to(astype(piece, x.dtype), tuple(shape))
+
+
+@_answers(np.ediff1d)
+def _ediff1d(ary, to_end=None, to_begin=None):
+    pieces = [to_begin, diff(reshape(ary, -1)), to_end]
+    return concatenate([piece for piece in pieces if piece is not None], axis=None)
+
+
+@_answers(getattr(np, "trapezoid", None) or np.trapz)  # its name before NumPy 2
+def _trapezoid(y, x=None, dx=1.0, axis=-1):
+    """The integral of y over x by trapezoids: the width of each times its mean height."""
+    y = moveaxis(as_tensor(y), axis, -1)
+    if x is not None:
+        dx = diff(x) if np.ndim(x) == 1 else diff(moveaxis(as_tensor(x), axis, -1))
+    return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
+
+
+# The slope in the middle of three points is the mean of the slopes on both sides, the
+# nearer one counted more. At an end it is that of the only side, or (`edge_order=2`)
+# what makes the slopes at both ends of the last piece have this for their mean, as
+# those of a parabola do.
+def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
+    f = moveaxis(f, axis, 0)  # (n, ...)
+    spacing = astype(spacing, f.dtype)
+    steps = diff(spacing) if spacing.ndim else broadcast_to(spacing, (len(f) - 1,))
+    steps = reshape(steps, (-1,) + (1,) * (f.ndim - 1))
+    rise = (f[1:] - f[:-1]) / steps
+    before, after = steps[:-1], steps[1:]
+    inner = (rise[:-1] * after + rise[1:] * before) / (before + after)
+    first, last = rise[:1], rise[-1:]
+    if edge_order == 2:
+        first, last = 2 * first - inner[:1], 2 * last - inner[-1:]
+    return moveaxis(concatenate([first, inner, last]), 0, axis)
+
+
+@_answers(np.gradient)
+def _gradient(f, *varargs, axis=None, edge_order=1):
+    """The slopes from neighbour to neighbour along each axis of f (not what nanoad calls one)."""
+    f = as_tensor(f)
+    axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
+    spacings = varargs or (1.0,)
+    if len(spacings) == 1:
+        spacings = spacings * len(axes)
+    if len(spacings) != len(axes) or edge_order not in (1, 2):
+        raise TypeError(f"np.gradient: {len(varargs)} spacings for {len(axes)} axes, and "
+                        f"edge_order={edge_order} (1 or 2)")
+    if any(f.shape[a] < edge_order + 1 for a in axes):
+        raise ValueError(f"np.gradient of shape {f.shape}: needs {edge_order + 1} elements along "
+                         "each axis")
+    slopes = [_slope(f, h, a, edge_order) for h, a in zip(spacings, axes)]
+    return slopes[0] if len(slopes) == 1 else slopes
+
+
+@_answers(np.cov)
+def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
+    """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
+    def as_rows(a):
+        a = np.atleast_2d(astype(a, dtype))
+        return a.T if not rowvar and np.ndim(m) > 1 else a
+
+    x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
+    ddof = int(not bias) if ddof is None else ddof
+    centred = x - mean(x, 1, keepdims=True)
+    return squeeze(centred @ centred.T / (x.shape[1] - ddof))
+
+
+@_answers(np.corrcoef)
+def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
+    c = _cov(x, y, rowvar, dtype=dtype)
+    if c.ndim == 0:
+        return c / c
+    spread = sqrt(diagonal(c))
+    return c / spread[:, None] / spread
+
+
+# ## II.6 Linear algebra
+#
+# Why the transposes in the rules of this section? For `Y = A B`, each
+# `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it receives
+# `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless they are
+# square, the shapes alone allow nothing else.
+#
+#     >>> A, B = Tensor([[1.0, 2.0]]), Tensor([[3.0], [5.0]])
+#     >>> (A @ B).backward(grad=[[10.0]])
+#     >>> print(A.grad, B.grad.T)
+#     [[30. 50.]] [[10. 20.]]
+def _mT(a: Any) -> Any:
+    """The transpose of a matrix, or of each in a stack. (As the method mT of NumPy 2.)"""
+    return a.swapaxes(-1, -2)
+
+
+def _with_shape(x: Any) -> Any:
+    """x, which is a Tensor or an array, or a Tensor made of it: something with a shape."""
+    return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
+
+
+def _if_there(module: Any, *names: str) -> list[Callable]:
+    """NumPy's functions of these names, without those that an older NumPy lacks."""
+    return [getattr(module, name) for name in names if hasattr(module, name)]
+
+
+@primitive(lambda g, y, a, b: g @ _mT(b),
+           lambda g, y, a, b: _mT(a) @ g)
+def _matmul(a: Any, b: Any) -> Tensor:
+    return np.matmul(a, b)  # matrices, or stacks of them
+
+
+# NumPy's `@` also takes vectors. A vector is a matrix of one row or one column, and a
+# stack that meets a single matrix is one long matrix of all its rows, which BLAS
+# multiplies in one go.
+@_answers(np.matmul, *_if_there(np.linalg, "matmul"))
+def matmul(a: Any, b: Any) -> Tensor:
+    """a @ b as NumPy has it for every rank: vectors, matrices, stacks of matrices."""
+    a, b = _with_shape(a), _with_shape(b)
+    rank_a, rank_b = a.ndim, b.ndim
+    if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[max(rank_b - 2, 0)]:
+        raise ValueError(f"matmul of {a.shape}, {b.shape}: a's last axis must be as long as "
+                         "b's last but one (a vector's only one); for a number use *")
+
+    if rank_b == 1:
+        return _matmul(_rows(a), expand_dims(b, 1)).reshape(a.shape[:-1])
+    if rank_b == 2 and rank_a != 2:
+        return _matmul(_rows(a), b).reshape(a.shape[:-1] + b.shape[1:])
+    if rank_a == 1:
+        return _matmul(expand_dims(a, 0), b).squeeze(-2)
+    return _matmul(a, b)
+
+
+def bmm(a: Any, b: Any) -> Tensor:
+    """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
+    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
+        raise ValueError(f"bmm of {np.shape(a)}, {np.shape(b)}: needs (n, i, k) and (n, k, j), "
+                         "as many matrices in each; for all else there is matmul")
+    return matmul(a, b)
+
+
+# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All
+# leading axes of x are one long axis to it, so each gradient is a single product.
+@primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
+           lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
+           lambda g, y, x, weight, bias: g)
+def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
+    """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
+    fits = x.shape[-1:] == weight.shape[1:]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError("needs an input (..., in), a weight (out, in) and a bias (out,)")
+    y = _rows(x) @ weight.T  # (rows, out)
+    y = y.reshape(*x.shape[:-1], len(weight))
+    return y if bias is None else np.add(y, bias, out=y)
+
+
+# ### einsum
+#
+# `einsum("ij,jk->ik", a, b)` names the axes of its operands by letters, multiplies
+# whatever has equal letters, and adds up over the letters that the output lacks. Here
+# that is a matrix product:
+#
+#     Y_ik = sum_j A_ij B_jk          receives g_ik;  A_ij receives sum_k g_ik B_jk
+#
+# What A receives is an einsum too: of the same terms, only that A's and the output's
+# have changed places, and g stands where A stood. That is the whole rule:
+#
+#     "ij,jk->ik" of (A, B)    ->    "ik,jk->ij" of (g, B) for A,    "ij,ik->jk" of (A, g) for B
+#
+# It needs every letter of A to occur in another operand or in the output, for else
+# nothing says how long that axis of A is; and it needs one size and one axis per letter
+# in each operand. `einsum` sees to all this before, by other operations, whose rules we
+# have:
+#
+#     "...i,i->..."  the dots stand for some axes, which get letters of their own   "Ai,i->A"
+#     "ij,jk"        without an arrow, what occurs once is kept, in order           "ij,jk->ik"
+#     "ii->i"        a repeated letter takes the diagonal, by indexing              "i->i"
+#     "ij,jk->ik"    A is (2, 1), B (3, 4): NumPy stretches A along j. Then j adds
+#                    up over B alone; A does as well without that axis              "i,jk->ik"
+#     "ij->i"        a letter that only one operand has is added up first           "i->i"
+#
+#     >>> x, y = Tensor([[1.0, 2.0], [3.0, 4.0]]), Tensor([5.0, 7.0])
+#     >>> product = einsum("ii,...j", x, y)
+#     >>> print(product)
+#     [25. 35.]
+#     >>> print(product._settings["subscripts"], *gradients(product.sum(), [x, y]))
+#     ,j->j [[12.  0.]
+#      [ 0. 12.]] [5. 5.]
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
+
+
+def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
+    inputs, output = subscripts.split("->")
+    terms, factors = inputs.split(","), list(operands)
+    wanted = terms[i]
+    terms[i], factors[i] = output, g
+    return np.einsum(",".join(terms) + "->" + wanted, *factors, optimize=len(factors) > 1)
+
+
+@primitive(each=_einsum_rule)
+def _einsum(*operands: Any, subscripts: str) -> Tensor:
+    # (`optimize` finds a good order of products, and leaves each to BLAS if it can.)
+    return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
+
+
+@_answers(np.einsum)
+def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
+    """np.einsum, as `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b,
+    [1])`.
+
+    Dots, repeated letters and stretched axes mean what they mean to NumPy. A good order
+    of the products is always chosen (`optimize`). ValueError if letters and shapes do
+    not fit together, or if it takes more than 52 letters.
+    """
+    if not isinstance(subscripts, str):
+        subscripts, operands = _einsum_by_letters(subscripts, *operands)
+    operands = [_with_shape(x) for x in operands]
+    shapes = tuple(x.shape for x in operands)
+    try:
+        terms, output = _einsum_terms(subscripts, shapes)
+        terms = list(terms)
+        for i, term in enumerate(terms):
+            if len(set(term)) < len(term):
+                terms[i], operands[i] = _einsum_diagonal(term, operands[i])
+        sizes = _einsum_sizes(terms, operands)
+    except ValueError as error:
+        given = ", ".join(map(str, shapes)) or "no operands"
+        raise ValueError(f"einsum of {given} by {subscripts!r}: {error}") from None
+
+    for i, term in enumerate(terms):
+        stretched = [c for c, n in zip(term, operands[i].shape) if n != sizes[c]]
+        terms[i], operands[i] = _einsum_sum(term, operands[i], stretched)
+    for i, term in enumerate(terms):
+        elsewhere = "".join(terms[:i] + terms[i + 1:]) + output
+        terms[i], operands[i] = _einsum_sum(term, operands[i], set(term) - set(elsewhere))
+    return _einsum(*operands, subscripts=",".join(terms) + "->" + output)
+
+
+def _einsum_by_letters(*arguments: Any) -> tuple[str, list]:
+    """Lists of numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", [a, b])."""
+    count = len(arguments) // 2
+    operands, lists = list(arguments[:2 * count:2]), arguments[1::2]
+    output = arguments[2 * count:]  # the last argument, if their number is odd
+    letters = {..., *range(len(_LETTERS))}
+
+    terms = []
+    for numbers in (*lists, *output):
+        if not isinstance(numbers, (list, tuple)) or not letters.issuperset(numbers):
+            raise TypeError("einsum: needs subscripts, a string such as 'ij,jk->ik', or a list of"
+                            f" numbers from 0 to 51 after each operand; not {str(numbers)[:50]}")
+        terms.append("".join("..." if n is ... else _LETTERS[n] for n in numbers))
+    return "->".join([",".join(terms[:count]), *terms[count:]]), operands
+
+
+@functools.lru_cache(256)
+def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
+    """A term of letters for each operand, and one for the output; all is explicit."""
+    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
+    if not arrow:
+        output = _einsum_implicit(inputs)
+    terms = inputs.split(",")
+    if len(terms) != len(shapes):
+        more = "more" if len(terms) > len(shapes) else "fewer"
+        raise ValueError(f"the subscripts are of {more} operands than the {len(shapes)} given")
+
+    # The dots of a term stand for the axes that its letters leave over. As in
+    # broadcasting, it is the last of these that all operands share.
+    over = [len(shape) - len(t.replace("...", "")) for t, shape in zip(terms, shapes)]
+    most = max(n if "..." in term else 0 for n, term in zip(over, terms))
+    if most and "..." not in output:
+        raise ValueError(f"the dots stand for {most} axes, and the output needs them too; to add "
+                         "up over these axes, give them letters")
+    free = [c for c in _LETTERS if c not in subscripts]
+    if most > len(free):
+        raise ValueError("with its dots this takes more than 52 letters")
+
+    dots = "".join(free[:most])
+    for i, n in enumerate(over):
+        terms[i] = terms[i].replace("...", dots[most - n:] if n > 0 else "", 1)
+    output = output.replace("...", dots, 1)
+    _einsum_check(terms, output, shapes)
+    return tuple(terms), output
+
+
+def _einsum_implicit(inputs: str) -> str:
+    """NumPy's output: the dots, then what occurs once, in alphabetical order."""
+    letters = inputs.replace(",", "").replace(".", "")
+    once = [c for c in sorted(letters) if letters.count(c) == 1]
+    return "".join(["..." if "..." in inputs else "", *once])
+
+
+def _einsum_check(terms: list[str], output: str, shapes: tuple) -> None:
+    """Raise if a term does not name its operand's axes, or the output none of theirs."""
+    for term, shape in zip(terms, shapes):
+        if not set(term) <= set(_LETTERS):
+            raise ValueError("subscripts are letters, ',', '->' and '...'")
+        if len(term) != len(shape):
+            many = "many" if len(term) > len(shape) else "few"
+            raise ValueError(f"too {many} subscripts for an operand of shape {shape}")
+    if not set(output) <= set("".join(terms)) or len(set(output)) < len(output):
+        raise ValueError("the output must name letters of the operands, each once")
+
+
+def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
+    """Of a letter that occurs more than once in the term, the diagonal of these axes."""
+    for letter in sorted(set(term)):
+        axes = [i for i, c in enumerate(term) if c == letter]
+        if len(axes) == 1:
+            continue
+        lengths = {x.shape[i] for i in axes}
+        if len(lengths) > 1:
+            raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, not of sizes "
+                             f"{sorted(lengths)}")
+        each = np.arange(x.shape[axes[0]])
+        x = np.moveaxis(x, axes, range(len(axes)))  # (n, n, ...)
+        x = x[(each,) * len(axes)]  # (n, ...)
+        term = letter + term.replace(letter, "")
+    return term, x
+
+
+def _einsum_sizes(terms: list[str], operands: list) -> dict[str, int]:
+    """How long the axis of each letter is: the one size, apart from 1, in all operands."""
+    sizes: dict[str, int] = {}
+    for term, x in zip(terms, operands):
+        for letter, n in zip(term, x.shape):
+            size = sizes.setdefault(letter, n)
+            if size == 1:
+                sizes[letter] = n
+            elif n not in (1, size):
+                raise ValueError(f"axes of sizes {size} and {n} both are {letter!r}")
+    return sizes
+
+
+def _einsum_sum(term: str, x: Any, letters: Any) -> tuple[str, Any]:
+    """The term and x without these letters; their axes are added up."""
+    if not letters:
+        return term, x
+    axes = tuple(i for i, c in enumerate(term) if c in letters)
+    return "".join(c for c in term if c not in letters), np.sum(x, axis=axes)
+
+
+# ### Other products
+#
+# What else NumPy has by the name of a product is a composition of matmul, einsum and `*`.
+@_answers(np.dot)
+def dot(a: Any, b: Any) -> Tensor:
+    """a * b if one is a number, else the sum over a's last axis and b's last but one."""
+    a, b = _with_shape(a), _with_shape(b)
+    if 0 in (a.ndim, b.ndim):
+        return mul(a, b)
+    return matmul(a, b) if b.ndim <= 2 else tensordot(a, b, (-1, -2))
+
+
+@_answers(np.vdot)
+def _vdot(a: Any, b: Any) -> Tensor:
+    return matmul(reshape(_with_shape(a), -1), reshape(_with_shape(b), -1))
+
+
+@_answers(np.inner)
+def inner(a: Any, b: Any) -> Tensor:
+    """The inner products of the rows of a and of b: the sum over the last axis of both."""
+    a, b = _with_shape(a), _with_shape(b)
+    return mul(a, b) if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
+
+
+@_answers(np.outer, *_if_there(np.linalg, "outer"))
+def outer(a: Any, b: Any) -> Tensor:
+    """a_i * b_j for all elements of both: (a.size, b.size)."""
+    return mul(reshape(_with_shape(a), (-1, 1)), reshape(_with_shape(b), (1, -1)))
+
+
+@_answers(np.tensordot, *_if_there(np.linalg, "tensordot"))
+def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
+    """The products of a and b, added up over axes that they share.
+
+    These are the last of a and the first of b if `axes` says how many, else a pair of
+    lists. Those of a remain first, then those of b.
+    """
+    a, b = _with_shape(a), _with_shape(b)
+    if isinstance(axes, (int, np.integer)):
+        axes = range(a.ndim - axes, a.ndim), range(axes)
+    left, right = (np.ravel(one).astype(int).tolist() for one in axes)
+    try:
+        alike = [a.shape[i] for i in left] == [b.shape[j] for j in right]
+    except IndexError:
+        alike = False
+    if not alike:
+        raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} are not "
+                         "all there, or not of the same lengths; name pairs that are")
+
+    of_a = list(range(a.ndim))  # a number for each axis; axes to add up over share theirs
+    of_b = list(range(a.ndim, a.ndim + b.ndim))
+    for i, j in zip(left, right):
+        of_b[j] = of_a[i]
+    remaining = [n for n in of_a if n not in of_b] + [n for n in of_b if n not in of_a]
+    return einsum(a, of_a, b, of_b, remaining)
+
+
+@_answers(np.kron)
+def kron(a: Any, b: Any) -> Tensor:
+    """The Kronecker product: b in place of each element of a, multiplied by it."""
+    a, b = _with_shape(a), _with_shape(b)
+    ndim = max(a.ndim, b.ndim)
+    blocks = (1,) * (ndim - a.ndim) + a.shape
+    inside = (1,) * (ndim - b.ndim) + b.shape
+    odd, even = tuple(range(1, 2 * ndim, 2)), tuple(range(0, 2 * ndim, 2))
+    a = expand_dims(reshape(a, blocks), odd)  # (2, 3) -> (2, 1, 3, 1)
+    b = expand_dims(reshape(b, inside), even)  # (5, 7) -> (1, 5, 1, 7)
+    return reshape(mul(a, b), tuple(m * n for m, n in zip(blocks, inside)))  # (2 * 5, 3 * 7)
+
+
+@_answers(np.cross)
+def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
+          axis: int | None = None) -> Tensor:
+    """The cross products of vectors of length 3, which lie along the given axes."""
+    if axis is not None:
+        axisa = axisb = axisc = axis
+    a, b = moveaxis(_with_shape(a), axisa, -1), moveaxis(_with_shape(b), axisb, -1)
+    if a.shape[-1] != 3 or b.shape[-1] != 3:
+        raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 along an "
+                         "axis (here moved last); append a zero to those of length 2")
+    later, last = [1, 2, 0], [2, 0, 1]
+    c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
+    return moveaxis(c, -1, axisc)
+
+
+@_answers(*_if_there(np.linalg, "cross"))
+def _linalg_cross(x1: Any, x2: Any, *, axis: int = -1) -> Tensor:
+    return cross(x1, x2, axis=axis)
+
+
+@_answers(*_if_there(np, "vecdot"), *_if_there(np.linalg, "vecdot"))
+def _vecdot(x1: Any, x2: Any, axis: int = -1) -> Tensor:
+    a, b = moveaxis(_with_shape(x1), axis, -1), moveaxis(_with_shape(x2), axis, -1)
+    row, column = expand_dims(a, -2), expand_dims(b, -1)  # (..., 1, n), (..., n, 1)
+    return matmul(row, column)[..., 0, 0]
+
+
+@_answers(*_if_there(np, "matvec"))
+def _matvec(x1: Any, x2: Any) -> Tensor:
+    return matmul(x1, expand_dims(_with_shape(x2), -1))[..., 0]
+
+
+@_answers(*_if_there(np, "vecmat"))
+def _vecmat(x1: Any, x2: Any) -> Tensor:
+    return matmul(expand_dims(_with_shape(x1), -2), x2)[..., 0, :]
+
+
+# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
+# `sum_n g_n v_(n-k)`: the correlation of g with v, which is convolution with v reversed.
+@primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
+           lambda g, y, a, v: np.correlate(g, a, "valid"))
+def _convolve(a: Any, v: Any) -> Tensor:
+    return np.convolve(a, v)
+
+
+@_answers(np.convolve)
+def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
+    """The convolution of two vectors: "full", its middle ("same"), or what is "valid"."""
+    a, v = _with_shape(a), _with_shape(v)
+    if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
+        raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two vectors, "
+                         "and a mode 'full', 'same' or 'valid'")
+    y = _convolve(a, v)
+    short, long = sorted([len(a), len(v)])
+    if mode == "full":
+        return y
+    if mode == "same":
+        first = (short - 1) // 2
+        return y[first:first + long]
+    return y[short - 1:long]
+
+
+@_answers(np.correlate)
+def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
+    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
+    a, v = _with_shape(a), _with_shape(v)
+    if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
+        return correlate(v, a, mode)[::-1]
+    return convolve(a, v[::-1], mode)
+
+
+@_answers(np.interp)
+def _interp(x: Any, xp: Any, fp: Any, left: Any = None, right: Any = None) -> Tensor:
+    x, xp, fp = _with_shape(x), _with_shape(xp), _with_shape(fp)
+    if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
+        raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, given "
+                         "by two vectors of one length")
+    above = np.searchsorted(_value(xp), _value(x), side="right")  # the first point above x
+    i = np.clip(above - 1, 0, len(xp) - 2)
+    slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
+    y = fp[i] + slope * (x - xp[i])
+    y = np.where(x < xp[0], fp[0] if left is None else left, y)
+    return np.where(x > xp[-1], fp[-1] if right is None else right, y)
+
+
+# A product of many matrices costs least when it is begun at its thin end, as in
+# `(A (B v))`.
+@_answers(np.linalg.multi_dot)
+def _multi_dot(arrays: Sequence) -> Tensor:
+    arrays = [_with_shape(a) for a in arrays]
+    rows = 1 if arrays[0].ndim == 1 else arrays[0].shape[0]
+    columns = 1 if arrays[-1].ndim == 1 else arrays[-1].shape[-1]
+    if rows <= columns:
+        return functools.reduce(matmul, arrays)
+    return functools.reduce(lambda product, a: matmul(a, product), arrays[::-1])
+
+
+@_answers(np.linalg.matrix_power)
+def matrix_power(a: Any, n: int) -> Tensor:
+    """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
+    a = as_tensor(a)
+    if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not isinstance(n, (int, np.integer)):
+        raise ValueError(f"matrix_power of {a.shape}, {n!r}: needs square matrices and an integer")
+    if n < 0:
+        return matrix_power(inv(a), -n)
+    if n == 0:
+        return as_tensor(np.broadcast_to(np.eye(a.shape[-1], dtype=a.dtype), a.shape))
+    if n == 1:
+        return a
+    half = matrix_power(a, n // 2)
+    return half @ half @ a if n % 2 else half @ half
+
+
+# ### Inverse, determinant, and what solves equations
+#
+# All rules of np.linalg are found in one way. Write `<X, Y>` for the sum of all
+# `X_ij Y_ij`, so that L moves by `<g, dY>` if Y moves by dY. Say how dY comes from dA;
+# then bring what stands around dA over to g, by `<g, P dA Q> = <P^T g Q^T, dA>` (which
+# is the rule of matmul, twice). What then stands beside dA is A's cotangent. (Giles,
+# 2008, has the whole collection.)
+#
+# *inv*: `A Y = I`, so `dA Y + A dY = 0` and `dY = -Y dA Y`. A receives `-Y^T g Y^T`.
+#
+# *solve*: `A Y = B`, so `dA Y + A dY = dB` and `dY = A^-1 (dB - dA Y)`. Hence B receives
+# `h = A^-T g`, another solve, and A receives `-h Y^T`.
+#
+# *det*: expand along row i, `det A = sum_j A_ij C_ij`, where the cofactors C_ij of a
+# row have nothing of that row in them. So A receives `g C`, and by Cramer
+# `C = det(A) A^-T`. For its logarithm, divided by the determinant, that is `g A^-T`.
+#
+#     >>> a = np.array([[2.0, 1.0], [4.0, 4.0]])
+#     >>> print(grad(np.linalg.det)(a), grad(lambda a: np.linalg.slogdet(a)[1])(a))
+#     [[ 4. -4.]
+#      [-1.  2.]] [[ 1.   -1.  ]
+#      [-0.25  0.5 ]]
+inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),
+          doc="The inverse of each matrix. LinAlgError if one is singular.")
+
+
+def _solve_rule_a(g: Any, y: Any, a: Any, b: Any) -> Any:
+    return -_solve_rule_b(g, y, a, b) @ _mT(y)
+
+
+def _solve_rule_b(g: Any, y: Any, a: Any, b: Any) -> Any:
+    return np.linalg.solve(_mT(a), g)
+
+
+@primitive(_solve_rule_a, _solve_rule_b)
+def _solve(a: Any, b: Any) -> Tensor:
+    # To NumPy 1, b is vectors if it has one axis less than a.
+    b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
+    return np.linalg.solve(a, b)
+
+
+@_answers(np.linalg.solve)
+def solve(a: Any, b: Any) -> Tensor:
+    """The x of a @ x = b, for (..., n, n) and (n,) or (..., n, k).
+    LinAlgError if a is singular.
+    """
+    a, b = _with_shape(a), _with_shape(b)
+    vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 have it
+    columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
+    if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
+        raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices (..., n, n) and "
+                         "a vector (n,) or columns (..., n, k); for others there is lstsq")
+    x = _solve(a, columns)
+    return x[..., 0] if vectors else x
+
+
+def _adjugate(a: Any) -> Any:
+    """The transposed cofactors of a, by products alone (Faddeev and LeVerrier)."""
+    eye = adjugate = np.eye(a.shape[-1], dtype=a.dtype)
+    for k in range(1, a.shape[-1]):
+        product = a @ adjugate
+        trace = np.einsum("...ii->...", product)[..., None, None]
+        adjugate = trace / k * eye - product
+    return adjugate
+
+
+# A singular matrix has cofactors, though no inverse. To compute them by products needs
+# no division by zero, but many operations, and loses digits from n = 10 or so on.
+def _det_rule(g: Any, y: Any, a: Any) -> Any:
+    if np.all(y != 0):
+        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))
+    return g[..., None, None] * _mT(_adjugate(a))
+
+
+det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
+
+
+# What has several results is one operation all the same: they are packed into one
+# array, and cut apart by indexing, whose rule we have. They are returned as NumPy
+# returns them.
+@functools.cache
+def _result_type(function: Callable) -> Callable:
+    """NumPy's own namedtuple for what `function` returns."""
+    return type(function(np.eye(1)))._make
+
+
+@primitive(lambda g, y, a: g[1][..., None, None] * _mT(np.linalg.inv(a)))
+def _slogdet(a: Any) -> Tensor:
+    return np.stack(np.linalg.slogdet(a))  # (2, ...): the signs, the logarithms
+
+
+@_answers(np.linalg.slogdet)
+def slogdet(a: Any) -> tuple[Tensor, Tensor]:
+    """(sign, logabsdet) of the determinant, which itself may over- or underflow."""
+    packed = _slogdet(a)
+    return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
+
+
+# ### Cholesky, eigenvalues, and other decompositions
+#
+# *cholesky*: `A = L L^T`, so `dA = dL L^T + L dL^T`. Multiply by `L^-1` from the left,
+# and by `L^-T` from the right: `L^-1 dA L^-T = L^-1 dL + (L^-1 dL)^T`, a lower
+# triangular matrix plus its transpose. So `dL = L tril(L^-1 dA L^-T)`, where tril takes
+# the lower triangle and half of the diagonal. In `<g, dL>`, L goes over to g, then tril
+# (which only scales elements), then the rest: A receives `L^-T tril(L^T g) L^-1`, and
+# as dA is symmetric, the symmetric part of that will do (Murray, 2016).
+#
+# NumPy reads one triangle of a matrix that it takes for symmetric. Its cotangent has
+# one half in each triangle, as in PyTorch, and counts for both together: use it where A
+# is symmetric however it moves, as `x @ x.T` is.
+def _lower(n: int, dtype: Any) -> np.ndarray:
+    """What tril multiplies by: 1 below the diagonal, 1/2 on it, 0 above."""
+    return np.tril(np.ones((n, n), dtype)) - np.eye(n, dtype=dtype) / 2
+
+
+def _symmetric(a: Any) -> Any:
+    return (a + _mT(a)) / 2
+
+
+def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
+    inside = _mT(y) @ g * _lower(a.shape[-1], y.dtype)
+    left = np.linalg.solve(_mT(y), inside)  # L^-T tril(L^T g)
+    return _symmetric(np.linalg.solve(_mT(y), _mT(left)))
+
+
+@primitive(_cholesky_rule)
+def _cholesky(a: Any) -> Tensor:
+    return np.linalg.cholesky(a)
+
+
+@_answers(np.linalg.cholesky)
+def cholesky(a: Any, *, upper: bool = False) -> Tensor:
+    """The lower triangular L with L @ L.T = a for symmetric a, or with `upper` its
+    transpose. LinAlgError if a is not positive definite.
+    """
+    lower = _cholesky(a)
+    return _mT(lower) if upper else lower
+
+
+# *eigh*: `A = V W V^T`, where `W = diag(w)` and `V^T V = I`. Differentiate, and
+# multiply by V^T from the left and by V from the right. With `dC = V^T dV`:
+#
+#     V^T dA V = dC W + dW + W dC^T
+#
+# Differentiating `V^T V = I` gives `dC + dC^T = 0`. So `dC^T = -dC`, whose diagonal is
+# 0, and
+#
+#     on the diagonal:  dw_i  = (V^T dA V)_ii
+#     elsewhere:        dC_ij = (V^T dA V)_ij / (w_j - w_i)
+#
+# Now `<gw, dw> + <gV, V dC>`, in which `<gV, V dC> = <V^T gV, dC>`, gives for A
+# `V (diag(gw) + (V^T gV) / gaps) V^T` with gaps_ij `w_j - w_i`, or its symmetric part.
+#
+# Where two eigenvalues are equal, their eigenvectors may be any that span the same
+# plane, and have no derivative: the division by 0 says so, by inf or nan. Where they
+# are nearly equal, it is large, and has lost as many digits as w_j - w_i has. (0 / 0 is
+# 0 here, so what is made of eigenvalues alone, such as their sum, has its first
+# derivative also where some of them are equal.)
+def _ratio(a: Any, b: Any) -> Any:
+    """a / b, and 0 where both are 0."""
+    return a / np.where((a == 0) & (b == 0), 1, b)
+
+
+def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
+    w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
+    gw, gv = np.split(g, [1], axis=-2)
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    inside = eye * gw + _ratio((1 - eye) * (_mT(v) @ gv), w - _mT(w))
+    return _symmetric(v @ inside @ _mT(v))
+
+
+@primitive(_eigh_rule)
+def _eigh(a: Any, uplo: str = "L") -> Tensor:
+    w, v = np.linalg.eigh(a, uplo)
+    return np.concatenate([w[..., None, :], v], axis=-2)  # (..., 1 + n, n)
+
+
+@_answers(np.linalg.eigh)
+def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
+    """(eigenvalues, eigenvectors) of symmetric a: (..., n) and, in columns, (..., n, n).
+
+    Eigenvectors of equal eigenvalues have no derivative (inf or nan). Of the equal
+    eigenvalues themselves, the first derivative is right for what does not depend on
+    their order.
+    """
+    packed = _eigh(a, uplo=UPLO)
+    return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
+
+
+@_answers(np.linalg.eigvalsh)
+def _eigvalsh(a: Any, UPLO: str = "L") -> Tensor:
+    return eigh(a, UPLO)[0]
+
+
+# *svd*: `A = U S V^T` in the same way gives `U^T dA V = dC S + dS - S dD` with
+# `dC = U^T dU` and `dD = V^T dV`, which both are antisymmetric. Off the diagonal,
+# elements ij and ji are two equations for dC_ij and dD_ij, and their solution divides
+# by `s_j^2 - s_i^2`. If A is not square, U or V also moves out of the space that its
+# columns span, which divides by s (Townsend, 2016, has every step).
+def _svd_rule(g: Any, y: Any, a: Any) -> Any:
+    m, n = a.shape[-2:]
+    u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
+    gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
+    gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
+    c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
+
+    eye = np.eye(min(m, n), dtype=a.dtype)
+    inside = _ratio(c - _mT(c), gaps) * s + eye * gs + _mT(s) * _ratio(d - _mT(d), gaps)
+    ga = u @ inside @ _mT(v)
+    if m > n:
+        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)
+    if n > m:
+        ga = ga + u @ _mT(_ratio(gv - v @ d, s))
+    return ga
+
+
+@primitive(_svd_rule)
+def _svd(a: Any) -> Tensor:
+    u, s, vt = np.linalg.svd(a, full_matrices=False)
+    return np.concatenate([u, s[..., None, :], _mT(vt)], axis=-2)  # (..., m + 1 + n, k)
+
+
+@_answers(np.linalg.svd)
+def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
+    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv` S alone.
+
+    Equal singular values, and zeros, are to U and Vh what equal eigenvalues are to
+    `eigh`. TypeError if `full_matrices` asks for columns that a does not determine.
+    """
+    a = as_tensor(a)
+    m = a.shape[-2] if a.ndim > 1 else 0  # (a vector is refused by NumPy, below)
+    packed = _svd(a)
+    singular = packed[..., m, :]
+    if not compute_uv:
+        return singular
+    if full_matrices and a.shape[-1] != m:
+        raise TypeError(f"svd of {a.shape}: with full_matrices some columns are arbitrary, without"
+                        " a derivative; write np.linalg.svd(a, full_matrices=False)")
+    u, v = packed[..., :m, :], packed[..., m + 1:, :]
+    return _result_type(np.linalg.svd)([u, singular, _mT(v)])
+
+
+@_answers(*_if_there(np.linalg, "svdvals"))
+def _svdvals(x: Any) -> Tensor:
+    return svd(x, compute_uv=False)
+
+
+# *qr*: `A = Q R`, with R upper triangular, is the Cholesky decomposition of
+# `A^T A = R^T R` in disguise, and has a rule of the same kind (Seeger and others,
+# 2017). A wide A is a square one with more columns, `Q [R1 R2]`, and the further ones
+# are `R2 = Q^T A2`.
+def _qr_rule(g: Any, y: Any, a: Any) -> Any:
+    q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
+    gq, gr = np.split(g, [a.shape[-2]], axis=-2)
+    inside = (r @ _mT(gr) - _mT(gq) @ q) * _lower(a.shape[-1], a.dtype)
+    left = gq + q @ (inside + _mT(inside))
+    return _mT(np.linalg.solve(r, _mT(left)))  # left R^-T
+
+
+@primitive(_qr_rule)
+def _qr(a: Any) -> Tensor:
+    return np.concatenate(np.linalg.qr(a), axis=-2)  # (..., m + n, n)
+
+
+@_answers(np.linalg.qr)
+def qr(a: Any, mode: str = "reduced") -> Any:
+    """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle; for mode "r",
+    R alone. Backward, LinAlgError where the first columns of a depend on each other.
+    """
+    a = as_tensor(a)
+    if a.ndim < 2 or mode not in ("reduced", "r"):
+        raise TypeError(f"qr of {a.shape}, mode {mode!r}: needs matrices and mode 'reduced' or "
+                        "'r'; what the others add has no derivative")
+    m, n = a.shape[-2:]
+    packed = _qr(a[..., :m])
+    q, r = packed[..., :m, :], packed[..., m:, :]
+    if n > m:
+        r = concatenate([r, _mT(q) @ a[..., m:]], axis=-1)
+    return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
+
+
+# *pinv*: as long as the rank of A stays the same, its pseudo-inverse P moves by
+# `dP = -P dA P + P P^T dA^T (I - A P) + (I - P A) dA^T P^T P` (Golub and Pereyra,
+# 1973). In `<g, dP>`, term by term, that is the rule.
+def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
+    gt, pt = _mT(g), _mT(y)
+    across = gt @ y @ pt  # G^T P P^T
+    along = pt @ y @ gt  # P^T P G^T
+    return -pt @ g @ pt + (across - a @ (y @ across)) + (along - (along @ y) @ a)
+
+
+@primitive(_pinv_rule)
+def _pinv(a: Any, rcond: Any = None) -> Tensor:
+    return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
+
+
+@_answers(np.linalg.pinv)
+def pinv(a: Any, rcond: Any = None) -> Tensor:
+    """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
+    Its derivative is right for changes of a that leave the rank as it is.
+    """
+    return _pinv(a, rcond=rcond)
+
+
+@_answers(np.linalg.lstsq)
+def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
+    """(x, residuals, rank, singular values of a), where x makes these sums least:
+    (a @ x - b) ** 2 for each column of b. a is (m, n) and b (m,) or (m, k). The
+    residuals are the sums, if n is the rank and below m.
+    """
+    a, b = _with_shape(a), _with_shape(b)
+    if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
+        raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a vector "
+                         "(m,) or columns (m, k)")
+    m, n = a.shape
+    singular = svd(a, compute_uv=False)  # (min(m, n),)
+    if rcond is None:
+        rcond = np.finfo(singular.dtype).eps * max(m, n)
+    rank = int(np.sum(_value(singular) > rcond * np.max(_value(singular), initial=0)))
+
+    x = matmul(pinv(a, rcond), b)
+    errors = b - matmul(a, x)
+    residuals = np.sum(errors * errors, axis=0).reshape(-1)
+    return x, residuals if m > n == rank else residuals[:0], rank, singular
+
+
+# ### Norms
+#
+# The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is taken.
+@primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
+def _length(x: Any, axes: tuple) -> Tensor:
+    return np.sqrt(np.sum(x * x, axis=axes))
+
+
+def _vector_norm_last(x: Any, ord: float) -> Any:
+    """The norm over the last axis."""
+    if ord == 2:
+        return _length(x, axes=(x.ndim - 1,))
+    if ord == 0:
+        return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))  # constant nearly everywhere
+    if not isinstance(ord, (int, float, np.number)):
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by numbers; "
+                         "those by name are of matrices, axis=(-2, -1)")
+    size = abs_(x)
+    if abs(ord) == np.inf:
+        return max_(size, -1) if ord > 0 else min_(size, -1)
+    if ord == 1:
+        return sum_(size, -1)
+    total = sum_(size ** ord, -1)
+    safe = np.where(total == 0, 1, total)  # a root's derivative at 0 is infinite
+    return np.where(total == 0, 0, safe ** (1 / ord))
+
+
+def _matrix_norm_last(x: Any, ord: Any) -> Any:
+    """The norm over the last two axes."""
+    if ord in ("fro", None):
+        return _length(x, axes=(x.ndim - 2, x.ndim - 1))
+    if ord == "nuc":
+        return sum_(svd(x, compute_uv=False), -1)
+    if ord in (2, 1, np.inf):
+        largest = max_
+    elif ord in (-2, -1, -np.inf):
+        largest = min_
+    else:
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by 'fro', 'nuc', "
+                         "1, -1, 2, -2, inf and -inf")
+    if abs(ord) == 2:
+        return largest(svd(x, compute_uv=False), -1)
+    columns = abs(ord) == 1
+    return largest(sum_(abs_(x), -2 if columns else -1), -1)
+
+
+@_answers(np.linalg.norm)
+def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
+         keepdims: bool = False) -> Tensor:
+    """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
+    The root of a sum of squares has derivative 0 at 0, as in PyTorch; equal largest
+    ones share it.
+    """
+    x = as_tensor(x)
+    axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
+    if axis is None and ord is None:
+        y = _length(reshape(x, -1), axes=(0,))
+    elif len(axes) == 1:
+        y = _vector_norm_last(moveaxis(x, axes, (-1,)), 2 if ord is None else ord)
+    elif len(axes) == 2:
+        y = _matrix_norm_last(moveaxis(x, axes, (-2, -1)), ord)
+    else:
+        raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, a matrix two")
+    return expand_dims(y, axes) if keepdims else y
+
+
+@_answers(*_if_there(np.linalg, "vector_norm"))
+def _vector_norm(x: Any, *, axis: int | tuple | None = None, keepdims: bool = False,
+                 ord: float = 2) -> Tensor:
+    x = as_tensor(x)
+    axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
+    others = [i for i in range(x.ndim) if i not in {a % x.ndim for a in axes}]
+    rows = transpose(x, (*others, *axes)).reshape(*(x.shape[i] for i in others), -1)
+    y = _vector_norm_last(rows, ord)
+    return expand_dims(y, axes) if keepdims else y
+
+
+@_answers(*_if_there(np.linalg, "matrix_norm"))
+def _matrix_norm(x: Any, *, keepdims: bool = False, ord: Any = "fro") -> Tensor:
+    return norm(x, ord, (-2, -1), keepdims)
+
+
+@_answers(np.linalg.cond)
+def _cond(x: Any, p: Any = None) -> Tensor:
+    if p in (None, 2):
+        singular = svd(x, compute_uv=False)
+        return singular[..., 0] / singular[..., -1]
+    return norm(x, p, (-2, -1)) * norm(inv(x), p, (-2, -1))
+
+
+# NumPy 2 has these in np.linalg as well, where they are about the last two axes.
+@_answers(*_if_there(np.linalg, "diagonal"))
+def _linalg_diagonal(x: Any, *, offset: int = 0) -> Tensor:
+    rows, columns = np.nonzero(np.eye(*x.shape[-2:], k=offset))
+    return x[..., rows, columns]
+
+
+@_answers(*_if_there(np.linalg, "trace"))
+def _linalg_trace(x: Any, *, offset: int = 0) -> Tensor:
+    return sum_(_linalg_diagonal(x, offset=offset), -1)
+
+
+@_answers(*_if_there(np, "matrix_transpose"), *_if_there(np.linalg, "matrix_transpose"))
+def _matrix_transpose(x: Any) -> Tensor:
+    return _mT(x)
+
+
+# ## II.7 Fused operations: how is one made fast?
+#
+# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written as it stands, it
+# is a tape of two operations, each with arrays of its own. In a fast version all of it
+# is one operation, a **kernel**, which computes on bare arrays and returns two things:
+# the result, and its whole backward step, the `pullback`, a function that remembers
+# what it needs:
+#
+#     >>> def definition(x):
+#     ...     return x * sigmoid(x)
 #     ...
-#     >>> check_grad(arctan, np.array([-1.0, 0.5, 2.0]), order=3) < 1e-6
-#     True
-#     >>> print(grad(grad(arctan))(1.0))  # -2x / (1 + x*x)**2
-#     -0.5
+#     >>> @fused(definition, operands=1)
+#     ... def swish(x):
+#     ...     s = 1 / (1 + np.exp(-x))
+#     ...     def pullback(g, wanted):
+#     ...         return (g * (s + x * s * (1 - s)),)  # one cotangent for each operand
+#     ...     return x * s, pullback
+#     ...
+#     >>> print(f"{swish(1.0):.6f} {grad(swish)(1.0):.6f} {grad(definition)(1.0):.6f}")
+#     0.731059 0.927671 0.927671
 #
-# If that is too slow, write a kernel, and let what you had be its definition. Here is how.
+# A kernel may be clever, in place, and without a thought for second derivatives. For
+# when the gradient is to be differentiated (`create_graph`), the walk does not call the
+# pullback at all, but differentiates the definition:
 #
-# ### In blocks, and fused
+#     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
+#     0.302366118810 0.302366118810
 #
-# gelu, below, takes a dozen passes over an array. Arithmetic is quick, and memory is what one waits
-# for; so all passes go over one block while it is in the processor's cache, and then over the next.
+# So the definition is at once the explanation, the oracle for the tests, and the source
+# of every higher derivative. Each fused operation in this file stands under its
+# definition.
+
+
+def fused(definition: Callable, operands: int = sys.maxsize) -> Callable:
+    """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
+
+    `definition` computes the same by other operations. The first `operands` arguments
+    (all that are given by position, if it is not said) are differentiated by.
+    `pullback(g, wanted)` returns a cotangent for each, and may give None where `wanted`
+    is False. It must not write to `g` or to what it remembers: a tape may be walked
+    twice.
+    """
+    def decorate(kernel: Callable) -> Callable:
+        operation = _operation(kernel, operands, _pull_fused, fused=True)
+        operation.definition = definition
+        return operation
+
+    return decorate
+
+
+def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Sequence:
+    """What each operand of `t` receives, or None: by its pullback, or by the definition."""
+    if create_graph:
+        return _pull_by_definition(t, g, wanted)
+    shares = t._pullback(g, wanted)
+    return [share if due else None for share, due in zip(shares, wanted)]
+
+
+def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
+    """The same, from a new tape of the definition, which ends at stand-ins for the operands."""
+    rest = t._operands[len(wanted):]
+    stand_ins = [identity(a) if due else a for a, due in zip(t._operands, wanted)]
+    y = t._op.definition(*stand_ins, *rest, **t._settings)
+    inputs = [a for a, due in zip(stand_ins, wanted) if due]
+    shares = iter(_gradients([(y, g)], inputs, create_graph=True, retain_graph=True))
+    return [next(shares) if due else None for due in wanted]
+
+
+# ### What NumPy is slow at
+#
+# The kernels below compute what their definitions say, and look different only where
+# NumPy is slow. These are its slow places; a kernel that goes around one points here by
+# the word in capitals. The figures are for float32 on one core of an Intel server
+# (Sapphire Rapids), with NumPy 2.4.
+#
+# - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
+#   take 78 us by `sum(axis=1)`, and 9 us as a product with a vector of ones
+#   (`_row_sum`); the maxima take 330 us, and 200 us by reduceat (`_row_max`). The
+#   maximum of the whole array takes 9 us. Inner products of rows are fast as
+#   `np.einsum("ij,ij->i", a, b)`.
+# - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
+#   pays for each that it begins. So the longest axis should lie last: adding (128, 16,
+#   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
+#   200 us with the batch last.
+# - PASSES. Each operation reads and writes whole arrays, and beyond a few hundred
+#   kilobytes that is all one waits for. So kernels work in place, in blocks that fit
+#   the cache where passes are many.
+# - PRODUCTS. Only matmul and dot reach BLAS, the library that multiplies matrices at
+#   full speed; an einsum of two operands seldom does. Of `A @ B^T` and `(B @ A^T)^T`,
+#   which are equal, OpenBLAS is up to twice as fast at the one whose product has more
+#   rows.
+# - SCATTER. `np.add.at` adds element by element: the gradient of 1,024 rows of an
+#   embedding takes 440 us, and 90 us as a product with one-hot rows.
+#
+# And float16 needs care for another reason: beyond 65,504 it is infinite, and a sum of
+# squares is soon there. Kernels and losses compute it in float32, and round the result.
+def _in_float32(f: Callable) -> Callable:
+    """Let f compute float16 operands in float32; if all were that, so is the result.
+
+    Operands are positional. f is a kernel, which returns (result, pullback), or array
+    code.
+    """
+    @functools.wraps(f)
+    def wide(*operands: Any, **settings: Any) -> Any:
+        dtypes = [getattr(a, "dtype", None) for a in operands]
+        if np.float16 not in dtypes:
+            return f(*operands, **settings)
+
+        widened = [a.astype(np.float32) if dtype == np.float16 else a
+                   for a, dtype in zip(operands, dtypes)]
+        result = f(*widened, **settings)
+        if np.float32 in dtypes or np.float64 in dtypes:
+            return result
+        if not isinstance(result, tuple):
+            return result.astype(np.float16)
+
+        y, pullback = result
+
+        def wide_pullback(g: np.ndarray, wanted: list) -> Sequence:
+            return pullback(g.astype(np.float32), wanted)
+
+        return y.astype(np.float16), wide_pullback
+
+    return wide
+
+
+# *In blocks.* gelu, below, takes a dozen passes over an array. Arithmetic is quick, and
+# memory is what one waits for; so all passes go over one block while it is in the
+# processor's cache, and then over the next.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
+
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of dense arrays with the same layout in memory, as flat views."""
     flat = [a.ravel(order="K") for a in arrays]
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
+
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """x, with its axes in memory in the order of `like` and no gaps; copied only if it must be."""
@@ -844,1049 +3434,1118 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     out[...] = x
     return out
 
-# gelu is `x` times the probability `p` that a standard normal number is below x. Its definition
-# here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and PyTorch calls
-# `approximate="tanh"`: `p = (1 + tanh(u)) / 2` with a cubic `u` (NumPy lacks the erf of the exact
-# one). As `dp/dx = 2 p (1 - p) du/dx`, the derivative of x p is `p (1 + (1 - p) x 2 du/dx)`. The
-# kernel keeps p, and works in place, since new arrays would drive the block out of the cache.
-_GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
-@fused(lambda x: 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))))
+# gelu is `x` times the probability `p` that a standard normal number is below x. Its
+# definition here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses
+# and PyTorch calls `approximate="tanh"` (NumPy lacks the erf of the exact one):
+#
+#     p = (1 + tanh(u)) / 2,   u = scale * x + cubic * x^3
+#
+# 1. As tanh' = 1 - tanh^2 = 4 p (1 - p), we have dp/dx = 2 p (1 - p) du/dx.
+# 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
+# 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
+#
+# The kernel keeps p, and works in place, since new arrays would drive the block out of
+# the cache.
+_GELU_SCALE = math.sqrt(2 / math.pi)
+_GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
+
+
+def _gelu_definition(x):
+    return 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x))))
+
+
+@fused(_gelu_definition, operands=1)
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
-    x = _dense(_real_array(x))
+    x = _dense(x)
     y, p = np.empty_like(x), np.empty_like(x)
     for x_, y_, p_ in _blocks(x, y, p):
         np.multiply(x_, x_, out=p_)
         p_ *= _GELU_CUBIC
         p_ += _GELU_SCALE
-        p_ *= x_
+        p_ *= x_  # u
         np.tanh(p_, out=p_)
         p_ *= 0.5
         p_ += 0.5
         np.multiply(x_, p_, out=y_)
+
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g, dx = _dense(g, x), np.empty_like(x)
         for g_, x_, p_, dx_ in _blocks(g, x, p, dx):
-            np.multiply(x_, x_, out=dx_)  # after the next two: 2 (scale + 3 cubic x^2)
+            np.multiply(x_, x_, out=dx_)
             dx_ *= 6 * _GELU_CUBIC
             dx_ += 2 * _GELU_SCALE
-            dx_ *= x_
+            dx_ *= x_  # x 2 du/dx
             dx_ *= 1 - p_
             dx_ += 1
             dx_ *= p_
             dx_ *= g_
         return (dx,)
+
     return y, pullback
 
-# ### Shape
+
+# ## II.8 Methods: what else can a Tensor do?
 #
-# These move elements about; the rule moves them back. Most return views, and cost next to nothing.
-# What takes NumPy's own arguments stands in a table. (A permutation's inverse is its argsort.)
-_np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
-_in_the_shape_of_x = lambda g, y, x, *_, **__: g.reshape(x.shape)
-_slice = lambda x, axis, start, n: x[(slice(None),) * (axis % x.ndim) + (slice(start, start + n),)]
-reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
-transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes), lambda g, y, x, *axes: (
-    g.transpose(np.argsort(np.ravel(axes) % x.ndim)) if axes and axes[0] is not None else g.T))
-swapaxes = _np_op("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
-                  lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2))
-moveaxis = _np_op("moveaxis", lambda x, source, destination: np.moveaxis(x, source, destination),
-                  lambda g, y, x, source, destination: np.moveaxis(g, destination, source))
-expand_dims = _np_op("expand_dims", lambda x, axis: np.expand_dims(x, axis), _in_the_shape_of_x)
-squeeze = _np_op("squeeze", lambda x, axis=None: np.squeeze(x, axis), _in_the_shape_of_x)
-broadcast_to = _np_op("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
-                      lambda g, y, x, shape: g)  # the sum in the backward pass is the walk's
-pad = _np_op("pad", lambda x, pad_width: np.pad(x, pad_width), lambda g, y, x, pad_width: g[tuple(
-    slice(i, i + n) for (i, _), n in zip(np.broadcast_to(pad_width, (x.ndim, 2)), x.shape))],
-             doc="Zeros around x: a number of them, (before, after), or one such pair per axis.")
+# What ndarray does as an operator or a method, a Tensor does by the same names. These
+# become operators, as the first ones did in I.2. (There the operation itself could be
+# the method; a function of NumPy's would not be handed `self`.)
+def _as_method(function: Callable) -> Callable:
+    def method(self: Tensor, other: Any) -> Any:
+        return function(self, other)
 
-@primitive(each=lambda i, g, y, *xs, axis: _slice(
-    g, axis, sum(x.shape[axis] for x in xs[:i]), xs[i].shape[axis]))
-def _concatenate(*xs: Any, axis: int) -> Tensor:
-    return np.concatenate(xs, axis)
+    return method
 
-def concatenate(tensors: Sequence, axis: int | None = 0) -> Tensor:
-    """The tensors joined end to end along an axis they have; None flattens them first."""
-    tensors = [reshape(t, -1) if axis is None else as_tensor(t) for t in tensors]
-    return _concatenate(*tensors, axis=axis or 0)
 
-def stack(tensors: Sequence, axis: int = 0) -> Tensor:
-    """The tensors, all of one shape, side by side along a new axis."""
-    shapes = {np.shape(t) for t in tensors}
-    if len(shapes) != 1:
-        raise ValueError(f"stack: needs tensors of one shape, and was given {sorted(shapes)}")
-    return concatenate([expand_dims(t, axis) for t in tensors], axis)
+for _name, _f in dict(pow=power, matmul=matmul, mod=mod, floordiv=np.floor_divide,
+                      divmod=np.divmod).items():
+    setattr(Tensor, f"__{_name}__", _as_method(_f))
+    setattr(Tensor, f"__r{_name}__", _reflected(_f))
+Tensor.__pos__ = identity
+Tensor.__abs__ = abs_
+Tensor.__getitem__ = getitem
 
-def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
-    """x cut along an axis into equal sections (a number) or at indices (a list), as by np.split."""
-    x = as_tensor(x)
-    try:
-        pieces = np.split(np.arange(x.shape[axis]), sections)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
-    return [_slice(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
-# Indexing takes elements out, scatter-add puts them back, and each is the other's rule. An index
-# may name an element twice, and then both cotangents must arrive: hence *add*. `np.add.at` does
-# that slowly; numbering the elements and counting with weights does the same and is fast.
-getitem = _op("getitem", lambda x, index: x[index],
-              lambda g, y, x, index: scatter_add(g, index, x.shape),
-              doc="x[index], with NumPy's basic and advanced indexing.")
+# Comparisons give plain bool arrays. (Written one by one, they leave `__hash__` as it
+# is: tensors that are equal in value are still two.)
+def _comparison(name: str) -> Callable:
+    def compare(self: Tensor, other: Any) -> np.ndarray:
+        return getattr(np.asarray(self._data), name)(_value(other))
 
-@primitive(lambda g, y, x, index, shape: g[index])
-def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
-    """Zeros of `shape` with the elements of x added at `index`: the transpose of indexing."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if all(p is None or p is ... or isinstance(p, (int, np.integer, slice)) for p in parts):
-        out = np.zeros(shape, x.dtype)
-        out[index] = x  # a basic index names no element twice
-        return out
-    number = np.arange(math.prod(shape)).reshape(shape)[index]
-    weights = np.broadcast_to(x, number.shape).ravel()
-    return np.bincount(number.ravel(), weights, math.prod(shape)).reshape(shape).astype(x.dtype)
+    return compare
 
-# ### Reductions
-#
-# What does a sum do backwards? Take x of shape (4, 3) and `y = sum(x, axis=0)`, of shape (3,). Move
-# one element `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by `g[j] * dx`. So `x[i, j]`
-# receives `g[j]`, whatever i is: a sum hands its cotangent, as it is, to everything it added up. In
-# arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is `_restore`, and is
-# stretched along it, (4, 3). Stretching and sum are each other's rule, as with indexing. A mean is
-# a sum over n, and hands everybody an n-th of g.
-_restore = lambda r, x, axis: r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
-_stretch = lambda g, x, axis: np.broadcast_to(_restore(g, x, axis), x.shape)
 
-# NumPy's own reductions start anew for every row, which for short rows is most of their time. A
-# sum over the last axes is faster as a product with ones, a row's maximum by reduceat. (np.dot
-# lets other threads of Python run meanwhile; `@` does so only if its *result* is large.)
-_rows = lambda x: x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-_ones = functools.lru_cache(16)(np.ones)
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Tensor, _name, _comparison(_name))
 
-def _row_sum(x: Any, axis: Any = -1) -> Any:
-    """sum(x, axis, keepdims=True), in array code. (`_rows` joins all axes but the last.)"""
-    if axis not in (-1, x.ndim - 1):
-        return np.sum(x, axis=axis, keepdims=True)
-    return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
+# And these are methods. (Functions of NumPy's, called as methods, come back as in II.2.)
+for _f in (abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
+           reshape, transpose, swapaxes, squeeze, flatten, repeat, take, diagonal, sort, np.ravel,
+           sum_, mean, var, std, max_, min_, prod, cumsum, cumprod, trace, dot,
+           np.argmax, np.argmin, np.argsort, np.round, np.nonzero, np.any, np.all):
+    setattr(Tensor, _f.__name__.strip("_"), _f)
+Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
+Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
-    """max(x, axis, keepdims=True)."""
-    if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
-        return np.max(x, axis=axis, keepdims=True)
-    rows = np.maximum.reduceat(x.reshape(-1), np.arange(0, x.size, x.shape[-1]))
-    return rows.reshape(*x.shape[:-1], 1)
+# And these make an array of it, a number or a text; they are Tensor's, too.
 
-@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
-def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The sum over all elements, or over the axes given."""
-    named = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    axes = sorted(a + x.ndim if a < 0 else a for a in named)
-    first = x.ndim - len(axes)
-    kept, n = x.shape[:first], math.prod(x.shape[first:])
-    # NumPy adds in pairs and rounds off less: better for float64, a whole array, more than ~4096.
-    if axes != list(range(first, x.ndim)) or first < 1 or n > 4096 or x.dtype != np.float32:
-        return np.sum(x, axis=axis, keepdims=keepdims)
-    return _row_sum(x.reshape(math.prod(kept), n)).reshape(kept + (1,) * (len(axes) * keepdims))
 
-@primitive(lambda g, y, x, axis=None, keepdims=False:
-           _stretch(g * (y.size / max(1, x.size)), x, axis))
-def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The mean over all elements, or over the axes given."""
-    y = sum_.__wrapped__(x, axis, keepdims)  # the bare function, left there by functools.wraps
-    return y / (x.size // max(1, y.size))
+class _Conversions:
+    def numpy(self) -> np.ndarray:
+        """The array, as `data` gives it: the same memory."""
+        return self.data
 
-def var(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
-    """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
-    x, total = as_tensor(x), sum_(x, axis, keepdims=True)
-    n = x.size // max(1, total.size)
-    if n <= ddof and total.size:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few")
-    centred = x - total / n
-    return sum_(centred * centred, axis, keepdims) / (n - ddof)
+    def item(self) -> float:
+        """The one element, as a Python number. ValueError if there is not exactly one."""
+        if self.size != 1:
+            raise ValueError(f"item() needs a tensor of one element, and this has shape "
+                             f"{self.shape}: use .tolist(), or index one element first")
+        return self._data.item()
 
-def std(x: Any, axis: int | tuple | None = None, ddof: int = 0, keepdims: bool = False) -> Tensor:
-    """The standard deviation, the square root of `var`."""
-    return sqrt(var(x, axis, ddof, keepdims))
+    def tolist(self) -> Any:
+        """The elements as Python numbers, in nested lists."""
+        return self._data.tolist()
 
-def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    winners = x == _restore(y, x, axis)
-    return np.where(winners, _restore(g, x, axis) / np.sum(winners, axis, keepdims=True), 0)
+    def __repr__(self) -> str:
+        values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
+        shape = f", shape={self.shape}" if "..." in values else ""
+        label = f", label={self.label!r}" if self.label else ""
+        return f"Tensor({values}{shape}, dtype={self.dtype}{label})"
 
-max_ = _np_op("max", lambda x, axis=None, keepdims=False: np.max(x, axis, None, keepdims), _to_ties)
-min_ = _np_op("min", lambda x, axis=None, keepdims=False: np.min(x, axis, None, keepdims), _to_ties)
+    def __str__(self) -> str:
+        return str(self._data)
 
-# The exponentials of large numbers overflow. So the largest is subtracted first, and nothing
-# exceeds exp(0) = 1. logsumexp adds it back at the end; in softmax it cancels.
-@primitive(lambda g, y, x, axis=None, keepdims=False: (
-    _restore(g, x, axis) * np.exp(x - _finite(_restore(y, x, axis)))))
-def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """log(sum(exp(x))), without overflow. The derivative is softmax(x) = exp(x - y)."""
-    m = _finite(np.max(x, axis=axis, keepdims=True)).astype(x.dtype)
-    with np.errstate(divide="ignore"):  # log(0) = -inf is the right answer for a row of -inf
-        y = np.log(np.sum(np.exp(x - m), axis=axis, keepdims=True)) + m
-    return y if keepdims else np.squeeze(y, axis)
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else str(self)
 
-# With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`, so `g` comes back as
-# `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
-@primitive(lambda g, y, x, axis=-1: y * (g - _row_sum(g * y, axis)))
-def softmax(x: Any, axis: int = -1) -> Tensor:
-    """exp(x) / sum(exp(x)) along an axis."""
-    e = _real_array(x) - _row_max(x, axis)
-    np.exp(e, out=e)
-    return np.multiply(e, 1 / _row_sum(e, axis), out=e)
+    def __float__(self) -> float:
+        _refuse_inside_transform(self)
+        return float(self.item())
 
-@primitive(lambda g, y, x, axis=-1: g - np.exp(y) * _row_sum(g, axis))
-def log_softmax(x: Any, axis: int = -1) -> Tensor:
-    """The logarithm of softmax, exact also where softmax underflows."""
-    z = _real_array(x) - _row_max(x, axis)
-    return np.subtract(z, np.log(_row_sum(np.exp(z), axis)), out=z)
+    def __int__(self) -> int:
+        _refuse_inside_transform(self)
+        return int(self.item())
 
-# ### Linear algebra
-#
-# For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it
-# receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless they are square,
-# the shapes alone allow nothing else.
-_matmul = _np_op("matmul", np.matmul, lambda g, y, a, b: g @ b.swapaxes(-1, -2),
-                 lambda g, y, a, b: a.swapaxes(-1, -2) @ g)
+    def __bool__(self) -> bool:
+        return bool(self._data)
 
-def matmul(a: Any, b: Any) -> Tensor:
-    """a @ b with NumPy's meaning for every rank: vectors, matrices, and stacks of matrices."""
-    a, b = as_tensor(a), as_tensor(b)
-    if 0 in (a.ndim, b.ndim) or a.shape[-1] != b.shape[-2:][0]:  # the last but one, or only
-        raise ValueError(f"matmul of shapes {a.shape}, {b.shape}: inner axes differ or are missing")
-    if b.ndim == 1 or (b.ndim == 2 and a.ndim != 2):  # vectors times one matrix: rows of another
-        columns = b if b.ndim == 2 else expand_dims(b, 1)
-        return _matmul(_rows(a), columns).reshape((*a.shape[:-1], *b.shape[1:]))
-    return _matmul(expand_dims(a, 0), b).squeeze(-2) if a.ndim == 1 else _matmul(a, b)
+    def __len__(self) -> int:
+        return len(self._data)
 
-def bmm(a: Any, b: Any) -> Tensor:
-    """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j), one by one."""
-    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
-        raise ValueError(f"bmm of shapes {np.shape(a)}, {np.shape(b)}: needs stacks of one length")
-    return matmul(a, b)
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
 
-# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All leading axes
-# of x are one long axis to it, so each gradient is a single product.
-@primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
-           lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
-           lambda g, y, x, weight, bias: g)
-def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
-    """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
-    if x.shape[-1:] != weight.shape[1:] or bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError("needs an input (..., in), a weight (out, in) and a bias (out,)")
-    y = (_rows(x) @ weight.T).reshape(*x.shape[:-1], len(weight))
-    return y if bias is None else np.add(y, bias, out=y)
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
 
-# An einsum is a sum of products over indices, so by an operand it differentiates into an einsum of
-# the others with the cotangent in its place. Two cases need one more factor: an index that only
-# this operand has was summed away, and comes back by a row of ones; an index it has twice picked a
-# diagonal, and comes back by an identity matrix. `...` is passed on; NumPy finds its axes.
-def _einsum_rule(i: int, g: Any, y: Any, subscripts: str, *xs: Any) -> Any:
-    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
-    if not arrow:  # NumPy then keeps what occurs once, in alphabetical order
-        once = sorted(c for c in inputs if c not in ".," and inputs.count(c) == 1)
-        output = "..." * ("..." in inputs) + "".join(once)
-    xs = [x if isinstance(x, Tensor) else _real_array(x) for x in xs]  # NumPy adds bools to a bool
-    factors = list(zip(inputs.split(","), xs))
-    (target, x), factors[i - 1] = factors[i - 1], (output, g)  # g for x (0: subscripts)
-    front, _, back = target.partition("...")  # the letters of the first axes, and of the last
-    for letter, n in [*zip(front, x.shape), *zip(back[::-1], x.shape[::-1])]:
-        if target.count(letter) > 1:
-            fresh = min({*string.ascii_letters} - {*subscripts, *target})
-            target = target.replace(letter, fresh, 1)
-            factors.append((letter + fresh, np.eye(n, dtype=g.dtype)))
-        elif not any(letter in other for other, _ in factors):
-            factors.append((letter, np.ones(n, g.dtype)))
-    others, arrays = zip(*factors)
-    return np.einsum(",".join(others) + "->" + target, *arrays, optimize=len(arrays) > 1)
 
-@primitive(each=_einsum_rule)
-def einsum(subscripts: str, *operands: Any) -> Tensor:
-    """np.einsum with a subscripts string, `einsum("bij,bjk->bik", a, b)`; `...` is understood."""
-    if not isinstance(subscripts, str):
-        raise TypeError("the subscripts must be a string, such as 'ij,jk->ik'")
-    if "..." not in subscripts.rpartition("->")[2]:  # then it stands for no axes
-        subscripts = subscripts.replace("...", "")
-    return np.einsum(subscripts, *map(_real_array, operands), optimize=len(operands) > 1)
+for _name, _f in vars(_Conversions).items():
+    if callable(_f):
+        _f.__qualname__ = f"Tensor.{_name}"
+        setattr(Tensor, _name, _f)
 
-# ### Images
-#
-# A convolution slides a small window over an image and takes the same weighted sum everywhere. Said
-# with arrays: *gather* all windows, then multiply by the weights, once. Pooling gathers too, and
-# takes the largest or the mean. Images are (N, C, H, W): batch, channels, height, width. Sizes of
-# windows, strides and paddings are numbers, or pairs for height and width.
-_pair = lambda value: tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+# **What leaves the tape is refused.** `math.sin(x)` asks `x` for a plain float, and
+# what it returns knows nothing of x: the gradient would silently be wrong. So while a
+# transform runs your function, `float(t)` is an error for a `t` that was made from the
+# transform's inputs.
 
-def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """Views (N, C, oh, ow) of x, one for each position in a window: that element of all windows."""
-    kernel, stride = _pair(kernel_size), _pair(kernel_size if stride is None else stride)
-    axes = list(zip(x.shape[2:], kernel, stride))
-    if x.ndim != 4 or any(k < 1 or k > n or s < 1 for n, k, s in axes):
-        raise ValueError(f"kernel {kernel} and stride {stride} must be >= 1, and fit (N, C, H, W)")
-    rows, columns = ([slice(i, i + n - k + 1, s) for i in range(k)] for n, k, s in axes)
-    return [x[:, :, i, j] for i in rows for j in columns]
 
-def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any, stride: Any) -> np.ndarray:
-    """The transpose of `_gather`: zeros like x, and each share added where its part was read."""
-    dx = np.zeros_like(x)
-    for part, share in zip(_gather(dx, kernel_size, stride), shares):
-        part += share
-    return dx
+def _refuse_inside_transform(t: Tensor) -> None:
+    for run in _mode.runs:
+        if t.requires_grad and t._time in _find_route([t], run.inputs).times:
+            raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
+                            "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
+                            "function, as in np.sin(t), or t.item() if no derivative is wanted")
 
-# The kernels keep images with the batch last, (C, H, W, N) in memory, and show them as (N, C, H, W)
-# through a transposed view. A line of a small image is, say, 14 numbers, and NumPy pays for every
-# loop it begins; with the batch last, W * N numbers lie side by side. Elementwise operations keep
-# the order in memory, so from one layer to the next nothing is moved.
-_batch_last = lambda x: x.transpose(*range(1, x.ndim), 0)
-_batch_first = lambda x: x.transpose(-1, *range(x.ndim - 1))
 
-# A convolution lays the windows out as the columns of one matrix (im2col: Chellapilla and others,
-# 2006), so the weighted sums become a matrix product. Backward, both steps are transposed.
-def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
-    (top, left), (o, c, *kernel) = _pair(padding), weight.shape
-    padded = np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)))
-    windows = np.stack(_gather(padded, kernel, stride))  # (kh kw, N, C, oh, ow)
-    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))
-    return y if bias is None else y + bias.reshape(-1, 1, 1)
+def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
+    """`value` as a gradient that `t` can have: None, or a Tensor of its shape and dtype."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        value = _wrap(np.asarray(value, t.dtype))
+    if value.ndim == 0:
+        value = broadcast_to(value, t.shape) if t.ndim else value
+    if value.shape != t.shape:
+        raise ValueError(f"a gradient of shape {value.shape} for {t.label or 'a tensor'} of shape "
+                         f"{t.shape}: they must agree")
+    return value if value.dtype == t.dtype else astype(value, t.dtype)
 
-@fused(_conv2d_definition)
-def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0) -> Tensor:
-    """As torch's conv2d: images (N, C, H, W), weight (O, C, kh, kw), (O,) -> (N, O, oh, ow)."""
-    top, left = _pair(padding)
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or top < 0 or left < 0:
-        raise ValueError(f"needs (N, C, H, W), (O, C, kh, kw) and a padding from 0, not {padding}")
-    (n, c, h, w), (o, _, *kernel) = x.shape, weight.shape
-    padded = _batch_first(np.zeros((c, h + 2 * top, w + 2 * left, n), x.dtype))
-    inside = np.s_[:, :, top:top + h, left:left + w]
-    padded[inside] = x
-    parts = [_batch_last(part) for part in _gather(padded, kernel, stride)]
-    shape, k = (c, len(parts), *parts[0].shape[1:]), c * len(parts)  # (C, kh kw, oh, ow, N)
-    columns = lambda: np.stack(parts, axis=1).reshape(k, math.prod(shape[2:]))
-    matrix = weight.reshape(o, k)
-    y = matrix @ columns()  # (O, C kh kw) @ (C kh kw, oh ow N)
-    if bias is not None:
-        y += bias[:, None]
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g, dx = _batch_last(g).reshape(y.shape), None
-        if wanted[0]:
-            shares = (matrix.T @ g).reshape(shape).transpose(1, 4, 0, 2, 3)  # as `windows` above
-            dx = _scatter_back(shares, padded, kernel, stride)[inside]
-        # dw is g @ columns.T, written so that OpenBLAS is twice as fast; by np.dot, see `_row_sum`.
-        # To make columns, kh kw times as large as x, again costs less than to keep them.
-        dw = np.dot(columns(), g.T).T.reshape(weight.shape) if wanted[1] else None
-        return dx, dw, _row_sum(g)[:, 0]
-    return _batch_first(y.reshape(o, *shape[2:])), pullback
 
-@fused(lambda *args, **params: functools.reduce(
-    lambda best, part: np.where(part > best, part, best), _gather(*args, **params)))
-def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
-    """The largest of each window, (N, C, H, W) -> (N, C, oh, ow). Of equals the first gets g."""
-    parts = _gather(x, kernel_size, stride)
-    y = functools.reduce(np.maximum, parts)
-    apart = stride is None or np.all(np.less_equal(kernel_size, stride))
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g, dx, free = _dense(g, y), np.zeros_like(x), np.ones_like(y, bool)
-        for part, to in zip(parts, _gather(dx, kernel_size, stride)):
-            hit = (part == y) & free  # free are the windows that no position has claimed yet
-            free ^= hit
-            if apart:  # no element is in two windows, so there is nothing to add to
-                np.multiply(g, hit, out=to)
-            else:
-                to += g * hit
-        return (dx,)
-    return y, pullback
-
-@fused(lambda *args, **params: np.mean(np.stack(_gather(*args, **params)), axis=0))
-def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
-    """The mean of each window, (N, C, H, W) -> (N, C, oh, ow)."""
-    parts = _gather(x, kernel_size, stride)
-    return functools.reduce(np.add, parts) / len(parts), lambda g, wanted: (
-        _scatter_back([g / len(parts)] * len(parts), x, kernel_size, stride),)
-
-# ### Normalization
-#
-# Batch norm and layer norm do the same over different axes: subtract the mean, divide by the
-# standard deviation, then scale and shift by learned numbers. Write `xhat = (x - mean) / s`. The
-# cotangent of xhat is `h = g * weight`; going back through s and the mean takes away from h the two
-# directions in which x can move without moving xhat, which are its mean and its part along xhat:
-#
-#     dx = (h - mean(h) - xhat * mean(h * xhat)) / s
-#
-# Layer norm normalizes each position, batch norm each channel; the kernels call these rows. Batch
-# norm has one weight per row, and so may scale by it last, with 1 / s. (Its definition puts the
-# channels last, to broadcast.) Ioffe and Szegedy, 2015; Ba, Kiros and Hinton, 2016.
-def _norm_definition(x, weight, bias=None, eps=1e-5, axis=-1):
-    centred = x - mean(x, axis, keepdims=True)
-    xhat = centred / sqrt(mean(centred * centred, axis, keepdims=True) + eps)
-    return xhat * weight if bias is None else xhat * weight + bias
-
-_along = lambda x, y: np.einsum("ij,ij->i", x, y)[:, None]  # inner products of rows: (rows, 1)
-
-def _normalize(x, eps):
-    """x - mean, still to be multiplied by 1 / s; and mean, sum of squares and 1 / s of each row."""
-    n, first = x.shape[1], x[:, :1]
-    centred = x - first  # else, in float32, large equal numbers would not give exactly 0
-    rest = _row_sum(centred) / n
-    centred -= rest
-    squares = _along(centred, centred)
-    return centred, first + rest, squares, math.sqrt(n) / np.sqrt(squares + n * eps)
-
-def _normalize_back(h, centred, slope, scale):
-    """dx = (h - mean(h) - centred * slope) * scale, given centred or xhat; and h's row sums."""
-    total = _row_sum(h)
-    dx = centred * -slope
-    dx += h
-    dx -= total / h.shape[1]
-    dx *= scale
-    return dx, total
-
-@fused(_norm_definition)
-def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    """Normalize x over its last axis, scale by `weight` and shift by `bias`, both of that size."""
-    if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError("the weight must be as long as the last axis of the input")
-    xhat, _, _, inverse = _normalize(_rows(_real_array(x)), eps)
-    xhat *= inverse
-    y = xhat * weight
-    if bias is not None:
-        y += bias
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.reshape(xhat.shape)
-        h = g * weight
-        dx, _ = _normalize_back(h, xhat, _along(h, xhat) / h.shape[1], inverse)
-        return dx.reshape(x.shape), np.einsum("ij,ij->j", g, xhat), _row_sum(g.T)[:, 0]
-    return y.reshape(x.shape), pullback
-
-@fused(lambda x, weight, bias, eps, running, momentum: _norm_definition(
-    x.swapaxes(1, -1), weight, bias, eps, axis=tuple(range(x.ndim - 1))).swapaxes(1, -1))
-def _batch_norm(x, weight, bias, eps, running, momentum):
-    last = _batch_last(x)  # (C, ..., N)
-    centred, mean, squares, inverse = _normalize(last.reshape(len(weight), -1), eps)
-    n, scale = centred.shape[1], inverse * weight[:, None]
-    for kept, new in zip(running, (mean, squares / (n - 1))):
-        kept[...] += momentum * (new.ravel() - kept)
-    y = centred * scale
-    y += bias[:, None]
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = _batch_last(g).reshape(centred.shape)
-        dw = _along(g, centred) * inverse
-        dx, db = _normalize_back(g, centred, dw * inverse / n, scale)
-        return _batch_first(dx.reshape(last.shape)), dw.ravel(), db.ravel()
-    return _batch_first(y.reshape(last.shape)), pullback
-
-def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight: Any, bias: Any,
-               training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
-    """Normalize each channel of x, (N, C) or (N, C, H, W), over all else.
-    In training by the batch's own mean and variance, towards which the running arrays then move
-    (the variance unbiased, as PyTorch keeps it); otherwise by the running ones.
-    """
-    x, c = as_tensor(x), len(weight)
-    if x.ndim < 2 or x.shape[1] != c or training and x.size <= c:
-        raise ValueError(f"batch_norm: axis 1 of {x.shape} must have {c} channels; and one value "
-                         "per channel, or none, is too few to train on")
-    if training:
-        return _batch_norm(x, weight, bias, eps, (running_mean, running_var), momentum)
-    scale = weight / np.sqrt(running_var + eps).astype(x.dtype)
-    shift = bias - scale * running_mean.astype(x.dtype)
-    return (x.swapaxes(1, -1) * scale + shift).swapaxes(1, -1)
-
-# ### Attention, embedding, dropout
-#
-# Attention (Vaswani and others, 2017) lets each position of a sequence look at others: its *query*
-# is compared with every *key*, and the *values* are averaged with the softmax of the scores as
-# weights. Causal means that a position sees itself and what came before: to the scores of what lies
-# ahead, -inf is added. Shapes: B sequences, H heads, T positions, D numbers per head.
-_ahead = functools.lru_cache(8)(lambda shape, dtype: np.triu(np.full(shape, -np.inf, dtype), 1))
-
-def _attention_definition(q, k, v, is_causal=False):
-    scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
-    return softmax(scores + _ahead(scores.shape[-2:], scores.dtype) if is_causal else scores) @ v
-
-# With E the exponentials of the scores and r one over their row sums, the softmax is `P = r E`, and
-# `Y = r (E V)`: the small result is normalized, not the large matrix. Backward, with `h = r g`,
-# `dV = E^T h`, and what reaches the scores is `E * (h V^T - rowsum(h * Y))`: softmax's rule sums
-# S terms a row, `sum_j P_ij (V_j . g_i)`, and that is `Y_i . g_i`, D terms (Dao and others, 2022).
-def _attend(q, k, v, is_causal, out=None):
-    """The result (written to `out`), E and r."""
-    e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
-    if is_causal:
-        e += _ahead(e.shape[-2:], e.dtype)
-    e -= _row_max(e)
-    np.exp(e, out=e)
-    r = 1 / _row_sum(e)
-    y = np.matmul(e, v, out=out)
-    y *= r
-    return y, e, r
-
-def _attend_back(g, q, k, v, y, e, r, out=(None, None, None)):
-    """The gradients of q, k and v (written to `out`)."""
-    scale, h = 1 / math.sqrt(q.shape[-1]), g * r
-    ds = h @ v.swapaxes(-1, -2)
-    ds -= np.einsum("...i,...i->...", h, y)[..., None]
-    ds *= e
-    return (np.matmul(ds, k * scale, out=out[0]),
-            np.matmul(ds.swapaxes(-1, -2), q * scale, out=out[1]),
-            np.matmul(e.swapaxes(-1, -2), h, out=out[2]))
-
-@fused(_attention_definition)
-def scaled_dot_product_attention(q: Any, k: Any, v: Any, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v: (..., T, D), (..., S, D), (..., S, E) -> (..., T, E).
-    With `is_causal`, position i sees positions 0 to i. Raises ValueError if the shapes disagree.
-    """
-    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError("the shapes must be (..., T, D), (..., S, D) and (..., S, E)")
-    kept = _attend(q, k, v, is_causal)
-    return kept[0], lambda g, wanted: _attend_back(g, q, k, v, *kept)
-
-# A transformer computes q, k and v of all heads by one product, side by side in one array. Taking
-# them out as views, and writing their gradients into views of one array, saves all the copying.
-def _heads(qkv: Any, num_heads: int) -> Any:
-    b, t, c = qkv.shape  # (B, T, 3 H D) -> (3, B, H, T, D)
-    return qkv.reshape(b, t, 3, num_heads, c // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
-
-def _merge(y: Any) -> Any:  # (B, H, T, D) -> (B, T, H D)
-    return y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], y.shape[1] * y.shape[3])
-
-# The kernel takes a few sequences at a time, whose E, of about two blocks, stays in the cache.
-@fused(lambda qkv, num_heads: _merge(_attention_definition(*_heads(qkv, num_heads), True)))
-def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
-    """Causal attention in `num_heads` heads: (B, T, 3 * C) -> (B, T, C); qkv is q, k, v in one."""
-    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"needs (B, T, 3 * C) with C divisible by {num_heads} heads")
-    heads = _heads(_real_array(qkv), num_heads)
-    _, b, h, t, d = heads.shape
-    y = np.empty((b, t, h, d), heads.dtype).swapaxes(1, 2)  # (B, H, T, D)
-    step = max(1, 2 * _BLOCK // max(1, h * t * t))
-    parts = [slice(i, i + step) for i in range(0, b, step)]
-    kept = [_attend(*heads[:, s], True, out=y[s]) for s in parts]
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g, dqkv = g.reshape(b, t, h, d).swapaxes(1, 2), np.empty_like(qkv)
-        to = _heads(dqkv, num_heads)
-        for s, results in zip(parts, kept):
-            _attend_back(g[s], *heads[:, s], *results, out=to[:, s])
-        return (dqkv,)
-    return _merge(y), pullback
-
-def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
-    """`ids` as an integer array with all elements in 0..count-1, or an error that says why not."""
-    ids = np.asarray(ids)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}")
-    if ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
-    return ids
-
-# Looking up row i is multiplying by a one-hot vector. For the backward pass of a small vocabulary
-# we really do multiply: one product beats adding up rows one at a time.
-@fused(lambda ids, weight: weight[ids])
-def embedding(ids: Any, weight: Any) -> Tensor:
-    """The rows of weight (V, C) named by an integer array: ids.shape + (C,)."""
-    ids = _whole_numbers("ids", ids, len(weight))
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        if len(weight) > 1024:  # then the product would be slower, for nearly all are zeros
-            return None, scatter_add.__wrapped__(g, ids, weight.shape)
-        one_hot = np.zeros((ids.size, len(weight)), g.dtype)
-        one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
-        return None, one_hot.T @ g.reshape(ids.size, weight.shape[1])
-    return weight[ids], pullback
-
-def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
-    """In training, set elements to 0 with probability p and scale the others by 1 / (1 - p)."""
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout: p must be at least 0 and below 1, not {p}")
-    x = as_tensor(x)
-    if not training or p == 0:
-        return x
-    keep = _mode.rng.random(x.shape, np.float32) >= p
-    return x * (keep * np.asarray(1 / (1 - p), x.dtype))
-
-# ### Losses
-#
-# How wrong is a prediction? A loss says it in one number, for training to make small. For classes,
-# softmax and logarithm are taken together: the loss of a row is `log(sum(exp(x))) - x[target]`. The
-# first term's derivative is softmax(x), the second's is 1 at the target: `softmax - one_hot`, the
-# probabilities minus what they should have been. (The other losses are compositions of operations.)
-@fused(lambda logits, targets: -np.mean(log_softmax(logits)[np.arange(len(targets)), targets]))
-def cross_entropy(logits: Any, targets: Any) -> Tensor:
-    """The mean of -log softmax(logits)[target]: logits (N, C), integer targets (N,) -> a scalar.
-    Raises ValueError for shapes or targets that do not fit, TypeError for non-integer targets.
-    """
-    if logits.ndim != 2 or np.shape(targets) != logits.shape[:1] or len(logits) == 0:
-        raise ValueError("needs logits (N, C), targets (N,), not of no rows; reshape (B, T, C)")
-    hit = np.arange(len(logits)), _whole_numbers("targets", targets, logits.shape[1])
-    p = _real_array(logits) - _row_max(logits)
-    picked = p[hit]
-    np.exp(p, out=p)
-    total = _row_sum(p)  # the softmax is p / total
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        share = np.asarray(g / len(p), p.dtype)
-        dx = p * (share / total)
-        dx[hit] -= share
-        return (dx, None)
-    return np.mean(np.log(total[:, 0]) - picked), pullback
-
-def _matched(loss: str, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
-    """Both, of one shape and dtype. No loss broadcasts: (N, 1) against (N,) would be (N, N)."""
-    p, t = as_tensor(prediction), as_tensor(target)
-    if p.shape != t.shape or p.size == 0:
-        raise ValueError(f"{loss}: shapes {p.shape} and {t.shape} differ, or have no elements")
-    return p, t.astype(p.dtype)
-
-def mse_loss(prediction: Any, target: Any) -> Tensor:
-    """The mean squared difference of two arrays of one shape."""
-    p, t = _matched("mse_loss", prediction, target)
-    return mean((p - t) ** 2)
-
-def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
-    """The mean of -log probability, where sigmoid(logits) is the probability of target 1."""
-    x, t = _matched("binary_cross_entropy_with_logits", logits, target)
-    return mean(softplus(x) - t * x)  # = -t log s - (1-t) log(1-s), s = sigmoid(x); no overflow
-
-def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
-    """The mean of -log probability, from [0, 1]; logarithms are held above -100, as in PyTorch."""
-    p, t = _matched("binary_cross_entropy", probability, target)
-    if not np.all((p >= 0) & (p <= 1)):
-        raise ValueError("binary_cross_entropy: not in [0, 1]; for logits there is ..._with_logits")
-    log_of = lambda p: log(clip(p, math.exp(-100)))
-    return -mean(t * log_of(p) + (1 - t) * log_of(1 - p))
-
-def hinge_loss(prediction: Any, target: Any) -> Tensor:
-    """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
-    p, t = _matched("hinge_loss", prediction, target)
-    if not np.all(abs_(t) == 1):
-        raise ValueError("hinge_loss: targets must be -1 or 1")
-    return mean(relu(1 - t * p))
-
-# ### What a Tensor can do, and what NumPy may ask of it
-#
-# The operations exist; here they become operators, methods and NumPy's own functions.
-for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power, matmul=matmul).items():
-    setattr(Tensor, f"__{_name}__", _f)
-    setattr(Tensor, f"__r{_name}__", lambda self, other, op=_f: op(other, self))
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):  # so __hash__ stays
-    setattr(Tensor, _name, lambda a, b, name=_name: getattr(np.asarray(a._data), name)(_value(b)))
-for _f in (abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy, sum_, mean, var,
-           std, max_, min_, reshape, transpose, swapaxes, squeeze, np.ravel, np.dot, np.argmax,
-           np.argmin):  # (np's own, called as methods, come back to the tables)
-    setattr(Tensor, _f.__name__, _f)
-Tensor.__neg__, Tensor.__abs__, Tensor.__getitem__, Tensor.flatten = neg, abs_, getitem, np.ravel
-Tensor.tolist = lambda self: self._data.tolist()
-
-def _dot(a: Any, b: Any) -> Tensor:
-    """a @ b, or a * b if one is a number; b has at most two axes."""
-    if np.ndim(b) > 2:
-        raise TypeError(f"np.dot with a Tensor of shape {np.shape(b)}: use np.matmul or np.einsum")
-    return mul(a, b) if 0 in (np.ndim(a), np.ndim(b)) else matmul(a, b)
-
-# A reduction with the arguments that NumPy passes; `more` may have keepdims, and ddof for var.
-_reduction = lambda op: lambda a, axis=None, dtype=None, **more: op(
-    a if dtype is None else astype(a, dtype), axis, **more)
-_FUNCTIONS.update({  # one table, though NumPy asks for its ufuncs and for the rest in two ways
-    **{getattr(np, _f.__name__): _f for _f in (
-        add, power, exp, expm1, log, log1p, logaddexp, sqrt, sin, cos, tanh, maximum, minimum,
-        matmul, where, swapaxes, moveaxis, expand_dims, squeeze, broadcast_to, concatenate, stack)},
-    **{getattr(np, _f.__name__): _reduction(_f) for _f in (sum_, mean, var, std, max_, min_)},
-    np.amax: _reduction(max_), np.amin: _reduction(min_), np.tan: lambda x: sin(x) / cos(x),
-    np.subtract: sub, np.multiply: mul, np.true_divide: div, np.negative: neg, np.absolute: abs_,
-    np.fabs: abs_, np.positive: identity, np.square: lambda x: x * x, np.reciprocal: lambda x: 1 / x,
-    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None: clip(
-        a, min if a_min is None else a_min, max if a_max is None else a_max),
-    np.reshape: lambda a, shape=None, *, newshape=None: reshape(
-        a, newshape if shape is None else shape),
-    np.ravel: lambda a: reshape(a, -1), np.transpose: lambda a, axes=None: transpose(a, axes),
-    np.hstack: lambda tup: concatenate(tup, 0 if np.ndim(tup[0]) < 2 else 1),
-    np.vstack: lambda tup: concatenate([expand_dims(t, 0) if np.ndim(t) == 1 else t for t in tup]),
-    np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
-    np.pad: lambda array, pad_width, mode="constant": pad(
-        array, pad_width, **{} if mode == "constant" else {"mode": mode}),  # pad refuses that
-    np.vdot: lambda a, b: _dot(reshape(a, -1), reshape(b, -1)),
-    np.copy: _copy, np.dot: _dot, np.outer: lambda a, b: reshape(a, -1, 1) * reshape(b, 1, -1),
-    np.einsum: lambda subscripts, *operands, optimize=None: einsum(subscripts, *operands),
-    np.full_like: lambda a, fill_value, dtype=None: broadcast_to(
-        astype(fill_value, dtype or a.dtype), a.shape),
-})
-for _function, _f in _FUNCTIONS.items():  # so a TypeError for a wrong argument names np.x
+for _function, _f in _FUNCTIONS.items():  # so that a TypeError for a wrong argument names np.x
     if _f.__qualname__[0] in "_<":  # such as <lambda>
         _f.__qualname__ = f"np.{_function.__name__}"
 
-# These have derivative zero wherever it exists, or ask for a shape: they give plain arrays.
-_WITHOUT_GRADIENT = {getattr(np, _name) for _name in (
-    "sign floor ceil trunc rint round floor_divide isnan isinf isfinite signbit equal not_equal"
-    " less less_equal greater greater_equal logical_and logical_or logical_not logical_xor isneginf"
-    " isposinf isclose allclose array_equal argmax argmin argsort searchsorted nonzero"
-    " count_nonzero any all shape ndim size zeros_like ones_like empty_like array2string array_repr"
-    " array_str result_type may_share_memory shares_memory").split()}
 
-# ## Modules
+# # Part III. Networks
 #
-# Where do the numbers live that training changes? A Module is an object with Parameters among its
-# attributes, and other modules that have some of their own. There is no registry: whoever wants the
-# parameters looks through the attributes, and the lists among them, in the order in which they were
-# set. An ndarray (batch norm's running mean) is saved with the parameters but not trained. Names
-# and shapes are PyTorch's, so its state_dict is ours too.
+# ## III.1 Losses
+#
+# How wrong is a prediction? A loss says it in one number, for training to make small.
+# For classes it is minus the logarithm of the probability that was given to the right
+# one. Of two classes with equal scores each has probability 1/2, whose logarithm is
+# -0.693; and to learn is to move the scores by the opposite of the gradient, the wrong
+# one down and the right one up:
+#
+#     >>> loss, slope = value_and_grad(cross_entropy)(np.array([[2.0, 2.0]]), np.array([1]))
+#     >>> print(f"{loss:.3f}", slope)
+#     0.693 [[ 0.5 -0.5]]
+#
+# Softmax and logarithm are taken together: the loss of a row is
+# `log(sum(exp(x))) - x[target]`. The first term's derivative is softmax(x), the
+# second's is 1 at the target. So the gradient is `softmax - one_hot`: the
+# probabilities, minus what they should have been.
+@_in_float32
+def _cross_entropy_definition(logits, targets):
+    rows = np.arange(len(targets))
+    return -np.mean(log_softmax(logits)[rows, targets])
+
+
+def _check_classes(logits: np.ndarray, targets: Any) -> None:
+    shape = np.shape(targets)
+    if logits.ndim >= 2 and shape == logits.shape:
+        raise ValueError("the targets are the numbers of the classes, one for each row, and "
+                         f"not one-hot rows {shape}; write targets.argmax(-1)")
+    if logits.ndim != 2:
+        raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and (B, T) "
+                         "write logits.reshape(-1, C) and targets.reshape(-1)")
+    if shape != logits.shape[:1]:
+        raise ValueError("needs one target for each row of logits (N, C), "
+                         f"not targets {shape}")
+    if len(logits) == 0:
+        raise ValueError("there are no rows, and so there is no mean")
+
+
+@fused(_cross_entropy_definition, operands=1)
+@_in_float32
+def cross_entropy(logits: Any, targets: Any) -> Tensor:
+    """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
+
+    Raises ValueError for shapes or targets that do not fit, TypeError for targets that
+    are no integers.
+    """
+    _check_classes(logits, targets)
+    n, classes = logits.shape
+    hit = np.arange(n), _whole_numbers("targets", targets, classes)
+    p = logits - _row_max(logits)  # (N, C)
+    picked = p[hit]  # (N,)
+    np.exp(p, out=p)
+    total = _row_sum(p)  # (N, 1); the softmax is p / total
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        share = np.asarray(g / n, p.dtype)
+        dx = p * (share / total)
+        dx[hit] -= share
+        return (dx,)
+
+    return np.mean(np.log(total[:, 0]) - picked), pullback
+
+
+# The other losses are compositions of operations. None broadcasts: a prediction (N, 1)
+# less a target (N,) would be (N, N), and its mean a number that looks like a loss.
+def _matched(loss: str, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Both, as Tensors of one shape and dtype."""
+    prediction = as_tensor(prediction)
+    target = as_tensor(target)
+    if prediction.shape != target.shape:
+        raise ValueError(f"{loss}: the prediction has shape {prediction.shape} and the "
+                         f"target {target.shape}; reshape one, for a loss does not broadcast")
+    if prediction.size == 0:
+        raise ValueError(f"{loss}: there are no elements, and so there is no mean")
+    return prediction, target.astype(prediction.dtype)
+
+
+@_in_float32
+def mse_loss(prediction: Any, target: Any) -> Tensor:
+    """The mean squared difference of two arrays of one shape, else a ValueError."""
+    prediction, target = _matched("mse_loss", prediction, target)
+    return mean((prediction - target) ** 2)
+
+
+# For one class or none, with `s = sigmoid(x)` for the probability,
+# `-t log s - (1 - t) log(1 - s)` is `softplus(x) - t x`, which neither overflows nor
+# loses digits.
+@_in_float32
+def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
+    """The mean of -log probability, where sigmoid(logits) is the probability of target 1."""
+    logits, target = _matched("binary_cross_entropy_with_logits", logits, target)
+    return mean(softplus(logits) - target * logits)
+
+
+# From probabilities alone it is less exact. The logarithm of 0 is held at -100, as in
+# PyTorch; but its derivative is not held at 0 there, or what is most wrong would not
+# learn. It is that of the loss, `(p - t) / (p (1 - p))`, with a denominator of at least
+# 1e-12.
+def _log_above(p: Any) -> Any:
+    return np.log(np.clip(p, math.exp(-100), 1))
+
+
+@primitive(lambda g, y, p, t: g * (p - t) / np.maximum(p * (1 - p), 1e-12),
+           lambda g, y, p, t: g * (_log_above(1 - p) - _log_above(p)))
+def _log_loss(p, t):
+    return -(t * _log_above(p) + (1 - t) * _log_above(1 - p))
+
+
+@_in_float32
+def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
+    """The mean of -log probability, of probabilities in [0, 1] that the target is 1.
+
+    Logarithms are held above -100. Raises ValueError for anything outside [0, 1].
+    """
+    probability, target = _matched("binary_cross_entropy", probability, target)
+    if not np.all((probability >= 0) & (probability <= 1)):
+        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; for "
+                         "scores of any size there is binary_cross_entropy_with_logits")
+    return mean(_log_loss(probability, target))
+
+
+@_in_float32
+def hinge_loss(prediction: Any, target: Any) -> Tensor:
+    """The mean of max(0, 1 - target * prediction), for targets -1 and 1, else a ValueError."""
+    prediction, target = _matched("hinge_loss", prediction, target)
+    if not np.all(abs_(target) == 1):
+        raise ValueError("hinge_loss: the targets must be -1 or 1; of 0 and 1 make 2 * t - 1")
+    return mean(relu(1 - target * prediction))
+
+
+# ## III.2 Modules
+#
+# Where do the numbers live that training changes? In a network, and this is one:
+#
+#     >>> manual_seed(0)
+#     >>> model = MLP(2, [16, 1])  # two inputs, a layer of 16, one output
+#     >>> print(model)
+#     MLP(
+#       (0): Linear(weight=(16, 2), bias=(16,))
+#       (1): ReLU()
+#       (2): Linear(weight=(1, 16), bias=(1,))
+#     )
+#     >>> print(*(name for name, _ in model.named_parameters()))
+#     0.weight 0.bias 2.weight 2.bias
+#     >>> print(model(np.zeros((5, 2))).shape)  # five points, an answer for each
+#     (5,)
+#
+# They live in ordinary attributes of ordinary objects. A layer of your own is a class
+# with an `__init__` that sets the attributes and a `forward` that computes with them.
+# This one gives each column of its input a factor, for training to find:
+#
+#     >>> class Scale(Module):
+#     ...     def __init__(self, columns):
+#     ...         self.factor = Tensor(np.ones(columns))
+#     ...
+#     ...     def forward(self, x):  # (N, columns) -> (N, columns)
+#     ...         return x * self.factor
+#     ...
+#     >>> print(Sequential(Scale(2), model))
+#     Sequential(
+#       (0): Scale(factor=(2,))
+#       (1): MLP(
+#         (0): Linear(weight=(16, 2), bias=(16,))
+#         (1): ReLU()
+#         (2): Linear(weight=(1, 16), bias=(1,))
+#       )
+#     )
+#
+# There is no registry. Whoever wants the parameters looks through the attributes, in
+# the order in which they were set, and what an attribute is decides what becomes of it:
+#
+#     | attribute                       | trained | saved | for example               |
+#     | ------------------------------- | ------- | ----- | ------------------------- |
+#     | a Parameter, or a tracked leaf  | yes     | yes   | a weight                  |
+#     | a constant Tensor, an ndarray   | no      | yes   | batch norm's running mean |
+#     | a number, a text, a function    | no      | no    | a setting                 |
+#     | what an operation returned      | no      | no    | the last hidden state     |
+#
+# Modules among the attributes are looked through in turn, and so are lists, tuples and
+# dicts, whose keys then stand in the dotted name: `blocks.3.ln1.weight`.
+#
+# Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`. A
+# network whose numbers stay as they were, without a word, costs an evening before
+# anyone suspects it. Who wants to keep a Tensor and not to train it keeps a constant,
+# `t.detach()`. What, then, is a Parameter for? It stays a parameter while it is frozen:
+# with `requires_grad=False` it is listed still, so an optimizer made before it thaws
+# knows it.
+#
+# Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So its
+# state_dict is ours too, in both directions.
+
 class Parameter(Tensor):
-    """A Tensor that its module trains."""
+    """A Tensor that its module trains, and lists even while it is frozen."""
+
     __slots__ = ()
 
-def _parts(holder: Any, prefix: str = "", deep: bool = True) -> Iterator[tuple[str, Any]]:
-    """(dotted name, item) for all in a module or list, in its lists, and if `deep` its modules."""
-    for key, item in vars(holder).items() if isinstance(holder, Module) else enumerate(holder):
-        yield f"{prefix}{key}", item
-        if isinstance(item, (list, tuple)) or deep and isinstance(item, Module):
-            yield from _parts(item, f"{prefix}{key}.", deep)
 
-def _fitting(what: str, own: dict, given: dict, strict: bool = True) -> dict[str, np.ndarray]:
-    """The arrays `given` for `own` (or numbers), if names (when `strict`) and shapes agree."""
-    missing, unknown = sorted(own.keys() - set(given)), sorted(set(given) - own.keys())
-    if strict and (missing or unknown):
-        raise KeyError(f"{what}: missing {missing}, unknown {unknown}")
-    new = {k: np.asarray(_value(given[k]), np.result_type(own[k])) for k in own if k in given}
-    for key, array in new.items():
-        if array.shape != np.shape(own[key]):
-            raise ValueError(f"{what}: {key} has shape {array.shape}, not {np.shape(own[key])}")
-    return new
+def _is_trained(value: Any) -> bool:
+    """Whether an attribute is a parameter: a Parameter, or a tracked leaf."""
+    tracked_leaf = _tracked(value) and value._op is None
+    return tracked_leaf or isinstance(value, Parameter)
+
+
+def _is_saved(value: Any) -> bool:
+    """Whether an attribute is saved: a parameter, a constant Tensor or an array."""
+    constant = isinstance(value, Tensor) and not value.requires_grad
+    return constant or isinstance(value, np.ndarray) or _is_trained(value)
+
+
+# The search takes two steps. `_held` finds what one module holds, be it in lists or
+# dicts; `Module._contents` goes on to the modules among that.
+
+def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of the Tensors, arrays and modules in a module, list or dict."""
+    items = vars(holder) if isinstance(holder, Module) else holder
+    pairs = items.items() if isinstance(items, dict) else enumerate(items)
+
+    for key, value in pairs:
+        name = f"{prefix}{key}"
+        if isinstance(value, (Tensor, np.ndarray, Module)):
+            yield name, value
+        elif isinstance(value, (list, tuple, dict)):
+            yield from _held(value, f"{name}.")
+        elif isinstance(value, types.GeneratorType):
+            raise TypeError(f"{name} is a generator, which is read but once; make it a list")
+        elif isinstance(value, (set, frozenset)):
+            if any(isinstance(item, Module) for item in value):
+                raise TypeError(f"{name} is a set, which has no order; make it a list")
+
 
 class Module:
-    """The base of all layers and networks: give it attributes in `__init__`, write `forward`.
-    Calling it runs `forward`, with lists stacked, and raw floats in the dtype of the parameters.
-    """
+    """The base of layers and networks: set attributes in `__init__`, write `forward`."""
+
     training = True
-    def forward(self, *args: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} has no forward method")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes. Every class writes its own; call the module itself."""
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} has no forward method; write one in the class,"
+                                  " `def forward(self, x): ...`")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args = [_from_list(a) if isinstance(a, (list, tuple)) else a for a in args]
-        for i, a in enumerate(args):
-            if isinstance(a, np.ndarray) and a.dtype.kind == "f":
-                dtypes = (p.dtype for _, p in _parts(self) if isinstance(p, Parameter))
-                args[i] = a.astype(next(dtypes, a.dtype), copy=False)
+        """Run `forward`, on arrays in the dtype of the parameters.
+
+        So float64 data does not make a float32 network compute in float64. A list is
+        stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
+        1).
+        """
+        args = [a if isinstance(a, Tensor) else self._convert(self._stack(a)) for a in args]
+        kwargs = {name: self._convert(a) for name, a in kwargs.items()}
         return self.forward(*args, **kwargs)
-    def named_parameters(self) -> list[tuple[str, Parameter]]:
-        """(dotted name, parameter) pairs; one that occurs twice is listed once."""
-        found = [(name, p) for name, p in _parts(self) if isinstance(p, Parameter)]
-        first = {p: name for name, p in reversed(found)}
-        return [(name, p) for name, p in found if first[p] == name]
-    def parameters(self) -> list[Parameter]:
+
+    def _stack(self, value: Any) -> Any:
+        """A list as one array, or as a Tensor if it holds some; all else as it is."""
+        if not isinstance(value, list):
+            return value
+        tensors = any(isinstance(item, Tensor) for item in _flatten(value)[0])
+        try:
+            return as_tensor(value) if tensors else np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: a list is stacked to one array, but the"
+                             f" items of this one differ in shape ({error}); several arrays go"
+                             " into a tuple") from None
+
+    def _convert(self, value: Any) -> Any:
+        """An array of floats in the dtype of the first parameter; all else as it is."""
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            return value
+        dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
+        return value.astype(next(dtypes, value.dtype), copy=False)
+
+    def _contents(self, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
+        """(dotted name, value) of what this module and all below it hold.
+
+        What occurs twice comes twice, under both names. But nothing comes again inside
+        itself: else, after `child.parent = self`, there would be no end.
+        """
+        above = (*above, self)
+        for name, value in _held(self, prefix):
+            if any(value is module for module in above):
+                continue
+            yield name, value
+            if isinstance(value, Module):
+                yield from value._contents(f"{name}.", above)
+
+    def modules(self) -> list:
+        """This module and all modules below it, each once."""
+        below = [value for _, value in self._contents() if isinstance(value, Module)]
+        by_identity = {id(module): module for module in [self, *below]}
+        return list(by_identity.values())
+
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """(dotted name, parameter) pairs; what occurs twice has its first name."""
+        names = {}
+        for name, value in self._contents():
+            if _is_trained(value):
+                names.setdefault(value, name)  # (Tensors hash by identity)
+        return [(name, parameter) for parameter, name in names.items()]
+
+    def parameters(self) -> list[Tensor]:
         """The parameters, each once."""
         return [parameter for _, parameter in self.named_parameters()]
-    def modules(self) -> list[Module]:
-        """This module and all below it."""
-        return [self, *(item for _, item in _parts(self) if isinstance(item, Module))]
+
+    def _state(self) -> dict[str, Any]:
+        """Dotted name -> Tensor or array, of all that is saved."""
+        state = {}
+        for name, value in self._contents():
+            if _is_saved(value):
+                if name in state:
+                    raise ValueError(f"state_dict: two arrays are named {name!r}; give one"
+                                     " another name, or a dict's key without a dot")
+                state[name] = value
+        return state
+
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Copies of all parameters and running statistics, by PyTorch's dotted names."""
-        return {name: np.array(_value(item)) for name, item in _parts(self)
-                if isinstance(item, (Parameter, np.ndarray))}
+        """Dotted name -> copy, of parameters and constants (such as running means)."""
+        return {name: np.array(_value(item)) for name, item in self._state().items()}
+
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Copy arrays in, all or none: KeyError for names, if strict, and ValueError for shapes."""
-        own = dict(_parts(self))
-        for name, array in _fitting("load_state_dict", self.state_dict(), state, strict).items():
-            _value(own[name])[...] = array
-            if isinstance(own[name], Parameter):
-                _note_write(own[name])
-    def astype(self, dtype: Any) -> Module:
-        """Convert parameters and ndarray attributes in place, say to float64; returns self."""
-        for p in self.parameters():
-            p._data, p.grad = astype(p._data, dtype)._data, None
-            _note_write(p)
-        for own in map(vars, self.modules()):
-            own.update({k: a.astype(dtype) for k, a in own.items() if isinstance(a, np.ndarray)})
+        """Copy the arrays of a state_dict in: all of them, or none if there is an error.
+
+        KeyError if names are missing or unknown (`strict=False` passes these over),
+        ValueError if a shape is another, TypeError if floats would become integers.
+        """
+        current = self._state()
+        fitting = _fitting("load_state_dict", current, state, strict)
+
+        for name, array in fitting.items():
+            target = current[name]
+            if isinstance(target, Tensor):
+                target._data = np.asarray(target._data)  # (0-d results are NumPy scalars)
+                _note_write(target)
+            _value(target)[...] = array
+
+    def astype(self, dtype: Any) -> Self:
+        """Convert parameters and constants in place, say to float64; returns self.
+
+        Integers and bools, such as a table of indices, stay so. Gradients are forgotten.
+        """
+        dtype = np.dtype(dtype)
+        if dtype.kind != "f":
+            raise TypeError(f"Module.astype: parameters are floating-point numbers, and cannot"
+                            f" become {dtype}; use float32 or float64")
+
+        def convert(value: Any) -> Any:
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                return value.astype(dtype)
+            if isinstance(value, Tensor) and _is_saved(value):
+                value._data = np.asarray(value._data, dtype)
+                value.grad = None
+                _note_write(value)
+            return value
+
+        for module in self.modules():
+            for name, value in vars(module).items():
+                vars(module)[name] = _map_tree(convert, value)
         return self
-    def train(self, mode: bool = True) -> Module:
-        """Set this and all modules below to training, which dropout and batch norm ask about."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set this and all below to training, which dropout and batch norm ask about."""
         for module in self.modules():
             module.training = mode
         return self
-    def eval(self) -> Module:
-        """Set this and all modules below to evaluation."""
+
+    def eval(self) -> Self:
+        """Set this and all below to evaluation."""
         return self.train(False)
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for parameter in self.parameters():
             parameter.grad = None
+
+    def _children(self) -> list[tuple[str, Any]]:
+        """What `repr` shows below this module: (name, module) pairs."""
+        return [(name, value) for name, value in _held(self) if isinstance(value, Module)]
+
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        own = [f"{name}={getattr(item, 'shape', item)}" for name, item in vars(self).items()
-               if isinstance(item, (Tensor, int, float, tuple)) and name != "training"]
-        below = "".join(f"\n({name}): {item!r}" for name, item in _parts(self, deep=False)
-                        if isinstance(item, Module)).replace("\n", "\n  ")
-        return f"{type(self).__name__}({', '.join(own)}{below}" + ("\n)" if below else ")")
+        settings = [f"{name}={_brief(value)}" for name, value in vars(self).items()
+                    if name != "training" and _is_setting(value)]
+        lines = [f"\n({name}): {_brief(child)}" for name, child in self._children()]
 
-# A layer is a function of the chapter before, with the parameters and settings it needs. Weights
-# start as in PyTorch, so that its recipes and learning rates carry over.
-def _uniform(bias: bool, *shape: int) -> tuple[Parameter, Parameter | None]:
-    bound = 1 / math.sqrt(math.prod(shape[1:]))  # so sums of that many products stay input-sized
-    draw = lambda *shape: Parameter(_mode.rng.uniform(-bound, bound, shape).astype(np.float32))
-    return draw(*shape), draw(shape[0]) if bias else None
+        head = f"{type(self).__name__}({', '.join(settings)}"
+        below = "".join(lines).replace("\n", "\n  ")
+        return f"{head}{below}\n)" if lines else f"{head})"
 
-def _positive(name: str, **sizes: int) -> None:
-    for key, size in sizes.items():
+
+def _is_setting(value: Any) -> bool:
+    """Whether `repr` of a module shows this attribute beside the module's name."""
+    numbers = isinstance(value, tuple) and all(isinstance(n, (int, float)) for n in value)
+    return numbers or isinstance(value, (Tensor, int, float, str))
+
+
+def _brief(value: Any) -> str:
+    """A Tensor as its shape, a function as its name, and all else as its repr."""
+    if isinstance(value, Tensor):
+        return str(value.shape)
+    if isinstance(value, Module):
+        return repr(value)
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict:
+    """Name -> the array in `state` that is to replace the `current` one, in its dtype.
+
+    Raises an error that says what differs in name (if `strict`), shape or kind of dtype.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{what}: needs a dict of arrays, such as state_dict() returns, not a"
+                        f" {type(state).__name__}")
+
+    missing = sorted(current.keys() - state.keys())
+    unknown = sorted(state.keys() - current.keys())
+    if strict and (missing or unknown):
+        raise KeyError(f"{what}: missing {missing}, unknown {unknown}")
+
+    fitting = {}
+    for name in current:
+        if name not in state:
+            continue
+        new = np.asarray(_value(state[name]))
+        shape = np.shape(current[name])
+        dtype = np.result_type(_value(current[name]))
+        if new.shape != shape:
+            raise ValueError(f"{what}: {name} has shape {new.shape}, not {shape}")
+        if not np.can_cast(new.dtype, dtype, casting="same_kind"):
+            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become {dtype}")
+        fitting[name] = new.astype(dtype, copy=False)
+    return fitting
+
+
+def manual_seed(seed: int | Sequence[int]) -> None:
+    """Seed this thread's initialization, dropout, shuffling and sampling: a number, or several."""
+    _mode.rng = np.random.default_rng(seed)
+
+
+# ### Layers
+#
+# A layer is a function together with the numbers it needs: its parameters and its
+# settings. The function has its own section, and its layer adds little to it. What a
+# layer has to decide is where its weights begin. All zeros would give all units the
+# same gradient, so that they stay alike for ever; therefore they begin at random. How
+# large? A unit adds up n products. If each weight is about 1 / sqrt(n), the sum is
+# about as large as one input, and through many layers the numbers neither vanish nor
+# explode. Linear and Conv2d draw from the interval up to 1 / sqrt(n), as PyTorch does,
+# so that its recipes and learning rates carry over.
+
+def _uniform(bound: float, *shape: int) -> Parameter:
+    """A float32 parameter, drawn between -bound and bound."""
+    values = _mode.rng.uniform(-bound, bound, shape)
+    return Parameter(values.astype(np.float32))
+
+
+def _positive(what: str, **sizes: int) -> None:
+    """Raise ValueError unless all sizes are positive integers."""
+    for name, size in sizes.items():
         if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name}: {key} must be a positive integer, got {size!r}")
+            raise ValueError(f"{what}: {name} must be a positive integer, got {size!r}")
+
+
+def _checked_pair(what: str, value: Any, least: int = 1) -> tuple:
+    """A size as a pair (height, width); ValueError unless of integers >= least."""
+    with contextlib.suppress(ValueError):
+        pair = _pair(value)
+        if min(pair) >= least:
+            return pair
+    raise ValueError(f"{what} must be an integer from {least}, or a pair of such for height"
+                     f" and width, not {value!r}")
+
 
 class Linear(Module):
-    """x @ weight.T + bias, weight (out_features, in_features): (..., in) -> (..., out)."""
+    """x @ weight.T + bias, with a weight of shape (out_features, in_features)."""
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         _positive("Linear", in_features=in_features, out_features=out_features)
-        self.weight, self.bias = _uniform(bias, out_features, in_features)
-    def forward(self, x): return linear(x, self.weight, self.bias)
+        bound = 1 / math.sqrt(in_features)
+        self.weight = _uniform(bound, out_features, in_features)
+        self.bias = _uniform(bound, out_features) if bias else None
+
+    def forward(self, x: Any) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
 
 class Conv2d(Module):
-    """`conv2d` with weight (out_channels, in_channels, kh, kw): (N, C, H, W) -> (N, O, oh, ow)."""
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1,
-                 padding: Any = 0, bias: bool = True) -> None:
-        (h, w), self.stride, self.padding = _pair(kernel_size), stride, padding
-        _positive("Conv2d", in_channels=in_channels, out_channels=out_channels, height=h, width=w)
-        self.weight, self.bias = _uniform(bias, out_channels, in_channels, h, w)
-    def forward(self, x): return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+    """`conv2d` with a weight of shape (out_channels, in_channels, kh, kw).
+
+    Sizes are numbers, or pairs for height and width. With `padding="same"` (and stride 1)
+    the result is as large as the image.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any,
+                 stride: Any = 1, padding: Any = 0, bias: bool = True) -> None:
+        _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
+        height, width = _checked_pair("Conv2d: kernel_size", kernel_size)
+        strides = _checked_pair("Conv2d: stride", stride)
+        if padding != "same":
+            _checked_pair('Conv2d: padding (if not "same")', padding, least=0)
+        elif strides != (1, 1):
+            raise ValueError(f'Conv2d: padding="same" needs stride 1, not {stride}; with another,'
+                             f" write padding={(height // 2, width // 2)}")
+        self.stride = stride
+        self.padding = padding
+
+        bound = 1 / math.sqrt(in_channels * height * width)
+        self.weight = _uniform(bound, out_channels, in_channels, height, width)
+        self.bias = _uniform(bound, out_channels) if bias else None
+
+    def forward(self, x: Any) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, oh, ow)."""
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
 
 class MaxPool2d(Module):
-    """`max_pool2d`: the largest element of each window."""
+    """`max_pool2d`: the largest element of each window.
+
+    Sizes are numbers, or pairs for height and width. Windows lie side by side, unless
+    there is a stride.
+    """
+
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
-        self.kernel_size, self.stride = kernel_size, stride
-    def forward(self, x): return max_pool2d(x, self.kernel_size, self.stride)
+        _checked_pair("MaxPool2d: kernel_size", kernel_size)
+        if stride is not None:
+            _checked_pair("MaxPool2d: stride", stride)
+        self.kernel_size = kernel_size
+        self.stride = stride
+
+    def forward(self, x: Any) -> Tensor:
+        """(N, C, H, W) -> (N, C, oh, ow)."""
+        return max_pool2d(x, self.kernel_size, self.stride)
+
 
 class AvgPool2d(Module):
-    """`avg_pool2d`: the mean of each window."""
-    __init__ = MaxPool2d.__init__
-    def forward(self, x): return avg_pool2d(x, self.kernel_size, self.stride)
+    """`avg_pool2d`: the mean of each window. Its settings are those of MaxPool2d."""
+
+    def __init__(self, kernel_size: Any, stride: Any = None) -> None:
+        _checked_pair("AvgPool2d: kernel_size", kernel_size)
+        if stride is not None:
+            _checked_pair("AvgPool2d: stride", stride)
+        self.kernel_size = kernel_size
+        self.stride = stride
+
+    def forward(self, x: Any) -> Tensor:
+        """(N, C, H, W) -> (N, C, oh, ow)."""
+        return avg_pool2d(x, self.kernel_size, self.stride)
+
 
 class BatchNorm2d(Module):
-    """`batch_norm` over the channels of (N, C, H, W), with running statistics for evaluation."""
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    """`batch_norm` of each channel, with running statistics for evaluation."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5,
+                 momentum: float = 0.1) -> None:
         _positive("BatchNorm2d", num_features=num_features)
-        self.eps, self.momentum = eps, momentum
-        zeros, ones = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
-        self.weight, self.bias = Parameter(ones), Parameter(zeros)
-        self.running_mean, self.running_var = zeros, ones
-    def forward(self, x):
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = Parameter(np.ones(num_features, np.float32))
+        self.bias = Parameter(np.zeros(num_features, np.float32))
+        self.running_mean = np.zeros(num_features, np.float32)
+        self.running_var = np.ones(num_features, np.float32)
+
+    def forward(self, x: Any) -> Tensor:
+        """(N, C, H, W) or (N, C) -> the same shape."""
         return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                          self.training, self.momentum, self.eps)
+                          training=self.training, momentum=self.momentum, eps=self.eps)
+
 
 class LayerNorm(Module):
-    """`layer_norm` over the last axis."""
-    def __init__(self, normalized_shape: int, eps: float = 1e-5, bias: bool = True) -> None:
+    """`layer_norm` over the last axis, which has `normalized_shape` elements."""
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5,
+                 bias: bool = True) -> None:
         _positive("LayerNorm", normalized_shape=normalized_shape)
-        self.eps, self.weight = eps, Parameter(np.ones(normalized_shape, np.float32))
+        self.eps = eps
+        self.weight = Parameter(np.ones(normalized_shape, np.float32))
         self.bias = Parameter(np.zeros(normalized_shape, np.float32)) if bias else None
-    def forward(self, x): return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def forward(self, x: Any) -> Tensor:
+        """(..., normalized_shape) -> the same shape."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
 
 class Embedding(Module):
-    """A table (num_embeddings, embedding_dim) looked up by integers: (...) -> (..., dim)."""
+    """A table with a row for each of `num_embeddings` integers; rows begin at N(0, 1)."""
+
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        shape = num_embeddings, embedding_dim
+        shape = (num_embeddings, embedding_dim)
         self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
-    def forward(self, ids): return embedding(ids, self.weight)
+
+    def forward(self, ids: Any) -> Tensor:
+        """Integers (...) -> (..., embedding_dim)."""
+        return embedding(ids, self.weight)
+
 
 class Dropout(Module):
-    """`dropout`: active in training, nothing in evaluation."""
+    """`dropout` with probability p in training, and nothing in evaluation."""
+
     def __init__(self, p: float = 0.5) -> None:
-        dropout(0.0, p, training=False)  # complains of a wrong p
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p must be at least 0 and below 1, not {p}")
         self.p = p
-    def forward(self, x): return dropout(x, self.p, self.training)
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return dropout(x, self.p, training=self.training)
+
 
 class Flatten(Module):
-    """(N, ...) -> (N, everything else)."""
-    def forward(self, x): return reshape(x, len(x), math.prod(x.shape[1:]))
+    """Each image, or whatever an item is, as one row."""
 
-def _layer(name: str, function: Callable) -> type:
-    """A module without parameters that does what a function does."""
-    return type(name, (Module,), dict(forward=staticmethod(function), __module__=__name__,
-                                      __doc__=f"`{function.__name__}` as a module."))
+    def forward(self, x: Any) -> Tensor:
+        """(N, ...) -> (N, all else)."""
+        if np.ndim(x) == 0:
+            raise ValueError("Flatten: needs a batch (N, ...), not a single number")
+        return reshape(x, len(x), math.prod(x.shape[1:]))
 
-ReLU, GELU, Tanh = _layer("ReLU", relu), _layer("GELU", gelu), _layer("Tanh", tanh)
-Sigmoid, CrossEntropy = _layer("Sigmoid", sigmoid), _layer("CrossEntropy", cross_entropy)
-MSE = _layer("MSE", mse_loss)
+
+class ReLU(Module):
+    """`relu` as a layer: the larger of x and 0."""
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return relu(x)
+
+
+class GELU(Module):
+    """`gelu` as a layer: a relu without the corner."""
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return gelu(x)
+
+
+class Tanh(Module):
+    """`tanh` as a layer: into (-1, 1)."""
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return tanh(x)
+
+
+class Sigmoid(Module):
+    """`sigmoid` as a layer: into (0, 1)."""
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return sigmoid(x)
+
+
+class CrossEntropy(Module):
+    """`cross_entropy` as a module."""
+
+    def forward(self, logits: Any, targets: Any) -> Tensor:
+        """Logits (N, C) and integer targets (N,) -> a scalar."""
+        return cross_entropy(logits, targets)
+
+
+class MSE(Module):
+    """`mse_loss` as a module."""
+
+    def forward(self, prediction: Any, target: Any) -> Tensor:
+        """Two arrays of one shape -> a scalar."""
+        return mse_loss(prediction, target)
+
+
+CrossEntropyLoss = CrossEntropy  # as PyTorch calls them
+MSELoss = MSE
+
+
+# ### One layer after another
 
 class Sequential(Module):
-    """The layers given, one after another."""
-    def __init__(self, *layers: Module) -> None:
-        vars(self).update((str(i), layer) for i, layer in enumerate(layers))
-    __getitem__ = lambda self, i: [m for m in vars(self).values() if isinstance(m, Module)][i]
-    __len__ = lambda self: len(self[:])
-    def forward(self, x): return functools.reduce(lambda x, layer: layer(x), self[:], x)
+    """Layers, one after another. A layer is a module, or any function of one argument.
+
+        >>> model = Sequential(Linear(2, 3), np.tanh, Linear(3, 1))
+        >>> [name for name, _ in model.named_parameters()]
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+
+    `model[1]` is a layer, `model[:2]` a Sequential of two; `len` and `for` work as well.
+    Of a function no parameters are found: what is to be trained belongs in a Module.
+    """
+
+    def __init__(self, *layers: Callable) -> None:
+        for i, layer in enumerate(layers):
+            if isinstance(layer, type):
+                name = layer.__name__
+                raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
+            if not callable(layer):
+                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, but layers"
+                                " are modules or functions: Sequential(Linear(2, 3), np.tanh);"
+                                " of a list of them, write Sequential(*layers)")
+            setattr(self, str(i), layer)
+
+    def _layers(self) -> list[tuple[str, Any]]:
+        """(number, layer) pairs: the attributes that have a number for a name."""
+        return [(name, layer) for name, layer in vars(self).items() if name.isdigit()]
+
+    def _children(self) -> list[tuple[str, Any]]:
+        """For `repr`: the layers, functions among them, then what other modules there are."""
+        children = {**dict(self._layers()), **dict(super()._children())}
+        return list(children.items())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        layers = self._layers()
+        if isinstance(index, slice):
+            part = Sequential()
+            vars(part).update(layers[index])  # under the same numbers, as in PyTorch
+            return part
+        try:
+            return layers[index][1]
+        except IndexError:
+            name = type(self).__name__
+            raise IndexError(f"{name} has {len(layers)} layers, no [{index}]") from None
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+    def __iter__(self) -> Iterator[Callable]:
+        return iter([layer for _, layer in self._layers()])
+
+    def forward(self, x: Any) -> Any:
+        """x, handed on from layer to layer."""
+        for layer in self:
+            x = layer(x)
+        return x
+
 
 class MLP(Sequential):
-    """Linear layers of these sizes with relu between them: (N, nin) -> (N, nouts[-1]).
-    A last size of 1 is dropped, as in micrograd's MLP: (N, nin) -> (N,), and (nin,) -> a scalar.
+    """Linear layers from nin to the sizes nouts, with relu between them.
+
+    A last size of 1 is dropped, as in micrograd: (N, nin) -> (N,), (nin,) -> a scalar.
 
         >>> MLP(2, [16, 1])(np.zeros((5, 2))).shape
         (5,)
     """
+
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
-        _positive("MLP", layers=len(nouts))
-        sizes = itertools.pairwise([nin, *nouts])
-        super().__init__(*[layer for pair in sizes for layer in (Linear(*pair), ReLU())][:-1])
+        if isinstance(nouts, (int, np.integer)):
+            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not {nouts}")
+        sizes = [nin, *nouts]
+        _positive("MLP", layers=len(sizes) - 1)
+
+        layers = []
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            layers += [Linear(fan_in, fan_out), ReLU()]
+        super().__init__(*layers[:-1])  # no relu at the end: an answer may be negative
+
     def forward(self, x: Any) -> Tensor:
+        """(..., nin) -> (..., nouts[-1]), or (...) if nouts[-1] is 1."""
         y = super().forward(x)
         return y.squeeze(-1) if y.shape[-1] == 1 else y
 
-# ### A transformer
+
+# ## III.3 Optimizers
 #
-# The GPT below is the decoder of "Language Models are Unsupervised Multitask Learners" (Radford
-# and others, 2019). Each block adds two things to a running sum, the residual stream: what the
-# positions learn from one another (attention), and what each makes of it by itself (the MLP).
+# Gradients say which way is down. How far should each parameter go? The whole of
+# training, once:
 #
-# All that attention asks of old positions are their keys and values, which never change. So while
-# GPT writes, `seen` keeps them: a list per layer, which from the first call on holds one array
-# (2, B, H, T, D). A new character then costs the work of one position.
-
-class MultiHeadAttention(Module):
-    """Causal self-attention in `num_heads` heads, which divide C: (B, T, C) -> (B, T, C)."""
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = False):
-        _positive("MultiHeadAttention", embed_dim=embed_dim, num_heads=num_heads)
-        if embed_dim % num_heads:
-            raise ValueError(f"MultiHeadAttention: cannot split {embed_dim} into {num_heads} heads")
-        self.num_heads, self.qkv = num_heads, Linear(embed_dim, 3 * embed_dim, bias)
-        self.proj, self.dropout = Linear(embed_dim, embed_dim, bias), Dropout(dropout)
-    def forward(self, x: Any, seen: list | None = None) -> Tensor:
-        qkv = self.qkv(x)  # (B, T, 3C)
-        if seen is None:
-            return self.dropout(self.proj(causal_self_attention(qkv, self.num_heads)))
-        heads = _heads(qkv._data, self.num_heads)  # (3, B, H, T, D)
-        seen[:] = [np.concatenate([*seen, heads[1:]], axis=3)]
-        # A single new position sees all before it, so only the first call needs the causal mask.
-        y, _, _ = _attend(heads[0], *seen[0], is_causal=heads.shape[3] > 1)
-        return self.proj(_wrap(_merge(y)))
-
-class _Block(Module):
-    def __init__(self, c: int, num_heads: int) -> None:
-        self.ln1, self.ln2, self.attn = LayerNorm(c), LayerNorm(c), MultiHeadAttention(c, num_heads)
-        self.mlp = Sequential(Linear(c, 4 * c), GELU(), Linear(4 * c, c))
-
-class GPT(Module):
-    """A decoder-only transformer: integers (B, T), T <= block_size -> logits (B, T, vocab_size).
-    Learned positions, layer norms before attention and MLP, one matrix for embedding tokens and
-    scoring them (Press and Wolf, 2017). Weights start at N(0, 0.02), those that write to the
-    residual stream smaller by sqrt(2 * num_layers), as GPT-2's: so many terms add up in it.
-    """
-    def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
-                 block_size: int, dropout: float = 0.0) -> None:
-        _positive("GPT", vocab_size=vocab_size, num_layers=num_layers, block_size=block_size)
-        self.block_size, self.dropout = block_size, Dropout(dropout)
-        self.tok_emb, self.pos_emb = (Embedding(n, embed_dim) for n in (vocab_size, block_size))
-        self.blocks = [_Block(embed_dim, num_heads) for _ in range(num_layers)]
-        self.ln_f = LayerNorm(embed_dim)
-        for name, p in self.named_parameters():
-            terms = 2 * num_layers if name.endswith(("proj.weight", "mlp.2.weight")) else 1
-            if p.ndim == 2:
-                p._data[...] = 0.02 / terms ** 0.5 * _mode.rng.standard_normal(p.shape, np.float32)
-            elif name.endswith("bias"):
-                p._data[...] = 0
-    def forward(self, ids: Any, seen: list[list] | None = None) -> Tensor:
-        ids = _whole_numbers("GPT: token ids", ids, len(self.tok_emb.weight))
-        start = seen[0][0].shape[3] if seen and seen[0] else 0  # positions read already
-        room = 1 if start else self.block_size
-        if ids.ndim != 2 or not 0 < ids.shape[1] <= room:
-            raise ValueError(f"GPT: needs ids (B, T), 0 < T <= {room}, not {ids.shape}")
-        drop = identity if seen else self.dropout  # who writes drops nothing
-        x = drop(self.tok_emb(ids) + self.pos_emb(start + np.arange(ids.shape[1])))  # (B, T, C)
-        for block, before in zip(self.blocks, seen or itertools.repeat(None)):
-            x = x + drop(block.attn(block.ln1(x), seen=before))
-            x = x[:, -1:] if seen and block is self.blocks[-1] else x  # enough to go on writing
-            x = x + drop(block.mlp(block.ln2(x)))
-        return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
-    @no_grad()
-    def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None) -> np.ndarray:
-        """Continue sequences of integers (B, T) by sampling, without dropout: (B, T + new tokens).
-        `manual_seed` fixes draws, `temperature` divides the logits, `top_k` keeps the k largest.
-        Once block_size is full, each step moves all positions, and the window is read anew.
-        """
-        if max_new_tokens < 0 or not temperature > 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"generate: too small: {max_new_tokens=}, {temperature=} or {top_k=}")
-        idx, seen = np.array(idx, ndmin=1), None  # (`forward` checks the shape)
-        for _ in range(max_new_tokens):
-            if seen is None or idx.shape[1] > self.block_size:
-                seen, unread = [[] for _ in self.blocks], idx[..., -self.block_size:]
-            unread = _sample(self(unread, seen=seen)._data[:, -1] / np.float32(temperature), top_k)
-            idx = np.concatenate([idx, unread], axis=1)
-        return idx
-
-def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
-    """One index per row of logits (B, V), drawn from the softmax of all or the top k: (B, 1)."""
-    if top_k is not None and top_k < logits.shape[1]:
-        logits = np.where(logits < np.partition(logits, -top_k)[:, -top_k, None], -np.inf, logits)
-    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a draw from softmax(logits).
-    return np.argmax(logits + _mode.rng.gumbel(size=logits.shape), axis=1)[:, None]
-
-# ## Optimizers
+#     >>> manual_seed(0)
+#     >>> points, labels = make_moons(100, noise=0.1)
+#     >>> model = MLP(2, [16, 1])
+#     >>> for step in range(100):
+#     ...     loss = binary_cross_entropy_with_logits(model(points), labels)
+#     ...     loss.backward()
+#     ...     for p in model.parameters():
+#     ...         p.data -= 0.5 * p.grad.data
+#     ...         p.grad = None
+#     >>> loss.item() < 0.3
+#     True
 #
-# Gradients say which way is down. How far should each parameter go? An update rule is a few lines
-# on arrays, and a network has fifty small arrays of parameters. To call NumPy ten times on each
-# takes longer than the arithmetic. So the optimizer copies them into one flat array, updates that
-# in pieces that fit the cache, and copies the results back. What it remembers from step to step
-# (its state, a number or two per parameter) is as flat.
+# Every optimizer below is this loop, with another rule for how far a parameter moves.
+# What a rule remembers from step to step, a number or two for each parameter, is its
+# *state*.
+#
+# The base class adds one thing, for speed. A network has fifty small arrays of
+# parameters, and to call NumPy ten times on each takes longer than the arithmetic. So a
+# step takes place on flat arrays, in which all parameters, all gradients and all of a
+# state lie side by side.
+
 class Optimizer:
-    """The base of all optimizers: a subclass names its states and writes `_update(x, g, *states)`,
-    which changes x and the states in place; g is the gradient and may be overwritten.
+    """The base of all optimizers: a subclass names its states, and writes `_update`.
+
+    `params` are leaf Tensors (an iterable, a Module, or one Tensor); `lr`, the learning
+    rate, and the other `settings` are numbers that are not negative, and become
+    attributes. TypeError for what is no leaf Tensor; ValueError for no parameters, one
+    that is listed twice, or a wrong setting.
     """
+
     _state_names: tuple[str, ...] = ()
-    _flat = staticmethod(lambda tensors: np.concatenate([t._data.ravel() for t in tensors]))
-    def __init__(self, params: Iterable[Tensor], lr: float, **settings: float) -> None:
-        name, self.steps = type(self).__name__, 0
-        self.params = [params] if isinstance(params, Module) else list(params)  # (refused below)
-        if not all(isinstance(p, Tensor) and p._op is None for p in self.params):
-            raise TypeError(f"{name}: parameters must be leaf Tensors, such as model.parameters()")
-        if not self.params or len(set(self.params)) < len(self.params):
-            raise ValueError(f"{name}: there are no parameters to optimize, or one is listed twice")
-        vars(self).update(settings, lr=lr)
-        if wrong := {k: v for k, v in dict(settings, lr=lr).items() if not np.min(v) >= 0}:
-            raise ValueError(f"{name}: settings must not be negative, as is {wrong}")
-        self._state = {key: np.zeros_like(self._flat(self.params)) for key in self._state_names}
-        _calm_the_allocator()
+
+    def __init__(self, params: Any, lr: float, **settings: Any) -> None:
+        name = type(self).__name__
+        self.params = _listed(name, params)
+        if any(p._op is not None for p in self.params):
+            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of operations")
+        if not self.params:
+            raise ValueError(f"{name}: there are no parameters to optimize")
+        if len(set(self.params)) < len(self.params):
+            raise ValueError(f"{name}: a parameter is listed twice")
+
+        for key, value in dict(settings, lr=lr).items():
+            _check_setting(name, key, value)
+        self.lr = lr
+        vars(self).update(settings)
+
+        self.steps = np.zeros(len(self.params), np.int64)  # of each, for one may pause
+        ends = np.cumsum([p.size for p in self.params]).tolist()
+        self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
+        dtype = np.result_type(*[p.dtype for p in self.params])
+        self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
+        _keep_freed_memory(self)
+
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray, *states: np.ndarray) -> None:
+        """Move the parameters x, and renew the states, in place; g may be overwritten.
+
+        All are flat arrays of one length. `step` counts the steps of these parameters,
+        from 1.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no _update method")
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for p in self.params:
             p.grad = None
+
     def step(self) -> None:
-        """Move every parameter that has a gradient. Raises ValueError for one of another shape."""
-        for p in self.params:
-            if p.grad is not None and p.grad._data.shape != p._data.shape:
-                raise ValueError(f"{type(self).__name__}: a gradient {p.grad.shape} for {p.shape}")
-        self.steps, end = self.steps + 1, 0
-        for has_grad, run in itertools.groupby(self.params, lambda p: p.grad is not None):
-            run = list(run)
-            start, end = end, end + sum(p.size for p in run)
-            if has_grad:
-                x, g = self._flat(run), self._flat(p.grad for p in run)
-                for piece in _blocks(x, g, *(s[start:end] for s in self._state.values())):
-                    self._update(*piece)
-                for p, new in zip(run, np.split(x, np.cumsum([p.size for p in run]))):
-                    p._data[...] = new.reshape(p.shape)
-                    _note_write(p)
+        """Move every parameter that has a gradient."""
+        has_gradient = [p.grad is not None for p in self.params]
+        self.steps += has_gradient
+
+        # Neighbours of one count move together. Most often, these are all there are.
+        kinds = np.where(has_gradient, self.steps, 0).tolist()
+        for step, run in itertools.groupby(range(len(kinds)), key=kinds.__getitem__):
+            if step > 0:
+                run = list(run)
+                self._move(run[0], run[-1] + 1, step)
+
+    def _move(self, first: int, end: int, step: int) -> None:
+        """The step of the parameters from number `first` to before number `end`."""
+        params = self.params[first:end]
+        place = slice(self._bounds[first], self._bounds[end])
+        states = [state[place] for state in self._state.values()]
+        arrays = [p._data for p in params]
+        g = np.concatenate([p.grad._data.ravel() for p in params])
+        x = _side_by_side(arrays)  # as "Many cores" lays them
+        is_copy = x is None
+        if is_copy:
+            x = np.concatenate([a.ravel() for a in arrays])
+
+        for block in _blocks(x, g, *states):
+            self._update(step, *block)
+
+        start = 0
+        for p in params:
+            if is_copy:
+                p._data[...] = x[start:start + p.size].reshape(p.shape)
+            start += p.size
+            _note_write(p)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: the step count, the learning rate and the state arrays."""
-        return {"steps": self.steps, "lr": self.lr, **{k: s.copy() for k, s in self._state.items()}}
+        """All that a resumed run needs: the parameters' steps, lr, and the states."""
+        states = {key: state.copy() for key, state in self._state.items()}
+        return {"steps": self.steps.copy(), "lr": self.lr, **states}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict. Raises KeyError, ValueError if it is another optimizer's."""
+        """Continue from a state_dict. KeyError or ValueError for another optimizer's."""
+        state = dict(state)
+        if np.ndim(state.get("steps", ())) == 0:  # saved when all shared one count
+            state["steps"] = np.full(len(self.params), state["steps"])
         new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
-        self.steps, self.lr = int(state["steps"]), float(state["lr"])
+        self.steps = new["steps"].copy()
+        self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
 
-@functools.cache
-def _calm_the_allocator() -> None:
-    """Make glibc keep freed memory: once, when training begins.
-    A step makes and drops the same arrays of a few megabytes each time. By default glibc gives such
-    memory back to the kernel and faults it in again page by page: half of the time of a CNN's step.
-    So (mallopt(3)) let it keep what was freed, in blocks of up to 32 MiB, the most it takes; and in
-    one heap for all threads, since it would not keep what the others have freed in theirs.
-    """
-    import ctypes
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
-        mallopt(-8, 1)  # M_ARENA_MAX
+
+def _check_setting(name: str, key: str, value: Any) -> None:
+    numbers = np.asarray(value)
+    is_number = numbers.dtype.kind in "iuf"
+    if not (is_number and np.all((0 <= numbers) & (numbers < np.inf))):
+        raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
+
+
+def _listed(name: str, params: Any) -> list[Tensor]:
+    """The Tensors of a Module, of any iterable, or the one."""
+    if isinstance(params, Module):
+        params = params.parameters()
+    params = [params] if isinstance(params, Tensor) else list(params)
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name}: needs Tensors, such as model.parameters(), not "
+                            f"{type(p).__name__}")
+    return params
+
+
+def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
+    """The part of a flat array that has these for its pieces, in this order, or None."""
+    flat = arrays[0].base
+    if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
+        return None
+    start = end = _address(arrays[0])
+    for a in arrays:
+        is_next = a.base is flat and a.dtype == flat.dtype and _address(a) == end
+        if not (is_next and a.flags.c_contiguous):
+            return None
+        end += a.nbytes
+    first = (start - _address(flat)) // flat.itemsize
+    return flat[first:first + (end - start) // flat.itemsize]
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
 
 class SGD(Optimizer):
-    """Gradient descent with momentum, Nesterov's if asked (Sutskever and others, 2013)."""
+    """Descent with momentum, Nesterov's if asked (Sutskever and others, 2013)."""
+
     _state_names = ("velocity",)
-    def __init__(self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.0,
+
+    def __init__(self, params: Any, lr: float = 0.01, momentum: float = 0.0,
                  nesterov: bool = False, weight_decay: float = 0.0) -> None:
         if nesterov and momentum == 0:
             raise ValueError("SGD: nesterov needs a momentum")
-        self.nesterov = nesterov
         super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay)
-    def _update(self, x: np.ndarray, g: np.ndarray, velocity: np.ndarray) -> None:
+        self.nesterov = nesterov
+
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray, velocity: np.ndarray) -> None:
         if self.weight_decay:
             g += self.weight_decay * x
         if self.momentum:
@@ -1895,48 +4554,68 @@ class SGD(Optimizer):
             g = g + self.momentum * velocity if self.nesterov else velocity
         x -= self.lr * g
 
+
 class Adam(Optimizer):
-    """Steps of about lr per coordinate: mean gradient over its RMS (Kingma and Ba, 2015)."""
-    _state_names, _decoupled = ("mean", "square"), False
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple = (0.9, 0.999),
+    """Steps of about lr: the mean gradient over its RMS (Kingma and Ba, 2015)."""
+
+    _state_names = ("mean", "square")
+    _decoupled = False  # whether weight_decay leaves the gradient alone
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0) -> None:
-        if not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"{type(self).__name__}: betas must be in [0, 1), not {betas}")
+        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    # Both averages start at zero, which dividing them by 1 - b^t corrects. Then the step is
-    # lr * mean / (sqrt(square) + eps); multiplied out, the corrections are two numbers.
-    def _update(self, x: np.ndarray, g: np.ndarray, mean: np.ndarray, square: np.ndarray) -> None:
+
+    # Both averages start at zero, which dividing them by 1 - b^step corrects. Then the
+    # move is lr * mean / (sqrt(square) + eps); multiplied out, the corrections are two
+    # numbers.
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray, mean: np.ndarray,
+                square: np.ndarray) -> None:
         if self._decoupled:
             x *= 1 - self.lr * self.weight_decay
         elif self.weight_decay:
             g += self.weight_decay * x
+
         b1, b2 = self.betas
         mean *= b1
         mean += (1 - b1) * g
         square *= b2
         square += (1 - b2) * (g * g)
-        root = math.sqrt(1 - b2 ** self.steps)
-        rate = self.lr * root / (1 - b1 ** self.steps)
+
+        root = math.sqrt(1 - b2 ** step)
+        rate = self.lr * root / (1 - b1 ** step)
         x -= rate * (mean / (np.sqrt(square) + self.eps * root))
 
+
 class AdamW(Adam):
-    """Adam whose weight_decay shrinks x itself, not its gradient (Loshchilov and Hutter, 2019)."""
+    """Adam whose weight_decay shrinks x itself (Loshchilov and Hutter, 2019)."""
+
     _decoupled = True
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple = (0.9, 0.999),
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.01) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
 
+
 class CosineWarmupLR:
-    """Sets an optimizer's lr: a line up to the lr it came with, then half a cosine to min_lr.
-    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017, without restarts.)
+    """Sets an optimizer's lr: a line up to what it was, then half a cosine to min_lr.
+
+    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017, without
+    restarts.)
     """
+
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
                  min_lr: float = 0.0) -> None:
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"CosineWarmupLR: {warmup_steps} warmup_steps of {total_steps} steps")
-        self.optimizer, self.min_lr = optimizer, min_lr
-        self.warmup_steps, self.total_steps = warmup_steps, total_steps
-        self.load_state_dict({"steps": 0, "max_lr": optimizer.lr})
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.min_lr = min_lr
+        self.max_lr = optimizer.lr
+        self._go_to(0)
+
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, 2, ..."""
         if step < self.warmup_steps:
@@ -1944,408 +4623,2896 @@ class CosineWarmupLR:
         done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         cosine = math.cos(math.pi * min(1.0, done))
         return self.min_lr + 0.5 * (self.max_lr - self.min_lr) * (1 + cosine)
+
     def step(self) -> None:
         """Move on to the next step's learning rate."""
-        self.load_state_dict({"steps": self.steps + 1, "max_lr": self.max_lr})
+        self._go_to(self.steps + 1)
+
+    def _go_to(self, step: int) -> None:
+        self.steps = step
+        self.optimizer.lr = self.rate(step)
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
         return {"steps": self.steps, "max_lr": self.max_lr}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict."""
-        self.steps, self.max_lr = int(state["steps"]), float(state["max_lr"])
-        self.optimizer.lr = self.rate(self.steps)
+        self.max_lr = float(state["max_lr"])
+        self._go_to(int(state["steps"]))
 
-def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most max_norm; returns it as it was.
-    (Pascanu, Mikolov and Bengio, 2013.) A norm that is not finite leaves the gradients alone.
+
+# One strange batch can have a gradient a hundred times as long as all others, and throw
+# away in one step what was learned in a thousand. So gradients are often shortened to a
+# length that is usual.
+def clip_grad_norm(params: Any, max_norm: float) -> float:
+    """Scale all gradients so that their joint 2-norm is at most max_norm; returns it.
+
+    What is returned is the norm before. `params` are as for an optimizer. A norm that
+    is not finite leaves the gradients alone. ValueError unless max_norm is above 0.
+    (Pascanu, Mikolov and Bengio, 2013.)
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
-    params = [p for p in params if p.grad is not None]
-    norm = math.sqrt(sum(float(np.vdot(p.grad._data, p.grad._data)) for p in params))
+    params = [p for p in _listed("clip_grad_norm", params) if p.grad is not None]
+    norm = math.sqrt(sum(_squared_norm(p.grad._data) for p in params))
     if max_norm < norm < math.inf:
         for p in params:
-            p.grad = p.grad * (max_norm / norm)
+            p.grad = _scaled(p.grad, max_norm / norm)
     return norm
 
-# ## Loaders
+
+# In float16, 256 squared is infinite and 1e-8 is zero: sums and factors need float32 at
+# least.
+def _squared_norm(g: np.ndarray) -> float:
+    wide = g if g.dtype != np.float16 else g.astype(np.float32)
+    return float(np.vdot(wide, wide))
+
+
+def _scaled(g: Tensor, factor: float) -> Tensor:
+    if g.dtype == np.float16:
+        return astype(astype(g, np.float32) * factor, np.float16)
+    return g * factor
+
+
+# ## III.4 Images
 #
-# Where does the data come from, and how do we know that it is the right data? A network trained on
-# half a file still learns something, so a damaged file costs an evening before anyone suspects it.
-# Hence one rule: **bytes are believed only after their SHA-256 has been compared**, whether they
-# came from the disk or from a mirror. It is that of the *unpacked* content, because two gzip files
-# of one text may differ in every byte (but CIFAR-10's archive, of one source, counts packed). Here
-# are each file's place under the data folder, its mirrors, and its content's size and digest.
-_MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
-          "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz")
-_TEXT = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",
-         "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/{}")
-_SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "tinyshakespeare/input.txt": (_TEXT, 1_115_394,
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "mnist/train-images-idx3-ubyte": (_MNIST, 47_040_016,
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "mnist/train-labels-idx1-ubyte": (_MNIST, 60_008,
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "mnist/t10k-images-idx3-ubyte": (_MNIST, 7_840_016,
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "mnist/t10k-labels-idx1-ubyte": (_MNIST, 10_008,
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-    "cifar10/cifar-10-binary.tar.gz": (("https://www.cs.toronto.edu/~kriz/{}",), 170_052_171,
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")}
+# How does a convolution become a matrix product? It slides a small window over an
+# image, and takes the same weighted sum of what it sees at every place. Here is an
+# image of 4 x 4, and where a window of 3 x 3 can be:
+#
+#      0  1  2  3
+#      4  5  6  7         0  1  2       1  2  3       4  5  6       5  6  7
+#      8  9 10 11         4  5  6       5  6  7       8  9 10       9 10 11
+#     12 13 14 15         8  9 10       9 10 11      12 13 14      13 14 15
+#
+# Write each window as a column, and all weighted sums are one product: weights as a row
+# of 9, times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006).
+#
+#     >>> image = np.arange(16).reshape(1, 1, 4, 4)
+#     >>> print(np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4))
+#     [[ 0  1  4  5]
+#      [ 1  2  5  6]
+#      [ 2  3  6  7]
+#      [ 4  5  8  9]
+#      [ 5  6  9 10]
+#      [ 6  7 10 11]
+#      [ 8  9 12 13]
+#      [ 9 10 13 14]
+#      [10 11 14 15]]
+#
+# Now read it by rows, each of which belongs to one position *in the window*: the first
+# has what all windows see in their upper left corner. That is the image without its
+# last two rows and columns: a slice, and NumPy's slices cost nothing. So we never visit
+# window after window, but gather nine slices. Pooling gathers in the same way, and
+# takes the largest of them, or the mean.
+#
+# Images are (N, C, H, W), which is batch, channels, height and width; results have
+# height and width (oh, ow). Sizes of windows, strides and paddings are one number, or a
+# pair for height and width.
+def _pair(size: Any) -> tuple[int, int]:
+    """(height, width) of a size that is such a pair, or one number for both."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, (int, np.integer)) for n in pair):
+        raise ValueError("kernel sizes, strides and paddings are a whole number, or two "
+                         f"for height and width, not {size!r}")
+    return pair
 
-# A mirror may be silent for ten seconds, and after the first ten must average 10 kB/s: a time-out
-# on each read alone would let a server that sends one byte at a time hold us for days.
-_TIMEOUT = 10.0
 
-def _fetch(url: str, size: int) -> bytes:
-    """The bytes behind `url`; if more than `size` and what gzip may add, only the beginning."""
-    import urllib.request  # only here, for it is slow to load
-    received, start = bytearray(), time.monotonic()
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:
-        while len(received) <= size + 4096 and (part := reply.read1(1 << 16)):
-            received += part
-            if time.monotonic() - start > _TIMEOUT + len(received) / 10_000:
-                raise TimeoutError(f"only {len(received):,} bytes arrived in time")
-            if sys.stderr and sys.stderr.isatty():
-                print(f"{url}: {len(received) / 1e6:.1f} MB", end="\r", file=sys.stderr, flush=True)
-    return bytes(received)
+def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
+    """A view (N, C, oh, ow) for each position in a window: that element of all windows."""
+    kernel = _pair(kernel_size)
+    strides = kernel if stride is None else _pair(stride)
+    if x.ndim != 4:
+        raise ValueError(f"images are (N, C, H, W), not of {x.ndim} axes; "
+                         "one image is x[None]")
+    size = tuple(x.shape[2:])
+    if min(*kernel, *strides) < 1:
+        raise ValueError(f"kernel {kernel} and stride {strides} must be at least 1")
+    if kernel[0] > size[0] or kernel[1] > size[1]:
+        raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
+                         "padding included")
 
-def _verified(place: str, name: str) -> bytes:
-    """The content of data file `name`, from a path or URL; ValueError if the digest differs."""
-    _, size, digest = _SOURCES[name]
-    raw = content = _fetch(place, size) if "://" in place else pathlib.Path(place).read_bytes()
-    if place.endswith(".gz") and not name.endswith(".gz"):
-        with contextlib.suppress(zlib.error):  # 31: a gzip header; size + 1: whatever it promises
-            content = zlib.decompressobj(wbits=31).decompress(raw, size + 1)
-    if (found := hashlib.sha256(content).hexdigest()) != digest:
-        raise ValueError(f"{place}: expected {size:,} bytes with SHA-256 {digest}, found "
-                         f"{len(content):,} bytes with {found}; it starts {raw[:24]!r}")
-    return content
+    rows, columns = ([slice(i, i + n - k + 1, step) for i in range(k)]
+                     for n, k, step in zip(size, kernel, strides))
+    return [x[:, :, i, j] for i in rows for j in columns]
 
-# A file must appear under its final name whole or not at all, even if the power fails or two
-# processes write it at once. So each writer fills a file of its own *in the same folder* (a rename
-# is atomic only within one file system), forces it to the disk, and then renames it. Checkpoints
-# are written the same way. Only a process that is killed outright leaves its `.tmp` file behind.
-def _write_whole(path: str, content: Any) -> None:
-    """Replace the file at `path` by one with this content, atomically; OSError if it cannot."""
-    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+
+def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
+                  stride: Any) -> np.ndarray:
+    """The transpose of `_gather`: zeros like x, to which each share is added in its view."""
+    dx = np.zeros_like(x)
+    for view, share in zip(_gather(dx, kernel_size, stride), shares):
+        view += share
+    return dx
+
+
+# Said with these, a convolution is three lines: pad, gather, weighted sum.
+def _around(padding: Any, kernel: Sequence[int], stride: Any) -> list[tuple[int, int]]:
+    """The zeros to put before and after each line: [(top, bottom), (left, right)]."""
+    if padding == "same":  # what the kernel takes away; PyTorch puts an odd one last
+        if _pair(stride) != (1, 1):
+            raise ValueError(f"padding 'same' is for stride 1, not {stride}; give a number")
+        return [((k - 1) // 2, k // 2) for k in kernel]
+
+    height, width = _pair(padding)
+    if height < 0 or width < 0:
+        raise ValueError(f"the padding must be at least 0, not {padding}")
+    return [(height, height), (width, width)]
+
+
+@_in_float32
+def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
+    o, c, *kernel = weight.shape
+    padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
+    windows = np.stack(_gather(padded, kernel, stride))  # (kh kw, N, C, oh, ow)
+    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))
+    return y if bias is None else y + bias.reshape(-1, 1, 1)
+
+
+# The kernel does the same, with one change of layout: it keeps images with the batch
+# last in memory, (C, H, W, N), and shows them as (N, C, H, W) through a transposed view
+# (see LOOPS). Elementwise operations keep the order in memory, so from layer to layer
+# nothing is moved. The result is
+#
+#     (O, C kh kw) @ (C kh kw, oh ow N) -> (O, oh ow N)
+#
+# and backward both steps are transposed: the columns receive `weight^T @ g`, and each
+# of their rows is added to the image where it was gathered.
+def _batch_last(x: np.ndarray) -> np.ndarray:
+    """(N, C, ...) -> (C, ..., N), a view."""
+    return x.transpose(*range(1, x.ndim), 0)
+
+
+def _batch_first(x: np.ndarray) -> np.ndarray:
+    """(C, ..., N) -> (N, C, ...), a view."""
+    return x.transpose(-1, *range(x.ndim - 1))
+
+
+def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
+    if x.ndim != 4 or weight.ndim != 4:
+        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
+                         "one image is x[None]")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
+                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError("the bias must have one number for each of "
+                         f"{len(weight)} output channels, not {bias.shape}")
+
+
+@fused(_conv2d_definition, operands=3)
+@_in_float32
+def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
+           padding: Any = 0) -> Tensor:
+    """The weighted sums over windows, as in PyTorch: (N, C, H, W) -> (N, O, oh, ow).
+
+    The weight is (O, C, kh, kw) and the bias (O,). `padding` zeros are put around the
+    images; "same" keeps their size (for stride 1). Raises ValueError for shapes that do
+    not fit.
+    """
+    _check_conv2d(x, weight, bias)
+    n, c, h, w = x.shape
+    o, _, *kernel = weight.shape
+    (top, bottom), (left, right) = _around(padding, kernel, stride)
+    inside = np.s_[:, :, top:top + h, left:left + w]
+    padded = _batch_first(np.zeros((c, top + h + bottom, left + w + right, n), x.dtype))
+    padded[inside] = x
+
+    views = [_batch_last(view) for view in _gather(padded, kernel, stride)]
+    shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
+    matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
+
+    def columns():
+        return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
+
+    y = matrix @ columns()  # (O, oh ow N)
+    if bias is not None:
+        y += bias[:, None]
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        g = _batch_last(g).reshape(y.shape)  # (O, oh ow N)
+        dx = dweight = None
+        if wanted[0]:
+            shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
+            shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
+            dx = _scatter_back(shares, padded, kernel, stride)[inside]
+        if wanted[1]:  # by columns made again, not kept: they are kh kw times as large as x
+            dweight = (columns() @ g.T).T  # is g @ columns^T (see PRODUCTS)
+            dweight = dweight.reshape(weight.shape)
+        return dx, dweight, _row_sum(g)[:, 0]
+
+    return _batch_first(y.reshape(o, *shape[2:])), pullback
+
+
+# Of several elements that are the largest of their window, the first receives the
+# cotangent, and a nan counts as the largest, as in PyTorch. Every window chooses exactly
+# one position; what it chose is selected by a mask. (A mask that multiplies would turn
+# an infinite cotangent, times 0, into nan.)
+def _max_pool2d_definition(x, kernel_size, stride=None):
+    first, *others = _gather(x, kernel_size, stride)
+    for other in others:
+        first = np.where((first >= other) | np.isnan(first), first, other)
+    return first
+
+
+@fused(_max_pool2d_definition, operands=1)
+def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
+    """The largest element of each window, (N, C, H, W) -> (N, C, oh, ow).
+
+    The stride is the kernel's size if None. Raises ValueError for windows that do not
+    fit.
+    """
+    views = _gather(x, kernel_size, stride)
+    y = functools.reduce(np.maximum, views)
+    apart = stride is None or np.all(np.less_equal(kernel_size, stride))
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        g = _dense(g, y)
+        has_nan = np.isnan(np.max(y, initial=0))
+        usual = apart and np.isfinite(np.sum(g))
+        dx = np.zeros_like(x)
+        unclaimed = np.ones_like(y, bool)  # the windows that no position was chosen in yet
+        for view, target in zip(views, _gather(dx, kernel_size, stride)):
+            chosen = view == y
+            if has_nan:
+                chosen |= np.isnan(view)
+            chosen &= unclaimed
+            unclaimed ^= chosen
+            if usual:  # nobody adds to this, and finite numbers are selected by a product
+                np.multiply(g, chosen, out=target)
+            else:
+                target += np.where(chosen, g, 0)
+        return (dx,)
+
+    return y, pullback
+
+
+@_in_float32
+def _avg_pool2d_definition(x, kernel_size, stride=None):
+    return np.mean(np.stack(_gather(x, kernel_size, stride)), axis=0)
+
+
+@fused(_avg_pool2d_definition, operands=1)
+@_in_float32
+def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
+    """The mean of each window, (N, C, H, W) -> (N, C, oh, ow).
+
+    The stride is the kernel's size if None. Raises ValueError for windows that do not
+    fit.
+    """
+    views = _gather(x, kernel_size, stride)
+    y = functools.reduce(np.add, views) / len(views)
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        share = g / len(views)
+        return (_scatter_back(itertools.repeat(share), x, kernel_size, stride),)
+
+    return y, pullback
+
+
+# ## III.5 Normalization
+#
+# What is left of a row of numbers when its mean is 0 and its standard deviation 1?
+# Layer norm makes the numbers of each position so (Ba, Kiros and Hinton, 2016), batch
+# norm those of each channel over the whole batch (Ioffe and Szegedy, 2015); then both
+# scale and shift by learned numbers.
+#
+#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+#     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
+#     [[-1.22  0.    1.22]
+#      [-1.22  0.    1.22]]
+@_in_float32
+def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
+    centred = x - mean(x, -1, keepdims=True)
+    variance = mean(centred * centred, -1, keepdims=True)
+    xhat = centred / sqrt(variance + eps)
+    return xhat * weight if bias is None else xhat * weight + bias
+
+
+# What comes back to x? Take one row of n numbers, with `c = x - mean(x)`,
+# `s = sqrt(mean(c*c) + eps)`, `xhat = c / s` and `y = xhat * weight + bias`, and go
+# from y to x.
+#
+# 1. The product: xhat receives `h = g * weight`, the weight `g * xhat` and the bias
+#    `g`, these two summed over all rows.
+# 2. The division: c receives `h / s`, and s receives
+#    `sum(h * -c / s^2) = -sum(h * xhat) / s`.
+# 3. The root and the mean of squares: if c_i moves by a little, s moves by
+#    `c_i / (n s)`, which is `xhat_i / n`, times that. So through s, c_i receives
+#    `-xhat_i * mean(h * xhat) / s`.
+# 4. The mean: what c receives in all, x receives without its mean. That of h is
+#    `mean(h)`; that of xhat is 0, for c has none. Together
+#
+#        dx = (h - mean(h) - xhat * mean(h * xhat)) / s
+#
+# In words: from h two things are taken, its mean and its part along xhat, for these are
+# the two ways in which a row can move without moving xhat: all numbers up, or all
+# further from their mean.
+def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The inner products of rows: (rows, n), (rows, n) -> (rows, 1)."""
+    return np.einsum("ij,ij->i", x, y)[:, None]
+
+
+@fused(_layer_norm_definition, operands=3)
+@_in_float32
+def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    """Each row along the last axis, (..., n), less its mean and over its deviation.
+
+    The result is scaled by `weight` (n,) and shifted by `bias` (n,) or None. The standard
+    deviation is the root of the mean square plus `eps`. Raises ValueError for other
+    shapes. (Ba, Kiros and Hinton, 2016)
+    """
+    n = x.shape[-1] if x.ndim else 0
+    if weight.shape != (n,) or bias is not None and bias.shape != (n,):
+        raise ValueError("the weight and the bias must be as long as the last axis of the "
+                         "input")
+
+    rows = _rows(x)
+    xhat = rows - _row_sum(rows) / n
+    xhat -= _row_sum(xhat) / n  # again, for a mean of large numbers is itself rounded
+    inverse = 1 / np.sqrt(_inner(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
+    xhat *= inverse
+    y = xhat * weight
+    if bias is not None:
+        y += bias
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        g = g.reshape(xhat.shape)
+        product = g * xhat
+        dweight = _row_sum(product.T)[:, 0]
+        # sum(h * z) is sum(g * z * weight): both means of step 4 are products.
+        mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
+        mean_h_xhat = np.dot(product, weight)[:, None] / n
+
+        dx = g * weight  # h
+        dx -= mean_h
+        dx -= np.multiply(xhat, mean_h_xhat, out=product)
+        dx *= inverse
+        return dx.reshape(x.shape), dweight, _row_sum(g.T)[:, 0]
+
+    return y.reshape(x.shape), pullback
+
+
+# Batch norm is the same with "row" read as "channel": all numbers of one channel, in
+# the whole batch. The weight is then one number for a row, and may be multiplied last,
+# together with 1 / s.
+@_in_float32
+def _batch_norm_definition(x, weight, bias, eps, running, momentum):
+    last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
+    axes = tuple(range(x.ndim - 1))
+    centred = last - mean(last, axes, keepdims=True)
+    variance = mean(centred * centred, axes, keepdims=True)
+    y = centred / sqrt(variance + eps) * weight + bias
+    return y.swapaxes(1, -1)
+
+
+# The kernel meets images in two layouts, and moves neither. Both are seen as (A, C, B),
+# where the channel is in the middle:
+#
+#     batch last, as conv2d leaves them    (1, C, H W N)    channel after channel
+#     as a user makes them                 (N, C, H W)      image after image
+#
+# It works on *slabs* that fit the cache: of some channels in the first layout, some
+# images in the second (see PASSES).
+def _by_channel(x: np.ndarray, batch_last: bool) -> np.ndarray:
+    """x, (N, C, ...), as (A, C, B)."""
+    x = _batch_last(x)[None] if batch_last else x
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+
+
+def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
+    """y, (A, C, B), in the shape (N, C, ...) that it was made of."""
+    if not batch_last:
+        return y.reshape(shape)
+    n, c, *size = shape
+    return _batch_first(y.reshape(c, *size, n))
+
+
+def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
+    """Indices (of A, of C) that cut an (A, C, B) array into pieces of about a block."""
+    a, c, b = x.shape
+    if a > 1:
+        step = max(1, _BLOCK // (c * b))
+        return [(slice(i, i + step), slice(None)) for i in range(0, a, step)]
+    step = max(1, _BLOCK // b)
+    return [(slice(None), slice(i, i + step)) for i in range(0, c, step)]
+
+
+def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """One number per channel, to broadcast with x, (A, C, B): as (C, 1), or as (C, B).
+
+    The latter is for images after one another, whose lines B are short (see LOOPS).
+    """
+    a, _, b = x.shape
+    column = numbers[:, None]
+    return column if a == 1 else np.repeat(column, b, axis=1)
+
+
+def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
+    """Write x - mean to `centred`; returns the channels' means, their errors and
+    variances.
+
+    A mean of large numbers is rounded. By how much is found from the numbers that are
+    left, which are small, and is taken out of the variance (Chan, Golub and LeVeque,
+    1983).
+    """
+    n = x.size // x.shape[1]
+    mean = np.einsum("acb->c", x) / n  # (C,)
+    error = np.zeros_like(mean)
+    variance = np.zeros_like(mean)
+    mean_of = _spread(mean, x)
+    for slab in _slabs(x):
+        channels = slab[1]
+        piece = np.subtract(x[slab], mean_of[channels], out=centred[slab])
+        error[channels] += np.einsum("acb->c", piece) / n
+        variance[channels] += np.einsum("acb,acb->c", piece, piece) / n
+    variance -= error * error
+    return mean, error, np.maximum(variance, 0)
+
+
+@fused(_batch_norm_definition, operands=3)
+@_in_float32
+def _batch_norm(x, weight, bias, eps, running, momentum):
+    """batch_norm in training; moves the arrays `running` towards mean and variance."""
+    x = x.astype(np.result_type(x, weight, bias), copy=False)
+    batch_last = not x.flags.c_contiguous
+    images = _by_channel(x, batch_last)  # (A, C, B)
+    n = images.size // len(weight)
+
+    y = np.empty_like(images)
+    rounded_mean, error, variance = _centre(images, y)
+    mean = rounded_mean + error
+    for array, new in zip(running, (mean, variance * (n / (n - 1)))):
+        array += momentum * (new - array)
+
+    inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
+    scale = _spread(inverse * weight, images)
+    shift = _spread(bias - error * inverse * weight, images)
+    for slab in _slabs(images):
+        y[slab] *= scale[slab[1]]
+        y[slab] += shift[slab[1]]
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        g = _by_channel(g, batch_last)
+        dx, dweight, dbias = _batch_norm_back(g, images, mean, inverse, weight)
+        return _from_channels(dx, x.shape, batch_last), dweight, dbias
+
+    return _from_channels(y, x.shape, batch_last), pullback
+
+
+def _batch_norm_back(g, images, mean, inverse, weight):
+    """The gradients by images, weight and bias: first the sums, and then step 4."""
+    n = images.size // len(weight)
+    dx = np.empty_like(images)
+    sum_g = np.zeros_like(mean)
+    sum_g_centred = np.zeros_like(mean)
+    mean_of = _spread(mean, images)
+    for slab in _slabs(images):
+        channels = slab[1]
+        centred = np.subtract(images[slab], mean_of[channels], out=dx[slab])
+        sum_g[channels] += np.einsum("acb->c", g[slab])
+        sum_g_centred[channels] += np.einsum("acb,acb->c", g[slab], centred)
+
+    mean_g = _spread(sum_g / n, images)
+    slope = _spread(-sum_g_centred * inverse * inverse / n, images)
+    scale = _spread(inverse * weight, images)
+    for slab in _slabs(images):
+        channels = slab[1]
+        piece = dx[slab]  # holds centred, which is xhat * s
+        piece *= slope[channels]
+        piece += g[slab]
+        piece -= mean_g[channels]
+        piece *= scale[channels]
+    return dx, sum_g_centred * inverse, sum_g
+
+
+@_in_float32
+def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
+    """batch_norm in evaluation: by statistics that are constants."""
+    scale = weight / np.sqrt(running_var.astype(x.dtype) + eps)
+    shift = bias - scale * running_mean.astype(x.dtype)
+    y = x.swapaxes(1, -1) * scale + shift  # channels last, to broadcast
+    return y.swapaxes(1, -1)
+
+
+def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight: Any,
+               bias: Any, training: bool = False, momentum: float = 0.1,
+               eps: float = 1e-5) -> Tensor:
+    """Each channel of x, (N, C) or (N, C, H, W), less its mean and over its deviation.
+
+    In training these are the batch's own, and the arrays `running_mean` and
+    `running_var`, both (C,), move towards them in place by the share `momentum` (the
+    variance unbiased, as PyTorch keeps it). In evaluation the running ones are taken.
+    The result is scaled by `weight` (C,) and shifted by `bias` (C,). Raises ValueError
+    for other shapes, TypeError for running statistics that cannot be written to. (Ioffe
+    and Szegedy, 2015)
+    """
+    x = as_tensor(x)
+    running_mean, running_var = _value(running_mean), _value(running_var)
+    _check_batch_norm(x, running_mean, running_var, len(weight), training)
+    if training:
+        return _batch_norm(x, weight, bias, eps, (running_mean, running_var), momentum)
+    return _batch_norm_by(x, as_tensor(weight), as_tensor(bias), eps=eps,
+                          running_mean=running_mean, running_var=running_var)
+
+
+def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
+                      training: bool) -> None:
+    """Raises if these do not fit a weight of c numbers."""
+    if x.ndim < 2 or x.shape[1] != c:
+        raise ValueError(f"batch_norm: needs (N, C, ...) with C = {c}, the length of the "
+                         f"weight, and not {x.shape}")
+    if training and x.size <= c:
+        raise ValueError(f"batch_norm: {x.shape} has one value per channel, or none, which is "
+                         "too few to train on; give a larger batch, or training=False")
+    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            raise TypeError(f"batch_norm: {name} is written to, so it must be an array of "
+                            f"floats, not {array!r:.60}")
+        if array.shape != (c,):
+            raise ValueError(f"batch_norm: {name} has shape {array.shape}, not ({c},)")
+
+
+# ## III.6 Attention
+#
+# Who looks at whom? Each position of a sequence asks by its *query*, is found by its
+# *key*, and gives its *value* (Vaswani and others, 2017). A query is compared with
+# every key, by a product; softmax makes weights of these scores, and the result is the
+# weighted mean of the values. Causal means that a position sees itself and what came
+# before: the scores of what lies ahead become -inf, and their weights 0. With scores
+# that are all alike, everyone sees what is visible with equal weight:
+#
+#     >>> print(scaled_dot_product_attention(np.zeros((3, 2)), np.zeros((3, 2)), np.eye(3),
+#     ...                                    is_causal=True).numpy().round(2))
+#     [[1.   0.   0.  ]
+#      [0.5  0.5  0.  ]
+#      [0.33 0.33 0.33]]
+#
+# Shapes: B sequences, H heads, T positions that ask and S that answer, D numbers per
+# head. Products of D numbers grow with D, and are divided by its root.
+@functools.lru_cache(8)
+def _ahead(shape: tuple[int, int]) -> np.ndarray:
+    """True where a key (column) lies ahead of a query (row): (T, S)."""
+    return np.triu(np.ones(shape, bool), 1)
+
+
+@functools.lru_cache(8)
+def _minus_infinity_ahead(shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    """What is added to finite scores: -inf where `_ahead`, else 0."""
+    return np.where(_ahead(shape), -np.inf, 0).astype(dtype)
+
+
+@_in_float32
+def _attention_definition(q, k, v, is_causal=False):
+    scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
+    if is_causal:
+        scores = np.where(_ahead(scores.shape[-2:]), -np.inf, scores)
+    return softmax(scores) @ v  # (..., T, D)
+
+
+# The way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the scores, E
+# for their exponentials and r for one over the row sums of E. So the softmax is
+# `P = r E`, and `Y = P V`.
+#
+# 1. From the product Y = P V, V receives `P^T g`, and P receives `dP = g V^T`.
+# 2. From the softmax, the scores receive `dS = P * (dP - d)`, where d is one number for
+#    each row, `d_i = sum_j P_ij dP_ij`.
+# 3. That sum runs over S positions. But `dP_ij` is `V_j . g_i`, and so the sum is
+#    `Y_i . g_i`, over D numbers only (Dao and others, 2022).
+# 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
+#    `dS^T Q / sqrt(D)`.
+#
+# P is never made. A row's r multiplies the small matrices instead of the large ones:
+# forward `Y = r (E V)`, and backward, with `h = r g`, `dV = E^T h` and
+# `dS = E * (h V^T - sum(h * Y))`.
+#
+# softmax subtracts each row's maximum, lest exp overflow. Finding it is slow (see
+# ROWS), and the scores of a trained network are small. So the kernel asks for the two
+# extremes of *all* scores; if they lie within 40 of 0, then e^40 = 2e17, its sums and
+# its inverse are far from the limits of float32, and nothing is subtracted.
+_SAFE_SCORE = 40
+
+
+def _attend(q, k, v, is_causal, out=None):
+    """Y, (..., T, D), written to `out`; E, (..., T, S); and r, (..., T, 1). Not for float16."""
+    e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
+    if np.max(e, initial=0) <= _SAFE_SCORE and np.min(e, initial=0) >= -_SAFE_SCORE:
+        if is_causal:
+            e += _minus_infinity_ahead(e.shape[-2:], e.dtype)
+    else:
+        if is_causal:  # selects, since inf or nan plus -inf would be nan
+            np.copyto(e, -np.inf, where=_ahead(e.shape[-2:]))
+        e -= _row_max(e)
+    np.exp(e, out=e)
+
+    r = 1 / _row_sum(e)
+    y = np.matmul(e, v, out=out)
+    y *= r
+    return y, e, r
+
+
+def _attend_back(g, q, k, v, y, e, r, out=(None, None, None)):
+    """The gradients of q, k and v, written to `out`."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    h = g * r
+    ds = h @ v.swapaxes(-1, -2)  # (..., T, S)
+    ds -= np.einsum("...i,...i->...", h, y)[..., None]
+    ds *= e
+    dq = np.matmul(ds, k * scale, out=out[0])
+    dk = np.matmul(ds.swapaxes(-1, -2), q * scale, out=out[1])
+    dv = np.matmul(e.swapaxes(-1, -2), h, out=out[2])
+    return dq, dk, dv
+
+
+@fused(_attention_definition, operands=3)
+@_in_float32
+def scaled_dot_product_attention(q: Any, k: Any, v: Any,
+                                 is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v: (..., T, D), (..., S, D), (..., S, E) -> (..., T, E).
+
+    With `is_causal`, position i sees positions 0 to i. Raises ValueError if the shapes
+    disagree. (Vaswani and others, 2017)
+    """
+    if (min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[:-2] != k.shape[:-2]
+            or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]):
+        raise ValueError("needs queries (..., T, D), keys (..., S, D) and values "
+                         "(..., S, E), with the same leading axes")
+    y, e, r = _attend(q, k, v, is_causal)
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        return _attend_back(g, q, k, v, y, e, r)
+
+    return y, pullback
+
+
+# A transformer computes q, k and v of all heads by one product, side by side in one
+# array. The kernel for that takes them out as views, and writes their gradients into
+# views of one array, which saves the copies. It takes a few sequences at a time, whose
+# E, of about two blocks, stays in the cache.
+def _heads(qkv: Any, num_heads: int) -> Any:
+    """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
+    b, t, c = qkv.shape
+    d = c // (3 * num_heads)
+    return qkv.reshape(b, t, 3, num_heads, d).transpose(2, 0, 3, 1, 4)
+
+
+def _merge(y: Any) -> Any:
+    """(B, H, T, D) -> (B, T, H D)."""
+    b, h, t, d = y.shape
+    return y.swapaxes(1, 2).reshape(b, t, h * d)
+
+
+def _causal_self_attention_definition(qkv, num_heads):
+    q, k, v = _heads(qkv, num_heads)
+    return _merge(_attention_definition(q, k, v, is_causal=True))
+
+
+@fused(_causal_self_attention_definition, operands=1)
+@_in_float32
+def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
+    """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
+
+    qkv holds queries, keys and values of all heads, (B, T, 3, num_heads, C / num_heads),
+    with its last three axes joined. Raises ValueError if it cannot be so divided.
+    """
+    if num_heads < 1 or qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError("needs q, k and v side by side, (B, T, 3 * C), and a C that "
+                         f"{num_heads} heads divide")
+    heads = _heads(qkv, num_heads)  # (3, B, H, T, D)
+    _, b, h, t, d = heads.shape
+    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), merged by a view
+    step = max(1, 2 * _BLOCK // max(1, h * t * t))
+    groups = [slice(i, i + step) for i in range(0, b, step)]
+    results = [_attend(*heads[:, group], is_causal=True, out=y[group])
+               for group in groups]
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        g = g.reshape(b, t, h, d).swapaxes(1, 2)  # (B, H, T, D)
+        dqkv = np.empty_like(qkv)
+        dheads = _heads(dqkv, num_heads)
+        for group, result in zip(groups, results):
+            _attend_back(g[group], *heads[:, group], *result, out=dheads[:, group])
+        return (dqkv,)
+
+    return _merge(y), pullback
+
+
+# ### Embedding and dropout
+#
+# How does a network read a letter? It looks up that letter's row in a table. That is
+# the product of the table with a one-hot row, which has a 1 at the letter's number; and
+# for the backward pass of a small vocabulary we really do multiply (see SCATTER).
+def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
+    """`ids` as an integer array with all elements in 0..count-1, or else an error."""
+    if isinstance(ids, Tensor):
+        raise TypeError(f"{what} must be a plain array of integers, which a Tensor does not "
+                        "hold; write t.data.astype(int)")
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; "
+                        "if they are whole, write ids.astype(int)")
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise ValueError(f"{what} must be from 0 to {count - 1}, "
+                         f"not {ids.min()} to {ids.max()}")
+    return ids
+
+
+def _lookup_definition(weight, ids):
+    return weight[ids]
+
+
+@fused(_lookup_definition, operands=1)
+def _lookup(weight, ids):
+    """embedding, with its operand first."""
+    vocabulary, width = weight.shape
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        if vocabulary > 1024:  # then nearly all factors are 0, and the product is slower
+            return (_value(scatter_add(g, ids, weight.shape)),)
+        one_hot = np.zeros((ids.size, vocabulary), g.dtype)
+        one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
+        return (one_hot.T @ g.reshape(ids.size, width),)
+
+    return weight[ids], pullback
+
+
+def embedding(ids: Any, weight: Any) -> Tensor:
+    """The rows of weight (V, C) that an integer array names: ids.shape + (C,).
+
+    Raises ValueError for ids outside 0..V-1 or a weight that is not 2-d, TypeError for
+    ids that are no integers.
+    """
+    weight = as_tensor(weight)
+    if weight.ndim != 2:
+        raise ValueError(f"embedding: the weight must be a table (V, C), not {weight.shape}")
+    ids = _whole_numbers("embedding: ids", ids, weight.shape[0])
+    return _lookup(weight, ids)
+
+
+# Dropout (Srivastava and others, 2014) sets random elements to 0 while training, so
+# that no element can rely on a certain other one. The rest is scaled up, and so the
+# mean stays what it was.
+def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
+    """In training, set elements to 0 with probability p and scale others by 1 / (1 - p).
+
+    Otherwise, x. Raises ValueError unless 0 <= p < 1.
+    """
+    if not 0 <= p < 1:
+        raise ValueError("dropout: p, the share of elements to drop, must be at least 0 and "
+                         f"below 1, not {p}")
+    x = as_tensor(x)
+    if not training or p == 0:
+        return x
+    keep = _mode.rng.random(x.shape, np.float32) >= p
+    return x * (keep * np.asarray(1 / (1 - p), x.dtype))
+
+
+# ## III.7 A GPT
+#
+# What does a language model train? To say, at every position of a text, which token
+# comes next. The text is its own teacher: the targets are the ids, moved on by one.
+# Here is all of it, on a sentence (a batch of all its windows of nine characters), and
+# what the network then says by itself:
+#
+#     >>> sentence = "she sells sea shells by the sea shore."
+#     >>> tokenizer = CharTokenizer(sentence)
+#     >>> ids = tokenizer.encode(sentence)
+#     >>> windows = np.lib.stride_tricks.sliding_window_view(ids, 9)  # (30, 9)
+#     >>> x, y = windows[:, :-1], windows[:, 1:]  # (30, 8) each: what it reads, what is next
+#     >>> manual_seed(0)
+#     >>> size = tokenizer.vocab_size
+#     >>> gpt = GPT(size, embed_dim=32, num_heads=4, num_layers=2, block_size=8)
+#     >>> optimizer = AdamW(gpt.parameters(), lr=0.01)
+#     >>> for step in range(100):
+#     ...     logits = gpt(x)  # (B, T, V): a score for every token to be next
+#     ...     loss = cross_entropy(logits.reshape(-1, size), y.reshape(-1))
+#     ...     optimizer.zero_grad()
+#     ...     loss.backward()
+#     ...     optimizer.step()
+#     >>> prompt = tokenizer.encode("she sells")[None]  # (1, T)
+#     >>> print(tokenizer.decode(gpt.generate(prompt, 29, top_k=1)[0]))
+#     she sells sea shells by the sea shore.
+#
+# The network is the decoder of "Language Models are Unsupervised Multitask Learners"
+# (Radford and others, 2019). Each token starts as a row of numbers that says what it
+# is, plus a row that says where it stands. Then each block adds two things to this
+# running sum, the *residual stream*: what the positions learn from one another
+# (attention), and what each makes of it by itself (an MLP). In the end, the stream at a
+# position is compared with the row of every token: that is its score.
+#
+# Shapes: B sequences, T positions, C numbers each, V tokens in the vocabulary.
+
+class MultiHeadAttention(Module):
+    """Self-attention: `num_heads` heads share the embed_dim numbers of a position.
+
+    It is causal: no position sees a later one, unless `is_causal=False`.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0,
+                 bias: bool = False, is_causal: bool = True) -> None:
+        _positive("MultiHeadAttention", embed_dim=embed_dim, num_heads=num_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"MultiHeadAttention: embed_dim={embed_dim} is no multiple of"
+                             f" {num_heads} heads, so they cannot share it evenly")
+        self.num_heads = num_heads
+        self.is_causal = is_causal
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias)  # queries, keys, values at once
+        self.proj = Linear(embed_dim, embed_dim, bias)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Any) -> Tensor:
+        """(B, T, embed_dim) -> (B, T, embed_dim)."""
+        embed_dim = self.proj.weight.shape[1]
+        if np.ndim(x) != 3 or x.shape[2] != embed_dim:
+            raise ValueError(f"MultiHeadAttention: needs (B, T, {embed_dim}), not"
+                             f" {np.shape(x)}")
+
+        qkv = self.qkv(x)  # (B, T, 3C)
+        if self.is_causal:
+            y = causal_self_attention(qkv, self.num_heads)  # (B, T, C)
+        else:
+            q, k, v = _heads(qkv, self.num_heads)  # (B, H, T, D) each, D = C / H
+            y = _merge(scaled_dot_product_attention(q, k, v))  # (B, T, C)
+        return self.dropout(self.proj(y))
+
+
+class Block(Module):
+    """A layer of a transformer: attention, then an MLP, with a layer norm before each."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        self.ln1 = LayerNorm(embed_dim)
+        self.ln2 = LayerNorm(embed_dim)
+        self.attn = MultiHeadAttention(embed_dim, num_heads)
+        self.mlp = Sequential(Linear(embed_dim, 4 * embed_dim), GELU(),
+                              Linear(4 * embed_dim, embed_dim))
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Any) -> Tensor:
+        """(B, T, embed_dim) -> (B, T, embed_dim)."""
+        x = x + self.dropout(self.attn(self.ln1(x)))
+        x = x + self.dropout(self.mlp(self.ln2(x)))
+        return x
+
+
+class GPT(Module):
+    """A decoder-only transformer, like GPT-2: reads up to block_size token ids at a time.
+
+    Positions are learned; one matrix serves for looking tokens up and for scoring them
+    (Press and Wolf, 2017). `generate` lets it write; section III.7 has a training loop.
+    """
+
+    def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
+                 block_size: int, dropout: float = 0.0) -> None:
+        _positive("GPT", vocab_size=vocab_size, embed_dim=embed_dim, num_heads=num_heads,
+                  num_layers=num_layers, block_size=block_size)
+        self.block_size = block_size
+        self.dropout = Dropout(dropout)
+        self.tok_emb = Embedding(vocab_size, embed_dim)
+        self.pos_emb = Embedding(block_size, embed_dim)
+        self.blocks = [Block(embed_dim, num_heads, dropout) for _ in range(num_layers)]
+        self.ln_f = LayerNorm(embed_dim)
+        self._draw_weights()
+
+    def _draw_weights(self) -> None:
+        """Begin at N(0, 0.02), as GPT-2 does, and with biases 0.
+
+        What writes to the residual stream is smaller by sqrt(2 * layers): so many terms
+        add up in it, and their sum is then as large as one of them would be.
+        """
+        terms = 2 * len(self.blocks)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
+                scale = 0.02 / math.sqrt(terms) if writes else 0.02
+                noise = _mode.rng.standard_normal(parameter.shape, np.float32)
+                parameter._data[...] = scale * noise
+            elif name.endswith("bias"):
+                parameter._data[...] = 0
+
+    def forward(self, ids: Any) -> Tensor:
+        """Scores of each token to be next: (B, T), T <= block_size -> (B, T, V)."""
+        ids = self._token_ids("GPT", ids)
+        length = ids.shape[1]
+        if length > self.block_size:
+            raise ValueError(f"GPT: reads at most block_size={self.block_size} positions, not"
+                             f" {ids.shape}; write ids[:, -{self.block_size}:] for the last ones")
+
+        x = self.tok_emb(ids) + self.pos_emb(np.arange(length))  # (B, T, C) + (T, C)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)  # (B, T, C)
+        return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
+
+    def _token_ids(self, what: str, ids: Any) -> np.ndarray:
+        """`ids` as an array of integers (B, T), T > 0, or an error that says why not."""
+        vocab_size = len(self.tok_emb.weight)
+        ids = _whole_numbers(f"{what}: token ids", ids, vocab_size)
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"{what}: needs token ids (B, T) with T > 0, not {ids.shape};"
+                             " a single sequence is a batch of one, ids[None]")
+        return ids
+
+    def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None) -> np.ndarray:
+        """Continue token ids (B, T), without dropout: (B, T + max_new_tokens).
+
+        Each token is drawn from the softmax of the logits, divided by `temperature`:
+        the lower it is, the more often the likeliest is taken. With `top_k`, only the k
+        likeliest can be. `manual_seed` fixes the draws. Of a long text, the last
+        block_size tokens are read.
+        """
+        ids = np.array(self._token_ids("generate", idx), np.int64)
+        new = list(self.stream(ids, max_new_tokens, temperature, top_k))  # (B,) each
+        return np.concatenate([ids, *(tokens[:, None] for tokens in new)], axis=1)
+
+    def stream(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None) -> Iterator[np.ndarray]:
+        """What `generate` writes, token by token: yields (B,), as soon as it is drawn."""
+        if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
+            raise ValueError(f"generate: max_new_tokens must be an integer from 0, not"
+                             f" {max_new_tokens!r}")
+        if not temperature > 0:
+            raise ValueError(f"generate: temperature must be above 0, not {temperature!r}; to take"
+                             " the likeliest token every time, write top_k=1")
+        if top_k is not None:
+            _positive("generate", top_k=top_k)
+        ids = np.array(self._token_ids("generate", idx), np.int64)
+        return self._write(ids, max_new_tokens, temperature, top_k)
+
+    def _write(self, ids: np.ndarray, count: int, temperature: float,
+               top_k: int | None) -> Iterator[np.ndarray]:
+        reader = _Reader(self, batch=len(ids))  # see III.8
+        for _ in range(count):
+            logits = reader.next_logits(ids)  # (B, V)
+            new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
+            ids = np.concatenate([ids, new], axis=1)
+            yield new[:, 0]
+
+
+# ## III.8 Writing
+#
+# What need not be computed again? To write a token, a network reads the text so far,
+# looks at the logits of the last position, draws, and appends. Done plainly, that is a
+# few lines:
+#
+#     >>> text = prompt  # the sentence of the last section
+#     >>> for _ in range(29):
+#     ...     last = gpt(text[:, -gpt.block_size:]).numpy()[:, -1]  # (B, V)
+#     ...     text = np.concatenate([text, last.argmax(axis=1)[:, None]], axis=1)
+#     >>> print(np.array_equal(text, gpt.generate(prompt, 29, top_k=1)))
+#     True
+#
+# But for one new token it reads all the old ones again. What is new about them?
+# Nothing: attention is causal, so no position is touched by what comes after it. All
+# that a new position asks of the old ones is their keys and values, once in each block.
+# Let a *reader* keep these, and each token costs the work of one position. (`generate`
+# above does so; the lines here say what it must equal.)
+#
+# Once the text is longer than block_size, the window slides. Every token then stands
+# one place further to the left and has another position's row added to it, so all is
+# new, and is read anew.
+#
+# The reader repeats the lines of GPT.forward, Block.forward and
+# MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
+# `generate` alone; and at the end of the last block, only the last position goes on.
+
+class _Reader:
+    """Reads a text that grows, each position once, and knows what may come next.
+
+    `cache[i]` has block i's keys and values (2, B, H, block_size, D) of the positions
+    read, which are the first `length`.
+    """
+
+    def __init__(self, gpt: GPT, batch: int) -> None:
+        if type(gpt).forward.__module__ != __name__:  # then it is not the one above
+            raise TypeError(f"generate: reads as GPT.forward does, but {type(gpt).__name__} has a"
+                            " forward of its own; write a generate to go with it")
+        self.gpt = gpt
+        self.length = 0
+        self.cache = []
+        weight = gpt.tok_emb.weight  # (V, C)
+        for block in gpt.blocks:
+            heads = block.attn.num_heads
+            shape = (2, batch, heads, gpt.block_size, weight.shape[1] // heads)
+            self.cache.append(np.empty(shape, weight.dtype))
+
+    def next_logits(self, ids: np.ndarray) -> np.ndarray:
+        """The logits (B, V) of what follows `ids` (B, T), which go on from those before."""
+        window = ids[:, -self.gpt.block_size:]
+        if ids.shape[1] > self.gpt.block_size:
+            self.length = 0  # the window has moved
+        unread = window[:, self.length:]  # (B, N): at first all, then one by one
+        logits = self._read(unread)
+        self.length += unread.shape[1]
+        return logits
+
+    @no_grad()
+    def _read(self, ids: np.ndarray) -> np.ndarray:
+        """As GPT.forward and Block.forward, of new positions: (B, N) -> (B, V)."""
+        gpt = self.gpt
+        positions = self.length + np.arange(ids.shape[1])  # (N,)
+        x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
+        last = len(gpt.blocks) - 1
+        for i, block in enumerate(gpt.blocks):
+            x = x + self._attend(block.attn, block.ln1(x), self.cache[i])
+            if i == last:
+                x = x[:, -1:]  # (B, 1, C): nobody asks about the others any more
+            x = x + block.mlp(block.ln2(x))
+        logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
+        return logits.numpy()[:, 0]
+
+    def _attend(self, attn: MultiHeadAttention, x: Tensor, cache: np.ndarray) -> Tensor:
+        """As MultiHeadAttention.forward, of new positions: (B, N, C) -> (B, N, C)."""
+        q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
+        end = self.length + q.shape[2]
+        cache[0, :, :, self.length:end] = k
+        cache[1, :, :, self.length:end] = v
+        keys, values = cache[:, :, :, :end]  # (B, H, end, D) each
+
+        # A single new position sees all the others. Several are the beginning of a
+        # text, and among them none may see a later one.
+        y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
+        return attn.proj(_merge(y))
+
+
+def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
+    """An index for each row of logits (B, V), drawn from its softmax, or its top k: (B, 1)."""
+    if top_k is not None and top_k < logits.shape[1]:
+        smallest = np.partition(logits, -top_k)[:, -top_k, None]  # (B, 1)
+        logits = np.where(logits < smallest, -np.inf, logits)
+
+    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a draw from softmax(logits).
+    noise = _mode.rng.gumbel(size=logits.shape)  # (B, V)
+    return np.argmax(logits + noise, axis=1)[:, None]
+
+
+# ## III.9 Many cores
+#
+# How do we use all processors? The mean loss of a batch is a weighted mean itself, of
+# the mean losses of its shares, and a gradient is a sum as soon as the loss is one. So
+# cut the batch into shares, let each processor compute one, and add up. One after
+# another, it looks like this:
+#
+#     >>> x, y = make_moons(10)
+#     >>> model = MLP(2, [8, 1])
+#     >>> def loss(x, y):
+#     ...     return binary_cross_entropy_with_logits(model(x), y)
+#     >>> for rows in np.array_split(np.arange(10), 3):  # shares of 4, 3 and 3 rows
+#     ...     part = loss(x[rows], y[rows]) * (len(rows) / 10)
+#     ...     part.backward()  # adds to .grad
+#
+# And here side by side; the gradients are the same, up to rounding:
+#
+#     >>> one_by_one = [p.grad.numpy() for p in model.parameters()]
+#     >>> with DataParallel(model, loss, processes=3) as parallel:
+#     ...     value = parallel(x, y)
+#     >>> all(np.allclose(p.grad.numpy(), g, atol=1e-6)
+#     ...     for p, g in zip(model.parameters(), one_by_one))
+#     True
+#
+# **Why not threads?** Python's threads take turns: only one of them runs, and at every
+# call of NumPy it hands over a lock, and waits for it again afterwards. A step of
+# training is a thousand short calls. The same call alone, and in two threads at once, in
+# microseconds (Intel Sapphire Rapids, two cores): a sum of rows 2.9 and 17, layer norm
+# 54 and 175; only large products of matrices do not mind (1.04 times). The step of a GPT
+# of width 64 took 22.1 ms, and 21.9 with two threads that had half of the batch each.
+# Two *processes* have a lock each: about 13 ms.
+#
+# **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a second
+# process that is a copy of the first, with the same variables, the same model, and the
+# same loss function, be it a lambda. From then on each writes to its own memory, except
+# for memory that was set aside to be common to both. Two arrays there are all we need:
+#
+#       parent (share 0)                                       worker (share 1, 2, ...)
+#       ----------------                                       ------------------------
+#       cuts the batch      -- pipe: its rows of the batch -->
+#       loss, backward                                         loss, backward
+#                           <== common: row k of gradients ==  writes its gradient there
+#                           <-- pipe: its part of the loss --
+#       adds up the rows
+#       optimizer.step()    == common: the parameters ======>  sees them in the next step
+#
+# The parent adds up in the order of the shares, whoever was first. So the result is the
+# same, bit for bit, whenever the number of processes is the same.
+
+def _shared(size: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros in memory that is common to this process and all that it forks later."""
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # goes with its last user
+    return np.frombuffer(memory, dtype, size)
+
+
+class _Layout:
+    """How to lay arrays side by side in flat ones, one for each dtype among them.
+
+        >>> layout = _Layout([np.zeros((2, 2)), np.zeros(3)])
+        >>> (flat,), (a, b) = layout.allocate(np.zeros)
+        >>> a += 1
+        >>> print(flat)
+        [1. 1. 1. 1. 0. 0. 0.]
+    """
+
+    def __init__(self, arrays: Iterable) -> None:
+        self._sizes: dict[np.dtype, int] = {}
+        self._places: list[tuple] = []  # of each array: dtype, part of the flat one, shape
+        for a in arrays:
+            start = self._sizes.get(a.dtype, 0)
+            end = start + a.size
+            self._sizes[a.dtype] = end
+            self._places.append((a.dtype, slice(start, end), a.shape))
+
+    def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Flat arrays, each made by `empty(size, dtype)`; and the pieces, their views."""
+        flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
+        pieces = [flats[dtype][part].reshape(shape)
+                  for dtype, part, shape in self._places]
+        return list(flats.values()), pieces
+
+
+class _Job(NamedTuple):
+    """What is computed of one share."""
+
+    kind: str  # "gradient" or "evaluate"
+    arrays: tuple  # the share's rows of each array
+    weight: float  # their part of all rows
+    stream: tuple[int, ...]  # the name of the share's random numbers
+    state: tuple[list, list] | None  # the module's training flags and untrained arrays
+
+
+class _Failure(NamedTuple):
+    """A worker's answer when an exception was raised."""
+
+    traceback: str
+
+
+class DataParallel:
+    """Share every batch among forked processes; each computes a part of the gradient.
+
+    - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
+      `training` flags and the arrays without gradient (running statistics) go along
+      with each batch, so that all processes have the parent's; what a worker makes of
+      its own is forgotten.
+    - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
+      a scalar Tensor. Any function will do, also a lambda. It runs in all processes:
+      what it changes, other than the arrays above, it changes in the process that it
+      runs in.
+    - `evaluate(*arrays)` is given a share, too, and returns a number or an array.
+    - `processes` is how many there are, this one included (default: as many as cores).
+      With 1, or where the system cannot fork (Windows, macOS: a warning says so), this
+      one computes all.
+
+        >>> model = MLP(2, [16, 1])
+        >>> points, labels = make_moons(100)
+        >>> def loss(x, y):
+        ...     return binary_cross_entropy_with_logits(model(x), y)
+        >>> optimizer = Adam(model, lr=0.05)
+        >>> with DataParallel(model, loss, processes=2) as parallel:
+        ...     for step in range(50):
+        ...         value = parallel(points, labels)
+        ...         optimizer.step()
+        >>> value < 0.3
+        True
+
+    While it is open, parameters live in memory common to all processes (but one whose
+    array somebody took by `p.data` stays where it is, and is copied over at each call),
+    and BLAS is held to one thread. Make it before other threads run, and call it from
+    one thread at a time. `close()`, or the end of `with`, ends the workers.
+
+    After a call, `flat_gradients` has all gradients side by side, in one array for each
+    dtype among the parameters: each `.grad` is a view of its piece, or None where the
+    piece is zero because no loss depends on the parameter. To add up over several
+    machines, too, is to add up these.
+    """
+
+    def __init__(self, params: Any, loss: Callable, *, evaluate: Callable | None = None,
+                 processes: int | None = None) -> None:
+        self.processes = _cores() if processes is None else processes
+        _positive("DataParallel", processes=self.processes)
+        if self.processes > 1 and not _CAN_FORK:
+            warnings.warn("DataParallel: this system cannot fork; one process computes all",
+                          RuntimeWarning, stacklevel=2)
+            self.processes = 1
+
+        self._loss = loss
+        self._evaluate = evaluate
+        self._params = _listed("DataParallel", params)
+        self._module = params if isinstance(params, Module) else None
+        self._modules = params.modules() if isinstance(params, Module) else []
+        self._layout = _Layout(self._params)
+        self._calls = 0
+        # Another after another manual_seed; from a copy, to leave the stream as it is.
+        self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
+        self._closed = False
+        self.flat_gradients: list[np.ndarray] = []
+
+        _keep_freed_memory(self)
+        self._rows: list[tuple] = []
+        self._workers: list[_Worker] = []
+        if self.processes > 1:
+            self._start()
+
+    def _start(self) -> None:
+        """Move the parameters into common memory, and fork the workers."""
+        _, self._places = self._layout.allocate(_shared)
+        for p, place in zip(self._params, self._places):
+            place[...] = p._data
+            if not _handed_out(p):
+                p._data = place
+        # A row for each worker: flat arrays, and their pieces.
+        self._rows = [self._layout.allocate(_shared) for _ in range(1, self.processes)]
+
+        threads = _set_blas_threads(1)
+        self._end = weakref.finalize(
+            self, _end_workers, self._workers, os.getpid(), threads)
+        try:
+            with _interrupts_held():
+                for share in range(1, self.processes):
+                    self._workers.append(_Worker(self, share))
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
+        """Leave the gradient of the batch's mean loss in each `.grad`; return that loss.
+
+        The arrays have the same length, and are cut by rows, as by np.array_split. What
+        was in `.grad` is replaced: by None, if no share's loss depends on the
+        parameter. Integers in `stream` name the random numbers: share k draws from
+        `manual_seed((*stream, k))`; without, they differ from call to call. The stream
+        of whoever calls is not disturbed.
+
+        An exception in a share is raised here, a worker's as a RuntimeError with its
+        traceback, and the next call may succeed. RuntimeError, too, if a worker was
+        killed; then all is closed.
+        """
+        flats, pieces = self._layout.allocate(np.empty)
+        self._calls += 1
+        names = tuple(stream) or (self._seed, self._calls)
+        answers = self._compute_all("gradient", arrays, names, pieces)
+        for _, (row, _) in zip(answers[1:], self._rows):  # of workers that had a share
+            for flat, part in zip(flats, row):
+                flat += part
+
+        losses, reached = zip(*answers)
+        for p, piece, is_reached in zip(self._params, pieces, zip(*reached)):
+            p.grad = _wrap(piece) if any(is_reached) else None
+        self.flat_gradients = flats
+        return sum(losses)
+
+    def evaluate(self, *arrays: Any) -> list:
+        """[evaluate(share) for each share], in the order of the rows, without a tape.
+
+        There are as many shares as processes, or rows if these are fewer.
+        """
+        if self._evaluate is None:
+            raise TypeError("DataParallel: has no function for it; give evaluate=...")
+        return self._compute_all("evaluate", arrays, (self._seed,), None)
+
+    def close(self) -> None:
+        """End the workers, and move the parameters back into memory of this process."""
+        self._closed = True
+        if self.processes == 1 or not self._end.alive:
+            return
+        with _interrupts_held():
+            self._end()
+            _, places = self._layout.allocate(np.empty)
+            for p, common, own in zip(self._params, self._places, places):
+                own[...] = common
+                if p._data is common and not _handed_out(p):
+                    p._data = own
+            self._places = self._rows = []
+
+    def __enter__(self) -> DataParallel:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # ### A call, as the parent sees it
+
+    def _compute_all(self, kind: str, arrays: tuple, stream: tuple[int, ...],
+                     pieces: list | None) -> list:
+        """The answers of all shares. Where anything remains uncertain, all is closed."""
+        if self._closed:
+            raise RuntimeError("DataParallel: this one is closed")
+        jobs = self._cut(kind, arrays, stream)
+        workers = self._workers[:len(jobs) - 1]
+        try:
+            self._copy_moved_parameters()
+            for worker, job in zip(workers, jobs[1:]):
+                worker.send(job)
+            answers = [self._try_own(jobs[0], pieces)]
+            answers += [worker.receive() for worker in workers]
+        except BaseException:  # Ctrl-C among them: an answer may still be on its way
+            self.close()
+            raise
+
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            if isinstance(answer, _Failure):
+                raise RuntimeError(f"DataParallel: in a worker\n\n{answer.traceback}")
+        return answers
+
+    def _cut(self, kind: str, arrays: tuple, stream: tuple[int, ...]) -> list[_Job]:
+        """A job for each share that has rows."""
+        arrays = [np.asarray(_value(a)) for a in arrays]
+        lengths = [a.shape[0] if a.ndim else 0 for a in arrays]
+        if not arrays or lengths[0] == 0 or len(set(lengths)) > 1:
+            shapes = ", ".join(str(a.shape) for a in arrays) or "none"
+            raise ValueError("DataParallel: needs arrays with equally many rows, "
+                             f"not {shapes}")
+
+        state = self._module_state()
+        shares = zip(*[np.array_split(a, self.processes) for a in arrays])
+        return [_Job(kind, share, len(share[0]) / lengths[0], stream, state)
+                for share in shares if len(share[0]) > 0]
+
+    def _module_state(self) -> tuple[list, list] | None:
+        if self._module is None or not self._workers:
+            return None
+        return [module.training for module in self._modules], _buffers(self._modules)
+
+    def _copy_moved_parameters(self) -> None:
+        """Bring what was replaced (by `p.data = ...`) to where workers look for it."""
+        if not self._workers:
+            return
+        for p, place in zip(self._params, self._places):
+            if p._data is place:
+                continue
+            if p.dtype != place.dtype:
+                raise TypeError(f"DataParallel: a parameter of {place.dtype} is now "
+                                f"{p.dtype}; make a new DataParallel after astype")
+            place[...] = p._data
+
+    def _try_own(self, job: _Job, pieces: list | None) -> Any:
+        """The parent's share, or its exception, to be raised when all are done."""
+        try:
+            if self._module is not None:
+                self._check_same_parameters(self._module.parameters())
+            return self._compute(0, job, pieces)
+        except Exception as error:
+            return error
+
+    def _check_same_parameters(self, params: list) -> None:
+        same = map(operator.is_, params, self._params)
+        if len(params) != len(self._params) or not all(same):
+            raise RuntimeError("DataParallel: the module has other parameters than it had; "
+                               "make a new DataParallel")
+
+    # ### One share, computed in any of the processes
+
+    def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
+        before = _mode.rng
+        manual_seed((*job.stream, share))
+        try:
+            if job.kind == "gradient":
+                return self._compute_gradient(job, pieces)
+            with no_grad():
+                return self._evaluate(*job.arrays)
+        finally:
+            _mode.rng = before
+
+    def _compute_gradient(self, job: _Job, pieces: list) -> tuple[float, list[bool]]:
+        """Write gradients to `pieces`. Returns the loss, and who has a gradient."""
+        loss = self._loss(*job.arrays)
+        if not _tracked(loss) or loss.size != 1:
+            raise TypeError("DataParallel: the loss must be a scalar Tensor made of the "
+                            f"parameters, not {loss!r:.60}")
+        loss = loss * job.weight
+        ancestors = _ancestors(loss)
+        reached = [p in ancestors for p in self._params]
+        slopes = iter(gradients(loss, [p for p in self._params if p in ancestors]))
+        for piece, is_reached in zip(pieces, reached):
+            piece[...] = next(slopes)._data if is_reached else 0
+        return loss.item(), reached
+
+    # ### The life of a worker
+
+    def _work(self, share: int, pipe: Any) -> None:
+        """Compute one share after another, until the parent is gone."""
+        for p, place in zip(self._params, self._places):
+            p._data = place
+        _, pieces = self._rows[share - 1]
+        _mode.recording = True
+        while True:
+            job = pipe.recv()  # EOFError if nobody is left to send one
+            try:
+                self._take_state(job.state)
+                pipe.send(self._compute(share, job, pieces))
+            except BaseException:
+                pipe.send(_Failure(traceback.format_exc()))
+
+    def _take_state(self, state: tuple[list, list] | None) -> None:
+        if state is None:
+            return
+        training, buffers = state
+        for module, is_training in zip(self._modules, training):
+            module.training = is_training
+        for buffer, sent in zip(_buffers(self._modules), buffers, strict=True):
+            buffer[...] = sent
+
+
+def _buffers(modules: list[Module]) -> list[np.ndarray]:
+    """The arrays that modules have beside their parameters."""
+    items = [item for module in modules for item in vars(module).values()]
+    for item in items:  # which grows
+        if isinstance(item, (list, tuple)):
+            items.extend(item)
+    return [item for item in items if isinstance(item, np.ndarray)]
+
+
+def _ancestors(output: Tensor) -> set[Tensor]:
+    """`output`, and all tracked tensors that it was made of."""
+    found = {output}
+    waiting = [output]
+    for t in waiting:  # which grows
+        for a in t._operands or ():
+            if _tracked(a) and a not in found:
+                found.add(a)
+                waiting.append(a)
+    return found
+
+
+# **What may go wrong, and must not.** A worker that is killed closes its end of the
+# pipe, as the system does for every process that ends; the parent, waiting there, is
+# told so. The same in the other direction ends the workers when the parent is killed.
+# But a worker in the middle of a long share is not listening, and another process of
+# the user's may hold a copy of the pipe's end. So each worker also looks four times a
+# second whether its parent still is its parent. Ctrl-C reaches all processes of a
+# terminal: workers ignore it, and the parent, interrupted, ends them.
+
+class _Worker:
+    """A forked process, as the parent sees it."""
+
+    def __init__(self, parallel: DataParallel, share: int) -> None:
+        from multiprocessing import Pipe  # (here, for it takes its time)
+
+        self._pipe, workers_end = Pipe()
+        self._exit_code: int | None = None
+        parent = os.getpid()
+        self.pid = _fork()
+        if self.pid == 0:
+            # Fork copies all open ends, and a pipe with a forgotten copy never closes.
+            for pipe in [self._pipe, *(earlier._pipe for earlier in parallel._workers)]:
+                pipe.close()
+            _live_as_worker(parent, functools.partial(parallel._work, share, workers_end))
+        workers_end.close()
+
+    def send(self, job: _Job) -> None:
+        try:
+            self._pipe.send(job)
+        except OSError:
+            raise self._lost() from None
+
+    def receive(self) -> Any:
+        """The worker's answer. RuntimeError if it is dead."""
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+
+    def _lost(self) -> RuntimeError:
+        code = self.end()
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += ", as the system does when memory runs out"
+        return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
+
+    def end(self) -> int:
+        """End the process, whatever it does. Its exit code (-n: killed by signal n)."""
+        if self._exit_code is None:  # once only: its number may soon be another's
+            self._pipe.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # if it has not ended already
+            self._exit_code = 0
+            with contextlib.suppress(ChildProcessError):  # if somebody else has waited
+                _, status = os.waitpid(self.pid, 0)
+                self._exit_code = os.waitstatus_to_exitcode(status)
+        return self._exit_code
+
+
+def _live_as_worker(parent: int, work: Callable) -> NoReturn:
+    """A worker's whole life. It must not return into the program it is a copy of."""
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; what was there before is untouched", path)
-    finally:  # after an error, or Ctrl-C; else there is nothing left to remove
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        stack.callback(os.close, folder)
-        os.fsync(folder)  # the new name is the folder's data, where folders can be synced
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        threading.Thread(target=_follow, args=[parent], daemon=True).start()
+        gc.freeze()  # to look at old objects would copy the memory that they lie in
+        work()
+    finally:
+        os._exit(1)
 
-def _download(name: str, path: str) -> bytes:
-    """The content of data file `name` from the first mirror that has it; `path` then holds it."""
-    (mirrors, size, digest), failures = _SOURCES[name], []
-    for url in (mirror.format(os.path.basename(name)) for mirror in mirrors):
-        try:
-            content = _verified(url, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            _write_whole(path, content)
-            return content
-        except Exception as error:  # whatever went wrong here, the next mirror may do better
-            failures.append(f"{url}: {error}")
-    raise OSError("\n  ".join([f"cannot get {name}:", *failures]) + f"\nPut it by hand at {path} ("
-                  f"{size:,} bytes, SHA-256 {digest}), or set NANOAD_DATA to a folder that has it.")
 
-# A download is stored unpacked, under the name that is tried first: no damaged file is in its way.
-def _content(name: str) -> bytes:
-    """The verified content of data file `name`: from the data folder, or else from a mirror."""
-    folder = os.environ.get("NANOAD_DATA") or os.path.join(os.path.dirname(__file__), "data")
-    path = os.path.abspath(os.path.join(folder, name))
-    for candidate in filter(os.path.exists, (path, path + ".gz")):
-        try:
-            return _verified(candidate, name)
-        except ValueError as error:
-            print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
-    return _download(name, path)
+def _follow(parent: int) -> None:
+    """End this process when its parent is gone (then it is given to another)."""
+    while os.getppid() == parent:
+        time.sleep(0.25)
+    os._exit(1)
 
-def _by_split(split: str, **choices: Any) -> Any:
-    if split not in choices:
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    return choices[split]
 
-# What the digest vouches for needs no further check. MNIST (LeCun, Cortes and Burges 1998) comes as
-# IDX: four bytes that say what follows, four for each dimension, and then the array itself.
-def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
-    Returns images, float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with `flatten`, and
-    labels, int64 of shape (N,). OSError if the files are neither in the data folder nor online.
+def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) -> None:
+    """End the workers, if this process is their parent, and not a copy of it."""
+    if os.getpid() != parent:
+        return
+    with _interrupts_held():
+        for worker in workers:
+            worker.end()
+        workers.clear()
+        if blas_threads is not None:
+            _set_blas_threads(blas_threads)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C has to wait until this is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# # Part IV. The craft
+#
+# ## IV.1 Writes: who changed my array?
+#
+# A tensor does not copy its operands, so writing into one between the forward and the
+# backward pass would change the derivative without a word. This should be 6:
+#
+#     >>> x = Tensor(3.0)
+#     >>> y = x * x
+#     >>> x.data[...] = 100.0
+#     >>> y.backward()
+#     Traceback (most recent call last):
+#     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
+#
+# NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
+# handed out (`t.data`), and compared whenever its elements are read: by an operation, or
+# by a walk that needs them as they were. `t._checksum` is None as long as nobody outside
+# has the array. `t._written` is the time of the last write that is known of, and a tensor
+# made after that time has seen what was written. (Of a constant, and of a raw array that
+# is an operand, nothing is known: who writes there gets another gradient.)
+
+
+def _hand_out(t: Tensor) -> np.ndarray:
+    """The array of `t`, for somebody who may write to it."""
+    if t.requires_grad:
+        _compare_checksum(t)
+    return np.asarray(t._data)
+
+
+def _compare_checksum(t: Tensor) -> None:
+    """Note a write if the array is not what it was."""
+    now = zlib.crc32(np.ascontiguousarray(t._data))
+    if t._checksum not in (None, now):
+        _note_write(t)
+    t._checksum = now
+
+
+def _handed_out(t: Tensor) -> bool:
+    """Whether somebody outside has the array, and may expect to find it there still."""
+    return t._checksum is not None
+
+
+def _note_write(t: Tensor) -> None:
+    t._written = next(_clock)
+
+
+def _check_unwritten(t: Tensor, result: Tensor) -> None:
+    """Raise if `t` was written to since the operation that made `result` of it (or made it)."""
+    if t._checksum is not None:
+        _compare_checksum(t)
+    if t._written > result._time:
+        raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
+                           "changed between forward and backward; call backward first, then write")
+
+
+def _replace_data(t: Tensor, value: Any) -> None:
+    """Do `t.data = value`."""
+    value = _value(value)
+    array = value if isinstance(value, np.ndarray) else np.asarray(value, t.dtype)
+    if array.shape != t.shape or array.dtype != t.dtype:
+        raise ValueError(f"t.data is {t.dtype} of shape {t.shape} and cannot become {array.dtype} of"
+                         f" shape {array.shape}; make a new Tensor for that")
+    t._data = array
+    _note_write(t)
+    t._checksum = zlib.crc32(np.ascontiguousarray(array))  # for the caller has it, too
+
+
+# `p -= lr * p.grad` has two meanings. While a tape is written it makes a new Tensor,
+# like all arithmetic. Under no_grad(), on a tracked leaf, it writes into the array, as
+# in PyTorch: this is how one writes an optimizer by hand.
+#
+#     >>> p = Tensor([1.0, 2.0])
+#     >>> (p * p).sum().backward()
+#     >>> with no_grad():
+#     ...     p -= 0.25 * p.grad
+#     ...
+#     >>> print(p, p.requires_grad)
+#     [0.5 1. ] True
+
+
+def _in_place(op: Callable) -> Callable:
+    """The method for an operator such as `-=`."""
+
+    def operator_(self: Tensor, other: Any) -> Tensor:
+        result = op(self, other)
+        if _mode.recording or self._op is not None or not self.requires_grad:
+            return result
+        if result.shape != self.shape:
+            raise ValueError(f"{op.__name__} in place: {self.shape} cannot become {result.shape}")
+        self._data[...] = result._data
+        _note_write(self)
+        return self
+
+    return operator_
+
+
+for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power).items():
+    setattr(Tensor, f"__i{_name}__", _in_place(_f))
+
+
+# Copies and pickles are new leaves, made now.
+def _reduce(t: Tensor) -> tuple:
+    if t._op is not None:
+        raise TypeError("only leaves can be copied or pickled, and this is the result of "
+                        f"{t._op.__name__}; use t.detach()")
+    return type(t), (np.asarray(t._data), t.requires_grad, t.label)
+
+
+Tensor.__reduce__ = _reduce
+
+
+# ## IV.2 Checkpoint: memory for time?
+#
+# A tape keeps every intermediate result until the walk has passed it. A checkpoint
+# keeps none, and computes them again when the walk arrives. It is an operation whose
+# pullback runs the function:
+#
+#     >>> def deep(x):
+#     ...     for _ in range(50):
+#     ...         x = np.sin(x)
+#     ...     return x
+#     ...
+#     >>> x = Tensor(1.0)
+#     >>> print(deep(x)._operands[0] is x, checkpoint(deep, x)._operands[0] is x)
+#     False True
+#
+# What are its operands? Not only the arguments: f may close over Tensors, such as the
+# parameters of a module. The tape of the first run tells: all that f read is older than
+# the moment it began. That moment is the horizon of the search (I.5), and what lies
+# beyond it is `older`. The second run has a horizon, too: the walk back goes through
+# what this run has made, and the operands, which are older, receive what is theirs and
+# are not walked on from. The walk that called us does that.
+
+
+def checkpoint(f: Callable, *args: Any) -> Tensor:
+    """f(*args), whose intermediate results are not kept but recomputed in the backward
+    pass.
+
+    Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it
+    closes over (a module's parameters) gets gradients too. Random numbers are drawn
+    again alike; other effects of f, such as those on batch norm's running statistics,
+    happen twice.
     """
-    stem = "mnist/" + _by_split(split, train="train", test="t10k")
-    images = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
-    labels = np.frombuffer(_content(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
-    shape = (-1, 784) if flatten else (-1, 1, 28, 28)
-    return np.divide(images.reshape(shape), 255, dtype=np.float32), labels.astype(np.int64)
+    random_state = _mode.rng.bit_generator.state
+    began = next(_clock)
+    (y,) = _outputs("checkpoint", [f(*args)])
+    reads = _find_route([y], [], horizon=began).older
+    if not reads or not _mode.recording:
+        return y.detach()
 
-# CIFAR-10 (Krizhevsky 2009) is read in its binary form, since the other one is a pickle, and a
-# pickle is a program. Each record is a label byte and 3 x 32 x 32 bytes of red, green and blue. The
-# archive is read where it lies, so no name inside it ever becomes a path on the disk.
-def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs (170 MB to fetch).
-    Returns what `load_mnist` does, with images of shape (N, 3, 32, 32), and fails as it does.
-    """
-    import tarfile  # only here, for it is slow to load
-    batches = _by_split(split, train=[f"data_batch_{i}" for i in range(1, 6)], test=["test_batch"])
-    unpacked = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
-    with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
-        raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{b}.bin").read() for b in batches)
-    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
-    images = np.divide(records[:, 1:].reshape(-1, 3, 32, 32), 255, dtype=np.float32)
-    return images, records[:, 0].astype(np.int64)
+    def run_again() -> Tensor:
+        with _recording(True), _random_state(random_state):
+            return f(*args)
 
-def load_tinyshakespeare() -> str:
-    """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on."""
-    return _content("tinyshakespeare/input.txt").decode("utf-8")
+    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, tuple(reads), pullback=run_again)
 
-def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Two interleaving half circles, the smallest problem that no straight line solves.
-    Returns float32 points (n_samples, 2), int64 labels 0 and 1. `noise` is a standard deviation.
-    """
-    if n_samples < 1 or noise < 0:
-        raise ValueError(f"make_moons: needs n_samples >= 1, noise >= 0; got {n_samples}, {noise}")
-    y = _mode.rng.permutation(np.arange(n_samples) % 2)
-    angle = np.pi * (_mode.rng.random(n_samples) + y)  # the lower moon is turned by a half
-    x = np.stack([np.cos(angle) + y, np.sin(angle) + 0.5 * y], axis=1)
-    return _mode.rng.normal(x, noise).astype(np.float32), y.astype(np.int64)
+
+def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
+    """What the operands of a checkpoint receive."""
+    began = next(_clock)
+    again = t._pullback()
+    inputs = [a for a, due in zip(t._operands, wanted) if due]
+    route = _find_route([again], inputs, horizon=began)
+    shares = iter(_gradients([(again, g)], inputs, create_graph, create_graph, route))
+    return [next(shares) if due else None for due in wanted]
+
+
+# So it is an operation, with any number of operands.
+checkpoint.operands = sys.maxsize
+checkpoint.pull = _pull_checkpoint
+
+
+@contextlib.contextmanager
+def _random_state(state: dict) -> Iterator[None]:
+    """Draw from a generator in this state; afterwards all is as before, whatever happens inside."""
+    before = _mode.rng
+    _mode.rng = np.random.Generator(type(before.bit_generator)())
+    _mode.rng.bit_generator.state = state
+    try:
+        yield
+    finally:
+        _mode.rng = before
+
+
+# ## IV.3 Nests: argnums, dicts and lists
+#
+# What a function is differentiated by may be nested dicts, lists and tuples of arrays,
+# as the parameters of a model are. The gradient is built alike:
+#
+#     >>> def loss(model):
+#     ...     return (model["w"] * 2.0 + model["b"]).sum()
+#     ...
+#     >>> slopes = grad(loss)({"w": np.ones(2), "b": 1.0})
+#     >>> print(slopes["w"], slopes["b"])
+#     [2. 2.] 2.0
+#
+# A list of numbers is one item, an array to be. So is a list of lists of numbers, if an
+# array can be made of it: [[1.0], [2.0]] is one item, and [[1.0], 2.0] two.
+
+
+def _map_tree(f: Callable, tree: Any) -> Any:
+    """Apply `f` to all items of nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: _map_tree(f, item) for key, item in tree.items()}
+    if not isinstance(tree, (list, tuple)) or _is_array_to_be(tree):
+        return f(tree)
+    items = [_map_tree(f, item) for item in tree]
+    if hasattr(tree, "_make"):  # a namedtuple
+        return tree._make(items)
+    return items if isinstance(tree, list) else tuple(items)
+
+
+def _is_array_to_be(tree: Any) -> bool:
+    """Whether `tree` is a list of numbers, or of lists of numbers that all have one shape."""
+    return isinstance(tree, list) and _shape_of_numbers(tree) is not None
+
+
+def _shape_of_numbers(tree: Any) -> tuple | None:
+    """The shape of the array that nested lists of numbers would make; None if they are no such."""
+    if not isinstance(tree, list):
+        return () if np.isscalar(tree) else None
+    shapes = {_shape_of_numbers(item) for item in tree}
+    if len(shapes) > 1 or None in shapes:
+        return None
+    return (len(tree), *(shapes.pop() if shapes else ()))
+
+
+def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
+    """The items of `tree`, and a function that builds the same nest of other items."""
+    items: list = []
+    _map_tree(items.append, tree)
+
+    def rebuild(others: Iterable) -> Any:
+        others = iter(others)
+        return _map_tree(lambda _: next(others), tree)
+
+    return items, rebuild
+
+
+def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
+    """The items of `tree`, as Tensors, in the order of those of `like`; dicts are paired by key."""
+    if isinstance(like, dict):
+        if not isinstance(tree, dict) or tree.keys() != like.keys():
+            raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
+        pairs = [(tree[key], like[key]) for key in like]
+    elif isinstance(like, (list, tuple)) and not _is_array_to_be(like):
+        if not isinstance(tree, (list, tuple)) or len(tree) != len(like):
+            raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
+        pairs = zip(tree, like)
+    elif isinstance(tree, dict):
+        raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
+    else:
+        item = as_tensor(tree)
+        if item.shape != np.shape(_value(like)):
+            raise ValueError(f"{name}: needs a vector of shape {np.shape(_value(like))} here, and was"
+                             f" given one of {item.shape}")
+        return [item]
+    return [item for a, b in pairs for item in _match(name, a, b)]
+
+
+def _outline(tree: Any) -> str:
+    """The structure of a nest, for messages: {'a': (2,), 'b': ()}."""
+    return str(_map_tree(lambda item: np.shape(_value(item)), tree))
+
+
+def _outputs(name: str, items: Iterable) -> list[Tensor]:
+    """What a function returned, as Tensors; a plain number or array counts as a constant."""
+    tensors = []
+    for item in items:
+        if not isinstance(item, (Tensor, np.ndarray, np.generic, int, float)):
+            raise TypeError(f"{name}: the function must return what it computes from its arguments, "
+                            f"and not a {type(item).__name__} ({str(item)[:40]})")
+        if not isinstance(item, Tensor):
+            warnings.warn(f"{name}: the function returned a plain {type(item).__name__}, so its "
+                          "derivative is zero; was a Tensor converted on the way?", stacklevel=4)
+        tensors.append(as_tensor(item))
+    return tensors
+
+
+def _first_of_pair(output: Any) -> Any:
+    if not (isinstance(output, tuple) and len(output) == 2):
+        raise TypeError("grad: with has_aux=True the function must return (scalar, aux), not "
+                        f"{type(output).__name__}")
+    return output[0]
+
+
+def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
+    for given in (primals, tangents):
+        if not isinstance(given, (tuple, list)):
+            raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument, such "
+                            f"as (x,); and not a {type(given).__name__}")
+
+
+def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
+    """The inputs that somebody wants a derivative by, if they can have one."""
+    inputs = list(inputs)
+    for t in inputs:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: a {type(t).__name__} ({str(t)[:40]}) is no Tensor on the tape")
+        if not t.requires_grad:
+            raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a constant, of which "
+                               "no tape is written; make it by Tensor(...), outside no_grad()")
+    return inputs
+
+
+def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
+    """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"{name}: the arguments are a tuple, one entry each, such as (x,)")
+    one = isinstance(argnums, (int, np.integer))
+    positions = list(range(len(args))) if argnums is None else np.ravel(argnums).tolist()
+    if any(i not in range(-len(args), len(args)) for i in positions):
+        raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
+                         "are counted from 0")
+    positions = [i % len(args) for i in positions]
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"{name}: argnums={argnums} names an argument twice")
+
+    def put_back(chosen: Any) -> list:
+        arguments = list(args)
+        for i, argument in zip(positions, [chosen] if one else chosen):
+            arguments[i] = argument
+        return arguments
+
+    chosen = args[positions[0]] if one else tuple(args[i] for i in positions)
+    return chosen, put_back
+
+
+# ## IV.4 The machine: what had to be measured?
+#
+# What does the ground we stand on do that we did not ask for? Here is what one would not
+# believe unmeasured, each in one place.
+#
+# **Old NumPy.** Before its version 2, NumPy made a float64 of a single float32 number
+# times 2.0, though not of an array of several. There, what an operation computes from
+# float32 alone is converted back.
+_OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
+
+
+def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarray:
+    """The result of an operation, as the floating-point type that it is to have."""
+    arrays = [a for a in arrays if isinstance(a, (np.ndarray, np.generic))]
+    dtypes = {a.dtype for a in arrays if a.dtype.kind == "f"}
+    y = _float_array(y)  # (a complex result is refused)
+    if _OLD_NUMPY and len(dtypes) == 1 and operation is not astype:
+        return y.astype(*dtypes, copy=False)
+    return y
+
+
+# **How many cores?** Fewer than the machine has, perhaps, for a process may be confined
+# to some.
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# **Fork.** macOS has os.fork, but its own libraries do not survive it, and Windows has
+# none. Python 3.12 and later warn of a fork while other threads run, BLAS's idle ones
+# included, because a lock that a thread holds stays locked in the copy, where that
+# thread is not. A worker only computes with NumPy, whose BLAS prepares itself for a
+# fork.
+_CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
+
+def _fork() -> int:
+    """os.fork, which returns twice: 0 in the new process, its number in the old one."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stdout, or closed
+        sys.stdout.flush()  # or the copy may print it a second time
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+        return os.fork()
+
+
+# **BLAS,** which computes NumPy's matrix products, has threads of its own. As many as
+# there are cores, in each of as many processes, would be in each other's way. NumPy has
+# no name for their number, but OpenBLAS, which comes with it, has.
+# (OPENBLAS_NUM_THREADS=1, set before NumPy is imported, does the same for all
+# processes, from the start.)
+def _set_blas_threads(count: int) -> int | None:
+    """Give OpenBLAS so many threads; returns how many it had (None: no OpenBLAS)."""
+    if _openblas() is None:
+        return None
+    get_threads, set_threads = _openblas()
+    before = get_threads()
+    set_threads(count)
+    return before
+
+
+@functools.cache
+def _openblas() -> tuple[Callable, Callable] | None:
+    """Its functions that get and set the number of threads, if NumPy has loaded it."""
+    import ctypes
+    names = ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_",
+             "openblas_{}_num_threads")
+    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:
+        for path in {line.split()[-1] for line in loaded if "openblas" in line}:
+            library = ctypes.CDLL(path)
+            for name in names:
+                if hasattr(library, name.format("get")):
+                    return library[name.format("get")], library[name.format("set")]
+    return None
+
+
+# **The allocator.** A step of training makes and drops the same arrays of a few
+# megabytes each time. By default glibc gives such memory back to the system at once,
+# and gets it again page by page: 70,000 pages in a step of a GPT of width 256, 16,000
+# if it may keep what it has, and half of the time of a CNN's step. So while training,
+# it keeps (mallopt(3)) what was freed, and takes blocks of up to 32 MiB, the most it
+# can, from there. When the last optimizer is gone, all is given back.
+_trainers: set[int] = set()
+
+def _keep_freed_memory(trainer: Any) -> None:
+    """Let glibc keep freed memory as long as `trainer` lives."""
+    if _glibc() is None:
+        return
+    _glibc().mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    _glibc().mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    _trainers.add(id(trainer))
+    weakref.finalize(trainer, _give_back, id(trainer)).atexit = False
+
+
+def _give_back(trainer: int) -> None:
+    """After the last trainer's end, give back what is kept, and keep no more."""
+    _trainers.discard(trainer)
+    if not _trainers:
+        _glibc().mallopt(-1, 1 << 26)  # as it chooses itself, beside blocks of 32 MiB
+        _glibc().malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> Any:
+    """The C library, if it is glibc."""
+    import ctypes
+    with contextlib.suppress(OSError, TypeError):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+            return library
+    return None
+
+
+# ## IV.5 Loaders
+#
+# How does data come to a training loop? In batches: a few rows of `x`, the same rows of
+# `y`, and in another order on each pass. That is a `DataLoader`, and all that the loop
+# has to know of the data:
+#
+#     >>> manual_seed(0)
+#     >>> points, labels = make_moons(10)
+#     >>> for x, y in DataLoader(points, labels, batch_size=4, shuffle=True):
+#     ...     print(x.shape, y.shape)
+#     (4, 2) (4,)
+#     (4, 2) (4,)
+#     (2, 2) (2,)
+
 
 class DataLoader:
-    """Iterate over `x` and `y` (same length) in batches of (x_batch, y_batch), as ndarrays.
-    With `shuffle` each pass has a new order, which `manual_seed` fixes; `drop_last` drops a short
-    last batch. `transform(x_batch, rng)` returns what takes x_batch's place (augmentation); batches
-    are copies, so it may write in place. ValueError: lengths that differ, a batch_size below 1.
+    """Iterate over `x` and `y` (same length) in batches of (x_batch, y_batch), as
+    ndarrays. With `shuffle` each pass has a new order, which `manual_seed` fixes;
+    `drop_last` drops a short last batch. `transform(x_batch, rng)` returns what takes
+    x_batch's place (augmentation); batches are copies, so it may write in place.
+    ValueError: lengths that differ, a batch_size below 1.
 
         >>> [len(x) for x, y in DataLoader(np.zeros((10, 2)), np.zeros(10), batch_size=4)]
         [4, 4, 2]
     """
+
     def __init__(self, x: Any, y: Any, batch_size: int = 32, shuffle: bool = False,
                  drop_last: bool = False, transform: Callable | None = None) -> None:
-        self.x, self.y = np.asarray(x), np.asarray(y)
-        if self.x.shape[:1] != self.y.shape[:1] or self.x.ndim == 0:
-            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} differ in length")
+        self.x = np.asarray(x)
+        self.y = np.asarray(y)
+        if self.x.ndim == 0 or self.x.shape[:1] != self.y.shape[:1]:
+            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} differ in "
+                             "length; give one element of y for each row of x")
         _positive("DataLoader", batch_size=batch_size)
-        self.batch_size, self.shuffle = int(batch_size), shuffle
-        self.drop_last, self.transform = drop_last, transform
+        self.batch_size = int(batch_size)
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.transform = transform
+
     def __len__(self) -> int:
-        return (len(self.x) + (self.batch_size - 1) * (not self.drop_last)) // self.batch_size
+        """The number of batches in a pass."""
+        whole, rest = divmod(len(self.x), self.batch_size)
+        return whole if self.drop_last or rest == 0 else whole + 1
+
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = (_mode.rng.permutation if self.shuffle else np.arange)(len(self.x))
+        order = np.arange(len(self.x))
+        if self.shuffle:
+            order = _mode.rng.permutation(len(self.x))
+
         for i in range(len(self)):
             rows = order[i * self.batch_size:(i + 1) * self.batch_size]
-            x, y = self.x.take(rows, axis=0), self.y.take(rows, axis=0)
-            yield (self.transform(x, _mode.rng) if self.transform else x), y
+            x = self.x.take(rows, axis=0)
+            y = self.y.take(rows, axis=0)
+            if self.transform:
+                x = self.transform(x, _mode.rng)
+            yield x, y
+
 
 class CharTokenizer:
-    """Number the distinct characters of `text` from 0, in code point order.
-    `.chars` holds them as a string, so `CharTokenizer(tokenizer.chars)` is the same tokenizer.
+    """Number the distinct characters of `text` from 0, in code point order. `.chars`
+    holds them as a string, so `CharTokenizer(tokenizer.chars)` is the same tokenizer.
+    ValueError for a text without any.
 
         >>> tokenizer = CharTokenizer("hello")
         >>> tokenizer.chars, tokenizer.encode("hole").tolist(), tokenizer.decode([1, 0, 2, 2])
         ('ehlo', [1, 3, 2, 0], 'hell')
     """
+
     def __init__(self, text: str) -> None:
-        self._ids = {char: i for i, char in enumerate(sorted(set(text)))}
-        self.chars, self.vocab_size = "".join(self._ids), len(self._ids)
+        if not text:
+            raise ValueError("CharTokenizer: the text is empty; give one that has every "
+                             "character to be numbered, such as the training text")
+        self.chars = "".join(sorted(set(text)))
+        self.vocab_size = len(self.chars)
+        self._ids = {char: i for i, char in enumerate(self.chars)}
+
     def encode(self, text: str) -> np.ndarray:
         """int64 ids of shape (len(text),); ValueError for a character outside the vocabulary."""
         try:
             return np.fromiter(map(self._ids.__getitem__, text), np.int64, len(text))
         except KeyError as error:
-            raise ValueError(f"CharTokenizer: {error} at position {text.index(*error.args)} is not "
-                             f"among the {self.vocab_size} characters it knows") from None
+            (char,) = error.args
+            raise ValueError(f"CharTokenizer: {char!r} at position {text.index(char)} is not among "
+                             f"the {self.vocab_size} characters it knows; leave it out, or make "
+                             "a tokenizer of a text that has it") from None
+
     def decode(self, ids: Any) -> str:
         """The text of a 1-d sequence of ids; ValueError for one outside the vocabulary."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError(f"CharTokenizer: ids must be 1-d integers, got {ids.dtype}{ids.shape}")
-        if (bad := ids[(ids < 0) | (ids >= self.vocab_size)]).size:
-            raise ValueError(f"CharTokenizer: id {bad[0]} is outside 0..{self.vocab_size - 1}")
+            raise ValueError("CharTokenizer: ids must be 1-d integers, got "
+                             f"{ids.dtype}{ids.shape}; of a batch, decode one row at a time")
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise ValueError(f"CharTokenizer: id {outside[0]} is outside 0..{self.vocab_size - 1}; "
+                             "decode takes the ids that encode gives")
         return "".join(map(self.chars.__getitem__, ids.tolist()))
 
-# ## Saving
+
+def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """Two interleaving half circles, the smallest problem that no straight line solves.
+    Returns float32 points (n_samples, 2), int64 labels 0 and 1. `noise` is a standard
+    deviation.
+    """
+    if n_samples < 1 or noise < 0:
+        raise ValueError("make_moons: needs n_samples >= 1 and noise >= 0, "
+                         f"not {n_samples} and {noise}")
+    labels = _mode.rng.permutation(np.arange(n_samples) % 2)
+
+    # The lower moon is turned by a half, and about another centre: (1, 0.5) for (0, 0).
+    angle = np.pi * (_mode.rng.random(n_samples) + labels)
+    across = np.cos(angle) + labels
+    up = np.sin(angle) + 0.5 * labels
+    points = _mode.rng.normal(np.stack([across, up], axis=1), noise)
+    return points.astype(np.float32), labels.astype(np.int64)
+
+
+# ### The right data
 #
-# How does a night of training survive the power cut at six? A checkpoint is whatever nested dict
-# the script likes: weights, optimizer moments, the vocabulary. The file is an .npz, so `np.load`
-# opens it without nanoad: each array is a member named by its dotted path, and all the rest is
-# JSON in a member of its own; nothing is pickled. The last 64 characters are the SHA-256 of all
-# that stands before them (they end the comment that a zip file may end with), so a damaged
-# checkpoint is told from a whole one before any parser has read a byte of it.
+# How do we know that a file is what it should be? A network trained on half a file
+# still learns something, so a damaged one costs an evening before anyone suspects it.
+# Hence one rule: **bytes are believed only after their SHA-256 has been compared**,
+# whether they came from the disk or from a mirror. It is that of the *unpacked*
+# content, because two gzip files of one text may differ in every byte. (CIFAR-10's
+# archive has one source, and counts as it is.)
+#
+# For each file, by its place under the data folder: its mirrors, and its content's size
+# and digest.
+_MNIST = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
+)
+_SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",
+    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/{}",
+)
+_CIFAR10 = ("https://www.cs.toronto.edu/~kriz/{}",)
+
+_SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "tinyshakespeare/input.txt": (
+        _SHAKESPEARE, 1_115_394,
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "mnist/train-images-idx3-ubyte": (
+        _MNIST, 47_040_016,
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "mnist/train-labels-idx1-ubyte": (
+        _MNIST, 60_008,
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    "mnist/t10k-images-idx3-ubyte": (
+        _MNIST, 7_840_016,
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+    "mnist/t10k-labels-idx1-ubyte": (
+        _MNIST, 10_008,
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+    "cifar10/cifar-10-binary.tar.gz": (
+        _CIFAR10, 170_052_171,
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
+}
+
+
+def _content(name: str) -> bytes:
+    """The verified content of data file `name`: from the data folder, or else from a mirror."""
+    beside = os.path.join(os.path.dirname(__file__), "data")
+    folder = os.environ.get("NANOAD_DATA") or beside
+    path = os.path.abspath(os.path.join(folder, name))
+
+    for candidate in (path, path + ".gz"):
+        if os.path.exists(candidate):
+            try:
+                return _verified(pathlib.Path(candidate).read_bytes(), candidate, name)
+            except ValueError as error:
+                print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
+
+    # What comes is stored unpacked, under the name tried first: so no damaged file is
+    # in its way.
+    return _download(name, path)
+
+
+def _verified(raw: bytes, place: str, name: str) -> bytes:
+    """The content of data file `name` out of the bytes found at `place`, a path or a URL.
+    Raises ValueError if its digest is another.
+    """
+    _, size, digest = _SOURCES[name]
+    content = raw
+    if place.endswith(".gz") and not name.endswith(".gz"):
+        unpack = zlib.decompressobj(wbits=31)  # 31: a gzip header comes first
+        with contextlib.suppress(zlib.error):  # what is no gzip has another digest anyway
+            content = unpack.decompress(raw, size + 1)  # at most, whatever else is in it
+
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest:
+        raise ValueError(f"{place}: expected {size:,} bytes with SHA-256 {digest}, found "
+                         f"{len(content):,} bytes with {found}; it starts {raw[:24]!r}")
+    return content
+
+
+def _download(name: str, path: str) -> bytes:
+    """The content of data file `name` from the first mirror that has it; `path` then holds it."""
+    mirrors, size, digest = _SOURCES[name]
+    failures = []
+    for mirror in mirrors:
+        url = mirror.format(os.path.basename(name))
+        try:
+            content = _verified(_fetch(url, size), url, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _write_whole(path, content)
+            return content
+        except Exception as error:  # whatever it was, the next mirror may do better
+            failures.append(f"{url}: {error}")
+
+    tried = "\n  ".join(failures)
+    raise OSError(f"cannot get {name}:\n  {tried}\n"
+                  f"Put it by hand at {path} ({size:,} bytes, SHA-256 {digest}), "
+                  "or set NANOAD_DATA to a folder that has it.")
+
+
+# A mirror may be silent for ten seconds, and after the first ten must average 10 kB/s:
+# a time-out on each read alone would let a server that sends one byte at a time hold us
+# for days.
+_TIMEOUT = 10.0
+_SLOWEST = 10_000
+
+
+def _fetch(url: str, size: int) -> bytes:
+    """The bytes behind `url`; if more than `size` and what gzip may add, only the beginning."""
+    import urllib.request  # only here, for it is slow to load
+
+    show = sys.stderr is not None and sys.stderr.isatty()
+    received = bytearray()
+    start = time.monotonic()
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:
+        while len(received) <= size + 4096:
+            piece = reply.read1(1 << 16)
+            if not piece:
+                break
+            received += piece
+
+            if time.monotonic() - start > _TIMEOUT + len(received) / _SLOWEST:
+                raise TimeoutError(f"only {len(received):,} bytes arrived in time")
+            if show:
+                progress = f"{url}: {len(received) / 1e6:.1f} MB"
+                print(progress, end="\r", file=sys.stderr, flush=True)
+    return bytes(received)
+
+
+# What the digest vouches for needs no further check, so each loader only takes its
+# format apart.
+def _of_split(split: str, **choices: Any) -> Any:
+    """What is meant by "train" or "test"."""
+    if split not in choices:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    return choices[split]
+
+
+# MNIST (LeCun, Cortes and Burges 1998) comes as IDX: four bytes that say what follows,
+# four for each dimension, and then the array itself.
+def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits. Returns images,
+    float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with `flatten`, and labels,
+    int64 of shape (N,). OSError if the files are neither in the data folder nor online.
+    """
+    stem = "mnist/" + _of_split(split, train="train", test="t10k")
+    pixels = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
+    labels = np.frombuffer(_content(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
+
+    shape = (-1, 784) if flatten else (-1, 1, 28, 28)
+    images = np.divide(pixels.reshape(shape), 255, dtype=np.float32)
+    return images, labels.astype(np.int64)
+
+
+# CIFAR-10 (Krizhevsky 2009) is read in its binary form, since the other one is a
+# pickle, and a pickle is a program. Each record is a label byte and 3 x 32 x 32 bytes
+# of red, green and blue. The archive is read where it lies, so no name inside it ever
+# becomes a path on the disk.
+def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs (170 MB
+    to fetch). Returns what `load_mnist` does, with images of shape (N, 3, 32, 32), and
+    fails as it does.
+    """
+    import tarfile  # only here, for it is slow to load
+
+    five = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    batches = _of_split(split, train=five, test=["test_batch.bin"])
+    archive = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        raw = [tar.extractfile(f"cifar-10-batches-bin/{batch}").read() for batch in batches]
+
+    records = np.frombuffer(b"".join(raw), np.uint8).reshape(-1, 3073)
+    labels = records[:, 0]
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32)
+    return np.divide(pixels, 255, dtype=np.float32), labels.astype(np.int64)
+
+
+def load_tinyshakespeare() -> str:
+    """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on.
+    OSError if the file is neither in the data folder nor online.
+    """
+    return _content("tinyshakespeare/input.txt").decode("utf-8")
+
+
+# ## IV.6 Saving
+#
+# How does a night of training survive the power cut at six? It saves its state now and
+# then, and goes on from the last one. A state is whatever nested dict the script likes:
+# weights, optimizer moments, the step, the vocabulary. It comes back as it was, Tensors
+# as arrays:
+#
+#     >>> import tempfile
+#     >>> state = {"step": 3, "weights": [Tensor([1.0, 2.0]), np.eye(2)], "pair": ("a", None)}
+#     >>> with tempfile.TemporaryDirectory() as folder:
+#     ...     save(f"{folder}/run.npz", state)
+#     ...     again = load(f"{folder}/run.npz")
+#     ...     print(list(np.load(f"{folder}/run.npz")))  # without nanoad
+#     ['nanoad', 'weights.0', 'weights.1']
+#     >>> again["step"], again["weights"][0], again["pair"]
+#     (3, array([1., 2.]), ('a', None))
+#
+# So the file is an .npz, a zip archive of arrays. Each array of the state is a member,
+# named by its dotted path, and all the rest is a text in JSON, in the member `nanoad`.
+# Nothing is pickled, for a pickle is a program, and a checkpoint may come from a
+# stranger.
+#
+# The naive way, `np.savez(path, **arrays)`, fails in two ways, and each gets one care:
+#
+# 1. *Cut off in the middle of writing*, it has destroyed the old checkpoint and not
+#    finished the new one. So the file is written beside the old one, and then takes its
+#    name (`_write_whole`).
+# 2. *Damaged on the disk*, it may still be read, as other numbers. So its last 64
+#    characters are the SHA-256 of all before them, and `load` compares first. A zip
+#    file may end in a comment, and that is where they stand.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
-def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
-    """What JSON stores for `value`, once its arrays have been put into `arrays`.
-    A dict stays a dict, and a list begins with its kind: ["list", ...], ["tuple", ...], or
-    ["array", member]. Two paths may spell one name (`a.b`); the later gets a `_` at its end.
-    """
-    where = path or "the state"
-    if isinstance(value, dict):
-        if strange := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"save: keys must be strings; {where} has {strange[0]!r}")
-        return {key: _describe(value[key], f"{path}.{key}".strip("."), arrays) for key in value}
-    if isinstance(value, (list, tuple)):
-        items = (_describe(item, f"{path}.{i}".strip("."), arrays) for i, item in enumerate(value))
-        return ["list" if isinstance(value, list) else "tuple", *items]
-    if not isinstance(value, (Tensor, np.ndarray, np.generic)):
-        if value is None or isinstance(value, (int, float, str)):
-            return value
-        raise TypeError(f"save: {where} is a {type(value).__name__}, not an array or plain value")
-    array = np.asarray(_value(value))
-    if array.dtype.hasobject:
-        raise TypeError(f"save: {where} is an array of objects, which only pickle could store")
-    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in path)[:200] or "array"
-    while name in arrays:
-        name += "_"
-    arrays[name] = array
-    return ["array", name]
 
 def save(path: str | os.PathLike, state: Any) -> None:
-    """Write `state`, nested dicts and lists of arrays, Tensors and plain values, to `path`.
-    At every moment `path` holds the old checkpoint or the new. Tensors and NumPy scalars come back
-    as arrays, all else as it was, floats bit for bit. TypeError names what cannot be saved.
+    """Write `state`, nested dicts and lists of arrays, Tensors and plain values, to
+    `path`. At every moment `path` holds the old checkpoint or the new, with the
+    permissions it had. Tensors and NumPy scalars come back as arrays, all else as it
+    was, floats bit for bit. TypeError names what cannot be saved; OSError if the file
+    cannot be written.
     """
-    arrays, file = {"nanoad": np.empty(0)}, io.BytesIO()  # reserves the name for the JSON
-    arrays["nanoad"] = np.frombuffer(json.dumps(_describe(state, "", arrays)).encode(), np.uint8)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.comment = _STAMP + bytes(64)  # room for the digest, which it cannot know yet
-        for name, array in arrays.items():
-            # A ZipInfo of our own has no date in it: equal states make equal files.
-            with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-    content = file.getvalue()[:-64]
+    arrays: dict[str, np.ndarray] = {}
+    description = json.dumps(_describe(state, "", arrays))
+    members = {"nanoad": np.frombuffer(description.encode(), np.uint8), **arrays}
+
+    content = _pack(members)[:-64]
     content += hashlib.sha256(content).hexdigest().encode()
-    _write_whole(os.path.realpath(os.fsdecode(path)), content)
+    target = os.path.realpath(os.fsdecode(path))  # of a link, what it points at
+    _write_whole(target, content)
+
+
+def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
+    """What JSON stores for the part of a state at `path`, whose arrays are added to
+    `arrays`. A dict stays a dict, and a plain value itself. What JSON does not have is
+    a list that begins with its kind: ["list", ...], ["tuple", ...] or ["array",
+    member].
+    """
+    where = path or "the state"
+
+    def below(key: Any) -> str:
+        return f"{path}.{key}".strip(".")
+
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"save: keys must be strings, but {where} has {key!r}; "
+                                f"write str({key!r}) there")
+        return {key: _describe(item, below(key), arrays) for key, item in value.items()}
+
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        items = [_describe(item, below(i), arrays) for i, item in enumerate(value)]
+        return [kind, *items]
+
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        array = np.asarray(_value(value))
+        if array.dtype.hasobject:
+            raise TypeError(f"save: {where} is an array of objects, which only pickle could "
+                            "store; convert it to numbers or to a list")
+        name = _new_name(path, arrays)
+        arrays[name] = array
+        return ["array", name]
+
+    if value is None or isinstance(value, (int, float, str)):
+        return value
+    raise TypeError(f"save: {where} is a {type(value).__name__}, which cannot be saved; make it a "
+                    "dict, list or tuple of arrays, Tensors, numbers, strings and None")
+
+
+def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
+    """A member's name for the array at `path`, that works as a file's name where it is
+    unpacked. Two paths may spell one name (`a.b` is a key, or b in a); the later gets a
+    `_` at its end.
+    """
+    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in path)
+    name = name[:200] or "array"
+    while name in arrays or name == "nanoad":
+        name += "_"
+    return name
+
+
+def _pack(members: dict[str, np.ndarray]) -> bytes:
+    """The archive of these arrays; it ends in the stamp and 64 bytes of room for the digest."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.comment = _STAMP + bytes(64)
+        for name, array in members.items():
+            info = zipfile.ZipInfo(name + ".npy")  # without a date: equal states, equal files
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+    return file.getvalue()
+
 
 def load(path: str | os.PathLike) -> Any:
-    """The state that `save` wrote to `path`. Reads only: nothing in the file is run or unpacked.
-    FileNotFoundError if there is none; ValueError if it is not, to the last bit, what `save` wrote.
+    """The state that `save` wrote to `path`. Reads only: nothing in the file is run or
+    unpacked. FileNotFoundError if there is none; ValueError if it is not, to the last
+    bit, what `save` wrote.
     """
     raw = pathlib.Path(os.fsdecode(path)).read_bytes()
-    if not raw.endswith(_STAMP + hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode()):
-        raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or something else")
-    kinds = {"list": list, "tuple": tuple, "array": lambda names: members[next(names) + ".npy"]}
-    def rebuild(value: Any) -> Any:  # the inverse of `_describe`
-        if isinstance(value, dict):
-            return {key: rebuild(item) for key, item in value.items()}
-        return kinds[value[0]](map(rebuild, value[1:])) if isinstance(value, list) else value
+    digest = hashlib.sha256(memoryview(raw)[:-64]).hexdigest()
+    if not raw.endswith(_STAMP + digest.encode()):
+        raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or something else; "
+                         "load takes a file that nanoad.save has written")
     try:
-        with np.load(io.BytesIO(raw), allow_pickle=False) as members:
-            # We store, and never compress: so no member can unpack to more than the file's size.
-            if any(member.compress_type for member in members.zip.infolist()):
-                raise ValueError("a member is compressed")
-            return rebuild(json.loads(members["nanoad.npy"].tobytes()))
-    except Exception as error:  # the digest is right and the content wrong: somebody's handiwork
-        raise ValueError(f"{path} is not a checkpoint written by nanoad.save: {error}") from error
+        arrays = _unpack(raw)
+        description = json.loads(arrays["nanoad"].tobytes())
+        return _rebuild(description, arrays)
+    except Exception as error:  # by a right digest with wrong content: somebody's handiwork
+        message = f"{path} is not a checkpoint written by nanoad.save: {error}"
+        raise ValueError(message) from error
 
-# ## Drawing
+
+def _unpack(raw: bytes) -> dict[str, np.ndarray]:
+    """The arrays in an archive, each read once; ValueError for a member that is none."""
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        members = archive.infolist()
+        # We store and never compress. So together the members are smaller than the
+        # file, and no few bytes that somebody made up can fill the memory.
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("a member is compressed")
+        if sum(member.file_size for member in members) > len(raw):
+            raise ValueError("the members overlap")
+
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            with archive.open(member) as file:
+                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
+def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """The part of a state that `_describe` has described."""
+    if isinstance(description, dict):
+        return {key: _rebuild(item, arrays) for key, item in description.items()}
+    if not isinstance(description, list):
+        return description  # a plain value
+
+    kind, *items = description
+    if kind == "array":
+        (name,) = items
+        return arrays[name]
+    if kind not in ("list", "tuple"):
+        raise ValueError(f"it has a {kind!r}, which is no list, tuple or array")
+    rebuilt = [_rebuild(item, arrays) for item in items]
+    return rebuilt if kind == "list" else tuple(rebuilt)
+
+
+# A file must appear under its final name whole or not at all, even if the power fails
+# or two processes write it at once. The loaders' downloads are written by this
+# function, too. It takes five steps, of which only the fourth changes what others see:
 #
-# What does a tape look like? A graph with the output on top and each operation over its operands,
-# shown by `draw` as a picture or as indented text. Both come from one walk, of which only as much
-# is taken as anybody would read; so it may recurse, however deep the tape.
-def _tape_rows(node: Any, seen: set, result: Any = None, indent: str = "") -> Iterator[tuple]:
-    """(node, the result it is an operand of, indentation, seen before), results first."""
-    yield node, result, indent, id(node) in seen
-    if isinstance(node, Tensor) and id(node) not in seen:
+# 1. Open a file of a name that nobody else has, *in the same folder*: a rename is
+#    atomic only within one file system.
+# 2. Give it the permissions of the file that it replaces. (A new one has what the umask
+#    grants.)
+# 3. Fill it and force it to the disk, since a rename may reach the disk before the
+#    content does.
+# 4. Rename it.
+# 5. Force the folder to the disk, to which the new name belongs.
+#
+# Only a process that is killed outright leaves its `.tmp` file behind.
+def _write_whole(path: str, content: bytes) -> None:
+    """Replace the file at `path` by one with this content, atomically; OSError if it cannot."""
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # there is none yet, or the disk knows none
+                os.chmod(temporary, os.stat(path).st_mode & 0o777)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        message = f"{error.strerror}; what was there before is untouched"
+        raise OSError(error.errno, message, path) from None
+    finally:  # after an error, or Ctrl-C; else there is nothing left to remove
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    _sync_folder(os.path.dirname(path))
+
+
+def _sync_folder(path: str) -> None:
+    """Force a folder's list of names to the disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# ## IV.7 Drawing
+#
+# What does a tape look like? Here is the one of `y = x * w`, after a walk that left the
+# gradients. Each operation stands over its operands:
+#
+#     >>> x = Tensor(2.0, label="x")
+#     >>> w = Tensor(3.0, label="w")
+#     >>> y = x * w
+#     >>> y.backward(retain_grads=True)
+#     >>> print(draw(y, format="text"))
+#     mul  6  grad 1
+#     ├─ x  2  grad 3
+#     └─ w  3  grad 2
+#
+# As a picture (`draw(y)`, by the package graphviz) it is turned over, as one writes it
+# down: leaves above, the result below. Both are made of the same rows, one for each
+# operand of each operation. A tape may be a million operations long, of which nobody
+# reads more than the first 200.
+
+
+class _Row(NamedTuple):
+    """A line of the text, or an arrow of the picture."""
+    node: Any               # a Tensor, or an array that is an operand
+    result: Tensor | None   # what it is an operand of; None for the tensor to draw
+    branch: str             # what leads to it in the text, such as "│  ├─ "
+    again: bool             # it stands in an earlier row already, with its operands
+
+
+def _tape_rows(tensor: Tensor) -> Iterator[_Row]:
+    """The rows of a tape, each operation before its operands. What is still to be told
+    waits on a stack; so all below the first operand comes before the second, and a deep
+    tape needs no recursion.
+    """
+    seen = set()
+    waiting = [(tensor, None, "")]
+    while waiting:
+        node, result, branch = waiting.pop()
+        again = id(node) in seen
         seen.add(id(node))
-        # Arguments beyond the rules are settings. A fused operation has no rules, and shows all.
-        args = (node._operands or ())[:len(getattr(node._op, "rules", ())) or None]
-        operands = [a for a in args if isinstance(a, (Tensor, np.ndarray, np.generic, int, float))]
-        below = indent.replace("├─", "│ ").replace("└─", "  ")
-        for i, operand in enumerate(operands, start=1 - len(operands)):  # so the last is 0
-            yield from _tape_rows(operand, seen, node, below + ("├─ " if i else "└─ "))
+        yield _Row(node, result, branch, again)
 
-def _caption(node: Any, gap: str) -> str:
-    """`label = op`, the value or else type and shape, and the gradient or else its norm."""
+        if not again:
+            below = branch.replace("├─", "│ ").replace("└─", "  ")
+            fork = "└─ "
+            for operand in reversed(_operands_of(node)):
+                if not _is_number(operand):  # numbers are told with the operation (`_call`)
+                    waiting.append((operand, node, below + fork))
+                    fork = "├─ "
+
+
+def _operands_of(node: Any) -> list:
+    """The Tensors, arrays and numbers that an operation computed with.
+    Settings, such as an eps or an index, come after them and are left out.
+    """
+    if not isinstance(node, Tensor) or node._operands is None:
+        return []
+    rules = getattr(node._op, "rules", ())
+    count = getattr(node._op, "operands", len(rules) or None)
+    kinds = (Tensor, np.ndarray, np.generic, int, float)
+    return [a for a in node._operands[:count] if isinstance(a, kinds)]
+
+
+def _is_number(operand: Any) -> bool:
+    return not isinstance(operand, Tensor) and np.ndim(operand) == 0
+
+
+# Four kinds of nodes are told apart: results of an operation; parameters, which are
+# leaves that a module trains, and are called by their names in it if it is at hand;
+# other leaves; and constants, which receive no gradient.
+def _kind(node: Any, names: dict[int, str]) -> str:
+    """The kind of a node; `names` has those of parameters, by the id of the Tensor."""
+    if not _tracked(node):
+        return "constant"
+    if node._op is not None:
+        return "operation"
+    return "parameter" if isinstance(node, Parameter) or id(node) in names else "leaf"
+
+
+def _label(node: Any, names: dict[int, str]) -> str:
+    """What the user or the module calls a node, or nothing."""
+    label = node.label if isinstance(node, Tensor) else ""
+    return label or names.get(id(node), "")
+
+
+def _name(node: Any, names: dict[int, str]) -> str:
+    """The label of a node, and the operation that made it."""
+    label = _label(node, names)
+    if _kind(node, names) != "operation":
+        return label
+    return f"{label} = {_call(node)}" if label else _call(node)
+
+
+def _call(result: Tensor) -> str:
+    """The name of the operation, with those operands that are numbers: `mul`, or `power(·, 2)`."""
+    name = result._op.__name__
+    operands = _operands_of(result)
+    if not any(map(_is_number, operands)):
+        return name
+    places = [f"{float(a):.5g}" if _is_number(a) else "·" for a in operands]
+    return f"{name}({', '.join(places)})"
+
+
+def _summary(array: Any) -> str:
+    """The one element of an array, or else its type and shape."""
+    array = np.asarray(array)
+    if array.size == 1:
+        return f"{array.item():.5g}"
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _facts(node: Any) -> list[str]:
+    """The value or size of a node, and its gradient, if it has one."""
     if not isinstance(node, Tensor):
-        array = np.asarray(node)
-        return f"{array.item():.5g}" if array.size == 1 else f"{array.dtype}{list(array.shape)}"
-    name = " = ".join(filter(None, (node.label, node._op and node._op.__name__)))
-    parts = [name, _caption(node._data, gap)]
+        return [_summary(node)]
+    facts = [_summary(node._data)]
     if node.grad is not None:
-        g, norm = node.grad._data, np.linalg.norm(node.grad._data)
-        parts.append(f"grad {g.item():.5g}" if g.size == 1 else f"grad norm {norm:.5g}")
-    return gap.join(filter(None, parts))
+        g = node.grad._data
+        if g.size == 1:
+            facts.append(f"grad {g.item():.5g}")
+        else:
+            facts.append(f"grad norm {np.linalg.norm(g):.5g}")
+    if node._op is not None and node._operands is None:
+        facts.append("let go by backward")
+    return facts
 
-def draw(tensor: Tensor, format: str = "svg") -> Any:
-    """Draw the tape of `tensor`: operations, labels, values or shapes, gradients where set.
-    Returns a `graphviz.Digraph`, which a notebook shows (ImportError without that package), or for
-    `format="text"` a str. Backward lets the tape go; draw before, or `backward(retain_grads=True)`.
+
+def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
+         model: Module | None = None) -> Any:
+    """Draw the tape of `tensor`: operations, leaves, parameters, constants; labels,
+    values or shapes, and gradients where set. Parameters of `model` have their names in
+    it. Returns a `graphviz.Digraph`, which a notebook shows (ImportError without that
+    package), or for `format="text"` a str. `rankdir` is the picture's direction from
+    leaves to result: "TB" (top to bottom), "BT", "LR" or "RL". Backward lets the tape
+    go: draw before, or give it `retain_grads=True`. TypeError if `tensor` or `model` is
+    something else.
 
         >>> a = Tensor(2.0, label="a")
         >>> print(draw(a * 3 + a, format="text"))
         add  8
-        ├─ mul  6
-        │  ├─ a  2  [1]
-        │  └─ 3
+        ├─ mul(·, 3)  6
+        │  └─ a  2  [1]
         └─ a [1] above
+        >>> layer = Linear(2, 3)
+        >>> print(draw(layer(np.ones((4, 2))), format="text", model=layer))
+        linear  float32[4, 3]
+        ├─ constant  float32[4, 2]
+        ├─ parameter weight  float32[3, 2]
+        └─ parameter bias  float32[3]
     """
-    walk = _tape_rows(*_require_tensors("draw", [tensor]), set())
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"draw: needs a Tensor, not a {type(tensor).__name__}")
+    if rankdir not in ("TB", "BT", "LR", "RL"):
+        raise ValueError(f"draw: rankdir is 'TB', 'BT', 'LR' or 'RL', not {rankdir!r}")
+    names = {}
+    if model is not None:
+        if not isinstance(model, Module):
+            raise TypeError(f"draw: model must be a Module, not {type(model).__name__}")
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    walk = _tape_rows(tensor)
     rows = list(itertools.islice(walk, 200))
-    more = ["... 200 lines are enough"] if next(walk, None) else []
+    note = "... 200 lines are enough" if next(walk, None) else ""
     if format == "text":
-        again = dict.fromkeys(id(node) for node, _, _, seen in rows if seen)
-        marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
-        texts = [f"{node.label} {marks[id(node)]} above" if seen else
-                 f"{_caption(node, '  ')}  {marks.get(id(node), '')}" for node, _, _, seen in rows]
-        return "\n".join([row[2] + text.strip() for text, row in zip(texts, rows)] + more)
+        return _draw_text(rows, names, note)
+    return _draw_graph(rows, names, note, format, rankdir)
+
+
+def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
+    """One line for each row. What occurs again is numbered, and told only once."""
+    again = dict.fromkeys(id(row.node) for row in rows if row.again)
+    marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
+
+    lines = []
+    for row in rows:
+        mark = marks.get(id(row.node), "")
+        if row.again:
+            text = f"{_label(row.node, names)} {mark} above".strip()
+        else:
+            name = _name(row.node, names)
+            kind = _kind(row.node, names)
+            if kind in ("parameter", "constant") or not name:
+                name = f"{kind} {name}".strip()
+            text = "  ".join([name, *_facts(row.node), mark]).strip()
+        lines.append(row.branch + text)
+    return "\n".join([*lines, note]).rstrip()
+
+
+# In the picture the kinds differ in shape and colour: what training moves is coloured,
+# and what receives no gradient is only a word.
+_STYLES = {
+    "operation": {"shape": "box", "style": "filled", "fillcolor": "white"},
+    "leaf": {"shape": "box", "style": "rounded,filled", "fillcolor": "#cfe2ff"},
+    "parameter": {"shape": "box", "style": "rounded,filled", "fillcolor": "#d3efd0"},
+    "constant": {"shape": "plaintext", "fontcolor": "#707070"},
+}
+_FONT = {"fontname": "Helvetica", "fontsize": "11"}
+_LOOKS = {
+    "graph": {"ranksep": "0.3", "nodesep": "0.2"},
+    "node": {"height": "0.3", "margin": "0.12,0.06", "color": "#404040"},
+    "edge": {"color": "#707070", "arrowsize": "0.6"},
+}
+
+
+def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
+                rankdir: str) -> Any:
+    """A graphviz.Digraph with an arrow from each operand to its result."""
     try:
         import graphviz
     except ImportError:
-        raise ImportError("draw needs graphviz (nanoad[viz]), unless format is 'text'") from None
-    graph = graphviz.Digraph(format=format, graph_attr={"rankdir": "BT", "label": "".join(more)})
-    for i, (node, result, _, seen) in enumerate(rows):
-        name = str(id(node)) if isinstance(node, Tensor) else f"constant {i}"
-        if not seen:
-            graph.node(name, graphviz.escape(_caption(node, "\n")), shape="box")
-        if result is not None:
-            graph.edge(name, str(id(result)))
+        raise ImportError("draw needs the package graphviz (pip install graphviz, or "
+                          "nanoad[viz]), unless format is 'text'") from None
+
+    graph = graphviz.Digraph(format=format)
+    graph.attr("graph", rankdir=rankdir, label=note, **_FONT, **_LOOKS["graph"])
+    graph.attr("node", **_FONT, **_LOOKS["node"])
+    graph.attr("edge", **_LOOKS["edge"])
+    for row in rows:
+        key = str(id(row.node))
+        kind = _kind(row.node, names)
+        if not row.again:
+            lines = [_name(row.node, names), *_facts(row.node)]
+            caption = graphviz.escape("\n".join(filter(None, lines)))
+            graph.node(key, caption, **_STYLES[kind])
+        if row.result is not None:
+            straightness = "8" if kind == "operation" else "1"
+            graph.edge(key, str(id(row.result)), weight=straightness)
     return graph
 
-def plot(values: Any, width: int = 72, height: int = 12) -> str:
-    """The curve of `values` (1-d) in `width` by `height` characters, with a labelled y axis.
-    Where values outnumber columns, a column shows the mean of its share; nan and inf leave a gap.
+
+# ### Curves in characters
+#
+# What one wants to see most is whether the loss falls. A terminal can show that, too:
+# each column stands for some of the steps, and in its row is the mean of the values
+# there.
+#
+#     >>> training = (range(5), [4, 2, 1, 1, 1])
+#     >>> validation = ([2, 4], [2, 2])
+#     >>> losses = {"training": training, "validation": validation}
+#     >>> print(plot(losses, width=36, height=4, title="loss", xlabel="step"))
+#                  loss
+#        ── training   o validation
+#     4 ┤──╮
+#     3 ┤  ╰──╮
+#     2 ┤     ╰────╮ o          o
+#     1 ┤          ╰─────────────
+#       └────────────────────────
+#        0         step         4
+_MARKS = "ox+*#"  # for the second curve and those after it; a terminal without Unicode has them
+
+
+def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
+         xlabel: str = "") -> str:
+    """Curves in `height` rows of at most `width` characters, with a labelled y axis, as
+    a str. `values` is 1-d, at steps 0, 1, 2 ..., or a dict of label -> (steps, values):
+    the first of these is drawn as a line, the others as marks, and a legend stands
+    above. `title` stands over it; `xlabel` names the axis of steps, which is drawn with
+    it. Nan and inf leave a gap. ValueError if steps and values differ in length, or for
+    a width or height below 1.
 
         >>> print(plot([4, 2, 1, 1, 2], width=26, height=4))
-        4 ┤───╮
-        3 ┤   │
-        2 ┤   ╰──╮     ╭──
-        1 ┤      ╰─────╯
+        4 ┤─╮
+        3 ┤ ╰─╮
+        2 ┤   ╰─╮      ╭─
+        1 ┤     ╰──────╯
     """
-    values = np.ma.masked_invalid(np.asarray(values, np.float64).ravel())
-    columns = max(width - 11, 1)  # beside ticks of some 9 characters
-    edges = np.arange(columns + 1) * len(values) // columns
-    shares = (values[a:max(b, a + 1)] for a, b in itertools.pairwise(edges))
-    curve = {x: share.mean() for x, share in enumerate(shares) if share.count()}
-    if not curve:
+    _positive("plot", width=width, height=height)
+    curves = _curves(values)
+    if not any(np.isfinite(y).any() for _, y in curves.values()):
         return "(no finite values to plot)"
-    low, high = min(curve.values()), max(curve.values())
-    rows = {x: round((high - y) / (high - low or 1) * (height - 1)) for x, y in curve.items()}
-    grid = np.full((height, columns), " ")
-    for x, row in rows.items():
-        before = rows.get(x - 1, row)  # after a gap the curve begins anew
-        grid[min(before, row):max(before, row), x] = "│"
-        grid[before, x], grid[row, x] = "──" if row == before else "╮╰" if row > before else "╯╭"
+
+    columns = max(width - 12, 1)  # beside a tick of up to 10 characters, and the axis
+    first, last, means = _by_column(curves, columns)
+    low, high = np.nanmin(means), np.nanmax(means)
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
     margin = max(map(len, ticks))
-    return "\n".join(f"{t:>{margin}} ┤{''.join(row).rstrip()}" for t, row in zip(ticks, grid))
+    beside = " " * (margin + 2)
 
-# ## Public names
+    lines = []
+    if title:
+        lines.append(f"{beside}{title:^{columns}}")
+    if isinstance(values, dict):
+        legend = [f"{_mark(i)} {label}" for i, label in enumerate(curves)]
+        lines.append(beside + "   ".join(legend))
+    for tick, row in zip(ticks, _draw_curves(means, low, high, height)):
+        lines.append(f"{tick:>{margin}} ┤{row}")
+    if xlabel:
+        left, right = f"{first:.6g}", f"{last:.6g}"
+        lines.append(" " * margin + " └" + "─" * columns)
+        room = max(columns - len(left) - len(right), 0)
+        lines.append(f"{beside}{left}{xlabel:^{room}}{right}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What is to be plotted, as a dict of label -> (steps, values), both 1-d floats."""
+    if not isinstance(values, dict):
+        values = np.asarray(values, np.float64).ravel()
+        return {"": (np.arange(len(values), dtype=np.float64), values)}
+
+    curves = {}
+    for label, pair in values.items():
+        if len(pair) != 2:
+            raise ValueError(f"plot: {label} must be a pair (steps, values), not {len(pair)} items")
+        steps, heights = (np.asarray(a, np.float64) for a in pair)
+        if steps.ndim != 1 or steps.shape != heights.shape or not np.isfinite(steps).all():
+            raise ValueError(f"plot: {label} has steps {steps.shape} and values {heights.shape}; "
+                             "both must be 1-d and of one length, and all steps finite")
+        curves[label] = steps, heights
+    return curves
+
+
+def _mark(i: int) -> str:
+    """What curve i is drawn with."""
+    return "──" if i == 0 else _MARKS[(i - 1) % len(_MARKS)]
+
+
+def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
+               columns: int) -> tuple[float, float, list[np.ndarray]]:
+    """The first and the last step, and for each curve its mean in each column, (columns,)."""
+    every_step = np.concatenate([steps for steps, _ in curves.values()])
+    first, last = every_step.min(), every_step.max()
+
+    means = []
+    for steps, values in curves.values():
+        # The first column has the first step in its middle, and the last column the last.
+        place = np.rint((steps - first) / (last - first or 1) * (columns - 1)).astype(int)
+        means.append(_column_means(place, values, columns, connect=not means))
+    return first, last, means
+
+
+def _column_means(place: np.ndarray, values: np.ndarray, columns: int,
+                  connect: bool) -> np.ndarray:
+    """The mean of the finite values in each column, given their columns: (columns,).
+    Nan where there are none, but if `connect`, columns without a step lie on a line
+    between others.
+    """
+    means = np.full(columns, np.nan)
+    for column in np.unique(place):
+        share = values[place == column]
+        share = share[np.isfinite(share)]
+        if share.size:
+            means[column] = share.mean()
+
+    if connect:
+        known = np.unique(place)
+        ends = {"left": np.nan, "right": np.nan}  # there is no line before the first step
+        means = np.interp(np.arange(columns), known, means[known], **ends)
+    return means
+
+
+def _draw_curves(means: list[np.ndarray], low: float, high: float,
+                 height: int) -> list[str]:
+    """The rows of the picture, from the highest to the lowest."""
+    grid = np.full((height, len(means[0])), " ")
+    for i, mean in enumerate(means):
+        rows = np.rint((high - mean) / (high - low or 1) * (height - 1))
+        if i == 0:
+            _draw_line(grid, rows)
+        else:
+            (marked,) = np.isfinite(rows).nonzero()
+            grid[rows[marked].astype(int), marked] = _mark(i)
+    return ["".join(row) for row in grid]
+
+
+def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
+    """Draw a curve into `grid`, given its row in each column, or nan for a gap."""
+    line = {x: int(row) for x, row in enumerate(rows) if np.isfinite(row)}
+    for x, row in line.items():
+        before = line.get(x - 1, row)  # after a gap the curve begins anew
+        grid[min(before, row):max(before, row), x] = "│"
+        if row == before:
+            grid[row, x] = "─"
+        elif row > before:
+            grid[before, x], grid[row, x] = "╮", "╰"
+        else:
+            grid[before, x], grid[row, x] = "╯", "╭"
+
+
+# ## IV.8 Names: where is X?
 #
-# Where is X? This is the index of the file, by namespace and topic. All names are flat, and for
-# those who like them sorted there are modules too, `nanoad.nn` and its like, made here and entered
-# in `sys.modules`. They are named after this file's module, whatever that is called and wherever it
-# is. A name that Python has itself (`sum`) stands in the file with a `_` behind it (`sum_`).
+# This is the index of the file, by namespace and topic. All names are flat, and for
+# those who like them sorted there are modules too, `nanoad.nn` and its like, made here
+# and entered in `sys.modules`. They are named after this file's module, whatever that
+# is called and wherever it is. A name that Python has itself (`sum`) stands in the file
+# with a `_` behind it (`sum_`).
 _INDEX = {
     "": {
         "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
@@ -2355,12 +7522,20 @@ _INDEX = {
     "functional": {
         "transforms": "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
         "care": "checkpoint check_grad",
-        "elementwise": "identity neg add sub mul div exp expm1 log log1p sqrt sin cos tanh power"
-                       " logaddexp softplus sigmoid abs relu gelu maximum minimum clip where astype",
-        "moving elements": "reshape transpose swapaxes moveaxis expand_dims squeeze broadcast_to pad"
-                           " concatenate stack split getitem scatter_add",
-        "reductions": "sum mean var std max min logsumexp softmax log_softmax",
-        "linear algebra": "matmul bmm linear einsum",
+        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2 log10 log1p"
+                       " sqrt cbrt hypot power sin cos tan arcsin arccos arctan arctan2 sinc"
+                       " deg2rad rad2deg sinh cosh tanh arcsinh arccosh arctanh"
+                       " softplus sigmoid logaddexp logaddexp2 gelu astype",
+        "choosing elements": "where maximum minimum fmax fmin abs relu clip nan_to_num",
+        "moving elements": "getitem scatter_add roll flip rot90 repeat tile diag diagonal tril triu"
+                           " take take_along_axis sort partition reshape flatten transpose"
+                           " swapaxes moveaxis expand_dims squeeze broadcast_to concatenate stack"
+                           " split pad",
+        "reductions": "sum mean average var std max min prod cumsum cumprod diff trace median"
+                      " quantile logsumexp softmax log_softmax",
+        "products": "matmul bmm linear einsum dot inner outer tensordot kron cross convolve"
+                    " correlate matrix_power",
+        "linear algebra": "solve inv det slogdet cholesky eigh svd qr pinv lstsq norm",
         "images": "conv2d max_pool2d avg_pool2d",
         "normalization": "layer_norm batch_norm",
         "transformer": "scaled_dot_product_attention causal_self_attention embedding dropout",
@@ -2370,12 +7545,18 @@ _INDEX = {
     "nn": {
         "modules": "Parameter Module Sequential MLP",
         "layers": "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding Dropout"
-                  " Flatten ReLU GELU Tanh Sigmoid CrossEntropy MSE",
-        "transformer": "MultiHeadAttention GPT",
+                  " Flatten ReLU GELU Tanh Sigmoid",
+        "losses": "CrossEntropy CrossEntropyLoss MSE MSELoss",
+        "transformer": "MultiHeadAttention Block GPT",
     },
-    "optim": {"optimizers": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm"},
-    "data": {"loaders": "load_mnist load_cifar10 load_tinyshakespeare make_moons DataLoader"
-                        " CharTokenizer"},
+    "optim": {
+        "optimizers": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm",
+        "many cores": "DataParallel",
+    },
+    "data": {
+        "loaders": "load_mnist load_cifar10 load_tinyshakespeare make_moons DataLoader"
+                   " CharTokenizer",
+    },
     "viz": {"drawing": "draw plot"},
 }
 
@@ -2411,9 +7592,9 @@ def __dir__() -> list[str]:
 __all__: list[str] = []
 _make_namespaces()
 
-# ## The tour
+# ## IV.9 The tour: what can all this do?
 #
-# What can all this do? `python nanoad.py` shows it in a few seconds.
+# `python nanoad.py` shows it in a few seconds.
 def _tour() -> None:
     """Each paragraph below is printed and then run, so what you read is what happened.
 
@@ -2433,9 +7614,9 @@ def _tour() -> None:
         A, t, w = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200), np.zeros(50)
         loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
         for newton_step in range(5):
-            slope = grad(loss)(w).data
+            slope = grad(loss)(w)
             print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
-            w = w - np.linalg.solve(hessian(loss)(w).data, slope)
+            w = w - np.linalg.solve(hessian(loss)(w), slope).numpy()
 
         # A network learns which of two moons a point belongs to: its loss, and what it learned,
         # shaded where it says 1, with the points o (0) and x (1).
@@ -2456,6 +7637,8 @@ def _tour() -> None:
             picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
         print(*map("".join, picture), sep="\\n")
     """
+    if _tour.__doc__ is None:
+        sys.exit("nanoad.py: the tour is a docstring, which python -OO leaves out; run it without")
     scope = dict(globals())
     for step in inspect.cleandoc(_tour.__doc__).split("\n\n")[1:]:
         print(f"\n{step}\n")

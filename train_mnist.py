@@ -6,243 +6,350 @@
     python train_mnist.py --resume            go on with the latest run, wherever it was stopped
 """
 
-import argparse
-import copy
-import math
-import os
-import signal
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+# To make it yours, edit one place: DATASETS for the numbers, `get_data` for what is
+# learned, `augment` for how images may vary, `build_model` for the network,
+# `build_optimizer` for how it learns and by which schedule. What surrounds a training (its
+# folder and checkpoints, Ctrl-C, the screen) is the second half of train_gpt.py. That says
+# how BLAS is to work, too, and so is imported before NumPy.
 
-# To show the network more images than there are, each is moved whenever it is used, by up to
-# `reach` pixels, and `mirrored` with that probability (but a mirrored digit is no digit).
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from train_gpt import (
+    PROCESSES, Parser, Progress, Run, Screen, Stop, Training, check_least, run_program,
+)
+import numpy as np
+import nanoad
+
+# ## Settings
+#
+# To show the network more images than there are, each is moved whenever it is used, by up
+# to `reach` pixels, and `mirrored` with that probability (a mirrored digit is no digit).
+
 DATASETS = {
-    "mnist": dict(epochs=10, lr=1e-2, width=8, reach=1, mirrored=0.0, names="0123456789"),
-    "cifar10": dict(epochs=15, lr=5e-3, width=32, reach=4, mirrored=0.5, names=(
-        "airplane automobile bird cat deer dog frog horse ship truck").split()),
+    "mnist": dict(epochs=10, batch_size=128, lr=1e-2, width=8, reach=1, mirrored=0.0),
+    "cifar10": dict(epochs=15, batch_size=128, lr=5e-3, width=32, reach=4, mirrored=0.5),
+}
+NAMES = {
+    "mnist": list("0123456789"),
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
 }
 SAMPLE = Path(__file__).parent / "data" / "mnist-sample.npz"
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-THREADS = min(CORES, 4)  # of more, each would do too little between its turns at Python's lock
-TERMINAL = sys.stdout.isatty()
+SAMPLE_EPOCHS = 20  # over the 5,000 digits there
 
-def show(text, live=False):
-    """Print a line. A live one is for terminals only, and the next takes its place."""
-    if TERMINAL:
-        print(f"\r\033[K{text}", end="" if live else "\n", flush=True)
-    elif not live:
-        print(text, flush=True)
+# Batch norm takes its statistics from a process's share of the batch: let none be small.
+SMALLEST_SHARE = 32
 
-def stop(message, code=2):
-    """End with one line on stderr. Code 2: nothing was begun; 1: something went wrong later."""
-    show("", live=True)  # wipes what is there
-    print("train_mnist.py:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(code)
+# What `Run` needs to know about this program: its runs are of a data set, which brings
+# settings.
+PROGRAM = "train_mnist.py"
+ABOUT = dict(
+    program=PROGRAM, kind="dataset", kinds=DATASETS,
+    metrics=("epoch", "train_loss", "test_loss", "test_accuracy"))
 
-# ## What is asked for
-#
-# What the command line leaves open is None, so that a run to be resumed can tell.
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.error = stop
-add = parser.add_argument
-add("--dataset", choices=DATASETS, help="what to learn (default: mnist)")
-add("--epochs", type=int, metavar="N", help="passes over the images (default: by data set)")
-add("--batch-size", type=int, metavar="N", help="images per step (default: 128)")
-add("--lr", type=float, metavar="X", help="highest learning rate (default: by data set)")
-add("--seed", type=int, metavar="N", help="for another run (default: 0)")
-add("--width", type=int, metavar="N", help="channels of the first layer (default: by data set)")
-add("--threads", type=int, metavar="N", help=f"that share each batch (default here: {THREADS})")
-add("--out", metavar="FOLDER", help="of the run (default: runs/DATASET, or runs/DATASET-2, ...)")
-add("--resume", nargs="?", const="", metavar="FOLDER",
-    help="continue the run in FOLDER (default: --out, or the latest in runs/)")
-args = parser.parse_args()
-for name, least in dict(epochs=1, batch_size=1, lr=1e-9, seed=0, width=1, threads=1).items():
-    if (given := getattr(args, name)) is not None and not least <= given < math.inf:
-        stop(f"--{name.replace('_', '-')} must be at least {least}, not {given}")
-if args.resume and args.out:
-    stop("--resume FOLDER writes to that folder: drop --out")
-interrupted = "interrupted"  # says more once there is something to resume
-signal.signal(signal.SIGINT, lambda *_: stop(interrupted, 130))
+# No state of a random generator is ever saved. What epoch e draws comes from streams that
+# are named by the run's seed, one of these kinds, and e: a resumed run opens the same.
+WEIGHTS, ORDER, DROPOUT = range(3)
 
-# Matrix products are computed by a library, BLAS, with threads of its own, which would be in the
-# way of ours. How many it has is settled once and for all when NumPy is imported: hence only now.
-# It gets one even where we have one: how it splits its work would show in the last bits.
-os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-# OpenBLAS does not know AMD's newest processors, and leaves half of their vector unit idle unless
-# told which kernels to take (SkylakeX means AVX-512; float32 products took 0.55 times as long).
-cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-if "AuthenticAMD" in cpu and "avx512_vnni" in cpu:
-    os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
-import numpy as np  # noqa: E402
-import nanoad  # noqa: E402
-
-# ## The run
-#
-# A new one gets a folder of its own. An old one brings its settings; to ask for others is an error.
-named, dataset, state = args.resume or args.out, args.dataset or "mnist", None
-folder, number = Path((named or f"runs/{dataset}").removesuffix("checkpoint.npz")), 1
-if args.resume is None:
-    while not named and (folder / "checkpoint.npz").exists():
-        number += 1
-        folder = Path(f"runs/{dataset}-{number}")
-    if (folder / "checkpoint.npz").exists():
-        stop(f"{folder} has a run: go on with it by --resume {folder}, or name another --out")
-else:
-    if not named:
-        runs = [file for name in DATASETS if args.dataset in (None, name)
-                for file in Path("runs").glob(f"{name}*/checkpoint.npz")]
-        folder = max(runs, key=os.path.getmtime).parent if runs else folder
-    try:
-        state = nanoad.load(folder / "checkpoint.npz")
-    except (OSError, ValueError) as error:
-        stop(f"no checkpoint to go on from in {folder}: {getattr(error, 'strerror', error)}")
-    if not isinstance(state, dict) or state.get("written_by") != "train_mnist.py":
-        stop(f"the checkpoint in {folder} was written by another program")
-    dataset = state["settings"]["dataset"]
-    for name, own in state["settings"].items():
-        if getattr(args, name, None) not in (None, own):
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {folder} has {own}")
 
 # ## The images
-show(f"looking for {dataset} ...", live=True)
-try:  # x: (N, C, H, W), y: (N,)
-    (x, y), (x_test, y_test) = map(getattr(nanoad, f"load_{dataset}"), ("train", "test"))
-except OSError as error:
-    if dataset != "mnist" or not SAMPLE.exists():
-        stop(error)
-    show("MNIST is neither here nor to be had from the network, so this learns from a sample of "
-         "5,000 digits; data/README.md says how to get all of it.")
+
+
+class Data(NamedTuple):
+    """Images (N, C, H, W), of mean 0 and variance 1, and what they show (N,)."""
+
+    x: np.ndarray
+    y: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    mean: float  # of the images as they were
+    std: float
+    is_sample: bool  # of MNIST, for there was no more
+
+
+def get_data(dataset: str, screen: Screen) -> Data:
+    """The data set of that name; where MNIST is not to be had, the sample in data/."""
+    screen.live(f"looking for {dataset} ...")
+    load = {"mnist": nanoad.load_mnist, "cifar10": nanoad.load_cifar10}[dataset]
+    is_sample = False
+    try:
+        (x, y), (x_test, y_test) = load("train"), load("test")
+    except OSError as error:
+        if dataset != "mnist" or not SAMPLE.exists():
+            raise Stop(str(error))
+        screen.show("MNIST is neither here nor to be had from the network, so this learns "
+                    "from a sample of 5,000 digits; data/README.md says how to get all of it.")
+        (x, y), (x_test, y_test) = load_sample()
+        is_sample = True
+    mean, std = x.mean(), x.std()
+    for images in (x, x_test):
+        images -= mean
+        images /= std
+    return Data(x, y, x_test, y_test, mean, std, is_sample)
+
+
+def load_sample() -> tuple[tuple, tuple]:
+    """What `load_mnist` returns for "train" and "test", of fewer digits."""
     with np.load(SAMPLE) as sample:
-        y, y_test = sample["y_train"], sample["y_test"]
-        x, x_test = (sample[k][:, None].astype(np.float32) for k in ("x_train", "x_test"))
-mean, std = x.mean(), x.std()
-for images in (x, x_test):
-    images -= mean
-    images /= std
+        x = sample["x_train"][:, None].astype(np.float32)  # (N, H, W) -> (N, 1, H, W)
+        x_test = sample["x_test"][:, None].astype(np.float32)
+        return (x, sample["y_train"]), (x_test, sample["y_test"])
 
-kind = DATASETS[dataset]
-settings = state["settings"] if state else dict(
-    dataset=dataset, images=len(x), seed=args.seed or 0, batch_size=args.batch_size or 128,
-    epochs=args.epochs or (kind["epochs"] if len(x) > 5000 else 20), lr=args.lr or kind["lr"],
-    width=args.width or kind["width"], threads=args.threads or min(THREADS, args.batch_size or 128))
-seed, epochs, B, threads = (settings[k] for k in ("seed", "epochs", "batch_size", "threads"))
-if len(x) != settings["images"]:
-    stop(f"the run in {folder} learns from {settings['images']:,} images; here are {len(x):,}")
-if not threads <= B <= len(x):
-    stop(f"--batch-size {B} must be from {threads}, the threads, to {len(x)}, the images")
 
-def augment(x, rng):
-    n, reach = len(x), kind["reach"]
-    padded = np.pad(x, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, x.shape[2:], axis=(2, 3))
-    down, right = rng.integers(2 * reach + 1, size=(2, n))  # windows: (N, C, down, right, H, W)
-    x = windows[np.arange(n), :, down, right]  # (N, C, H, W)
-    return np.where(rng.random((n, 1, 1, 1)) < kind["mirrored"], x[..., ::-1], x)
+def augment(x: np.ndarray, rng: np.random.Generator, reach: int,
+            mirrored: float) -> np.ndarray:
+    """Move each image by up to `reach` pixels, and mirror some."""
+    count, _, height, width = x.shape
+    edges = (reach, reach)
+    padded = np.pad(x, ((0, 0), (0, 0), edges, edges), mode="edge")
+    sliding_windows = np.lib.stride_tricks.sliding_window_view
+    windows = sliding_windows(padded, (height, width), axis=(2, 3))
+    down, right = rng.integers(2 * reach + 1, size=(2, count))
+    # windows: (N, C, 2 reach + 1, 2 reach + 1, H, W). Of each image, take one:
+    moved = windows[np.arange(count), :, down, right]  # (N, C, H, W)
+    is_mirrored = rng.random((count, 1, 1, 1)) < mirrored
+    return np.where(is_mirrored, moved[..., ::-1], moved)
+
 
 # ## The network
-#
-# No state of a random generator is ever saved: epoch e draws from a stream named by the seed and
-# e, which a resumed run opens just as well. The network itself is from stream 0.
-nanoad.manual_seed((seed, 0))
-(_, C, H, W), width = x.shape, settings["width"]
-model = nanoad.Sequential(
-    nanoad.Conv2d(C, width, kernel_size=3, padding=1), nanoad.BatchNorm2d(width),
-    nanoad.ReLU(), nanoad.MaxPool2d(2),  # (N, width, H/2, W/2)
-    nanoad.Conv2d(width, 2 * width, kernel_size=3, padding=1), nanoad.BatchNorm2d(2 * width),
-    nanoad.ReLU(), nanoad.MaxPool2d(2),  # (N, 2 width, H/4, W/4)
-    nanoad.Flatten(), nanoad.Linear(2 * width * (H // 4) * (W // 4), 10))
-params = model.parameters()
-loader = nanoad.DataLoader(x, y, B, shuffle=True, drop_last=True, transform=augment)
-optimizer, steps = nanoad.Adam(params, settings["lr"]), epochs * len(loader)
-schedule = nanoad.CosineWarmupLR(optimizer, min(50, steps // 10), steps)
-parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-history = state["history"] if state else []  # (epoch, training loss, test loss, test accuracy)
-if state:
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
 
-# Each thread has a replica of the network. All share the parameters (deepcopy is told to take them
-# for copied), but batch norm writes its running statistics in every step: those of the first count.
-replicas = [model, *(copy.deepcopy(model, {id(p): p for p in params}) for _ in range(1, threads))]
 
-# Each takes its share of a batch. The mean over the batch is the sum of the shares' means weighted
-# by their sizes, and so is its gradient.
-def share(replica, x, y):
-    loss = nanoad.cross_entropy(replica(x), y) * (len(x) / B)
-    return loss.item(), nanoad.gradients(loss, params)
+def build_model(settings: dict, image_shape: tuple[int, int, int]) -> nanoad.Module:
+    """A network that turns images (N, C, H, W) into logits (N, 10) of what they show."""
+    channels, height, width = image_shape
+    few, many = settings["width"], 2 * settings["width"]
+    return nanoad.Sequential(
+        nanoad.Conv2d(channels, few, kernel_size=3, padding=1),
+        nanoad.BatchNorm2d(few),
+        nanoad.ReLU(),
+        nanoad.MaxPool2d(2),  # (N, few, H/2, W/2)
+        nanoad.Conv2d(few, many, kernel_size=3, padding=1),
+        nanoad.BatchNorm2d(many),
+        nanoad.ReLU(),
+        nanoad.MaxPool2d(2),  # (N, many, H/4, W/4)
+        nanoad.Flatten(),
+        nanoad.Linear(many * (height // 4) * (width // 4), 10),
+    )
+
+
+def build_optimizer(model: nanoad.Module, settings: dict, steps: int
+                    ) -> tuple[nanoad.Optimizer, nanoad.CosineWarmupLR]:
+    """How the network learns, and the schedule of its learning rate."""
+    optimizer = nanoad.Adam(model.parameters(), settings["lr"])
+    schedule = nanoad.CosineWarmupLR(optimizer, min(50, steps // 10), steps)
+    return optimizer, schedule
+
 
 # ## Training
-show(f"{dataset}: {len(x):,} images, {sum(p.size for p in params):,} parameters, "
-     f"{threads} threads, epoch {len(history)} of {epochs}, into {folder}")
-np.seterr("ignore")  # we look for inf and nan ourselves
-scores = nanoad.no_grad()(lambda x: model(x).numpy())  # (N, C, H, W) -> (N, 10)
-losses, seconds, first = [], 0.0, schedule.steps
-with ThreadPoolExecutor(threads, initializer=np.seterr, initargs=("ignore",)) as pool:
-    while True:  # each turn tests and saves what there is, and then trains for an epoch more
-        model.eval()
-        logits = np.concatenate([*pool.map(scores, np.array_split(x_test, len(x_test) // 250 + 1))])
-        model.train()
-        test_loss = nanoad.cross_entropy(logits, y_test).item()
-        if not math.isfinite(sum(losses) + test_loss):
-            stop(f"epoch {len(history) + 1}: the loss is {(losses or [test_loss])[-1]}, of the "
-                 f"test images {test_loss}; the last good checkpoint is in {folder}", 1)
-        if losses:
-            accuracy = np.mean(logits.argmax(1) == y_test).item()
-            history.append((len(history) + 1, np.mean(losses).item(), test_loss, accuracy))
-        # The checkpoint is replaced at one stroke, so the process may be killed at any moment. The
-        # first is saved before the work: a folder that cannot be written to is noticed now.
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            nanoad.save(folder / "checkpoint.npz", {
-                "written_by": "train_mnist.py", "settings": settings, "history": history,
-                "mean": mean, "std": std, **{k: part.state_dict() for k, part in parts.items()}})
-            rows = ("epoch", "train_loss", "test_loss", "test_accuracy"), *history
-            (folder / "metrics.csv").write_text("".join(",".join(map(str, r)) + "\n" for r in rows))
-        except OSError as error:
-            stop(f"cannot write to {folder}: {error.strerror}", 1 if losses else 2)
-        if losses:
-            show("epoch {}  training loss {:.4f}  test loss {:.4f}  test accuracy {:.2%}  "
-                 "{:.1f} s of training".format(*history[-1], seconds))
-        interrupted = f"interrupted; whole epochs are saved: go on by --resume {folder}"
-        if len(history) == epochs:
-            break
 
-        epoch, losses, begun = len(history) + 1, [], time.monotonic() - seconds  # no testing
-        nanoad.manual_seed((seed, epoch))
-        for x_batch, y_batch in loader:
-            shares = np.array_split(x_batch, threads), np.array_split(y_batch, threads)
-            parts_of_loss, gradients = zip(*pool.map(share, replicas, *shares))
-            losses.append(sum(parts_of_loss))
-            if not math.isfinite(losses[-1]):
-                break  # the next turn says so
-            for p, (one, *others) in zip(params, zip(*gradients)):
-                p.grad = sum(others, one)
-            optimizer.step()
-            schedule.step()
-            seconds = time.monotonic() - begun
-            if len(losses) % 10 == 0:
-                left = int(seconds / (schedule.steps - first) * (steps - schedule.steps))
-                show(f"epoch {epoch}/{epochs}  step {len(losses)}/{len(loader)}  "
-                     f"loss {np.mean(losses):.4f}  {left // 60}:{left % 60:02} left", live=True)
+
+def train_step(training: Training, parallel: nanoad.DataParallel,
+               x: np.ndarray, y: np.ndarray, stream: tuple[int, ...]) -> None:
+    """Move the weights a little, so that the batch surprises the network less."""
+    loss = parallel(x, y, stream=stream)  # leaves the gradients in each .grad
+    training.check(loss=loss)
+    training.optimizer.step()
+    training.schedule.step()
+    training.losses.append(loss)
+
+
+def evaluate(model: nanoad.Module, parallel: nanoad.DataParallel,
+             x: np.ndarray) -> np.ndarray:
+    """The logits (N, 10) of images."""
+    at_once = 250 * parallel.processes  # few enough for the cache
+    logits = []
+    model.eval()
+    for i in range(0, len(x), at_once):
+        logits += parallel.evaluate(x[i:i + at_once])
+    model.train()
+    return np.concatenate(logits)
+
+
+def train(run: Run, training: Training, parallel: nanoad.DataParallel,
+          loader: nanoad.DataLoader, data: Data, screen: Screen) -> None:
+    """Take the epochs that are left; test and save after each."""
+    seed, epochs = run.settings["seed"], run.settings["epochs"]
+    steps = epochs * len(loader)
+    progress = Progress(screen, training.step, steps, loader.batch_size, "images")
+    seconds = 0.0  # of training, without tests
+    for epoch in range(len(training.history) + 1, epochs + 1):
+        begun = time.monotonic()
+        first = len(training.losses)
+        nanoad.manual_seed((seed, ORDER, epoch))
+        for k, (x, y) in enumerate(loader, start=1):
+            train_step(training, parallel, x, y, stream=(seed, DROPOUT, training.step))
+            loss = np.mean(training.losses[first:]).item()
+            place = f"epoch {epoch}/{epochs}  step {k}/{len(loader)}"
+            progress.show(training.step, f"{place}  loss {loss:.4f}")
+        seconds += time.monotonic() - begun
+
+        logits = evaluate(training.model, parallel, data.x_test)
+        test_loss = nanoad.cross_entropy(logits, data.y_test).item()
+        accuracy = np.mean(logits.argmax(axis=1) == data.y_test).item()
+        training.history.append((epoch, loss, test_loss, accuracy))
+        run.save(training)
+        screen.show(f"epoch {epoch}  training loss {loss:.4f}  "
+                    f"test loss {test_loss:.4f}  test accuracy {accuracy:.2%}  "
+                    f"{seconds:.1f} s of training")
+
 
 # ## What it mistakes
-names, guess, sure = kind["names"], logits.argmax(1), nanoad.softmax(logits).numpy().max(1)
-show("\nWhat the test images are (rows), and what they are taken for (columns):")
-show(" ".join([" " * 10, *(f"{name[:5]:>5}" for name in names)]))
-for k, name in enumerate(names):
-    counts = np.bincount(guess[y_test == k], minlength=10)
-    show(" ".join([f"{name:>10}", *(f"{count or '.':>5}" for count in counts)]))
-wrong = np.flatnonzero(guess != y_test)
-show(f"\n{len(wrong):,} of {len(y_test):,} are mistaken. The network was surest of these:")
-pictures, across = [], 81 // (W - 1)  # each is W - 2 wide, and a space
-for i in wrong[np.argsort(-sure[wrong], kind="stable")][:6]:
-    gray = x_test[i].mean(0)[1:-1, 1:-1]  # without the edge, three digits fit into 80 columns
-    gray = gray.reshape(-1, 2, W - 2).mean(1)  # a character is twice as high as wide
+
+
+def show_mistakes(logits: np.ndarray, data: Data, names: list[str],
+                  screen: Screen) -> None:
+    """Show how often what is taken for what, and pictures of the surest mistakes."""
+    guess = logits.argmax(axis=1)  # (N,)
+    sure = nanoad.softmax(logits).numpy().max(axis=1)  # (N,)
+    screen.show("")
+    if screen.columns < 72:
+        screen.show("(A screen 72 columns wide would show what is taken for what.)")
+    else:
+        show_table(guess, data.y_test, names, screen)
+
+    wrong = np.flatnonzero(guess != data.y_test)
+    surest = wrong[np.argsort(-sure[wrong], kind="stable")][:6]
+    screen.show(f"\n{len(wrong):,} of {len(guess):,} are mistaken. "
+                "The network was surest of these:")
+    captions = []
+    for i in surest:
+        percent = f"{100 * sure[i]:.0f} %"
+        captions.append(f"{names[data.y_test[i]]}, taken for {names[guess[i]]} ({percent})")
+    show_pictures(data.x_test[surest], captions, screen)
+
+
+def show_pictures(images: np.ndarray, captions: list[str], screen: Screen) -> None:
+    """Show images (N, C, H, W) in characters, side by side where there is room."""
+    width = images.shape[3] - 2
+    captions = [textwrap.wrap(caption, width) for caption in captions]
+    tallest = max(map(len, captions), default=0)
+    pictures = []
+    for image, caption in zip(images, captions):
+        padding = [""] * (tallest - len(caption))
+        lines = caption + padding + draw_picture(image)
+        pictures.append([line.ljust(width) for line in lines])
+
+    across = max(1, (screen.columns + 1) // (width + 1))  # with a space between them
+    for i in range(0, len(pictures), across):
+        for lines in zip(*pictures[i:i + across]):
+            screen.show(" ".join(lines).rstrip())
+
+
+def show_table(guess: np.ndarray, truth: np.ndarray, names: list[str],
+               screen: Screen) -> None:
+    """Show how many images of each kind (a row) are taken for each kind (a column)."""
+    screen.show("What the test images are (rows), and what they are taken for (columns):")
+    screen.show(" " * 10 + "".join(f"{name[:5]:>6}" for name in names))
+    for k, name in enumerate(names):
+        counts = np.bincount(guess[truth == k], minlength=len(names))
+        screen.show(f"{name:>10}" + "".join(f"{count or '.':>6}" for count in counts))
+
+
+def draw_picture(image: np.ndarray) -> list[str]:
+    """The lines of an image (C, H, W) in characters, which are twice as high as wide."""
+    gray = image.mean(axis=0)[1:-1, 1:-1]  # without its edge, three digits fit 80 columns
+    height, width = gray.shape
+    gray = gray.reshape(height // 2, 2, width).mean(axis=1)  # (H/2, W)
     shades = np.rint(9 * (gray - gray.min()) / np.ptp(gray)).astype(int)
-    caption = f"{names[y_test[i]]}, guess {names[guess[i]]} {sure[i]:.0%}".ljust(W - 2)
-    pictures.append([caption, *("".join(" .:-=+*#%@"[shade] for shade in row) for row in shades)])
-for k in range(0, len(pictures), across):
-    show("\n".join(" ".join(row).rstrip() for row in zip(*pictures[k:k + across])))
+    return ["".join(" .:-=+*#%@"[shade] for shade in row) for row in shades]
+
+
+# ## From the command line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, and show what is still mistaken."""
+    options = read_options(arguments)
+    screen = Screen(PROGRAM, goes_on=True)
+    with Run(options, **ABOUT) as run, np.errstate(all="ignore"):  # we look for nan ourselves
+        open_run(run, options)
+        settings = run.settings
+        dataset, batch_size = settings["dataset"], settings["batch_size"]
+        data = get_data(dataset, screen)
+        run.check_data(data.x, f"{dataset}, of {len(data.x):,} images here,")
+        settings["epochs"] = settings["epochs"] or default_epochs(dataset, data)
+        if batch_size > len(data.x):
+            raise Stop(f"--batch-size {batch_size}: there are {len(data.x)} images")
+
+        nanoad.manual_seed((settings["seed"], WEIGHTS))
+        model = build_model(settings, data.x.shape[1:])
+        varied = functools.partial(
+            augment, reach=settings["reach"], mirrored=settings["mirrored"])
+        loader = nanoad.DataLoader(
+            data.x, data.y, batch_size, shuffle=True, drop_last=True, transform=varied)
+        steps = settings["epochs"] * len(loader)
+        optimizer, schedule = build_optimizer(model, settings, steps)
+        training = Training(model, optimizer, schedule, mean=data.mean, std=data.std)
+        run.restore(training, screen)
+        run.save(training)  # before the work: so we notice now if it cannot be written
+        screen.show(
+            f"{dataset}: {len(data.x):,} images, {training.size:,} parameters, "
+            f"{settings['processes']} processes, "
+            f"epoch {len(training.history)} of {settings['epochs']}, into {run.folder}")
+
+        parallel = nanoad.DataParallel(
+            model, lambda x, y: nanoad.cross_entropy(model(x), y),
+            evaluate=lambda x: model(x).numpy(), processes=settings["processes"])
+        with parallel:
+            train(run, training, parallel, loader, data, screen)
+            logits = evaluate(model, parallel, data.x_test)
+        show_mistakes(logits, data, NAMES[dataset], screen)
+
+
+def default_epochs(dataset: str, data: Data) -> int:
+    """How often to go through the images, if nobody says."""
+    return SAMPLE_EPOCHS if data.is_sample else DATASETS[dataset]["epochs"]
+
+
+def open_run(run: Run, options: argparse.Namespace) -> None:
+    """Begin a run with the settings asked for, or go on with an old one by its own."""
+    if options.resume is not None:
+        run.load()
+        run.require("dataset", "batch_size", "lr", "seed", "width", "processes")
+        run.lengthen("epochs", options.epochs)
+        return
+
+    dataset = options.dataset or "mnist"
+    settings = {**DATASETS[dataset], "dataset": dataset, "seed": options.seed or 0}
+    for name in ("batch_size", "lr", "width"):
+        settings[name] = getattr(options, name) or settings[name]
+    settings["epochs"] = options.epochs  # None: see default_epochs
+    most = max(1, settings["batch_size"] // SMALLEST_SHARE)
+    settings["processes"] = options.processes or min(PROCESSES, most)
+    if settings["processes"] > settings["batch_size"]:
+        raise Stop(f"--processes {settings['processes']}: there are only "
+                   f"{settings['batch_size']} images in a batch to share")
+    run.begin(settings)
+
+
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
+    """What is asked for; Stop if it makes no sense.
+
+    What the command line leaves open is None, so that a run to be resumed can tell.
+    """
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, help="what to learn (default: mnist)")
+    add("--epochs", type=int, metavar="N",
+        help="passes over the images (default: by data set); "
+             "with --resume, more than the run has")
+    add("--batch-size", type=int, metavar="N", help="images per step (default: 128)")
+    add("--lr", type=float, metavar="X",
+        help="highest learning rate (default: by data set)")
+    add("--width", type=int, metavar="N",
+        help="channels of the first layer (default: by data set)")
+    parser.add_run_options(kind="DATASET")
+    options = parser.parse_args(arguments)
+    check_least(options, epochs=1, batch_size=1, lr=1e-9, seed=0, width=1, processes=1)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, PROGRAM))
