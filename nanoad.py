@@ -510,8 +510,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
     first.
 
-    Only what lies on `route` is visited; None means all. The cotangents yielded may
-    share memory with each other and with the tape: whoever keeps one makes a copy.
+    Only what lies on `route` is visited; None means all. The cotangent of a leaf may be
+    kept; others may share memory with each other and with the tape.
     """
     waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
     for t, g in seeds:
@@ -531,6 +531,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
             data = a._data
             if share.shape != data.shape or share.dtype != data.dtype or type(share) is Tensor:
                 share = _fit(share, a, create_graph)
+            if a._op is None and not create_graph and (share is g or share.base is not None):
+                share = share.copy()  # the rule gave g, or a view: others have that, too
             if a._time in waiting:
                 share = waiting[a._time][1] + share
             else:
@@ -636,21 +638,23 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
     with _recording(create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
-                _accumulate(t, g)
+                _accumulate(t, _own(g, is_shared=create_graph or t._op is not None))
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
 
 
-def _accumulate(t: Tensor, g: Any) -> None:
+def _accumulate(t: Tensor, g: Tensor) -> None:
     """Add the cotangent `g` to `t.grad`."""
     with _accumulating:
-        t._grad = _own(g) if t._grad is None else t._grad + g
+        t._grad = g if t._grad is None else t._grad + g
 
 
-def _own(g: Any) -> Tensor:
-    """A cotangent to keep: a Tensor whose memory is shared with nobody."""
-    return _copy(g) if _tracked(g) else _wrap(np.array(_value(g)))
+def _own(g: Any, is_shared: bool) -> Tensor:
+    """A cotangent to keep, as a Tensor whose memory is shared with nobody."""
+    if _tracked(g):
+        return _copy(g)
+    return _wrap((np.array if is_shared else np.asarray)(_value(g)))
 
 
 def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
@@ -665,7 +669,8 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
                          f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
     if create_graph:  # somebody may want to differentiate by it
         return astype(as_tensor(cotangent), output.dtype)
-    return np.asarray(_value(cotangent), output.dtype)
+    copied = np.array if output._op is None else np.asarray  # for a leaf keeps it
+    return copied(_value(cotangent), output.dtype)
 
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
@@ -692,12 +697,17 @@ def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
     """The cotangents that reach `inputs`, zeros where none does."""
     route = route or _find_route([t for t, _ in seeds], inputs)
     received = dict.fromkeys(inputs)
+    named_twice = len(received) < len(inputs)
+    slopes = []
     with _recording(create_graph):
         for t, g in _walk(seeds, route, create_graph, retain_graph):
             if t in received:
                 received[t] = g
-        return [_wrap(np.zeros_like(t._data)) if received[t] is None else _own(received[t])
-                for t in inputs]
+        for t in inputs:
+            is_shared = create_graph or named_twice or t._op is not None
+            g = np.zeros_like(t._data) if received[t] is None else received[t]
+            slopes.append(_own(g, is_shared))
+    return slopes
 
 
 @contextlib.contextmanager
