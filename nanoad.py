@@ -32,28 +32,21 @@ import contextlib
 import copy
 import functools
 import gc
-import hashlib
 import heapq
 import inspect
 import io
 import itertools
-import json
 import math
-import mmap
 import operator
 import os
-import pathlib
 import reprlib
-import signal
 import string
 import sys
 import threading
 import time
-import traceback
 import types
 import warnings
 import weakref
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Self
@@ -3630,15 +3623,16 @@ for _function, _f in _FUNCTIONS.items():  # so that a TypeError for a wrong argu
 
 # # Part III. Networks
 #
-# ## III.1 Losses
+# ## III.1 Losses: how wrong is a prediction?
 #
-# How wrong is a prediction? A loss says it in one number, for training to make small.
-# For classes it is minus the logarithm of the probability that was given to the right
-# one. Of two classes with equal scores each has probability 1/2, whose logarithm is
-# -0.693; and to learn is to move the scores by the opposite of the gradient, the wrong
-# one down and the right one up:
+# A loss says it in one number, for training to make small. For classes it is minus the
+# logarithm of the probability that was given to the right one. Of two classes with
+# equal scores each has probability 1/2, whose logarithm is -0.693; and to learn is to
+# move the scores by the opposite of the gradient, the wrong one down and the right one
+# up:
 #
-#     >>> loss, slope = value_and_grad(cross_entropy)(np.array([[2.0, 2.0]]), np.array([1]))
+#     >>> scores, right = np.array([[2.0, 2.0]]), np.array([1])
+#     >>> loss, slope = value_and_grad(cross_entropy)(scores, right)
 #     >>> print(f"{loss:.3f}", slope)
 #     0.693 [[ 0.5 -0.5]]
 #
@@ -3652,14 +3646,29 @@ def _cross_entropy_definition(logits, targets):
     return -np.mean(log_softmax(logits)[rows, targets])
 
 
+def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
+    """`ids` as an integer array with all elements in 0..count-1, or else an error."""
+    if isinstance(ids, Tensor):
+        raise TypeError(f"{what} must be a plain array of integers, which a Tensor does "
+                        "not hold; write t.data.astype(int)")
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; "
+                        "if they are whole, write ids.astype(int)")
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise ValueError(f"{what} must be from 0 to {count - 1}, "
+                         f"not {ids.min()} to {ids.max()}")
+    return ids
+
+
 def _check_classes(logits: np.ndarray, targets: Any) -> None:
     shape = np.shape(targets)
     if logits.ndim >= 2 and shape == logits.shape:
-        raise ValueError("the targets are the numbers of the classes, one for each row, and "
-                         f"not one-hot rows {shape}; write targets.argmax(-1)")
+        raise ValueError("the targets are the numbers of the classes, one for each row, "
+                         f"and not one-hot rows {shape}; write targets.argmax(-1)")
     if logits.ndim != 2:
-        raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and (B, T) "
-                         "write logits.reshape(-1, C) and targets.reshape(-1)")
+        raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and "
+                         "(B, T) write logits.reshape(-1, C) and targets.reshape(-1)")
     if shape != logits.shape[:1]:
         raise ValueError("needs one target for each row of logits (N, C), "
                          f"not targets {shape}")
@@ -3692,35 +3701,35 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     return np.mean(np.log(total[:, 0]) - picked), pullback
 
 
-# The other losses are compositions of operations. None broadcasts: a prediction (N, 1)
+# The other losses are the mean of a formula. It does not broadcast: a prediction (N, 1)
 # less a target (N,) would be (N, N), and its mean a number that looks like a loss.
-def _matched(loss: str, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
-    """Both, as Tensors of one shape and dtype."""
+@_in_float32
+def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
+    """The mean of formula(prediction, target), of two arrays of one shape."""
     prediction = as_tensor(prediction)
     target = as_tensor(target)
     if prediction.shape != target.shape:
-        raise ValueError(f"{loss}: the prediction has shape {prediction.shape} and the "
-                         f"target {target.shape}; reshape one, for a loss does not broadcast")
+        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the "
+                         f"target {target.shape}; reshape one, for a loss does not "
+                         "broadcast")
     if prediction.size == 0:
-        raise ValueError(f"{loss}: there are no elements, and so there is no mean")
-    return prediction, target.astype(prediction.dtype)
+        raise ValueError(f"{name}: there are no elements, and so there is no mean")
+    return mean(formula(prediction, target.astype(prediction.dtype)))
 
 
-@_in_float32
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference of two arrays of one shape, else a ValueError."""
-    prediction, target = _matched("mse_loss", prediction, target)
-    return mean((prediction - target) ** 2)
+    return _mean_loss(prediction, target, name="mse_loss",
+                      formula=lambda p, t: (p - t) ** 2)
 
 
 # For one class or none, with `s = sigmoid(x)` for the probability,
 # `-t log s - (1 - t) log(1 - s)` is `softplus(x) - t x`, which neither overflows nor
 # loses digits.
-@_in_float32
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
-    """The mean of -log probability, where sigmoid(logits) is the probability of target 1."""
-    logits, target = _matched("binary_cross_entropy_with_logits", logits, target)
-    return mean(softplus(logits) - target * logits)
+    """The mean of -log probability, where sigmoid(logits) is that of target 1."""
+    return _mean_loss(logits, target, name="binary_cross_entropy_with_logits",
+                      formula=lambda x, t: softplus(x) - t * x)
 
 
 # From probabilities alone it is less exact. The logarithm of 0 is held at -100, as in
@@ -3737,31 +3746,33 @@ def _log_loss(p, t):
     return -(t * _log_above(p) + (1 - t) * _log_above(1 - p))
 
 
-@_in_float32
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """The mean of -log probability, of probabilities in [0, 1] that the target is 1.
 
     Logarithms are held above -100. Raises ValueError for anything outside [0, 1].
     """
-    probability, target = _matched("binary_cross_entropy", probability, target)
+    probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
-        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; for "
-                         "scores of any size there is binary_cross_entropy_with_logits")
-    return mean(_log_loss(probability, target))
+        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; "
+                         "for scores of any size there is "
+                         "binary_cross_entropy_with_logits")
+    return _mean_loss(probability, target, name="binary_cross_entropy",
+                      formula=_log_loss)
 
 
-@_in_float32
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
-    """The mean of max(0, 1 - target * prediction), for targets -1 and 1, else a ValueError."""
-    prediction, target = _matched("hinge_loss", prediction, target)
-    if not np.all(abs_(target) == 1):
-        raise ValueError("hinge_loss: the targets must be -1 or 1; of 0 and 1 make 2 * t - 1")
-    return mean(relu(1 - target * prediction))
+    """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
+    target = as_tensor(target)
+    if not np.all((target == 1) | (target == -1)):
+        raise ValueError("hinge_loss: the targets must be -1 or 1; "
+                         "of 0 and 1 make 2 * t - 1")
+    return _mean_loss(prediction, target, name="hinge_loss",
+                      formula=lambda p, t: relu(1 - t * p))
 
 
-# ## III.2 Modules
+# ## III.2 Modules: where do the numbers live?
 #
-# Where do the numbers live that training changes? In a network, and this is one:
+# The numbers that training changes live in a network, and this is one:
 #
 #     >>> manual_seed(0)
 #     >>> model = MLP(2, [16, 1])  # two inputs, a layer of 16, one output
@@ -3776,7 +3787,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     >>> print(model(np.zeros((5, 2))).shape)  # five points, an answer for each
 #     (5,)
 #
-# They live in ordinary attributes of ordinary objects. A layer of your own is a class
+# There they are ordinary attributes of ordinary objects. A layer of your own is a class
 # with an `__init__` that sets the attributes and a `forward` that computes with them.
 # This one gives each column of its input a factor, for training to find:
 #
@@ -3826,6 +3837,9 @@ class Parameter(Tensor):
     __slots__ = ()
 
 
+_PLAIN.add(Parameter)  # operations need not look at it twice (I.2)
+
+
 def _is_trained(value: Any) -> bool:
     """Whether an attribute is a parameter: a Parameter, or a tracked leaf."""
     tracked_leaf = _tracked(value) and value._op is None
@@ -3842,7 +3856,7 @@ def _is_saved(value: Any) -> bool:
 # dicts; `Module._contents` goes on to the modules among that.
 
 def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of the Tensors, arrays and modules in a module, list or dict."""
+    """(dotted name, value) of the Tensors, arrays and modules in a module or nest."""
     items = vars(holder) if isinstance(holder, Module) else holder
     pairs = items.items() if isinstance(items, dict) else enumerate(items)
 
@@ -3853,7 +3867,8 @@ def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, (list, tuple, dict)):
             yield from _held(value, f"{name}.")
         elif isinstance(value, types.GeneratorType):
-            raise TypeError(f"{name} is a generator, which is read but once; make it a list")
+            raise TypeError(f"{name} is a generator, which is read but once; make it a "
+                            "list")
         elif isinstance(value, (set, frozenset)):
             if any(isinstance(item, Module) for item in value):
                 raise TypeError(f"{name} is a set, which has no order; make it a list")
@@ -3865,10 +3880,10 @@ class Module:
     training = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes. Every class writes its own; call the module itself."""
+        """What the module computes. Each class writes its own; call the module."""
         name = type(self).__name__
-        raise NotImplementedError(f"{name} has no forward method; write one in the class,"
-                                  " `def forward(self, x): ...`")
+        raise NotImplementedError(f"{name} has no forward method; write one in the "
+                                  "class, `def forward(self, x): ...`")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run `forward`, on arrays in the dtype of the parameters.
@@ -3877,7 +3892,7 @@ class Module:
         stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
         1).
         """
-        args = [a if isinstance(a, Tensor) else self._convert(self._stack(a)) for a in args]
+        args = [self._convert(self._stack(a)) for a in args]
         kwargs = {name: self._convert(a) for name, a in kwargs.items()}
         return self.forward(*args, **kwargs)
 
@@ -3889,9 +3904,9 @@ class Module:
         try:
             return as_tensor(value) if tensors else np.asarray(value)
         except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: a list is stacked to one array, but the"
-                             f" items of this one differ in shape ({error}); several arrays go"
-                             " into a tuple") from None
+            raise ValueError(f"{type(self).__name__}: a list is stacked to one array, "
+                             f"but the items of this one differ in shape ({error}); "
+                             "several arrays go into a tuple") from None
 
     def _convert(self, value: Any) -> Any:
         """An array of floats in the dtype of the first parameter; all else as it is."""
@@ -3900,7 +3915,8 @@ class Module:
         dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
         return value.astype(next(dtypes, value.dtype), copy=False)
 
-    def _contents(self, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
+    def _contents(self, prefix: str = "",
+                  above: tuple = ()) -> Iterator[tuple[str, Any]]:
         """(dotted name, value) of what this module and all below it hold.
 
         What occurs twice comes twice, under both names. But nothing comes again inside
@@ -3938,8 +3954,8 @@ class Module:
         for name, value in self._contents():
             if _is_saved(value):
                 if name in state:
-                    raise ValueError(f"state_dict: two arrays are named {name!r}; give one"
-                                     " another name, or a dict's key without a dot")
+                    raise ValueError(f"state_dict: two arrays are named {name!r}; give "
+                                     "one another name, or a dict's key without a dot")
                 state[name] = value
         return state
 
@@ -3957,11 +3973,7 @@ class Module:
         fitting = _fitting("load_state_dict", current, state, strict)
 
         for name, array in fitting.items():
-            target = current[name]
-            if isinstance(target, Tensor):
-                target._data = np.asarray(target._data)  # (0-d results are NumPy scalars)
-                _note_write(target)
-            _value(target)[...] = array
+            _overwrite(current[name], array)
 
     def astype(self, dtype: Any) -> Self:
         """Convert parameters and constants in place, say to float64; returns self.
@@ -3970,8 +3982,8 @@ class Module:
         """
         dtype = np.dtype(dtype)
         if dtype.kind != "f":
-            raise TypeError(f"Module.astype: parameters are floating-point numbers, and cannot"
-                            f" become {dtype}; use float32 or float64")
+            raise TypeError("Module.astype: parameters are floating-point numbers, and "
+                            f"cannot become {dtype}; use float32 or float64")
 
         def convert(value: Any) -> Any:
             if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -4004,7 +4016,8 @@ class Module:
 
     def _children(self) -> list[tuple[str, Any]]:
         """What `repr` shows below this module: (name, module) pairs."""
-        return [(name, value) for name, value in _held(self) if isinstance(value, Module)]
+        return [(name, value) for name, value in _held(self)
+                if isinstance(value, Module)]
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
@@ -4019,8 +4032,9 @@ class Module:
 
 def _is_setting(value: Any) -> bool:
     """Whether `repr` of a module shows this attribute beside the module's name."""
-    numbers = isinstance(value, tuple) and all(isinstance(n, (int, float)) for n in value)
-    return numbers or isinstance(value, (Tensor, int, float, str))
+    if isinstance(value, tuple):
+        return all(isinstance(n, (int, float)) for n in value)
+    return isinstance(value, (Tensor, int, float, str))
 
 
 def _brief(value: Any) -> str:
@@ -4032,14 +4046,22 @@ def _brief(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
+def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
+    """Copy an array into what a module saves."""
+    if isinstance(target, Tensor):
+        target._data = np.asarray(target._data)  # (0-d results are NumPy scalars)
+        _note_write(target)
+    _value(target)[...] = array
+
+
 def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict:
     """Name -> the array in `state` that is to replace the `current` one, in its dtype.
 
     Raises an error that says what differs in name (if `strict`), shape or kind of dtype.
     """
     if not isinstance(state, Mapping):
-        raise TypeError(f"{what}: needs a dict of arrays, such as state_dict() returns, not a"
-                        f" {type(state).__name__}")
+        raise TypeError(f"{what}: needs a dict of arrays, such as state_dict() returns, "
+                        f"not a {type(state).__name__}")
 
     missing = sorted(current.keys() - state.keys())
     unknown = sorted(state.keys() - current.keys())
@@ -4056,13 +4078,17 @@ def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict
         if new.shape != shape:
             raise ValueError(f"{what}: {name} has shape {new.shape}, not {shape}")
         if not np.can_cast(new.dtype, dtype, casting="same_kind"):
-            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become {dtype}")
+            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become "
+                            f"{dtype}")
         fitting[name] = new.astype(dtype, copy=False)
     return fitting
 
 
 def manual_seed(seed: int | Sequence[int]) -> None:
-    """Seed this thread's initialization, dropout, shuffling and sampling: a number, or several."""
+    """Seed this thread's initialization, dropout, shuffling and sampling.
+
+    The seed is a number, or several.
+    """
     _mode.rng = np.random.default_rng(seed)
 
 
@@ -4084,20 +4110,10 @@ def _uniform(bound: float, *shape: int) -> Parameter:
 
 
 def _positive(what: str, **sizes: int) -> None:
-    """Raise ValueError unless all sizes are positive integers."""
+    """ValueError unless all sizes are positive integers."""
     for name, size in sizes.items():
         if not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{what}: {name} must be a positive integer, got {size!r}")
-
-
-def _checked_pair(what: str, value: Any, least: int = 1) -> tuple:
-    """A size as a pair (height, width); ValueError unless of integers >= least."""
-    with contextlib.suppress(ValueError):
-        pair = _pair(value)
-        if min(pair) >= least:
-            return pair
-    raise ValueError(f"{what} must be an integer from {least}, or a pair of such for height"
-                     f" and width, not {value!r}")
 
 
 class Linear(Module):
@@ -4117,20 +4133,16 @@ class Linear(Module):
 class Conv2d(Module):
     """`conv2d` with a weight of shape (out_channels, in_channels, kh, kw).
 
-    Sizes are numbers, or pairs for height and width. With `padding="same"` (and stride 1)
-    the result is as large as the image.
+    Sizes are numbers, or pairs for height and width. With `padding="same"` (and stride
+    1) the result is as large as the image.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Any,
                  stride: Any = 1, padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
-        height, width = _checked_pair("Conv2d: kernel_size", kernel_size)
-        strides = _checked_pair("Conv2d: stride", stride)
-        if padding != "same":
-            _checked_pair('Conv2d: padding (if not "same")', padding, least=0)
-        elif strides != (1, 1):
-            raise ValueError(f'Conv2d: padding="same" needs stride 1, not {stride}; with another,'
-                             f" write padding={(height // 2, width // 2)}")
+        height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (see III.4)
+        _pair(stride, "Conv2d: stride")
+        _around(padding, (height, width), stride, "Conv2d: padding")
         self.stride = stride
         self.padding = padding
 
@@ -4143,34 +4155,32 @@ class Conv2d(Module):
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
-class MaxPool2d(Module):
-    """`max_pool2d`: the largest element of each window.
+class _Pool2d(Module):
+    """What the two pools have in common.
 
     Sizes are numbers, or pairs for height and width. Windows lie side by side, unless
     there is a stride.
     """
 
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
-        _checked_pair("MaxPool2d: kernel_size", kernel_size)
+        name = type(self).__name__
+        _pair(kernel_size, f"{name}: kernel_size")
         if stride is not None:
-            _checked_pair("MaxPool2d: stride", stride)
+            _pair(stride, f"{name}: stride")
         self.kernel_size = kernel_size
         self.stride = stride
+
+
+class MaxPool2d(_Pool2d):
+    """`max_pool2d`: the largest element of each window, of a size or (height, width)."""
 
     def forward(self, x: Any) -> Tensor:
         """(N, C, H, W) -> (N, C, oh, ow)."""
         return max_pool2d(x, self.kernel_size, self.stride)
 
 
-class AvgPool2d(Module):
-    """`avg_pool2d`: the mean of each window. Its settings are those of MaxPool2d."""
-
-    def __init__(self, kernel_size: Any, stride: Any = None) -> None:
-        _checked_pair("AvgPool2d: kernel_size", kernel_size)
-        if stride is not None:
-            _checked_pair("AvgPool2d: stride", stride)
-        self.kernel_size = kernel_size
-        self.stride = stride
+class AvgPool2d(_Pool2d):
+    """`avg_pool2d`: the mean of each window, of a size or (height, width)."""
 
     def forward(self, x: Any) -> Tensor:
         """(N, C, H, W) -> (N, C, oh, ow)."""
@@ -4212,10 +4222,11 @@ class LayerNorm(Module):
 
 
 class Embedding(Module):
-    """A table with a row for each of `num_embeddings` integers; rows begin at N(0, 1)."""
+    """A table with a row for each of `num_embeddings` integers, at first of N(0, 1)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        _positive("Embedding", num_embeddings=num_embeddings,
+                  embedding_dim=embedding_dim)
         shape = (num_embeddings, embedding_dim)
         self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
 
@@ -4228,8 +4239,7 @@ class Dropout(Module):
     """`dropout` with probability p in training, and nothing in evaluation."""
 
     def __init__(self, p: float = 0.5) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"Dropout: p must be at least 0 and below 1, not {p}")
+        _check_share("Dropout", p)
         self.p = p
 
     def forward(self, x: Any) -> Tensor:
@@ -4247,36 +4257,38 @@ class Flatten(Module):
         return reshape(x, len(x), math.prod(x.shape[1:]))
 
 
-class ReLU(Module):
+class _Elementwise(Module):
+    """What the next four have in common: a function, element by element."""
+
+    _function: Callable
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return self._function(x)
+
+
+class ReLU(_Elementwise):
     """`relu` as a layer: the larger of x and 0."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return relu(x)
+    _function = staticmethod(relu)
 
 
-class GELU(Module):
+class GELU(_Elementwise):
     """`gelu` as a layer: a relu without the corner."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return gelu(x)
+    _function = staticmethod(gelu)
 
 
-class Tanh(Module):
+class Tanh(_Elementwise):
     """`tanh` as a layer: into (-1, 1)."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return tanh(x)
+    _function = staticmethod(tanh)
 
 
-class Sigmoid(Module):
+class Sigmoid(_Elementwise):
     """`sigmoid` as a layer: into (0, 1)."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return sigmoid(x)
+    _function = staticmethod(sigmoid)
 
 
 class CrossEntropy(Module):
@@ -4316,11 +4328,13 @@ class Sequential(Module):
         for i, layer in enumerate(layers):
             if isinstance(layer, type):
                 name = layer.__name__
-                raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
+                raise TypeError(f"Sequential: layer {i} is the class {name}; write "
+                                f"{name}(...)")
             if not callable(layer):
-                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, but layers"
-                                " are modules or functions: Sequential(Linear(2, 3), np.tanh);"
-                                " of a list of them, write Sequential(*layers)")
+                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, "
+                                "but layers are modules or functions: "
+                                "Sequential(Linear(2, 3), np.tanh); of a list of them, "
+                                "write Sequential(*layers)")
             setattr(self, str(i), layer)
 
     def _layers(self) -> list[tuple[str, Any]]:
@@ -4328,7 +4342,7 @@ class Sequential(Module):
         return [(name, layer) for name, layer in vars(self).items() if name.isdigit()]
 
     def _children(self) -> list[tuple[str, Any]]:
-        """For `repr`: the layers, functions among them, then what other modules there are."""
+        """For `repr`: the layers, functions among them, and then other modules."""
         children = {**dict(self._layers()), **dict(super()._children())}
         return list(children.items())
 
@@ -4368,7 +4382,8 @@ class MLP(Sequential):
 
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
         if isinstance(nouts, (int, np.integer)):
-            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not {nouts}")
+            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not "
+                            f"{nouts}")
         sizes = [nin, *nouts]
         _positive("MLP", layers=len(sizes) - 1)
 
@@ -4383,10 +4398,9 @@ class MLP(Sequential):
         return y.squeeze(-1) if y.shape[-1] == 1 else y
 
 
-# ## III.3 Optimizers
+# ## III.3 Optimizers: how far?
 #
-# Gradients say which way is down. How far should each parameter go? The whole of
-# training, once:
+# Gradients say which way is down, and not how far to go. The whole of training, once:
 #
 #     >>> manual_seed(0)
 #     >>> points, labels = make_moons(100, noise=0.1)
@@ -4407,7 +4421,10 @@ class MLP(Sequential):
 # The base class adds one thing, for speed. A network has fifty small arrays of
 # parameters, and to call NumPy ten times on each takes longer than the arithmetic. So a
 # step takes place on flat arrays, in which all parameters, all gradients and all of a
-# state lie side by side.
+# state lie side by side:
+#
+#     x, g, state     |   weight 0   | bias 0 |      weight 1      | bias 1 |
+#     _bounds         0              32       48                   64       65
 
 class Optimizer:
     """The base of all optimizers: a subclass names its states, and writes `_update`.
@@ -4424,7 +4441,8 @@ class Optimizer:
         name = type(self).__name__
         self.params = _listed(name, params)
         if any(p._op is not None for p in self.params):
-            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of operations")
+            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
+                            "operations")
         if not self.params:
             raise ValueError(f"{name}: there are no parameters to optimize")
         if len(set(self.params)) < len(self.params):
@@ -4440,9 +4458,13 @@ class Optimizer:
         self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
         dtype = np.result_type(*[p.dtype for p in self.params])
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
+
+        # Who makes an optimizer is about to train, and every step of training makes the
+        # same arrays anew: the process keeps their memory in the meantime (IV.4).
         _keep_freed_memory(self)
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray, *states: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
+                *states: np.ndarray) -> None:
         """Move the parameters x, and renew the states, in place; g may be overwritten.
 
         All are flat arrays of one length. `step` counts the steps of these parameters,
@@ -4460,33 +4482,33 @@ class Optimizer:
         has_gradient = [p.grad is not None for p in self.params]
         self.steps += has_gradient
 
-        # Neighbours of one count move together. Most often, these are all there are.
-        kinds = np.where(has_gradient, self.steps, 0).tolist()
-        for step, run in itertools.groupby(range(len(kinds)), key=kinds.__getitem__):
-            if step > 0:
-                run = list(run)
-                self._move(run[0], run[-1] + 1, step)
+        # Adam's rule asks how many steps a parameter has made. So neighbours that have
+        # made equally many move together; most often, these are all there are.
+        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
+        first = 0
+        for count, neighbours in itertools.groupby(counts):
+            end = first + len(list(neighbours))
+            if count > 0:
+                self._move(first, end, count)
+            first = end
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
         params = self.params[first:end]
-        place = slice(self._bounds[first], self._bounds[end])
-        states = [state[place] for state in self._state.values()]
         arrays = [p._data for p in params]
         g = np.concatenate([p.grad._data.ravel() for p in params])
-        x = _side_by_side(arrays)  # as "Many cores" lays them
-        is_copy = x is None
-        if is_copy:
-            x = np.concatenate([a.ravel() for a in arrays])
+        place = slice(self._bounds[first], self._bounds[end])
+        states = [state[place] for state in self._state.values()]
 
+        # DataParallel has laid the parameters side by side (III.9), and they are moved
+        # where they are. Others are copied together, moved, and copied back.
+        common = _side_by_side(arrays)
+        x = np.concatenate([a.ravel() for a in arrays]) if common is None else common
         for block in _blocks(x, g, *states):
             self._update(step, *block)
-
-        start = 0
+        if common is None:
+            _copy_pieces(x, arrays)
         for p in params:
-            if is_copy:
-                p._data[...] = x[start:start + p.size].reshape(p.shape)
-            start += p.size
             _note_write(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -4497,9 +4519,10 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict. KeyError or ValueError for another optimizer's."""
         state = dict(state)
-        if np.ndim(state.get("steps", ())) == 0:  # saved when all shared one count
+        if np.ndim(state.get("steps", ())) == 0:  # by version 1, where all had one count
             state["steps"] = np.full(len(self.params), state["steps"])
-        new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
+        what = f"{type(self).__name__}.load_state_dict"
+        new = _fitting(what, self.state_dict(), state)
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
@@ -4524,11 +4547,20 @@ def _listed(name: str, params: Any) -> list[Tensor]:
     return params
 
 
+def _copy_pieces(flat: np.ndarray, arrays: list[np.ndarray]) -> None:
+    """Fill the arrays, one after another, with what `flat` holds."""
+    start = 0
+    for a in arrays:
+        a[...] = flat[start:start + a.size].reshape(a.shape)
+        start += a.size
+
+
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
     """The part of a flat array that has these for its pieces, in this order, or None."""
-    flat = arrays[0].base
+    flat = arrays[0].base  # what it is a view of
     if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
         return None
+
     start = end = _address(arrays[0])
     for a in arrays:
         is_next = a.base is flat and a.dtype == flat.dtype and _address(a) == end
@@ -4540,6 +4572,7 @@ def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
 
 
 def _address(array: np.ndarray) -> int:
+    """Where in memory the first element lies."""
     return array.__array_interface__["data"][0]
 
 
@@ -4555,7 +4588,8 @@ class SGD(Optimizer):
         super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay)
         self.nesterov = nesterov
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray, velocity: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
+                velocity: np.ndarray) -> None:
         if self.weight_decay:
             g += self.weight_decay * x
         if self.momentum:
@@ -4574,7 +4608,8 @@ class Adam(Optimizer):
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), not {betas}")
+            name = type(self).__name__
+            raise ValueError(f"{name}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     # Both averages start at zero, which dividing them by 1 - b^step corrects. Then the
@@ -4618,7 +4653,8 @@ class CosineWarmupLR:
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
                  min_lr: float = 0.0) -> None:
         if not 0 <= warmup_steps < total_steps:
-            raise ValueError(f"CosineWarmupLR: {warmup_steps} warmup_steps of {total_steps} steps")
+            raise ValueError(f"CosineWarmupLR: {warmup_steps} warmup_steps "
+                             f"of {total_steps} steps")
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
@@ -4672,8 +4708,7 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
     return norm
 
 
-# In float16, 256 squared is infinite and 1e-8 is zero: sums and factors need float32 at
-# least.
+# (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
 def _squared_norm(g: np.ndarray) -> float:
     wide = g if g.dtype != np.float16 else g.astype(np.float32)
     return float(np.vdot(wide, wide))
@@ -4685,11 +4720,11 @@ def _scaled(g: Tensor, factor: float) -> Tensor:
     return g * factor
 
 
-# ## III.4 Images
+# ## III.4 Images: a convolution as a product?
 #
-# How does a convolution become a matrix product? It slides a small window over an
-# image, and takes the same weighted sum of what it sees at every place. Here is an
-# image of 4 x 4, and where a window of 3 x 3 can be:
+# A convolution slides a small window over an image, and takes the same weighted sum of
+# what it sees at every place. Here is an image of 4 x 4, and where a window of 3 x 3
+# can be:
 #
 #      0  1  2  3
 #      4  5  6  7         0  1  2       1  2  3       4  5  6       5  6  7
@@ -4720,25 +4755,24 @@ def _scaled(g: Tensor, factor: float) -> Tensor:
 # Images are (N, C, H, W), which is batch, channels, height and width; results have
 # height and width (oh, ow). Sizes of windows, strides and paddings are one number, or a
 # pair for height and width.
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
     """(height, width) of a size that is such a pair, or one number for both."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, (int, np.integer)) for n in pair):
-        raise ValueError("kernel sizes, strides and paddings are a whole number, or two "
+    are_whole = all(isinstance(n, (int, np.integer)) for n in pair)
+    if len(pair) != 2 or not are_whole or min(pair) < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}, or two "
                          f"for height and width, not {size!r}")
     return pair
 
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """A view (N, C, oh, ow) for each position in a window: that element of all windows."""
-    kernel = _pair(kernel_size)
-    strides = kernel if stride is None else _pair(stride)
+    """For each position in a window: a view (N, C, oh, ow), that element of them all."""
+    kernel = _pair(kernel_size, "the kernel size")
+    strides = kernel if stride is None else _pair(stride, "the stride")
     if x.ndim != 4:
         raise ValueError(f"images are (N, C, H, W), not of {x.ndim} axes; "
                          "one image is x[None]")
     size = tuple(x.shape[2:])
-    if min(*kernel, *strides) < 1:
-        raise ValueError(f"kernel {kernel} and stride {strides} must be at least 1")
     if kernel[0] > size[0] or kernel[1] > size[1]:
         raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
                          "padding included")
@@ -4750,7 +4784,7 @@ def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
                   stride: Any) -> np.ndarray:
-    """The transpose of `_gather`: zeros like x, to which each share is added in its view."""
+    """The transpose of `_gather`: zeros like x, with each share added in its view."""
     dx = np.zeros_like(x)
     for view, share in zip(_gather(dx, kernel_size, stride), shares):
         view += share
@@ -4758,17 +4792,18 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
 
 
 # Said with these, a convolution is three lines: pad, gather, weighted sum.
-def _around(padding: Any, kernel: Sequence[int], stride: Any) -> list[tuple[int, int]]:
+def _around(padding: Any, kernel: Sequence[int], stride: Any,
+            what: str = "the padding") -> list[tuple[int, int]]:
     """The zeros to put before and after each line: [(top, bottom), (left, right)]."""
-    if padding == "same":  # what the kernel takes away; PyTorch puts an odd one last
-        if _pair(stride) != (1, 1):
-            raise ValueError(f"padding 'same' is for stride 1, not {stride}; give a number")
-        return [((k - 1) // 2, k // 2) for k in kernel]
+    if padding != "same":
+        height, width = _pair(padding, f"{what}, if it is not 'same',", least=0)
+        return [(height, height), (width, width)]
 
-    height, width = _pair(padding)
-    if height < 0 or width < 0:
-        raise ValueError(f"the padding must be at least 0, not {padding}")
-    return [(height, height), (width, width)]
+    if _pair(stride, "the stride") != (1, 1):
+        half = tuple(k // 2 for k in kernel)
+        raise ValueError(f"{what} 'same' is for stride 1, not {stride}; with another, "
+                         f"write padding={half}")
+    return [((k - 1) // 2, k // 2) for k in kernel]  # PyTorch, too, puts an odd one last
 
 
 @_in_float32
@@ -4847,7 +4882,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
-        if wanted[1]:  # by columns made again, not kept: they are kh kw times as large as x
+        if wanted[1]:  # columns are made again: to keep them would take kh kw times x
             dweight = (columns() @ g.T).T  # is g @ columns^T (see PRODUCTS)
             dweight = dweight.reshape(weight.shape)
         return dx, dweight, _row_sum(g)[:, 0]
@@ -4856,9 +4891,9 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
 
 
 # Of several elements that are the largest of their window, the first receives the
-# cotangent, and a nan counts as the largest, as in PyTorch. Every window chooses exactly
-# one position; what it chose is selected by a mask. (A mask that multiplies would turn
-# an infinite cotangent, times 0, into nan.)
+# cotangent, and a nan counts as the largest, as in PyTorch. So the positions are asked
+# one after another which windows have their largest there, and each window is given
+# away once.
 def _max_pool2d_definition(x, kernel_size, stride=None):
     first, *others = _gather(x, kernel_size, stride)
     for other in others:
@@ -4880,16 +4915,16 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))
-        usual = apart and np.isfinite(np.sum(g))
+        by_product = apart and np.isfinite(np.sum(g))  # else 0 times inf would be nan
         dx = np.zeros_like(x)
-        unclaimed = np.ones_like(y, bool)  # the windows that no position was chosen in yet
+        unclaimed = np.ones_like(y, bool)  # the windows without a chosen position
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
             if has_nan:
                 chosen |= np.isnan(view)
             chosen &= unclaimed
             unclaimed ^= chosen
-            if usual:  # nobody adds to this, and finite numbers are selected by a product
+            if by_product:  # and into a place that no other window adds to
                 np.multiply(g, chosen, out=target)
             else:
                 target += np.where(chosen, g, 0)
@@ -4921,12 +4956,11 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     return y, pullback
 
 
-# ## III.5 Normalization
+# ## III.5 Normalization: what is taken from g?
 #
-# What is left of a row of numbers when its mean is 0 and its standard deviation 1?
-# Layer norm makes the numbers of each position so (Ba, Kiros and Hinton, 2016), batch
-# norm those of each channel over the whole batch (Ioffe and Szegedy, 2015); then both
-# scale and shift by learned numbers.
+# A row of numbers is normalized when its mean is 0 and its standard deviation 1. Layer
+# norm does so with the numbers of each position, batch norm with those of each channel
+# over the whole batch; then both scale and shift by learned numbers.
 #
 #     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
 #     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
@@ -4940,9 +4974,9 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# What comes back to x? Take one row of n numbers, with `c = x - mean(x)`,
-# `s = sqrt(mean(c*c) + eps)`, `xhat = c / s` and `y = xhat * weight + bias`, and go
-# from y to x.
+# What comes back to x when y receives g? Take one row of n numbers, with
+# `c = x - mean(x)`, `s = sqrt(mean(c*c) + eps)`, `xhat = c / s` and
+# `y = xhat * weight + bias`, and go from y to x.
 #
 # 1. The product: xhat receives `h = g * weight`, the weight `g * xhat` and the bias
 #    `g`, these two summed over all rows.
@@ -4969,14 +5003,14 @@ def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Each row along the last axis, (..., n), less its mean and over its deviation.
 
-    The result is scaled by `weight` (n,) and shifted by `bias` (n,) or None. The standard
-    deviation is the root of the mean square plus `eps`. Raises ValueError for other
-    shapes. (Ba, Kiros and Hinton, 2016)
+    The result is scaled by `weight` (n,) and shifted by `bias` (n,) or None. The
+    standard deviation is the root of the mean square plus `eps`. Raises ValueError for
+    other shapes. (Ba, Kiros and Hinton, 2016)
     """
     n = x.shape[-1] if x.ndim else 0
     if weight.shape != (n,) or bias is not None and bias.shape != (n,):
-        raise ValueError("the weight and the bias must be as long as the last axis of the "
-                         "input")
+        raise ValueError("the weight and the bias must be as long as the last axis of "
+                         "the input")
 
     rows = _rows(x)
     xhat = rows - _row_sum(rows) / n
@@ -5004,9 +5038,10 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     return y.reshape(x.shape), pullback
 
 
-# Batch norm is the same with "row" read as "channel": all numbers of one channel, in
-# the whole batch. The weight is then one number for a row, and may be multiplied last,
-# together with 1 / s.
+# Batch norm is the same with "row" read as "channel": all n numbers of one channel, in
+# the whole batch. The weight is then one number w for the whole row. (In training it
+# also moves running statistics; the definition takes them and leaves them alone, or
+# they would be moved again when it is differentiated.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
@@ -5017,8 +5052,29 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel meets images in two layouts, and moves neither. Both are seen as (A, C, B),
-# where the channel is in the middle:
+# The kernel needs a few numbers for each channel, and then passes over its elements.
+# Forward:
+#
+# 1. The mean m. It comes out of a sum of large numbers, and is rounded. Then `c = x - m`
+#    are small numbers.
+# 2. With an exact m, the mean of c would be 0. What it is instead is the *error* e of m:
+#    the true centred numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan,
+#    Golub and LeVeque, 1983).
+# 3. So `y = (c - e) / s * w + b`, which is `c * scale + shift`, with `scale = w / s` and
+#    `shift = b - e * scale`.
+#
+# Backward is step 4 of layer norm, where now h is w g, and the number w comes out of the
+# means:
+#
+# 4. b receives `sum(g)`, and w receives `sum(g * xhat) = sum(g * c) / s`.
+# 5. x receives `w/s * (g - mean(g) - xhat * mean(g * xhat))`. With xhat = c / s, that is
+#
+#        dx = scale * (g - mean(g) + slope * c),   slope = -sum(g * c) / (n s^2)
+#
+# (c is computed again, from m + e; to keep it would take as much memory as x.)
+#
+# The images come in one of two layouts, and are seen without a copy as (A, C, B), where
+# the channel is in the middle. (What is laid out otherwise is copied to the first.)
 #
 #     batch last, as conv2d leaves them    (1, C, H W N)    channel after channel
 #     as a user makes them                 (N, C, H W)      image after image
@@ -5060,25 +5116,19 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
-    """Write x - mean to `centred`; returns the channels' means, their errors and
-    variances.
-
-    A mean of large numbers is rounded. By how much is found from the numbers that are
-    left, which are small, and is taken out of the variance (Chan, Golub and LeVeque,
-    1983).
-    """
+    """Steps 1 and 2: writes c to `centred`; returns m, e and the variance, (C,) each."""
     n = x.size // x.shape[1]
-    mean = np.einsum("acb->c", x) / n  # (C,)
-    error = np.zeros_like(mean)
-    variance = np.zeros_like(mean)
-    mean_of = _spread(mean, x)
+    rounded_mean = np.einsum("acb->c", x) / n
+    error = np.zeros_like(rounded_mean)
+    square = np.zeros_like(rounded_mean)
+
+    mean_spread = _spread(rounded_mean, x)
     for slab in _slabs(x):
         channels = slab[1]
-        piece = np.subtract(x[slab], mean_of[channels], out=centred[slab])
-        error[channels] += np.einsum("acb->c", piece) / n
-        variance[channels] += np.einsum("acb,acb->c", piece, piece) / n
-    variance -= error * error
-    return mean, error, np.maximum(variance, 0)
+        c = np.subtract(x[slab], mean_spread[channels], out=centred[slab])
+        error[channels] += np.einsum("acb->c", c) / n
+        square[channels] += np.einsum("acb,acb->c", c, c) / n
+    return rounded_mean, error, np.maximum(square - error * error, 0)
 
 
 @fused(_batch_norm_definition, operands=3)
@@ -5091,55 +5141,59 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     n = images.size // len(weight)
 
     y = np.empty_like(images)
-    rounded_mean, error, variance = _centre(images, y)
+    rounded_mean, error, variance = _centre(images, y)  # y holds c
     mean = rounded_mean + error
-    for array, new in zip(running, (mean, variance * (n / (n - 1)))):
+    unbiased = variance * (n / (n - 1))
+    for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
-    scale = _spread(inverse * weight, images)
-    shift = _spread(bias - error * inverse * weight, images)
+    scale = inverse * weight
+    shift = bias - error * scale
+    scale_spread = _spread(scale, images)
+    shift_spread = _spread(shift, images)
     for slab in _slabs(images):
-        y[slab] *= scale[slab[1]]
-        y[slab] += shift[slab[1]]
+        y[slab] *= scale_spread[slab[1]]
+        y[slab] += shift_spread[slab[1]]
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _by_channel(g, batch_last)
-        dx, dweight, dbias = _batch_norm_back(g, images, mean, inverse, weight)
+        dx, dweight, dbias = _batch_norm_back(g, images, mean, inverse, scale)
         return _from_channels(dx, x.shape, batch_last), dweight, dbias
 
     return _from_channels(y, x.shape, batch_last), pullback
 
 
-def _batch_norm_back(g, images, mean, inverse, weight):
-    """The gradients by images, weight and bias: first the sums, and then step 4."""
-    n = images.size // len(weight)
+def _batch_norm_back(g, images, mean, inverse, scale):
+    """Steps 4 and 5: the gradients by images, weight and bias."""
+    n = images.size // len(mean)
     dx = np.empty_like(images)
     sum_g = np.zeros_like(mean)
-    sum_g_centred = np.zeros_like(mean)
-    mean_of = _spread(mean, images)
-    for slab in _slabs(images):
-        channels = slab[1]
-        centred = np.subtract(images[slab], mean_of[channels], out=dx[slab])
-        sum_g[channels] += np.einsum("acb->c", g[slab])
-        sum_g_centred[channels] += np.einsum("acb,acb->c", g[slab], centred)
+    sum_g_c = np.zeros_like(mean)
 
-    mean_g = _spread(sum_g / n, images)
-    slope = _spread(-sum_g_centred * inverse * inverse / n, images)
-    scale = _spread(inverse * weight, images)
+    mean_spread = _spread(mean, images)
     for slab in _slabs(images):
         channels = slab[1]
-        piece = dx[slab]  # holds centred, which is xhat * s
-        piece *= slope[channels]
+        c = np.subtract(images[slab], mean_spread[channels], out=dx[slab])
+        sum_g[channels] += np.einsum("acb->c", g[slab])
+        sum_g_c[channels] += np.einsum("acb,acb->c", g[slab], c)
+
+    slope_spread = _spread(-sum_g_c * inverse * inverse / n, images)
+    mean_g_spread = _spread(sum_g / n, images)
+    scale_spread = _spread(scale, images)
+    for slab in _slabs(images):
+        channels = slab[1]
+        piece = dx[slab]  # holds c
+        piece *= slope_spread[channels]
         piece += g[slab]
-        piece -= mean_g[channels]
-        piece *= scale[channels]
-    return dx, sum_g_centred * inverse, sum_g
+        piece -= mean_g_spread[channels]
+        piece *= scale_spread[channels]
+    return dx, sum_g_c * inverse, sum_g
 
 
 @_in_float32
 def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
-    """batch_norm in evaluation: by statistics that are constants."""
+    """batch_norm in evaluation: `x * scale + shift`, by constant statistics."""
     scale = weight / np.sqrt(running_var.astype(x.dtype) + eps)
     shift = bias - scale * running_mean.astype(x.dtype)
     y = x.swapaxes(1, -1) * scale + shift  # channels last, to broadcast
@@ -5171,36 +5225,39 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
                       training: bool) -> None:
     """Raises if these do not fit a weight of c numbers."""
     if x.ndim < 2 or x.shape[1] != c:
-        raise ValueError(f"batch_norm: needs (N, C, ...) with C = {c}, the length of the "
-                         f"weight, and not {x.shape}")
+        raise ValueError(f"batch_norm: needs (N, C, ...) with C = {c}, the length of "
+                         f"the weight, and not {x.shape}")
     if training and x.size <= c:
-        raise ValueError(f"batch_norm: {x.shape} has one value per channel, or none, which is "
-                         "too few to train on; give a larger batch, or training=False")
+        raise ValueError(f"batch_norm: {x.shape} has one value per channel, or none, "
+                         "which is too few to train on; give a larger batch, or "
+                         "training=False")
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-            raise TypeError(f"batch_norm: {name} is written to, so it must be an array of "
-                            f"floats, not {array!r:.60}")
+            raise TypeError(f"batch_norm: {name} is written to, so it must be an array "
+                            f"of floats, not {array!r:.60}")
         if array.shape != (c,):
             raise ValueError(f"batch_norm: {name} has shape {array.shape}, not ({c},)")
 
 
-# ## III.6 Attention
+# ## III.6 Attention: who looks at whom?
 #
-# Who looks at whom? Each position of a sequence asks by its *query*, is found by its
-# *key*, and gives its *value* (Vaswani and others, 2017). A query is compared with
-# every key, by a product; softmax makes weights of these scores, and the result is the
-# weighted mean of the values. Causal means that a position sees itself and what came
-# before: the scores of what lies ahead become -inf, and their weights 0. With scores
-# that are all alike, everyone sees what is visible with equal weight:
+# Each position of a sequence asks by its *query*, is found by its *key*, and gives its
+# *value*. A query is compared with every key, by a product; softmax makes weights of
+# these scores, and the result is the weighted mean of the values. Causal means that a
+# position sees itself and what came before: the scores of what lies ahead become -inf,
+# and their weights 0. With scores that are all alike, everyone sees what is visible
+# with equal weight:
 #
-#     >>> print(scaled_dot_product_attention(np.zeros((3, 2)), np.zeros((3, 2)), np.eye(3),
-#     ...                                    is_causal=True).numpy().round(2))
+#     >>> alike = np.zeros((3, 2))
+#     >>> y = scaled_dot_product_attention(alike, alike, np.eye(3), is_causal=True)
+#     >>> print(y.numpy().round(2))
 #     [[1.   0.   0.  ]
 #      [0.5  0.5  0.  ]
 #      [0.33 0.33 0.33]]
 #
-# Shapes: B sequences, H heads, T positions that ask and S that answer, D numbers per
-# head. Products of D numbers grow with D, and are divided by its root.
+# Shapes: B sequences, H heads, T positions that ask and S that answer; D numbers in a
+# query or key, Dv in a value. A product of two rows of D random numbers grows like the
+# root of D, and is divided by that.
 @functools.lru_cache(8)
 def _ahead(shape: tuple[int, int]) -> np.ndarray:
     """True where a key (column) lies ahead of a query (row): (T, S)."""
@@ -5218,7 +5275,7 @@ def _attention_definition(q, k, v, is_causal=False):
     scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
     if is_causal:
         scores = np.where(_ahead(scores.shape[-2:]), -np.inf, scores)
-    return softmax(scores) @ v  # (..., T, D)
+    return softmax(scores) @ v  # (..., T, Dv)
 
 
 # The way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the scores, E
@@ -5229,7 +5286,7 @@ def _attention_definition(q, k, v, is_causal=False):
 # 2. From the softmax, the scores receive `dS = P * (dP - d)`, where d is one number for
 #    each row, `d_i = sum_j P_ij dP_ij`.
 # 3. That sum runs over S positions. But `dP_ij` is `V_j . g_i`, and so the sum is
-#    `Y_i . g_i`, over D numbers only (Dao and others, 2022).
+#    `Y_i . g_i`, over Dv numbers only (Dao and others, 2022).
 # 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
 #    `dS^T Q / sqrt(D)`.
 #
@@ -5245,7 +5302,7 @@ _SAFE_SCORE = 40
 
 
 def _attend(q, k, v, is_causal, out=None):
-    """Y, (..., T, D), written to `out`; E, (..., T, S); and r, (..., T, 1). Not for float16."""
+    """Y, (..., T, Dv), written to `out`; E, (..., T, S); and r, (..., T, 1)."""
     e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
     if np.max(e, initial=0) <= _SAFE_SCORE and np.min(e, initial=0) >= -_SAFE_SCORE:
         if is_causal:
@@ -5279,15 +5336,15 @@ def _attend_back(g, q, k, v, y, e, r, out=(None, None, None)):
 @_in_float32
 def scaled_dot_product_attention(q: Any, k: Any, v: Any,
                                  is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v: (..., T, D), (..., S, D), (..., S, E) -> (..., T, E).
+    """softmax(q k^T / sqrt(D)) v, for q (..., T, D), k (..., S, D) and v (..., S, Dv).
 
-    With `is_causal`, position i sees positions 0 to i. Raises ValueError if the shapes
-    disagree. (Vaswani and others, 2017)
+    The result is (..., T, Dv). With `is_causal`, position i sees positions 0 to i.
+    Raises ValueError if the shapes disagree. (Vaswani and others, 2017)
     """
     if (min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[:-2] != k.shape[:-2]
             or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]):
         raise ValueError("needs queries (..., T, D), keys (..., S, D) and values "
-                         "(..., S, E), with the same leading axes")
+                         "(..., S, Dv), with the same leading axes")
     y, e, r = _attend(q, k, v, is_causal)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
@@ -5331,7 +5388,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
                          f"{num_heads} heads divide")
     heads = _heads(qkv, num_heads)  # (3, B, H, T, D)
     _, b, h, t, d = heads.shape
-    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), merged by a view
+    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D)
     step = max(1, 2 * _BLOCK // max(1, h * t * t))
     groups = [slice(i, i + step) for i in range(0, b, step)]
     results = [_attend(*heads[:, group], is_causal=True, out=y[group])
@@ -5353,21 +5410,6 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
 # How does a network read a letter? It looks up that letter's row in a table. That is
 # the product of the table with a one-hot row, which has a 1 at the letter's number; and
 # for the backward pass of a small vocabulary we really do multiply (see SCATTER).
-def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
-    """`ids` as an integer array with all elements in 0..count-1, or else an error."""
-    if isinstance(ids, Tensor):
-        raise TypeError(f"{what} must be a plain array of integers, which a Tensor does not "
-                        "hold; write t.data.astype(int)")
-    ids = np.asarray(ids)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; "
-                        "if they are whole, write ids.astype(int)")
-    if ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, "
-                         f"not {ids.min()} to {ids.max()}")
-    return ids
-
-
 def _lookup_definition(weight, ids):
     return weight[ids]
 
@@ -5395,22 +5437,26 @@ def embedding(ids: Any, weight: Any) -> Tensor:
     """
     weight = as_tensor(weight)
     if weight.ndim != 2:
-        raise ValueError(f"embedding: the weight must be a table (V, C), not {weight.shape}")
+        raise ValueError("embedding: the weight must be a table (V, C), not "
+                         f"{weight.shape}")
     ids = _whole_numbers("embedding: ids", ids, weight.shape[0])
     return _lookup(weight, ids)
 
 
-# Dropout (Srivastava and others, 2014) sets random elements to 0 while training, so
-# that no element can rely on a certain other one. The rest is scaled up, and so the
-# mean stays what it was.
+# Dropout sets random elements to 0 while training, so that no element can rely on a
+# certain other one. The rest is scaled up, and so the mean stays what it was.
+def _check_share(name: str, p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: p, the share of elements to drop, must be at least 0 "
+                         f"and below 1, not {p}")
+
+
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     """In training, set elements to 0 with probability p and scale others by 1 / (1 - p).
 
-    Otherwise, x. Raises ValueError unless 0 <= p < 1.
+    Otherwise, x. Raises ValueError unless 0 <= p < 1. (Srivastava and others, 2014)
     """
-    if not 0 <= p < 1:
-        raise ValueError("dropout: p, the share of elements to drop, must be at least 0 and "
-                         f"below 1, not {p}")
+    _check_share("dropout", p)
     x = as_tensor(x)
     if not training or p == 0:
         return x
@@ -5418,18 +5464,18 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     return x * (keep * np.asarray(1 / (1 - p), x.dtype))
 
 
-# ## III.7 A GPT
+# ## III.7 A GPT: what does it learn?
 #
-# What does a language model train? To say, at every position of a text, which token
-# comes next. The text is its own teacher: the targets are the ids, moved on by one.
-# Here is all of it, on a sentence (a batch of all its windows of nine characters), and
-# what the network then says by itself:
+# It learns to say, at every position of a text, which token comes next. The text is its
+# own teacher: the targets are the ids, moved on by one. Here is all of it, on a
+# sentence (a batch of all its windows of nine characters), and what the network then
+# says by itself:
 #
 #     >>> sentence = "she sells sea shells by the sea shore."
 #     >>> tokenizer = CharTokenizer(sentence)
 #     >>> ids = tokenizer.encode(sentence)
 #     >>> windows = np.lib.stride_tricks.sliding_window_view(ids, 9)  # (30, 9)
-#     >>> x, y = windows[:, :-1], windows[:, 1:]  # (30, 8) each: what it reads, what is next
+#     >>> x, y = windows[:, :-1], windows[:, 1:]  # what it reads, what is next: (30, 8)
 #     >>> manual_seed(0)
 #     >>> size = tokenizer.vocab_size
 #     >>> gpt = GPT(size, embed_dim=32, num_heads=4, num_layers=2, block_size=8)
@@ -5456,18 +5502,19 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 class MultiHeadAttention(Module):
     """Self-attention: `num_heads` heads share the embed_dim numbers of a position.
 
-    It is causal: no position sees a later one, unless `is_causal=False`.
+    It is causal: no position sees a later one, unless `is_causal=False`. `dropout` is
+    the share of the result's elements that is dropped.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0,
                  bias: bool = False, is_causal: bool = True) -> None:
         _positive("MultiHeadAttention", embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
-            raise ValueError(f"MultiHeadAttention: embed_dim={embed_dim} is no multiple of"
-                             f" {num_heads} heads, so they cannot share it evenly")
+            raise ValueError(f"MultiHeadAttention: embed_dim={embed_dim} is no multiple "
+                             f"of {num_heads} heads, so they cannot share it evenly")
         self.num_heads = num_heads
         self.is_causal = is_causal
-        self.qkv = Linear(embed_dim, 3 * embed_dim, bias)  # queries, keys, values at once
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias)  # queries, keys and values
         self.proj = Linear(embed_dim, embed_dim, bias)
         self.dropout = Dropout(dropout)
 
@@ -5488,28 +5535,29 @@ class MultiHeadAttention(Module):
 
 
 class Block(Module):
-    """A layer of a transformer: attention, then an MLP, with a layer norm before each."""
+    """A layer of a transformer: attention, then an MLP, a layer norm before each."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         self.ln1 = LayerNorm(embed_dim)
         self.ln2 = LayerNorm(embed_dim)
-        self.attn = MultiHeadAttention(embed_dim, num_heads)
+        self.attn = MultiHeadAttention(embed_dim, num_heads, dropout)
         self.mlp = Sequential(Linear(embed_dim, 4 * embed_dim), GELU(),
                               Linear(4 * embed_dim, embed_dim))
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Any) -> Tensor:
         """(B, T, embed_dim) -> (B, T, embed_dim)."""
-        x = x + self.dropout(self.attn(self.ln1(x)))
+        x = x + self.attn(self.ln1(x))  # drops out at its end
         x = x + self.dropout(self.mlp(self.ln2(x)))
         return x
 
 
 class GPT(Module):
-    """A decoder-only transformer, like GPT-2: reads up to block_size token ids at a time.
+    """A decoder-only transformer, like GPT-2.
 
-    Positions are learned; one matrix serves for looking tokens up and for scoring them
-    (Press and Wolf, 2017). `generate` lets it write; section III.7 has a training loop.
+    It reads up to block_size token ids at a time. Positions are learned; one matrix
+    serves for looking tokens up and for scoring them (Press and Wolf, 2017). `generate`
+    lets it write; section III.7 has a training loop.
     """
 
     def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
@@ -5545,8 +5593,9 @@ class GPT(Module):
         ids = self._token_ids("GPT", ids)
         length = ids.shape[1]
         if length > self.block_size:
-            raise ValueError(f"GPT: reads at most block_size={self.block_size} positions, not"
-                             f" {ids.shape}; write ids[:, -{self.block_size}:] for the last ones")
+            raise ValueError(f"GPT: reads at most block_size={self.block_size} "
+                             f"positions, not {ids.shape}; write ids[:, "
+                             f"-{self.block_size}:] for the last ones")
 
         x = self.tok_emb(ids) + self.pos_emb(np.arange(length))  # (B, T, C) + (T, C)
         x = self.dropout(x)
@@ -5559,8 +5608,9 @@ class GPT(Module):
         vocab_size = len(self.tok_emb.weight)
         ids = _whole_numbers(f"{what}: token ids", ids, vocab_size)
         if ids.ndim != 2 or ids.shape[1] == 0:
-            raise ValueError(f"{what}: needs token ids (B, T) with T > 0, not {ids.shape};"
-                             " a single sequence is a batch of one, ids[None]")
+            raise ValueError(f"{what}: needs token ids (B, T) with T > 0, not "
+                             f"{ids.shape}; a single sequence is a batch of one, "
+                             "ids[None]")
         return ids
 
     def generate(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
@@ -5578,13 +5628,14 @@ class GPT(Module):
 
     def stream(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None) -> Iterator[np.ndarray]:
-        """What `generate` writes, token by token: yields (B,), as soon as it is drawn."""
+        """What `generate` writes, token by token: yields (B,) as soon as it is drawn."""
         if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be an integer from 0, not"
                              f" {max_new_tokens!r}")
         if not temperature > 0:
-            raise ValueError(f"generate: temperature must be above 0, not {temperature!r}; to take"
-                             " the likeliest token every time, write top_k=1")
+            raise ValueError("generate: temperature must be above 0, not "
+                             f"{temperature!r}; to take the likeliest token every time, "
+                             "write top_k=1")
         if top_k is not None:
             _positive("generate", top_k=top_k)
         ids = np.array(self._token_ids("generate", idx), np.int64)
@@ -5600,11 +5651,10 @@ class GPT(Module):
             yield new[:, 0]
 
 
-# ## III.8 Writing
+# ## III.8 Writing: what need not be computed again?
 #
-# What need not be computed again? To write a token, a network reads the text so far,
-# looks at the logits of the last position, draws, and appends. Done plainly, that is a
-# few lines:
+# To write a token, a network reads the text so far, looks at the logits of the last
+# position, draws, and appends. Done plainly, that is a few lines:
 #
 #     >>> text = prompt  # the sentence of the last section
 #     >>> for _ in range(29):
@@ -5636,8 +5686,9 @@ class _Reader:
 
     def __init__(self, gpt: GPT, batch: int) -> None:
         if type(gpt).forward.__module__ != __name__:  # then it is not the one above
-            raise TypeError(f"generate: reads as GPT.forward does, but {type(gpt).__name__} has a"
-                            " forward of its own; write a generate to go with it")
+            raise TypeError("generate: reads as GPT.forward does, but "
+                            f"{type(gpt).__name__} has a forward of its own; write a "
+                            "generate to go with it")
         self.gpt = gpt
         self.length = 0
         self.cache = []
@@ -5648,7 +5699,7 @@ class _Reader:
             self.cache.append(np.empty(shape, weight.dtype))
 
     def next_logits(self, ids: np.ndarray) -> np.ndarray:
-        """The logits (B, V) of what follows `ids` (B, T), which go on from those before."""
+        """The logits (B, V) of what follows `ids` (B, T): those of before, and new ones."""
         window = ids[:, -self.gpt.block_size:]
         if ids.shape[1] > self.gpt.block_size:
             self.length = 0  # the window has moved
@@ -5687,7 +5738,7 @@ class _Reader:
 
 
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
-    """An index for each row of logits (B, V), drawn from its softmax, or its top k: (B, 1)."""
+    """An index for each row of logits (B, V), drawn from its softmax or top k: (B, 1)."""
     if top_k is not None and top_k < logits.shape[1]:
         smallest = np.partition(logits, -top_k)[:, -top_k, None]  # (B, 1)
         logits = np.where(logits < smallest, -np.inf, logits)
@@ -5697,12 +5748,11 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
     return np.argmax(logits + noise, axis=1)[:, None]
 
 
-# ## III.9 Many cores
+# ## III.9 Many cores: how is a batch shared?
 #
-# How do we use all processors? The mean loss of a batch is a weighted mean itself, of
-# the mean losses of its shares, and a gradient is a sum as soon as the loss is one. So
-# cut the batch into shares, let each processor compute one, and add up. One after
-# another, it looks like this:
+# The mean loss of a batch is a weighted mean itself, of the mean losses of its shares,
+# and a gradient is a sum as soon as the loss is one. So cut the batch into shares, let
+# each processor compute one, and add up. One after another, it looks like this:
 #
 #     >>> x, y = make_moons(10)
 #     >>> model = MLP(2, [8, 1])
@@ -5748,6 +5798,8 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 
 def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros in memory that is common to this process and all that it forks later."""
+    import mmap  # only here, for it is slow to load, as are some below
+
     memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # goes with its last user
     return np.frombuffer(memory, dtype, size)
 
@@ -5764,7 +5816,7 @@ class _Layout:
 
     def __init__(self, arrays: Iterable) -> None:
         self._sizes: dict[np.dtype, int] = {}
-        self._places: list[tuple] = []  # of each array: dtype, part of the flat one, shape
+        self._places: list[tuple] = []  # for each: dtype, part of the flat array, shape
         for a in arrays:
             start = self._sizes.get(a.dtype, 0)
             end = start + a.size
@@ -5772,7 +5824,7 @@ class _Layout:
             self._places.append((a.dtype, slice(start, end), a.shape))
 
     def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Flat arrays, each made by `empty(size, dtype)`; and the pieces, their views."""
+        """Flat arrays, each made by `empty(size, dtype)`, and their pieces, as views."""
         flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
         pieces = [flats[dtype][part].reshape(shape)
                   for dtype, part, shape in self._places]
@@ -5786,7 +5838,7 @@ class _Job(NamedTuple):
     arrays: tuple  # the share's rows of each array
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
-    state: tuple[list, list] | None  # the module's training flags and untrained arrays
+    state: tuple[list, list] | None  # the module's training flags and constants
 
 
 class _Failure(NamedTuple):
@@ -5799,9 +5851,9 @@ class DataParallel:
     """Share every batch among forked processes; each computes a part of the gradient.
 
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
-      `training` flags and the arrays without gradient (running statistics) go along
-      with each batch, so that all processes have the parent's; what a worker makes of
-      its own is forgotten.
+      `training` flags and what else it saves (running statistics and other constants:
+      III.2) go along with each batch, so that all processes have the parent's; what a
+      worker makes of its own is forgotten.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
       a scalar Tensor. Any function will do, also a lambda. It runs in all processes:
       what it changes, other than the arrays above, it changes in the process that it
@@ -5839,8 +5891,8 @@ class DataParallel:
         self.processes = _cores() if processes is None else processes
         _positive("DataParallel", processes=self.processes)
         if self.processes > 1 and not _CAN_FORK:
-            warnings.warn("DataParallel: this system cannot fork; one process computes all",
-                          RuntimeWarning, stacklevel=2)
+            warnings.warn("DataParallel: this system cannot fork; one process computes "
+                          "all", RuntimeWarning, stacklevel=2)
             self.processes = 1
 
         self._loss = loss
@@ -5848,36 +5900,37 @@ class DataParallel:
         self._params = _listed("DataParallel", params)
         self._module = params if isinstance(params, Module) else None
         self._modules = params.modules() if isinstance(params, Module) else []
-        self._layout = _Layout(self._params)
         self._calls = 0
         # Another after another manual_seed; from a copy, to leave the stream as it is.
         self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
+
+        self._layout = _Layout(self._params)
+        self._common: list[np.ndarray] = []  # for each parameter, if there are workers
+        self._workers: list[_Worker] = []  # number k computes share k + 1
+        self._end: Callable | None = None  # ends the workers, if there are any
         self._closed = False
         self.flat_gradients: list[np.ndarray] = []
 
-        _keep_freed_memory(self)
-        self._rows: list[tuple] = []
-        self._workers: list[_Worker] = []
+        _keep_freed_memory(self)  # as for an optimizer
         if self.processes > 1:
             self._start()
 
     def _start(self) -> None:
         """Move the parameters into common memory, and fork the workers."""
-        _, self._places = self._layout.allocate(_shared)
-        for p, place in zip(self._params, self._places):
-            place[...] = p._data
+        _, self._common = self._layout.allocate(_shared)
+        for p, common in zip(self._params, self._common):
+            common[...] = p._data
             if not _handed_out(p):
-                p._data = place
-        # A row for each worker: flat arrays, and their pieces.
-        self._rows = [self._layout.allocate(_shared) for _ in range(1, self.processes)]
+                p._data = common
 
-        threads = _set_blas_threads(1)
+        threads = _set_blas_threads(1)  # (IV.4)
         self._end = weakref.finalize(
             self, _end_workers, self._workers, os.getpid(), threads)
         try:
             with _interrupts_held():
                 for share in range(1, self.processes):
-                    self._workers.append(_Worker(self, share))
+                    gradient = self._layout.allocate(_shared)
+                    self._workers.append(_Worker(self, share, *gradient))
         except BaseException:
             self.close()
             raise
@@ -5899,15 +5952,16 @@ class DataParallel:
         self._calls += 1
         names = tuple(stream) or (self._seed, self._calls)
         answers = self._compute_all("gradient", arrays, names, pieces)
-        for _, (row, _) in zip(answers[1:], self._rows):  # of workers that had a share
-            for flat, part in zip(flats, row):
-                flat += part
 
-        losses, reached = zip(*answers)
-        for p, piece, is_reached in zip(self._params, pieces, zip(*reached)):
-            p.grad = _wrap(piece) if any(is_reached) else None
+        busy = self._workers[:len(answers) - 1]  # the first answer is the parent's
+        for worker in busy:
+            for flat, addend in zip(flats, worker.flats):
+                flat += addend
+        for i, p in enumerate(self._params):
+            is_reached = any(reached[i] for _, reached in answers)
+            p.grad = _wrap(pieces[i]) if is_reached else None
         self.flat_gradients = flats
-        return sum(losses)
+        return sum(loss for loss, _ in answers)
 
     def evaluate(self, *arrays: Any) -> list:
         """[evaluate(share) for each share], in the order of the rows, without a tape.
@@ -5921,16 +5975,17 @@ class DataParallel:
     def close(self) -> None:
         """End the workers, and move the parameters back into memory of this process."""
         self._closed = True
-        if self.processes == 1 or not self._end.alive:
+        if self._end is None:
             return
         with _interrupts_held():
             self._end()
-            _, places = self._layout.allocate(np.empty)
-            for p, common, own in zip(self._params, self._places, places):
-                own[...] = common
+            self._end = None
+            _, private = self._layout.allocate(np.empty)
+            for p, common, array in zip(self._params, self._common, private):
+                array[...] = common
                 if p._data is common and not _handed_out(p):
-                    p._data = own
-            self._places = self._rows = []
+                    p._data = array
+            self._common = []
 
     def __enter__(self) -> DataParallel:
         return self
@@ -5945,14 +6000,14 @@ class DataParallel:
         """The answers of all shares. Where anything remains uncertain, all is closed."""
         if self._closed:
             raise RuntimeError("DataParallel: this one is closed")
-        jobs = self._cut(kind, arrays, stream)
-        workers = self._workers[:len(jobs) - 1]
+        first, *others = self._cut(kind, arrays, stream)
+        busy = self._workers[:len(others)]
         try:
             self._copy_moved_parameters()
-            for worker, job in zip(workers, jobs[1:]):
+            for worker, job in zip(busy, others):
                 worker.send(job)
-            answers = [self._try_own(jobs[0], pieces)]
-            answers += [worker.receive() for worker in workers]
+            answers = [self._try_first_share(first, pieces)]
+            answers += [worker.receive() for worker in busy]
         except BaseException:  # Ctrl-C among them: an answer may still be on its way
             self.close()
             raise
@@ -5979,23 +6034,26 @@ class DataParallel:
                 for share in shares if len(share[0]) > 0]
 
     def _module_state(self) -> tuple[list, list] | None:
+        """What workers have to know of the module, beside its parameters."""
         if self._module is None or not self._workers:
             return None
-        return [module.training for module in self._modules], _buffers(self._modules)
+        training = [module.training for module in self._modules]
+        constants = [_value(constant) for constant in _constants(self._module)]
+        return training, constants
 
     def _copy_moved_parameters(self) -> None:
         """Bring what was replaced (by `p.data = ...`) to where workers look for it."""
         if not self._workers:
             return
-        for p, place in zip(self._params, self._places):
-            if p._data is place:
+        for p, common in zip(self._params, self._common):
+            if p._data is common:
                 continue
-            if p.dtype != place.dtype:
-                raise TypeError(f"DataParallel: a parameter of {place.dtype} is now "
+            if p.dtype != common.dtype:
+                raise TypeError(f"DataParallel: a parameter of {common.dtype} is now "
                                 f"{p.dtype}; make a new DataParallel after astype")
-            place[...] = p._data
+            common[...] = p._data
 
-    def _try_own(self, job: _Job, pieces: list | None) -> Any:
+    def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The parent's share, or its exception, to be raised when all are done."""
         try:
             if self._module is not None:
@@ -6007,8 +6065,8 @@ class DataParallel:
     def _check_same_parameters(self, params: list) -> None:
         same = map(operator.is_, params, self._params)
         if len(params) != len(self._params) or not all(same):
-            raise RuntimeError("DataParallel: the module has other parameters than it had; "
-                               "make a new DataParallel")
+            raise RuntimeError("DataParallel: the module has other parameters than it "
+                               "had; make a new DataParallel")
 
     # ### One share, computed in any of the processes
 
@@ -6030,20 +6088,22 @@ class DataParallel:
             raise TypeError("DataParallel: the loss must be a scalar Tensor made of the "
                             f"parameters, not {loss!r:.60}")
         loss = loss * job.weight
-        ancestors = _ancestors(loss)
-        reached = [p in ancestors for p in self._params]
-        slopes = iter(gradients(loss, [p for p in self._params if p in ancestors]))
+        oldest = min((p._time for p in self._params), default=0)
+        behind = _all_behind([loss], horizon=oldest)  # by their times (I.5)
+        reached = [p._time in behind for p in self._params]
+        slopes = iter(gradients(loss, [p for p in self._params if p._time in behind]))
         for piece, is_reached in zip(pieces, reached):
             piece[...] = next(slopes)._data if is_reached else 0
         return loss.item(), reached
 
     # ### The life of a worker
 
-    def _work(self, share: int, pipe: Any) -> None:
+    def _work(self, share: int, pipe: Any, pieces: list[np.ndarray]) -> None:
         """Compute one share after another, until the parent is gone."""
-        for p, place in zip(self._params, self._places):
-            p._data = place
-        _, pieces = self._rows[share - 1]
+        import traceback
+
+        for p, common in zip(self._params, self._common):
+            p._data = common
         _mode.recording = True
         while True:
             job = pipe.recv()  # EOFError if nobody is left to send one
@@ -6056,60 +6116,51 @@ class DataParallel:
     def _take_state(self, state: tuple[list, list] | None) -> None:
         if state is None:
             return
-        training, buffers = state
+        training, constants = state
         for module, is_training in zip(self._modules, training):
             module.training = is_training
-        for buffer, sent in zip(_buffers(self._modules), buffers, strict=True):
-            buffer[...] = sent
+        for constant, sent in zip(_constants(self._module), constants, strict=True):
+            _overwrite(constant, sent)
 
 
-def _buffers(modules: list[Module]) -> list[np.ndarray]:
-    """The arrays that modules have beside their parameters."""
-    items = [item for module in modules for item in vars(module).values()]
-    for item in items:  # which grows
-        if isinstance(item, (list, tuple)):
-            items.extend(item)
-    return [item for item in items if isinstance(item, np.ndarray)]
+def _constants(module: Module) -> list:
+    """The Tensors and arrays that a module saves and does not train, each once."""
+    saved = [value for _, value in module._contents() if _is_saved(value)]
+    by_identity = {id(value): value for value in saved if not _is_trained(value)}
+    return list(by_identity.values())
 
 
-def _ancestors(output: Tensor) -> set[Tensor]:
-    """`output`, and all tracked tensors that it was made of."""
-    found = {output}
-    waiting = [output]
-    for t in waiting:  # which grows
-        for a in t._operands or ():
-            if _tracked(a) and a not in found:
-                found.add(a)
-                waiting.append(a)
-    return found
-
-
-# **What may go wrong, and must not.** A worker that is killed closes its end of the
-# pipe, as the system does for every process that ends; the parent, waiting there, is
-# told so. The same in the other direction ends the workers when the parent is killed.
-# But a worker in the middle of a long share is not listening, and another process of
-# the user's may hold a copy of the pipe's end. So each worker also looks four times a
-# second whether its parent still is its parent. Ctrl-C reaches all processes of a
-# terminal: workers ignore it, and the parent, interrupted, ends them.
+# **What may go wrong, and must not.** When a worker is killed, the system closes its end
+# of the pipe, as for every process that ends; the parent, waiting there, is told so, and
+# asks the system how it ended. The same in the other direction ends the workers when
+# the parent is killed. But a worker in the middle of a long share is not listening, and
+# another process of the user's may hold a copy of the pipe's end. So each worker also
+# looks four times a second whether its parent still is its parent. Ctrl-C reaches all
+# processes of a terminal: workers ignore it, and the parent, interrupted, ends them.
 
 class _Worker:
     """A forked process, as the parent sees it."""
 
-    def __init__(self, parallel: DataParallel, share: int) -> None:
-        from multiprocessing import Pipe  # (here, for it takes its time)
+    def __init__(self, parallel: DataParallel, share: int, flats: list[np.ndarray],
+                 pieces: list[np.ndarray]) -> None:
+        from multiprocessing import Pipe
 
+        self.flats = flats  # the gradient that it has computed, in common memory
         self._pipe, workers_end = Pipe()
-        self._exit_code: int | None = None
+        self._has_ended = False
+        self._exit_code: int | None = None  # -n: killed by signal n
         parent = os.getpid()
         self.pid = _fork()
         if self.pid == 0:
             # Fork copies all open ends, and a pipe with a forgotten copy never closes.
             for pipe in [self._pipe, *(earlier._pipe for earlier in parallel._workers)]:
                 pipe.close()
-            _live_as_worker(parent, functools.partial(parallel._work, share, workers_end))
+            work = functools.partial(parallel._work, share, workers_end, pieces)
+            _live_as_worker(parent, work)
         workers_end.close()
 
     def send(self, job: _Job) -> None:
+        """Give the worker its share. RuntimeError if it is dead."""
         try:
             self._pipe.send(job)
         except OSError:
@@ -6123,29 +6174,56 @@ class _Worker:
             raise self._lost() from None
 
     def _lost(self) -> RuntimeError:
-        code = self.end()
-        how = f"ended with exit code {code}"
-        if code < 0:
+        """What to say of a worker whose end of the pipe is closed."""
+        import signal
+
+        self._wait(seconds=1)  # a pipe is closed a moment before the end is told
+        code = self._exit_code
+        if not self._has_ended:
+            how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
+        elif code is None:
+            how = "ended"
+        elif code >= 0:
+            how = f"ended with exit code {code}"
+        else:
             how = f"was killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            how += ", as the system does when memory runs out"
+            if code == -signal.SIGKILL:
+                how += ", as the system does when memory runs out"
         return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
 
-    def end(self) -> int:
-        """End the process, whatever it does. Its exit code (-n: killed by signal n)."""
-        if self._exit_code is None:  # once only: its number may soon be another's
-            self._pipe.close()
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        import signal
+
+        self._pipe.close()
+        self._wait(seconds=0)
+        if not self._has_ended:  # else its number may be another's by now
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)  # if it has not ended already
-            self._exit_code = 0
-            with contextlib.suppress(ChildProcessError):  # if somebody else has waited
-                _, status = os.waitpid(self.pid, 0)
+                os.kill(self.pid, signal.SIGKILL)
+            self._wait(seconds=math.inf)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait for its end, at most so long, and note how it ended."""
+        deadline = time.monotonic() + seconds
+        while not self._has_ended:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has waited for it
+                self._has_ended = True
+                return
+            if pid == self.pid:
+                self._has_ended = True
                 self._exit_code = os.waitstatus_to_exitcode(status)
-        return self._exit_code
+            elif time.monotonic() >= deadline:
+                return
+            else:
+                time.sleep(0.001)
 
 
 def _live_as_worker(parent: int, work: Callable) -> NoReturn:
     """A worker's whole life. It must not return into the program it is a copy of."""
+    import signal
+
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program
@@ -6179,6 +6257,8 @@ def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C has to wait until this is done."""
+    import signal
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -6627,11 +6707,11 @@ def _glibc() -> Any:
     return None
 
 
-# ## IV.5 Loaders
+# ## IV.5 Data: is it the right data?
 #
-# How does data come to a training loop? In batches: a few rows of `x`, the same rows of
-# `y`, and in another order on each pass. That is a `DataLoader`, and all that the loop
-# has to know of the data:
+# A training loop takes its data in batches: a few rows of `x`, the same rows of `y`,
+# and in another order on each pass. That is a `DataLoader`, and all that the loop has
+# to know of the data:
 #
 #     >>> manual_seed(0)
 #     >>> points, labels = make_moons(10)
@@ -6643,13 +6723,15 @@ def _glibc() -> Any:
 
 
 class DataLoader:
-    """Iterate over `x` and `y` (same length) in batches of (x_batch, y_batch), as
-    ndarrays. With `shuffle` each pass has a new order, which `manual_seed` fixes;
-    `drop_last` drops a short last batch. `transform(x_batch, rng)` returns what takes
-    x_batch's place (augmentation); batches are copies, so it may write in place.
-    ValueError: lengths that differ, a batch_size below 1.
+    """Iterate over `x` and `y`, of one length, in batches (x_batch, y_batch): ndarrays.
 
-        >>> [len(x) for x, y in DataLoader(np.zeros((10, 2)), np.zeros(10), batch_size=4)]
+    With `shuffle` each pass has a new order, which `manual_seed` fixes; `drop_last`
+    drops a short last batch. `transform(x_batch, rng)` returns what takes x_batch's
+    place (augmentation); batches are copies, so it may write in place. Raises ValueError
+    for lengths that differ, or a batch_size below 1.
+
+        >>> loader = DataLoader(np.zeros((10, 2)), np.zeros(10), batch_size=4)
+        >>> [len(x) for x, y in loader]
         [4, 4, 2]
     """
 
@@ -6658,8 +6740,8 @@ class DataLoader:
         self.x = np.asarray(x)
         self.y = np.asarray(y)
         if self.x.ndim == 0 or self.x.shape[:1] != self.y.shape[:1]:
-            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} differ in "
-                             "length; give one element of y for each row of x")
+            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} differ "
+                             "in length; give one element of y for each row of x")
         _positive("DataLoader", batch_size=batch_size)
         self.batch_size = int(batch_size)
         self.shuffle = shuffle
@@ -6686,13 +6768,14 @@ class DataLoader:
 
 
 class CharTokenizer:
-    """Number the distinct characters of `text` from 0, in code point order. `.chars`
-    holds them as a string, so `CharTokenizer(tokenizer.chars)` is the same tokenizer.
-    ValueError for a text without any.
+    """Numbers for the distinct characters of `text`, from 0, in code point order.
+
+    `.chars` holds them as a string, so `CharTokenizer(tokenizer.chars)` is the same
+    tokenizer. Raises ValueError for a text without any.
 
         >>> tokenizer = CharTokenizer("hello")
-        >>> tokenizer.chars, tokenizer.encode("hole").tolist(), tokenizer.decode([1, 0, 2, 2])
-        ('ehlo', [1, 3, 2, 0], 'hell')
+        >>> tokenizer.chars, tokenizer.encode("hole"), tokenizer.decode([1, 0, 2, 2])
+        ('ehlo', array([1, 3, 2, 0]), 'hell')
     """
 
     def __init__(self, text: str) -> None:
@@ -6704,32 +6787,38 @@ class CharTokenizer:
         self._ids = {char: i for i, char in enumerate(self.chars)}
 
     def encode(self, text: str) -> np.ndarray:
-        """int64 ids of shape (len(text),); ValueError for a character outside the vocabulary."""
+        """int64 ids of shape (len(text),); ValueError for an unknown character."""
         try:
             return np.fromiter(map(self._ids.__getitem__, text), np.int64, len(text))
         except KeyError as error:
             (char,) = error.args
-            raise ValueError(f"CharTokenizer: {char!r} at position {text.index(char)} is not among "
-                             f"the {self.vocab_size} characters it knows; leave it out, or make "
-                             "a tokenizer of a text that has it") from None
+            place = text.index(char)
+            raise ValueError(f"CharTokenizer: {char!r} at position {place} is not among "
+                             f"the {self.vocab_size} characters it knows; leave it out, "
+                             "or make a tokenizer of a text that has it") from None
 
     def decode(self, ids: Any) -> str:
-        """The text of a 1-d sequence of ids; ValueError for one outside the vocabulary."""
+        """The text of a 1-d sequence of ids; ValueError for an unknown one."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError("CharTokenizer: ids must be 1-d integers, got "
-                             f"{ids.dtype}{ids.shape}; of a batch, decode one row at a time")
+                             f"{ids.dtype}{ids.shape}; of a batch, decode one row at a "
+                             "time")
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
-            raise ValueError(f"CharTokenizer: id {outside[0]} is outside 0..{self.vocab_size - 1}; "
-                             "decode takes the ids that encode gives")
+            raise ValueError(f"CharTokenizer: id {outside[0]} is outside "
+                             f"0..{self.vocab_size - 1}; decode takes the ids that "
+                             "encode gives")
         return "".join(map(self.chars.__getitem__, ids.tolist()))
 
 
-def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+def make_moons(n_samples: int = 100,
+               noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Two interleaving half circles, the smallest problem that no straight line solves.
-    Returns float32 points (n_samples, 2), int64 labels 0 and 1. `noise` is a standard
-    deviation.
+
+    Returns points, float32 (n_samples, 2), and labels 0 and 1, int64 (n_samples,).
+    `noise` is a standard deviation. Raises ValueError if it is negative, or for no
+    samples.
     """
     if n_samples < 1 or noise < 0:
         raise ValueError("make_moons: needs n_samples >= 1 and noise >= 0, "
@@ -6744,10 +6833,9 @@ def make_moons(n_samples: int = 100, noise: float = 0.1) -> tuple[np.ndarray, np
     return points.astype(np.float32), labels.astype(np.int64)
 
 
-# ### The right data
+# ### Which bytes are believed?
 #
-# How do we know that a file is what it should be? A network trained on half a file
-# still learns something, so a damaged one costs an evening before anyone suspects it.
+# A network trained on half a file still learns something, and nobody suspects the file.
 # Hence one rule: **bytes are believed only after their SHA-256 has been compared**,
 # whether they came from the disk or from a mirror. It is that of the *unpacked*
 # content, because two gzip files of one text may differ in every byte. (CIFAR-10's
@@ -6787,8 +6875,19 @@ _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
 }
 
 
+def _sha256(content: bytes | memoryview) -> str:
+    import hashlib  # only here, for it is slow to load
+
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def _content(name: str) -> bytes:
-    """The verified content of data file `name`: from the data folder, or else from a mirror."""
+    """The verified content of a data file, from the data folder or else a mirror."""
     beside = os.path.join(os.path.dirname(__file__), "data")
     folder = os.environ.get("NANOAD_DATA") or beside
     path = os.path.abspath(os.path.join(folder, name))
@@ -6796,7 +6895,7 @@ def _content(name: str) -> bytes:
     for candidate in (path, path + ".gz"):
         if os.path.exists(candidate):
             try:
-                return _verified(pathlib.Path(candidate).read_bytes(), candidate, name)
+                return _verified(_read(candidate), candidate, name)
             except ValueError as error:
                 print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
 
@@ -6806,25 +6905,27 @@ def _content(name: str) -> bytes:
 
 
 def _verified(raw: bytes, place: str, name: str) -> bytes:
-    """The content of data file `name` out of the bytes found at `place`, a path or a URL.
+    """The content of a data file out of the bytes found at `place`, a path or a URL.
+
     Raises ValueError if its digest is another.
     """
     _, size, digest = _SOURCES[name]
     content = raw
     if place.endswith(".gz") and not name.endswith(".gz"):
         unpack = zlib.decompressobj(wbits=31)  # 31: a gzip header comes first
-        with contextlib.suppress(zlib.error):  # what is no gzip has another digest anyway
+        with contextlib.suppress(zlib.error):  # what is no gzip has another digest
             content = unpack.decompress(raw, size + 1)  # at most, whatever else is in it
 
-    found = hashlib.sha256(content).hexdigest()
+    found = _sha256(content)
     if found != digest:
-        raise ValueError(f"{place}: expected {size:,} bytes with SHA-256 {digest}, found "
-                         f"{len(content):,} bytes with {found}; it starts {raw[:24]!r}")
+        raise ValueError(f"{place}: expected {size:,} bytes with SHA-256 {digest}, "
+                         f"found {len(content):,} bytes with {found}; it starts "
+                         f"{raw[:24]!r}")
     return content
 
 
 def _download(name: str, path: str) -> bytes:
-    """The content of data file `name` from the first mirror that has it; `path` then holds it."""
+    """The content of a data file from the first mirror that has it, stored at `path`."""
     mirrors, size, digest = _SOURCES[name]
     failures = []
     for mirror in mirrors:
@@ -6851,7 +6952,7 @@ _SLOWEST = 10_000
 
 
 def _fetch(url: str, size: int) -> bytes:
-    """The bytes behind `url`; if more than `size` and what gzip may add, only the beginning."""
+    """The bytes behind `url`, but no more of them than `size` and what gzip may add."""
     import urllib.request  # only here, for it is slow to load
 
     show = sys.stderr is not None and sys.stderr.isatty()
@@ -6881,12 +6982,15 @@ def _of_split(split: str, **choices: Any) -> Any:
     return choices[split]
 
 
-# MNIST (LeCun, Cortes and Burges 1998) comes as IDX: four bytes that say what follows,
-# four for each dimension, and then the array itself.
-def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits. Returns images,
-    float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with `flatten`, and labels,
-    int64 of shape (N,). OSError if the files are neither in the data folder nor online.
+# MNIST comes as IDX: four bytes that say what follows, four for each dimension, and then
+# the array itself.
+def load_mnist(split: str = "train",
+               flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
+
+    Returns images, float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with
+    `flatten`, and labels, int64 of shape (N,). Raises OSError if the files are neither
+    in the data folder nor online. (LeCun, Cortes and Burges, 1998)
     """
     stem = "mnist/" + _of_split(split, train="train", test="t10k")
     pixels = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
@@ -6897,14 +7001,14 @@ def load_mnist(split: str = "train", flatten: bool = False) -> tuple[np.ndarray,
     return images, labels.astype(np.int64)
 
 
-# CIFAR-10 (Krizhevsky 2009) is read in its binary form, since the other one is a
-# pickle, and a pickle is a program. Each record is a label byte and 3 x 32 x 32 bytes
-# of red, green and blue. The archive is read where it lies, so no name inside it ever
-# becomes a path on the disk.
+# CIFAR-10 is read in its binary form, since the other one is a pickle (IV.6). Each
+# record is a label byte and 3 x 32 x 32 bytes of red, green and blue. The archive is
+# read where it lies, so no name inside it ever becomes a path on the disk.
 def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs (170 MB
-    to fetch). Returns what `load_mnist` does, with images of shape (N, 3, 32, 32), and
-    fails as it does.
+    """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs.
+
+    Returns what `load_mnist` does, with images of shape (N, 3, 32, 32), and fails as it
+    does. There are 170 MB to fetch. (Krizhevsky, 2009)
     """
     import tarfile  # only here, for it is slow to load
 
@@ -6912,7 +7016,8 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     batches = _of_split(split, train=five, test=["test_batch.bin"])
     archive = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        raw = [tar.extractfile(f"cifar-10-batches-bin/{batch}").read() for batch in batches]
+        paths = [f"cifar-10-batches-bin/{batch}" for batch in batches]
+        raw = [tar.extractfile(path).read() for path in paths]
 
     records = np.frombuffer(b"".join(raw), np.uint8).reshape(-1, 3073)
     labels = records[:, 0]
@@ -6922,20 +7027,21 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
 
 def load_tinyshakespeare() -> str:
     """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on.
-    OSError if the file is neither in the data folder nor online.
+
+    Raises OSError if the file is neither in the data folder nor online.
     """
     return _content("tinyshakespeare/input.txt").decode("utf-8")
 
 
-# ## IV.6 Saving
+# ## IV.6 Saving: how does a run survive a power cut?
 #
-# How does a night of training survive the power cut at six? It saves its state now and
-# then, and goes on from the last one. A state is whatever nested dict the script likes:
-# weights, optimizer moments, the step, the vocabulary. It comes back as it was, Tensors
-# as arrays:
+# It saves its state now and then, and goes on from the last one. A state is whatever
+# nested dict the script likes: weights, optimizer moments, the step, the vocabulary. It
+# comes back as it was, Tensors as arrays:
 #
 #     >>> import tempfile
-#     >>> state = {"step": 3, "weights": [Tensor([1.0, 2.0]), np.eye(2)], "pair": ("a", None)}
+#     >>> weights = [Tensor([1.0, 2.0]), np.eye(2)]
+#     >>> state = {"step": 3, "weights": weights, "pair": ("a", None)}
 #     >>> with tempfile.TemporaryDirectory() as folder:
 #     ...     save(f"{folder}/run.npz", state)
 #     ...     again = load(f"{folder}/run.npz")
@@ -6961,27 +7067,30 @@ _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
 
 def save(path: str | os.PathLike, state: Any) -> None:
-    """Write `state`, nested dicts and lists of arrays, Tensors and plain values, to
-    `path`. At every moment `path` holds the old checkpoint or the new, with the
-    permissions it had. Tensors and NumPy scalars come back as arrays, all else as it
-    was, floats bit for bit. TypeError names what cannot be saved; OSError if the file
+    """Write `state` to `path`: nested dicts and lists of arrays, Tensors, plain values.
+
+    At every moment `path` holds the old checkpoint or the new, with the permissions it
+    had. Tensors and NumPy scalars come back as arrays, all else as it was, floats bit
+    for bit. Raises a TypeError that names what cannot be saved, OSError if the file
     cannot be written.
     """
+    import json  # here and in `load`, for it is slow to load
+
     arrays: dict[str, np.ndarray] = {}
     description = json.dumps(_describe(state, "", arrays))
     members = {"nanoad": np.frombuffer(description.encode(), np.uint8), **arrays}
 
     content = _pack(members)[:-64]
-    content += hashlib.sha256(content).hexdigest().encode()
+    content += _sha256(content).encode()
     target = os.path.realpath(os.fsdecode(path))  # of a link, what it points at
     _write_whole(target, content)
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
-    """What JSON stores for the part of a state at `path`, whose arrays are added to
-    `arrays`. A dict stays a dict, and a plain value itself. What JSON does not have is
-    a list that begins with its kind: ["list", ...], ["tuple", ...] or ["array",
-    member].
+    """What JSON stores for the part of a state at `path`. Its arrays go into `arrays`.
+
+    A dict stays a dict, and a plain value itself. What JSON does not have is a list that
+    begins with its kind: ["list", ...], ["tuple", ...] or ["array", member].
     """
     where = path or "the state"
 
@@ -7003,22 +7112,24 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         array = np.asarray(_value(value))
         if array.dtype.hasobject:
-            raise TypeError(f"save: {where} is an array of objects, which only pickle could "
-                            "store; convert it to numbers or to a list")
+            raise TypeError(f"save: {where} is an array of objects, which only pickle "
+                            "could store; convert it to numbers or to a list")
         name = _new_name(path, arrays)
         arrays[name] = array
         return ["array", name]
 
     if value is None or isinstance(value, (int, float, str)):
         return value
-    raise TypeError(f"save: {where} is a {type(value).__name__}, which cannot be saved; make it a "
-                    "dict, list or tuple of arrays, Tensors, numbers, strings and None")
+    raise TypeError(f"save: {where} is a {type(value).__name__}, which cannot be saved; "
+                    "make it a dict, list or tuple of arrays, Tensors, numbers, strings "
+                    "and None")
 
 
 def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
-    """A member's name for the array at `path`, that works as a file's name where it is
-    unpacked. Two paths may spell one name (`a.b` is a key, or b in a); the later gets a
-    `_` at its end.
+    """A name for the array at `path`, which will do for an unpacked file, too.
+
+    Two paths may spell one name (`a.b` is a key, or b in a); the later gets a `_` at its
+    end.
     """
     name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in path)
     name = name[:200] or "array"
@@ -7028,38 +7139,47 @@ def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
 
 
 def _pack(members: dict[str, np.ndarray]) -> bytes:
-    """The archive of these arrays; it ends in the stamp and 64 bytes of room for the digest."""
+    """The archive of these arrays; it ends in the stamp, and 64 bytes for the digest."""
+    import zipfile  # here and in `_unpack`, for it is slow to load
+
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.comment = _STAMP + bytes(64)
         for name, array in members.items():
-            info = zipfile.ZipInfo(name + ".npy")  # without a date: equal states, equal files
+            info = zipfile.ZipInfo(name + ".npy")  # undated: equal states, equal files
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
     return file.getvalue()
 
 
 def load(path: str | os.PathLike) -> Any:
-    """The state that `save` wrote to `path`. Reads only: nothing in the file is run or
-    unpacked. FileNotFoundError if there is none; ValueError if it is not, to the last
-    bit, what `save` wrote.
+    """The state that `save` wrote to `path`.
+
+    Reads only: nothing in the file is run, or unpacked to the disk. Raises
+    FileNotFoundError if there is none, ValueError if it is not, to the last bit, what
+    `save` wrote.
     """
-    raw = pathlib.Path(os.fsdecode(path)).read_bytes()
-    digest = hashlib.sha256(memoryview(raw)[:-64]).hexdigest()
+    import json
+
+    raw = _read(os.fsdecode(path))
+    digest = _sha256(memoryview(raw)[:-64])
     if not raw.endswith(_STAMP + digest.encode()):
-        raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or something else; "
-                         "load takes a file that nanoad.save has written")
+        raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or "
+                         "something else; load takes a file that nanoad.save has "
+                         "written")
     try:
         arrays = _unpack(raw)
         description = json.loads(arrays["nanoad"].tobytes())
         return _rebuild(description, arrays)
-    except Exception as error:  # by a right digest with wrong content: somebody's handiwork
+    except Exception as error:  # a right digest of wrong content: somebody's handiwork
         message = f"{path} is not a checkpoint written by nanoad.save: {error}"
         raise ValueError(message) from error
 
 
 def _unpack(raw: bytes) -> dict[str, np.ndarray]:
     """The arrays in an archive, each read once; ValueError for a member that is none."""
+    import zipfile
+
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         members = archive.infolist()
@@ -7109,11 +7229,11 @@ def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
 #
 # Only a process that is killed outright leaves its `.tmp` file behind.
 def _write_whole(path: str, content: bytes) -> None:
-    """Replace the file at `path` by one with this content, atomically; OSError if it cannot."""
+    """Replace the file at `path` by one with this content, atomically, or OSError."""
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:
-            with contextlib.suppress(OSError):  # there is none yet, or the disk knows none
+            with contextlib.suppress(OSError):  # no such file, or no permissions here
                 os.chmod(temporary, os.stat(path).st_mode & 0o777)
             file.write(content)
             file.flush()
@@ -7138,10 +7258,10 @@ def _sync_folder(path: str) -> None:
             os.close(folder)
 
 
-# ## IV.7 Drawing
+# ## IV.7 Drawing: what does a tape look like?
 #
-# What does a tape look like? Here is the one of `y = x * w`, after a walk that left the
-# gradients. Each operation stands over its operands:
+# Here is the one of `y = x * w`, after a walk that left the gradients. Each operation
+# stands over its operands:
 #
 #     >>> x = Tensor(2.0, label="x")
 #     >>> w = Tensor(3.0, label="w")
@@ -7160,16 +7280,18 @@ def _sync_folder(path: str) -> None:
 
 class _Row(NamedTuple):
     """A line of the text, or an arrow of the picture."""
-    node: Any               # a Tensor, or an array that is an operand
-    result: Tensor | None   # what it is an operand of; None for the tensor to draw
-    branch: str             # what leads to it in the text, such as "│  ├─ "
-    again: bool             # it stands in an earlier row already, with its operands
+
+    node: Any  # a Tensor, or an array that is an operand
+    result: Tensor | None  # what it is an operand of; None for the tensor to draw
+    branch: str  # what leads to it in the text, such as "│  ├─ "
+    again: bool  # it stands in an earlier row already, with its operands
 
 
 def _tape_rows(tensor: Tensor) -> Iterator[_Row]:
-    """The rows of a tape, each operation before its operands. What is still to be told
-    waits on a stack; so all below the first operand comes before the second, and a deep
-    tape needs no recursion.
+    """The rows of a tape, each operation before its operands.
+
+    What is still to be told waits on a stack. So all below the first operand comes
+    before the second, and a deep tape needs no recursion.
     """
     seen = set()
     waiting = [(tensor, None, "")]
@@ -7183,21 +7305,17 @@ def _tape_rows(tensor: Tensor) -> Iterator[_Row]:
             below = branch.replace("├─", "│ ").replace("└─", "  ")
             fork = "└─ "
             for operand in reversed(_operands_of(node)):
-                if not _is_number(operand):  # numbers are told with the operation (`_call`)
+                if not _is_number(operand):  # numbers are told by `_call`
                     waiting.append((operand, node, below + fork))
                     fork = "├─ "
 
 
 def _operands_of(node: Any) -> list:
-    """The Tensors, arrays and numbers that an operation computed with.
-    Settings, such as an eps or an index, come after them and are left out.
-    """
-    if not isinstance(node, Tensor) or node._operands is None:
-        return []
-    rules = getattr(node._op, "rules", ())
-    count = getattr(node._op, "operands", len(rules) or None)
-    kinds = (Tensor, np.ndarray, np.generic, int, float)
-    return [a for a in node._operands[:count] if isinstance(a, kinds)]
+    """What an operation computed with: Tensors, arrays and numbers, but no settings."""
+    if not isinstance(node, Tensor) or node._op is None or node._operands is None:
+        return []  # a leaf, or let go by backward
+    operands = node._operands[:node._op.operands]
+    return [a for a in operands if a is not None]  # as a bias may be
 
 
 def _is_number(operand: Any) -> bool:
@@ -7231,7 +7349,7 @@ def _name(node: Any, names: dict[int, str]) -> str:
 
 
 def _call(result: Tensor) -> str:
-    """The name of the operation, with those operands that are numbers: `mul`, or `power(·, 2)`."""
+    """The operation's name, with those operands that are numbers: `power(·, 2)`."""
     name = result._op.__name__
     operands = _operands_of(result)
     if not any(map(_is_number, operands)):
@@ -7266,13 +7384,14 @@ def _facts(node: Any) -> list[str]:
 
 def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
          model: Module | None = None) -> Any:
-    """Draw the tape of `tensor`: operations, leaves, parameters, constants; labels,
-    values or shapes, and gradients where set. Parameters of `model` have their names in
-    it. Returns a `graphviz.Digraph`, which a notebook shows (ImportError without that
-    package), or for `format="text"` a str. `rankdir` is the picture's direction from
-    leaves to result: "TB" (top to bottom), "BT", "LR" or "RL". Backward lets the tape
-    go: draw before, or give it `retain_grads=True`. TypeError if `tensor` or `model` is
-    something else.
+    """Draw the tape of `tensor`: operations, leaves, parameters and constants.
+
+    Each is shown with its label, its value or shape, and its gradient, if it has one;
+    parameters of `model` with their names in it. Returns a `graphviz.Digraph`, which a
+    notebook shows (ImportError without that package), or for `format="text"` a str.
+    `rankdir` is the picture's direction from leaves to result: "TB" (top to bottom),
+    "BT", "LR" or "RL". Backward lets the tape go: draw before, or give it
+    `retain_grads=True`. Raises TypeError if `tensor` or `model` is something else.
 
         >>> a = Tensor(2.0, label="a")
         >>> print(draw(a * 3 + a, format="text"))
@@ -7370,8 +7489,6 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 # ### Curves in characters
 #
 # What one wants to see most is whether the loss falls. A terminal can show that, too:
-# each column stands for some of the steps, and in its row is the mean of the values
-# there.
 #
 #     >>> training = (range(5), [4, 2, 1, 1, 1])
 #     >>> validation = ([2, 4], [2, 2])
@@ -7385,17 +7502,27 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #     1 ┤          ╰─────────────
 #       └────────────────────────
 #        0         step         4
-_MARKS = "ox+*#"  # for the second curve and those after it; a terminal without Unicode has them
+#
+# It is made in three steps:
+#
+# 1. The axis of steps is cut into columns, one for each character, and a curve becomes
+#    a number for each: the mean of its values there (`_column_means`).
+# 2. The axis of values is cut into rows, and each mean is rounded to one
+#    (`_draw_curves`).
+# 3. The first curve is drawn as a line, whose corners join the rows of neighbouring
+#    columns (`_draw_line`). The others are marks.
+_MARKS = "ox+*#"  # of the second curve and so on; a terminal without Unicode has them
 
 
 def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
          xlabel: str = "") -> str:
-    """Curves in `height` rows of at most `width` characters, with a labelled y axis, as
-    a str. `values` is 1-d, at steps 0, 1, 2 ..., or a dict of label -> (steps, values):
-    the first of these is drawn as a line, the others as marks, and a legend stands
-    above. `title` stands over it; `xlabel` names the axis of steps, which is drawn with
-    it. Nan and inf leave a gap. ValueError if steps and values differ in length, or for
-    a width or height below 1.
+    """Curves in `height` rows of at most `width` characters, as a str.
+
+    `values` is 1-d, at steps 0, 1, 2 ..., or a dict of label -> (steps, values): the
+    first of these is drawn as a line, the others as marks, and a legend stands above.
+    `title` stands over it; `xlabel` names the axis of steps, which is drawn only then.
+    Nan and inf leave a gap. Raises ValueError if steps and values differ in length, or
+    for a width or height below 1.
 
         >>> print(plot([4, 2, 1, 1, 2], width=26, height=4))
         4 ┤─╮
@@ -7413,26 +7540,32 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
     low, high = np.nanmin(means), np.nanmax(means)
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
     margin = max(map(len, ticks))
-    beside = " " * (margin + 2)
+    indent = " " * (margin + 2)  # as wide as "{tick} ┤"
 
     lines = []
     if title:
-        lines.append(f"{beside}{title:^{columns}}")
+        lines.append(f"{indent}{title:^{columns}}")
     if isinstance(values, dict):
         legend = [f"{_mark(i)} {label}" for i, label in enumerate(curves)]
-        lines.append(beside + "   ".join(legend))
+        lines.append(indent + "   ".join(legend))
     for tick, row in zip(ticks, _draw_curves(means, low, high, height)):
         lines.append(f"{tick:>{margin}} ┤{row}")
     if xlabel:
-        left, right = f"{first:.6g}", f"{last:.6g}"
         lines.append(" " * margin + " └" + "─" * columns)
-        room = max(columns - len(left) - len(right), 0)
-        lines.append(f"{beside}{left}{xlabel:^{room}}{right}")
+        lines.append(indent + _between(first, xlabel, last, columns))
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _between(first: float, label: str, last: float, width: int) -> str:
+    """What stands under the axis of steps: its ends, and its name in the middle."""
+    left = f"{first:.6g}"
+    right = f"{last:.6g}"
+    room = max(width - len(left) - len(right), 0)
+    return f"{left}{label:^{room}}{right}"
+
+
 def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What is to be plotted, as a dict of label -> (steps, values), both 1-d floats."""
+    """What is to be plotted: label -> (steps, values), two 1-d arrays of floats."""
     if not isinstance(values, dict):
         values = np.asarray(values, np.float64).ravel()
         return {"": (np.arange(len(values), dtype=np.float64), values)}
@@ -7440,11 +7573,14 @@ def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     curves = {}
     for label, pair in values.items():
         if len(pair) != 2:
-            raise ValueError(f"plot: {label} must be a pair (steps, values), not {len(pair)} items")
+            raise ValueError(f"plot: {label} must be a pair (steps, values), not "
+                             f"{len(pair)} items")
         steps, heights = (np.asarray(a, np.float64) for a in pair)
-        if steps.ndim != 1 or steps.shape != heights.shape or not np.isfinite(steps).all():
-            raise ValueError(f"plot: {label} has steps {steps.shape} and values {heights.shape}; "
-                             "both must be 1-d and of one length, and all steps finite")
+        same = steps.ndim == 1 and steps.shape == heights.shape
+        if not (same and np.isfinite(steps).all()):
+            raise ValueError(f"plot: {label} has steps {steps.shape} and values "
+                             f"{heights.shape}; both must be 1-d and of one length, and "
+                             "all steps finite")
         curves[label] = steps, heights
     return curves
 
@@ -7456,35 +7592,40 @@ def _mark(i: int) -> str:
 
 def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
                columns: int) -> tuple[float, float, list[np.ndarray]]:
-    """The first and the last step, and for each curve its mean in each column, (columns,)."""
+    """The first step, the last, and each curve's means in the columns, (columns,)."""
     every_step = np.concatenate([steps for steps, _ in curves.values()])
     first, last = every_step.min(), every_step.max()
+    span = last - first or 1  # (of a single step)
 
     means = []
     for steps, values in curves.values():
-        # The first column has the first step in its middle, and the last column the last.
-        place = np.rint((steps - first) / (last - first or 1) * (columns - 1)).astype(int)
-        means.append(_column_means(place, values, columns, connect=not means))
+        # The first step lies in the middle of the first column, the last of the last.
+        column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
+        is_line = len(means) == 0
+        means.append(_column_means(column_of, values, columns, connect=is_line))
     return first, last, means
 
 
-def _column_means(place: np.ndarray, values: np.ndarray, columns: int,
+def _column_means(column_of: np.ndarray, values: np.ndarray, columns: int,
                   connect: bool) -> np.ndarray:
-    """The mean of the finite values in each column, given their columns: (columns,).
-    Nan where there are none, but if `connect`, columns without a step lie on a line
-    between others.
+    """The mean of the finite values in each column, (columns,); nan if there are none.
+
+    Value i belongs to column `column_of[i]`. If `connect`, columns without a step lie on
+    a line between their neighbours.
     """
     means = np.full(columns, np.nan)
-    for column in np.unique(place):
-        share = values[place == column]
-        share = share[np.isfinite(share)]
-        if share.size:
-            means[column] = share.mean()
+    occupied = np.unique(column_of)
+    for column in occupied:
+        inside = values[column_of == column]
+        inside = inside[np.isfinite(inside)]
+        if inside.size:
+            means[column] = inside.mean()
 
     if connect:
-        known = np.unique(place)
-        ends = {"left": np.nan, "right": np.nan}  # there is no line before the first step
-        means = np.interp(np.arange(columns), known, means[known], **ends)
+        # The mean of an occupied column may be nan. Then np.interp gives nan on both
+        # sides of it, as far as the next: so a gap stays one, and is not bridged.
+        beyond = {"left": np.nan, "right": np.nan}  # no line before the first step
+        means = np.interp(np.arange(columns), occupied, means[occupied], **beyond)
     return means
 
 
@@ -7492,8 +7633,9 @@ def _draw_curves(means: list[np.ndarray], low: float, high: float,
                  height: int) -> list[str]:
     """The rows of the picture, from the highest to the lowest."""
     grid = np.full((height, len(means[0])), " ")
+    span = high - low or 1  # (of a constant)
     for i, mean in enumerate(means):
-        rows = np.rint((high - mean) / (high - low or 1) * (height - 1))
+        rows = np.rint((high - mean) / span * (height - 1))  # row 0 is the highest
         if i == 0:
             _draw_line(grid, rows)
         else:
@@ -7502,18 +7644,26 @@ def _draw_curves(means: list[np.ndarray], low: float, high: float,
     return ["".join(row) for row in grid]
 
 
+# Where the line comes from another row, the column has two corners, and strokes between
+# them. Going down, and going up:
+#
+#     ─╮           ╭─
+#      │           │
+#      ╰─         ─╯
 def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
     """Draw a curve into `grid`, given its row in each column, or nan for a gap."""
-    line = {x: int(row) for x, row in enumerate(rows) if np.isfinite(row)}
-    for x, row in line.items():
-        before = line.get(x - 1, row)  # after a gap the curve begins anew
+    row_of = {x: int(row) for x, row in enumerate(rows) if np.isfinite(row)}
+    for x, row in row_of.items():
+        before = row_of.get(x - 1, row)  # after a gap the curve begins anew
         grid[min(before, row):max(before, row), x] = "│"
         if row == before:
             grid[row, x] = "─"
         elif row > before:
-            grid[before, x], grid[row, x] = "╮", "╰"
+            grid[before, x] = "╮"
+            grid[row, x] = "╰"
         else:
-            grid[before, x], grid[row, x] = "╯", "╭"
+            grid[before, x] = "╯"
+            grid[row, x] = "╭"
 
 
 # ## IV.8 Names: where is X?
