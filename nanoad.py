@@ -1314,58 +1314,32 @@ Tensor.__array_ufunc__ = _array_ufunc
 Tensor.__array_function__ = _array_function
 Tensor.__array__ = _array
 
-# ## II.3 Element by element
+# ## II.3 Element by element: what stands beside g?
 #
-# Which rules? Most operations are one NumPy function and a rule of one line, so they
-# stand in tables, grouped by kind: the name, the function, the rules. The rule of a
-# function of one variable is `g` times its derivative, and where the derivative is
-# simpler in terms of the result, it says so: for tanh it is `1 - y*y`.
+# Here an element of the result depends on one element of each operand. So a rule is `g`
+# times the derivative that every table of calculus has, and this section is such a
+# table. Where the derivative is simpler in terms of the result, it is said so:
 #
 #     >>> y = np.tanh(0.5)
 #     >>> print(grad(np.tanh)(0.5).item() == 1 - y * y)
 #     True
 #
-# A row also answers for the NumPy function that it computes by. What NumPy code may
-# use, by kind:
-#
-#     arithmetic      add subtract multiply divide remainder fmod divmod negative positive
-#                     square reciprocal power float_power
-#     exponentials    exp exp2 expm1 log log2 log10 log1p logaddexp logaddexp2
-#     roots           sqrt cbrt hypot
-#     angles          sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg degrees radians
-#     hyperbolic      sinh cosh tanh arcsinh arccosh arctanh
-#     choosing        where maximum minimum fmax fmin absolute fabs clip heaviside nan_to_num
-#                     choose select piecewise sort partition
-#     of real input   real conjugate real_if_close copy full_like
-#     moving          roll flip fliplr flipud rot90 repeat tile resize delete insert append
-#                     take take_along_axis diag diagflat diagonal tril triu
-#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis matrix_transpose squeeze
-#                     expand_dims atleast_1d atleast_2d atleast_3d broadcast_to broadcast_arrays
-#                     meshgrid
-#     joining         concatenate stack hstack vstack row_stack dstack column_stack pad
-#     cutting         split array_split hsplit vsplit dsplit unstack
-#     reductions      sum mean average var std max amax min amin ptp prod trace nansum nanmean
-#                     median quantile percentile cov corrcoef trapezoid
-#     scans           cumsum cumprod diff ediff1d gradient
-#     products        matmul dot vdot inner outer einsum tensordot kron cross vecdot matvec vecmat
-#                     convolve correlate interp
-#     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv lstsq norm
-#                     vector_norm matrix_norm cond matrix_power multi_dot
-#
-# Comparisons, roundings and orders (`_WITHOUT_GRADIENT`) give plain arrays, and so does
-# histogram. All else is a TypeError: complex numbers, `fft`, `i0`, `unwrap`, `modf`,
-# `frexp`, `copysign`, the other nan functions, the methods of ufuncs (for
-# `np.add.reduce` there is np.sum), and what writes into an array (`put`, `copyto`,
-# `fill_diagonal`; np.where makes a new one). A remainder, `a - b floor(a/b)`, moves
-# with a; and floor(a/b) is constant between its jumps. (fmod rounds toward zero.)
-mod = _op("mod", np.remainder, lambda g, y, a, b: g, lambda g, y, a, b: -g * (a // b))
-fmod = _op("fmod", np.fmod, lambda g, y, a, b: g, lambda g, y, a, b: -g * np.trunc(a / b))
+# A row also answers for the NumPy function that it computes by. Skim the rows, and read
+# the comments: they are where the calculus alone would divide by zero, overflow, or
+# lose digits.
 
-# The derivative of `x ** p` by x is `p x ** (p - 1)`, and for p = 0 the exponent is
-# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
-# x is 0 and p is not negative.
+# A remainder, `a - b floor(a/b)`, moves with a; and floor(a/b) is constant between its
+# jumps. (fmod rounds toward zero.)
+mod = _op("mod", np.remainder,
+          lambda g, y, a, b: g,
+          lambda g, y, a, b: -g * (a // b))
+fmod = _op("fmod", np.fmod,
+           lambda g, y, a, b: g,
+           lambda g, y, a, b: -g * np.trunc(a / b))
 
-
+# Powers. By x the derivative is `p x ** (p - 1)`, where for p = 0 the exponent is kept
+# at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where x is
+# 0 and p is not negative.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -1388,8 +1362,8 @@ log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
 log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
 log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
 
-# Roots and distances. The rule of `hypot`, as of `abs` below, is 0 where both operands
-# are.
+# Roots and distances. At its kink, where both operands are 0, the slope of `hypot` is
+# taken as 0, as that of `abs` is below.
 sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
 cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
 hypot = _op("hypot", np.hypot,
@@ -1414,11 +1388,10 @@ arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
 arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / np.sqrt((x - 1) * (x + 1)))
 arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
 
-
 # `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does
-# not. The derivative of softplus is sigmoid(x), or `1 - e^-y`, since `e^y = 1 + e^x`;
-# that of sigmoid is `e^-x y^2 = y (1 - y)`, since `1/y = 1 + e^-x`. The derivative of
-# logaddexp by a is `e^a / (e^a + e^b) = 1 / (1 + e^(b - a))`, which is sigmoid(a - b).
+# not. The slope of softplus is sigmoid(x), or `1 - e^-y`, since `e^y = 1 + e^x`; that
+# of sigmoid is `e^-x y^2 = y (1 - y)`, since `1/y = 1 + e^-x`. That of logaddexp by a is
+# `e^a / (e^a + e^b) = 1 / (1 + e^(b - a))`, which is sigmoid(a - b).
 softplus = _op("softplus", lambda x: np.logaddexp(x, 0),
                lambda g, y, x: -g * np.expm1(-y),
                doc="log(1 + exp(x)), without overflow.")
@@ -1432,43 +1405,38 @@ logaddexp2 = _op("logaddexp2", np.logaddexp2,
                  lambda g, y, a, b: g * sigmoid((a - b) * math.log(2)),
                  lambda g, y, a, b: g * sigmoid((b - a) * math.log(2)))
 
+# A copy, and a change of dtype.
+_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
 
-# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
-# 0/0 at 0 and loses its digits nearby. There we add up its series, written as nested
-# products (Horner),
+
+@primitive(lambda g, y, x, dtype: g)
+def astype(x: Any, dtype: Any) -> Tensor:
+    """x as another floating-point type; the gradient is converted back (by the walk)."""
+    if np.dtype(dtype).kind != "f":
+        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
+    return x.astype(dtype)
+
+
+# ### Choosing: why not multiply by a mask?
 #
-#     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
-#
-# of which ten terms give all digits of float64 for |x| < 1/2.
-def _sinc_slope(x: Any) -> Any:
-    is_near = np.abs(_value(x)) < 0.5
-    near = np.pi * np.where(is_near, x, 0)
-    far = np.where(is_near, 1, x)
-    series = 1.0
-    for k in range(10, 0, -1):
-        series = 1 - near * near / (2 * k * (2 * k + 3)) * series
-    return np.where(is_near, near * series * (-np.pi / 3),
-                    (np.cos(np.pi * far) - np.sinc(far)) / far)
-
-
-sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
-
-
-# ### Choosing elements
-#
-# What chooses between elements passes the cotangent to the chosen and 0 to the rest. It
-# must not multiply by a mask of 0 and 1, which makes nan of an infinity that was not
-# chosen:
+# What chooses between elements passes the cotangent to the chosen ones and 0 to the
+# rest. That looks like `g * mask`. But `inf * 0` is nan, and infinite cotangents do
+# occur: the slope of sqrt at 0 is one. They must not reach what was not chosen.
 #
 #     >>> x = Tensor([-1.0, 4.0])
 #     >>> relu(x).backward([np.inf, 1.0])
 #     >>> print(x.grad)
 #     [0. 1.]
 #
-# (An infinite cotangent comes from the slope of sqrt at 0, say.) `np.where(mask, g, 0)`
-# would do, but takes seven times as long as a product when the mask is irregular, for
-# the processor cannot guess its jumps. So we multiply after all, but the *bits* of g,
-# read as an integer.
+# `np.where(mask, g, 0)` would do, but takes seven times as long as a product when the
+# mask is irregular, for the processor cannot guess its jumps. So we do multiply: not
+# the numbers, but their *bits*, read as integers. Times 1, all bits stay as they are;
+# times 0, they become the bits of 0.0; and an integer knows no infinity.
+#
+#     >>> bits = np.array([np.inf, 1.5]).view(np.int64)
+#     >>> print((bits * np.array([False, True])).view(np.float64))
+#     [0.  1.5]
+#
 @primitive(lambda g, y, x, mask: _chosen(g, mask))
 def _chosen(x: Any, mask: Any) -> Tensor:
     """x where the bool array `mask` holds, else 0."""
@@ -1483,18 +1451,25 @@ def _chosen(x: Any, mask: Any) -> Tensor:
            lambda g, y, c, a, b: _chosen(g, c),
            lambda g, y, c, a, b: _chosen(g, np.logical_not(c)))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the bool array `condition` holds, else b. The condition has no gradient."""
+    """a where the bool array `condition` holds, else b. It has no gradient."""
     if np.asarray(condition).dtype.kind != "b":
         raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
 
 
-# At a kink any slope between the two sides is right: abs and relu take 0 there. Of two
-# operands, the result is the one, the other, or, where they tie, both, and then each
-# gets half. A nan is the result of maximum and minimum, and is passed over by fmax and
-# fmin. (Comparisons give plain bool arrays, also of Tensors.)
+# At a kink any slope between the two sides is right: abs and relu take 0 there.
+abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
+relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
+           lambda g, y, x: _chosen(g, ~(x <= 0)),
+           doc="max(x, 0), element by element.")
+
+
+# The larger of two operands receives all of g; where they tie, each receives half. Nan
+# has to be thought of. Where one operand is nan, maximum and minimum are nan, which
+# equals nothing; then `other != y` holds for both, and both receive all of g, as in
+# PyTorch. For fmax and fmin, which pass over nan, the number does.
 def _to_the_chosen(g: Any, y: Any, mine: Any, other: Any) -> Any:
-    """The cotangent of `mine`: g where `other` was not chosen, and half of g where they tie."""
+    """What an operand receives: g where y is not the other, half where they tie."""
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
@@ -1504,11 +1479,6 @@ maximum = _op("maximum", np.maximum, *_of_two)
 minimum = _op("minimum", np.minimum, *_of_two)
 fmax = _op("fmax", np.fmax, *_of_two)
 fmin = _op("fmin", np.fmin, *_of_two)
-abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
-relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
-           lambda g, y, x: _chosen(g, ~(x <= 0)),
-           doc="max(x, 0), element by element.")
-
 
 _clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds),
             lambda g, y, x, *bounds: _chosen(g, x == y))
@@ -1517,85 +1487,15 @@ _clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds),
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
     """x limited to [low, high], constants; the gradient passes where x is within."""
     if _tracked(low) or _tracked(high):
-        raise TypeError("clip: the bounds are constants; for Tensors use maximum and minimum")
+        raise TypeError("clip: the bounds are constants; for Tensors use maximum and "
+                        "minimum")
     return _clip(x, _value(low), _value(high))
 
 
-@_answers(np.clip)
-def _clip_as_numpy(a, a_min=None, a_max=None, *, min=None, max=None):
-    low = min if a_min is None else a_min
-    high = max if a_max is None else a_max
-    return clip(a, low, high)
-
-
-@_answers(np.nan_to_num)
-@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
-def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
-               neginf: float | None = None) -> Tensor:
-    """x with numbers for nan, inf and -inf, whose gradient is 0. (Whatever `copy`, a copy.)"""
-    return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
-
-
-# ### Types, and other names
+# ## II.4 Moving elements: what undoes a move?
 #
-_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
-
-
-@primitive(lambda g, y, x, dtype: g)
-def astype(x: Any, dtype: Any) -> Tensor:
-    """x as another floating-point type; the gradient is converted back (by the walk)."""
-    if np.dtype(dtype).kind != "f":
-        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
-    return x.astype(dtype)
-
-
-# What NumPy has under another name, or what is a line of the above. (All numbers here
-# are real.)
-_FUNCTIONS.update({
-    np.conjugate: identity, np.real: identity, np.real_if_close: identity,
-    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
-})
-_answers(np.square)(lambda x: x * x)
-_answers(np.reciprocal)(lambda x: 1 / x)
-_answers(np.float_power)(lambda a, b: power(astype(a, np.float64), b))
-_answers(np.divmod)(lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)))
-
-
-@_answers(np.heaviside)
-def _heaviside(x, at_zero):
-    """0 below zero, 1 above, `at_zero` at zero, which is what has a derivative."""
-    x = _value(x)
-    return where(np.equal(x, 0), at_zero, np.heaviside(x, 0))
-
-
-@_answers(np.histogram)
-def _histogram(a, bins=10, range=None, density=None, weights=None):
-    if _tracked(weights):
-        raise TypeError("np.histogram: no derivative by its weights; use nanoad.scatter_add")
-    return np.histogram(_value(a), _value(bins), range, density, _value(weights))
-
-
-# These have derivative zero wherever it exists, or ask for a shape or an order: they
-# give plain arrays. So do those that count, sort into bins and compare, which choose by
-# the values alone.
-_WITHOUT_GRADIENT = {getattr(np, name) for name in """
-    sign floor ceil trunc rint fix round around floor_divide imag angle
-    isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj signbit
-    equal not_equal less less_equal greater greater_equal
-    logical_and logical_or logical_not logical_xor
-    isclose allclose array_equal array_equiv isin any all
-    argmax argmin nanargmax nanargmin argsort argpartition argwhere lexsort searchsorted
-    nonzero flatnonzero count_nonzero digitize unique
-    shape ndim size zeros_like ones_like empty_like
-    result_type can_cast may_share_memory shares_memory
-    array2string array_repr array_str
-    """.split()} | {np.linalg.matrix_rank}
-
-
-# ## II.4 Moving elements
-#
-# What undoes a move? Sending each element back to where it came from. And if it was
-# taken twice, both cotangents must arrive there, so they are *added*:
+# Sending each element back to where it came from. And if it was taken twice, both
+# cotangents must arrive there, so they are *added*:
 #
 #     >>> x = Tensor([1.0, 2.0, 3.0])
 #     >>> x[[0, 0, 2]].sum().backward()
@@ -1613,7 +1513,7 @@ getitem = _op("getitem", lambda x, index: x[index],
 
 @primitive(lambda g, y, x, index, shape: g[index])
 def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
-    """Zeros of `shape`, and the elements of x added at `index`: the transpose of indexing."""
+    """Zeros of `shape`, with the elements of x added at `index`: indexing transposed."""
     out = np.zeros(shape, x.dtype)
     if _names_none_twice(index):
         out[index] = x
@@ -1633,17 +1533,17 @@ def _names_none_twice(index: Any) -> bool:
     """Whether `index` is a mask, or made of numbers and slices only."""
     if isinstance(index, np.ndarray) and index.dtype == bool:
         return True
-    parts = index if isinstance(index, tuple) else (index,)
+    entries = index if isinstance(index, tuple) else (index,)
     basic = (int, np.integer, slice, type(None), type(...))
-    return all(isinstance(part, basic) for part in parts)
+    return all(isinstance(entry, basic) for entry in entries)
 
 
-# Whatever NumPy can do that only moves or repeats elements has the same rule. Let it
-# loose on the *positions* 1, 2, 3, ... instead of the elements, and the result tells
-# where each element came from, so we know where to send its cotangent. What it fills
-# with zeros came from position 0.
+# Whatever else only moves or repeats elements needs no rule of its own. Let NumPy loose
+# on the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
+# each element came from, so we know where to send its cotangent. What was filled with
+# zeros came from position 0.
 #
-#     >>> print(np.tril(np.arange(1, 5).reshape(2, 2)))  # tril of x: positions 1, 3 and 4
+#     >>> print(np.tril(np.arange(1, 5).reshape(2, 2)))  # tril: of 1, 3 and 4
 #     [[1 0]
 #      [3 4]]
 #
@@ -1651,7 +1551,7 @@ _np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
 
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
-    """The operation `move`, whose result holds elements of its first argument, and zeros."""
+    """The operation `move`: its result has elements of its first argument, and zeros."""
 
     def send_back(g: Any, y: Any, x: Any, *settings: Any, **named: Any) -> Any:
         positions = np.arange(1, x.size + 1).reshape(x.shape)
@@ -1659,6 +1559,14 @@ def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callab
         return scatter_add(g, came_from, (x.size + 1,))[1:].reshape(x.shape)
 
     return _np_op(name, move, send_back, answers=answers)
+
+
+def _take(a, indices, axis=None, *, mode="raise"):  # np.take has `out`, too
+    return np.take(a, indices, axis, mode=mode)
+
+
+def _take_along_axis(arr, indices, axis=-1):  # before NumPy 2.3 the axis has no default
+    return np.take_along_axis(arr, indices, axis)
 
 
 roll = _moves("roll", np.roll)
@@ -1670,21 +1578,7 @@ diag = _moves("diag", np.diag)
 diagonal = _moves("diagonal", np.diagonal)
 tril = _moves("tril", np.tril)
 triu = _moves("triu", np.triu)
-for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
-    _moves(_move.__name__, _move)  # these are only called by NumPy's name
-
-
-def _take(a, indices, axis=None, *, mode="raise"):  # np.take has `out`, too
-    return np.take(a, indices, axis, mode=mode)
-
-
 take = _moves("take", _take, answers=np.take)
-
-
-def _take_along_axis(arr, indices, axis=-1):  # before NumPy 2.3, np's axis has no default
-    return np.take_along_axis(arr, indices, axis)
-
-
 take_along_axis = _moves("take_along_axis", _take_along_axis, answers=np.take_along_axis)
 
 
@@ -1696,19 +1590,12 @@ def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
     return take_along_axis(x, order, axis)
 
 
-@_answers(np.partition)
-def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
-              kind: str = "introselect") -> Tensor:
-    """x with element number `kth` where sorting would put it, as np.partition has it."""
-    order = np.argpartition(_value(x), kth, axis, kind)
-    return take_along_axis(x, order, axis)
-
-
-# ### The same elements in another shape
+# ### The same elements in another shape: what undoes a view?
 #
-# NumPy does these without touching an element (the results are views), so their rules
-# had better not count positions. What undoes them is of the same kind. A permutation's
-# inverse is its argsort.
+# NumPy does these without touching an element: the results are views of the same
+# memory. So their rules had better not count positions, and need not, for what undoes
+# them is of the same kind: another shape, and for a permutation of the axes its
+# inverse, which is its argsort.
 def _in_the_shape_of_x(g: Any, y: Any, x: Any, *_: Any, **__: Any) -> Any:
     return g.reshape(x.shape)
 
@@ -1722,91 +1609,39 @@ def _permuted_back(g: Any, y: Any, x: Any, *axes: Any) -> Any:
 
 reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
 expand_dims = _np_op("expand_dims", lambda x, axis: np.expand_dims(x, axis),
-                     _in_the_shape_of_x,
-                     answers=np.expand_dims)
+                     _in_the_shape_of_x, answers=np.expand_dims)
 squeeze = _np_op("squeeze", lambda x, axis=None: np.squeeze(x, axis),
-                 _in_the_shape_of_x,
-                 answers=np.squeeze)
+                 _in_the_shape_of_x, answers=np.squeeze)
 transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes), _permuted_back)
 swapaxes = _np_op("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
                   lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2),
                   answers=np.swapaxes)
-moveaxis = _np_op("moveaxis", lambda x, source, destination: np.moveaxis(x, source, destination),
-                  lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
+moveaxis = _np_op("moveaxis",
+                  lambda x, source, destination: np.moveaxis(x, source, destination),
+                  lambda g, y, x, source, destination:
+                  np.moveaxis(g, destination, source),
                   answers=np.moveaxis)
 broadcast_to = _np_op("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
                       lambda g, y, x, shape: g,  # the sum over the copies is the walk's
                       answers=np.broadcast_to)
-_answers(np.transpose)(lambda a, axes=None: transpose(a, axes))
-_answers(np.ravel)(lambda a: reshape(a, -1))
-
-
-@_answers(np.reshape)
-def _reshape_as_numpy(a, shape=None, *, newshape=None):  # its name before NumPy 2.1
-    return reshape(a, newshape if shape is None else shape)
 
 
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-    """x with the axes from `start_dim` to `end_dim` joined into one, as by torch.flatten."""
+    """x with the axes `start_dim` to `end_dim` joined into one, as by torch.flatten."""
     shape = np.shape(_value(x)) or (1,)
     axes = range(len(shape))
     try:
         first, last = axes[start_dim], axes[end_dim]
+        if first > last:
+            raise IndexError
     except (IndexError, TypeError):
-        first, last = 1, 0
-    if first > last:
         raise ValueError(f"flatten of shape {shape}: there are no axes "
-                         f"{start_dim!r} to {end_dim!r}")
+                         f"{start_dim!r} to {end_dim!r}") from None
     joined = math.prod(shape[first:last + 1])
     return reshape(x, (*shape[:first], joined, *shape[last + 1:]))
 
 
-def _at_least(function: Callable) -> None:
-    """np.atleast_1d and its kin: NumPy says which shape an array gets."""
-    @_answers(function)
-    def answer(*arrays):
-        results = tuple(reshape(a, function(_value(as_tensor(a))).shape) for a in arrays)
-        return results[0] if len(results) == 1 else results
-
-
-for _function in (np.atleast_1d, np.atleast_2d, np.atleast_3d):
-    _at_least(_function)
-
-
-# (From NumPy 2.1 on.)
-_answers(getattr(np, "unstack", None))(lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)))
-_answers(getattr(np, "matrix_transpose", None))(lambda x: swapaxes(x, -1, -2))
-
-
-@_answers(np.full_like)
-def _full_like(a, fill_value, dtype=None):
-    return broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a))
-
-
-@_answers(np.broadcast_arrays)
-def _broadcast_arrays(*arrays):
-    shape = np.broadcast_shapes(*map(np.shape, arrays))
-    return tuple(broadcast_to(a, shape) for a in arrays)
-
-
-@_answers(np.meshgrid)
-def _meshgrid(*xi, indexing="xy", sparse=False):
-    """One grid for each of the coordinates xi: grid i varies along axis i.
-
-    ("xy" exchanges the first two axes, and is what NumPy does if nothing is said.)
-    """
-    if indexing not in ("xy", "ij"):
-        raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
-    n = len(xi)
-    grids = []
-    for i, x in enumerate(xi):
-        grids.append(reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i)))
-    if indexing == "xy" and n > 1:
-        grids = [swapaxes(grid, 0, 1) for grid in grids]
-    return tuple(grids) if sparse else _broadcast_arrays(*grids)
-
-
-# ### Joined, cut, and framed
+# ### Joined, cut, and framed: whose slice is it?
 #
 # Each operand of a concatenation receives the slice of g that lies where it was put.
 def _slice(x: Any, axis: int, start: int, n: int) -> Any:
@@ -1827,7 +1662,7 @@ def _concatenate(*xs: Any, axis: int) -> Tensor:
 
 @_answers(np.concatenate)
 def concatenate(tensors: Sequence, axis: int | None = 0) -> Tensor:
-    """The tensors joined end to end along an axis they have; None flattens them first."""
+    """The tensors joined end to end along an axis; None flattens them first."""
     if axis is None:
         return _concatenate(*(reshape(t, -1) for t in tensors), axis=0)
     return _concatenate(*map(as_tensor, tensors), axis=axis)
@@ -1842,123 +1677,31 @@ def stack(tensors: Sequence, axis: int = 0) -> Tensor:
     return concatenate([expand_dims(t, axis) for t in tensors], axis)
 
 
-_answers(np.append)(lambda arr, values, axis=None: concatenate([arr, values], axis))
+def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
+    """x cut along an axis into equal sections (a number) or at indices (a list)."""
+    return _cut(np.split, x, sections, axis)
 
 
-@_answers(np.vstack, getattr(np, "row_stack", None))
-def _vstack(tup):
-    return concatenate([np.atleast_2d(as_tensor(t)) for t in tup])
-
-
-@_answers(np.dstack)
-def _dstack(tup):
-    return concatenate([np.atleast_3d(as_tensor(t)) for t in tup], 2)
-
-
-@_answers(np.hstack)
-def _hstack(tup):
-    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
-    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
-
-
-@_answers(np.column_stack)
-def _column_stack(tup):
-    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
-    return concatenate([t.reshape(-1, 1) if t.ndim == 1 else t for t in tensors], 1)
-
-
-# np.insert and np.choose take elements of several arrays. The positions again: those of
-# the arrays laid end to end.
-def _moves_several(move: Callable, *operands: Any) -> Tensor:
-    """move(*operands), which only moves or repeats elements of the operands."""
-    tensors = [as_tensor(a) for a in operands]
-    positions, start = [], 0
-    for t in tensors:
-        positions.append(np.arange(start, start + t.size).reshape(t.shape))
-        start += t.size
-    return concatenate(tensors, axis=None)[move(*positions)]
-
-
-@_answers(np.insert)
-def _insert(arr, obj, values, axis=None):
-    values = astype(values, np.asarray(_value(arr)).dtype)
-    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
-
-
-@_answers(np.choose)
-def _choose(a, choices, *, mode="raise"):
-    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
-
-
-@_answers(np.select)
-def _select(condlist, choicelist, default=0):
-    result = default
-    for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
-        result = where(condition, choice, result)
-    return result
-
-
-@_answers(np.piecewise)
-def _piecewise(x, condlist, funclist, *args, **kw):
-    """Each function is called with its part of x only. Of several conditions the last counts."""
-    masks = list(np.reshape(condlist, (-1, *np.shape(x))))
-    if len(funclist) == len(masks) + 1:  # the last one is for the rest
-        masks.append(~np.any(masks, axis=0))
-    if len(funclist) != len(masks):
-        raise ValueError(f"np.piecewise: {len(masks)} conditions, {len(funclist)} functions")
-
-    result = np.zeros_like(x)
-    done = np.zeros(np.shape(x), bool)
-    for mask, f in reversed(list(zip(masks, funclist))):
-        mask = mask & ~done
-        value = f(x[mask], *args, **kw) if callable(f) else f
-        result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
-        done = done | mask
-    return result
-
-
-def _pieces(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
-    """x cut along an axis, where `cut` (np.split or np.array_split) cuts a row of numbers."""
+def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
+    """x cut along an axis where `cut`, such as np.split, cuts a row of numbers."""
     x = as_tensor(x)
     try:
         pieces = cut(np.arange(x.shape[axis]), where_to_cut)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
+        message = f"split of shape {x.shape} along axis {axis}: {error}"
+        raise ValueError(message) from None
     return [_slice(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 
-def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
-    """x cut along an axis into equal sections (a number) or at indices (a list)."""
-    return _pieces(np.split, x, sections, axis)
-
-
-@_answers(np.split)
-def _split_as_numpy(ary, indices_or_sections, axis=0):
-    return split(ary, indices_or_sections, axis)
-
-
-@_answers(np.array_split)
-def _array_split(ary, indices_or_sections, axis=0):
-    return _pieces(np.array_split, ary, indices_or_sections, axis)
-
-
-@_answers(np.hsplit)
-def _hsplit(ary, indices_or_sections):
-    return split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1)
-
-
-_answers(np.vsplit)(lambda ary, indices_or_sections: split(ary, indices_or_sections, 0))
-_answers(np.dsplit)(lambda ary, indices_or_sections: split(ary, indices_or_sections, 2))
-
-
-# A frame of zeros is taken off again. (Frames made of the elements themselves are moves.)
-def _inside(g: Any, y: Any, x: Any, pad_width: Any, value: Any) -> Any:
+# A frame of constants is taken off again. (A frame of x's own elements is a move.)
+def _without_frame(g: Any, y: Any, x: Any, pad_width: Any, value: Any) -> Any:
     before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]
     return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
 
 
-_pad_with_constant = _op("pad", lambda x, pad_width, value:
-                         np.pad(x, pad_width, constant_values=value), _inside)
+_pad_with_constant = _op(
+    "pad", lambda x, pad_width, value: np.pad(x, pad_width, constant_values=value),
+    _without_frame)
 _pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_width, mode))
 
 
@@ -1979,17 +1722,17 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
     if mode in ("edge", "reflect", "symmetric", "wrap"):
         return _pad_with_elements(x, pad_width, mode)
     if mode != "constant":
-        raise TypeError(f"pad: no derivative for mode={mode!r}; there is one for constant, edge, "
-                        "reflect, symmetric and wrap")
+        raise TypeError(f"pad: no derivative for mode={mode!r}; there is one for "
+                        "constant, edge, reflect, symmetric and wrap")
     return _pad_with_constant(x, pad_width, constant_values)
 
 
-# ## II.5 Reductions
+# ## II.5 Reductions: what does a sum hand back?
 #
-# What does a sum hand back? Take x of shape (4, 3) and `y = sum(x, axis=0)`, of shape
-# (3,). Move one element `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by
-# `g[j] * dx`. So `x[i, j]` receives `g[j]`, whatever i is: a sum hands its cotangent,
-# as it is, to everything it added up.
+# Take x of shape (4, 3) and `y = sum(x, axis=0)`, of shape (3,). Move one element
+# `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by `g[j] * dx`. So `x[i, j]`
+# receives `g[j]`, whatever i is: a sum hands its cotangent, as it is, to everything it
+# added up.
 #
 #     >>> x = Tensor(np.ones((4, 3)))
 #     >>> x.sum(axis=0).backward([1.0, 2.0, 3.0])
@@ -1998,7 +1741,7 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 #
 # In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is
 # `_restore`, and is stretched along it, (4, 3). Stretching and sum are each other's
-# rule, as with indexing. A mean is a sum over n, and hands everybody an n-th of g.
+# rule, as with indexing. A mean of n hands everybody an n-th of g.
 def _restore(r: Any, x: Any, axis: Any) -> Any:
     """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
@@ -2008,14 +1751,43 @@ def _stretch(g: Any, x: Any, axis: Any) -> Any:
     return np.broadcast_to(_restore(g, x, axis), x.shape)
 
 
-# ### Sums of short rows
+def _count(x: Any, y: Any) -> int:
+    """How many elements of x went into each element of y, a reduction of x."""
+    return x.size // max(1, y.size)
+
+
+def _mean_rule(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    n = max(1, _count(x, y))  # if there are none, none receives anything
+    return _stretch(g / n, x, axis)
+
+
+@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
+def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The sum over all elements, or over the axes given."""
+    return _sum(x, axis, keepdims).astype(x.dtype, copy=False)
+
+
+@primitive(_mean_rule)
+def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The mean over all elements, or over the axes given."""
+    total = _sum(x, axis, keepdims)
+    return (total / _count(x, total)).astype(x.dtype, copy=False)
+
+
+@_answers(np.trace)
+def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
+    """The sum along a diagonal."""
+    return sum_(diagonal(x, offset, axis1, axis2), -1)
+
+
+# ### Sums of short rows: where is `np.sum` slow?
 #
-# `np.sum` is all that a sum needs. But it starts anew for every row, which for rows of
-# 64 numbers is most of its time. Over the last axes a sum is also a product with ones,
-# for which there is BLAS. NumPy adds in pairs and rounds off less, which matters for
-# float64 and for long rows, so those, and sums over a whole array, are left to it. The
-# largest of each row comes by `reduceat`. (np.dot lets other Python threads run
-# meanwhile; `@` does so only if its *result* is large.)
+# It starts anew for every row, which for rows of 64 numbers is most of its time. Over
+# the last axes a sum is also a product with ones, for which there is BLAS. NumPy adds
+# in pairs and rounds off less, which matters for float64 and for long rows, so those,
+# and sums over a whole array, are left to it. The largest of each row comes by
+# `reduceat`. (np.dot lets other Python threads run meanwhile; `@` does so only if its
+# *result* is large.)
 _ones = functools.lru_cache(16)(np.ones)
 
 
@@ -2040,47 +1812,33 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     return rows.reshape(*x.shape[:-1], 1)
 
 
+def _sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+    """np.sum, fast for short rows of float32; and float16 is added up in float32."""
+    if x.dtype == np.float16:
+        return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
+
+    n = _last_axes(x, axis) if x.dtype == np.float32 else 0
+    length = math.prod(x.shape[x.ndim - n:])
+    if n == 0 or length > 4096:
+        return np.sum(x, axis=axis, keepdims=keepdims)
+
+    outer_axes = x.shape[:-n]
+    sums = _row_sum(x.reshape(*outer_axes, length))  # (..., 1)
+    return sums.reshape(outer_axes + (1,) * n if keepdims else outer_axes)
+
+
 def _last_axes(x: np.ndarray, axis: Any) -> int:
     """How many axes `axis` names, if they are the last ones and not all; else 0."""
+    if axis is None:
+        return 0
     named = axis if isinstance(axis, tuple) else (axis,)
     axes = sorted(a + x.ndim if a < 0 else a for a in named)
     n = len(axes)
     return n if n < x.ndim and axes == list(range(x.ndim - n, x.ndim)) else 0
 
 
-def _sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
-    """np.sum, but fast for short rows of float32; of float16, a float32 that cannot overflow."""
-    if x.dtype == np.float16:
-        return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
-
-    if x.dtype == np.float32 and axis is not None:
-        n = _last_axes(x, axis)
-        length = math.prod(x.shape[-n:])
-        if n and length <= 4096:
-            kept = x.shape[:-n]
-            sums = _row_sum(x.reshape(*kept, length))  # (..., 1)
-            return sums.reshape(kept + (1,) * n if keepdims else kept)
-
-    return np.sum(x, axis=axis, keepdims=keepdims)
-
-
-# ### Sum, mean, variance, extremes
+# ### Spread and extremes: what of a tie?
 #
-@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
-def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The sum over all elements, or over the axes given."""
-    return _sum(x, axis, keepdims).astype(x.dtype, copy=False)
-
-
-@primitive(lambda g, y, x, axis=None, keepdims=False:
-           _stretch(g * (y.size / max(1, x.size)), x, axis))
-def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The mean over all elements, or over the axes given."""
-    total = _sum(x, axis, keepdims)
-    n = x.size // max(1, total.size)
-    return (total / n).astype(x.dtype, copy=False)
-
-
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
@@ -2089,17 +1847,17 @@ def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         return astype(var(astype(x, np.float32), axis, ddof, keepdims), np.float16)
 
     total = sum_(x, axis, keepdims=True)
-    n = x.size // max(1, total.size)
+    n = _count(x, total)
     if n <= ddof and total.size:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few "
-                         f"for ddof={ddof}")
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are "
+                         f"too few for ddof={ddof}")
     centred = x - total / n
     return sum_(centred * centred, axis, keepdims) / (n - ddof)
 
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
-    """The standard deviation, the square root of `var`. Its gradient is 0 at equal elements."""
+    """The standard deviation, the root of `var`. Its gradient is 0 at equal elements."""
     variance = var(x, axis, ddof, keepdims)
     is_zero = variance == 0  # where the slope of sqrt is infinite, and that of var 0
     return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
@@ -2128,12 +1886,11 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
     return np.min(x, axis, keepdims=keepdims)
 
 
-# ### Exponentials, added up
+# ### Softmax: how do large exponentials add up?
 #
-# The exponentials of large numbers overflow. So the largest is subtracted first, and
-# nothing exceeds exp(0) = 1. logsumexp adds it back at the end; in softmax it cancels.
-# The derivative of logsumexp is `exp(x) / sum(exp(x))`, the softmax, which is exp(x -
-# y).
+# They overflow. So the largest is subtracted first, and nothing exceeds exp(0) = 1.
+# logsumexp adds it back at the end; in softmax it cancels. The derivative of logsumexp
+# is `exp(x) / sum(exp(x))`, the softmax, which is exp(x - y).
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
@@ -2162,14 +1919,15 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
     return np.subtract(z, np.log(_row_sum(np.exp(z), axis)), out=z)
 
 
-# ### Products, and running sums
+# ### Products and running sums: what of zeros?
 #
-# What multiplies zeros must not divide by an element to leave it out. So a product is
-# taken by halves, the first half times the second, until one element is left; `mul`
-# knows the rest, to all orders. A running product takes log2(n) steps, too: after the
-# first, each element is multiplied with its neighbour, then with the one 2 before it, 4
-# before it (Hillis and Steele, 1986). A running sum hands each element's cotangent to
-# all before it: it is a running sum from the end.
+# The derivative of a product by one element is the product of all others. To divide by
+# the element is no way to leave it out: it may be 0. So a product is taken by halves,
+# the first half times the second, until one element is left; `mul` knows the rest, to
+# all orders. A running product takes log2(n) steps, too: first each element is
+# multiplied with its neighbour, then with the one 2 before it, 4 before it (Hillis and
+# Steele, 1986). A running sum hands each element's cotangent to all before it: that is
+# a running sum from the end.
 def _joined(x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
     """x with the axes named joined into one, which is the last; and their numbers."""
     x = as_tensor(x)
@@ -2177,15 +1935,15 @@ def _joined(x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
         axis = tuple(range(x.ndim))
     axes = axis if isinstance(axis, tuple) else (axis,)
     moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
-    kept = moved.shape[:x.ndim - len(axes)]
-    joined = math.prod(moved.shape[len(kept):])
-    return reshape(moved, (*kept, joined)), tuple(a % x.ndim for a in axes)
+    outer_axes = moved.shape[:x.ndim - len(axes)]
+    length = math.prod(moved.shape[len(outer_axes):])
+    return reshape(moved, (*outer_axes, length)), tuple(a % x.ndim for a in axes)
 
 
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The product of all elements, or over the axes given. Zeros are no special case."""
     x, axes = _joined(x, axis)  # (..., n)
-    if x.shape[-1] == 0:
+    if x.shape[-1] == 0:  # an empty product is 1; the empty sum keeps x on the tape
         x = 1 + sum_(x, -1, keepdims=True)
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
@@ -2193,16 +1951,6 @@ def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
         x = concatenate([x[..., :half] * x[..., half:2 * half], odd_one], -1)
     y = x[..., 0]
     return expand_dims(y, axes) if keepdims else y
-
-
-@primitive(lambda g, y, x, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis))
-def _cumsum(x: Any, axis: int) -> Tensor:
-    return np.cumsum(x, axis)
-
-
-def cumsum(x: Any, axis: int | None = None) -> Tensor:
-    """The running sum along an axis; None flattens x first."""
-    return _cumsum(reshape(x, -1), 0) if axis is None else _cumsum(x, axis)
 
 
 def cumprod(x: Any, axis: int | None = None) -> Tensor:
@@ -2215,7 +1963,17 @@ def cumprod(x: Any, axis: int | None = None) -> Tensor:
     return y if axis is None else moveaxis(y, -1, axis)
 
 
-# ### Order statistics
+@primitive(lambda g, y, x, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis))
+def _cumsum(x: Any, axis: int) -> Tensor:
+    return np.cumsum(x, axis)
+
+
+def cumsum(x: Any, axis: int | None = None) -> Tensor:
+    """The running sum along an axis; None flattens x first."""
+    return _cumsum(reshape(x, -1), 0) if axis is None else _cumsum(x, axis)
+
+
+# ### Quantiles: which elements is one made of?
 #
 # A quantile lies between two neighbours in sorted order. NumPy tells where: the
 # quantile of the numbers 0, 1, ..., n - 1 is the place itself, say 2.5 for the middle
@@ -2224,7 +1982,7 @@ def cumprod(x: Any, axis: int | None = None) -> Tensor:
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
-    """The numbers below which a part q of the elements lies; `method` as of np.quantile."""
+    """The numbers below which a part q of the elements lies; `method` as NumPy's."""
     x, axes = _joined(x, axis)  # (..., n)
     n = x.shape[-1]
     if n == 0:
@@ -2232,13 +1990,13 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
     below = np.floor(place).astype(int)
     above = np.ceil(place).astype(int)
-    part = place - below
+    part = (place - below).astype(x.dtype)
 
     ordered = sort(x, -1)
     y = ordered[..., below]  # (..., *q's shape)
     if part.any():
-        between = y * (1 - part).astype(x.dtype) + ordered[..., above] * part.astype(x.dtype)
-        y = where(part > 0, between, y)
+        between = y * (1 - part) + ordered[..., above] * part
+        y = where(part > 0, between, y)  # for an infinite element times 0 is nan
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
 
@@ -2247,196 +2005,28 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))
 
 
-@_answers(np.median)
-def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The middle element, or the mean of the two in the middle."""
-    return quantile(x, 0.5, axis, keepdims=keepdims)
-
-
-@_answers(np.percentile)
-def _percentile(a, q, axis=None, *, method="linear", keepdims=False):
-    return quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims)
-
-
-# ### Lines of the above, under NumPy's names
+# ## II.6 Linear algebra: why the transposes?
 #
-def _reduction(function: Callable, op: Callable) -> None:
-    """Answer for a reduction of NumPy, whose third argument is a dtype."""
-    @_answers(function)
-    def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
-        return op(a if dtype is None else astype(a, dtype), axis, **more)
-
-
-for _function, _f in ((np.sum, sum_), (np.mean, mean), (np.var, var), (np.std, std),
-                      (np.prod, prod), (np.cumsum, cumsum), (np.cumprod, cumprod)):
-    _reduction(_function, _f)
-_answers(np.max, np.amax)(lambda a, axis=None, *, keepdims=False: max_(a, axis, keepdims))
-_answers(np.min, np.amin)(lambda a, axis=None, *, keepdims=False: min_(a, axis, keepdims))
-
-
-@_answers(np.ptp)
-def _ptp(a, axis=None, *, keepdims=False):
-    return max_(a, axis, keepdims) - min_(a, axis, keepdims)
-
-
-def _nansum(a, axis=None, keepdims=False):
-    return sum_(where(np.isnan(a), 0, a), axis, keepdims)
-
-
-def _nanmean(a, axis=None, keepdims=False):
-    count = np.sum(~np.isnan(a), axis, dtype=a.dtype, keepdims=keepdims)
-    return _nansum(a, axis, keepdims) / count
-
-
-_reduction(np.nansum, _nansum)
-_reduction(np.nanmean, _nanmean)
-
-
-@_answers(np.average)
-def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
-            returned: bool = False, *, keepdims: bool = False) -> Any:
-    """The mean, each element counted with its weight; with `returned`, (mean, sum of
-    weights).
-
-    The weights have the shape of x, or, for a single axis, its length.
-    """
-    x = as_tensor(x)
-    weights = np.ones_like(x) if weights is None else as_tensor(weights)
-    if weights.shape != x.shape:
-        if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
-            raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of shape "
-                             f"{weights.shape} fit neither that nor the axis")
-        weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
-    total = sum_(weights, axis, keepdims)
-    y = sum_(x * weights, axis, keepdims) / total
-    return (y, total) if returned else y
-
-
-@_answers(np.trace)
-def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
-    """The sum along a diagonal."""
-    return sum_(diagonal(x, offset, axis1, axis2), -1)
-
-
-@_answers(np.diff)
-def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None, append: Any = None) -> Tensor:
-    """The differences of neighbours along an axis, n times over, as by np.diff."""
-    x = as_tensor(x)
-    pieces = [piece for piece in (prepend, x, append) if piece is not None]
-    if len(pieces) > 1:
-        x = concatenate([_as_slice_of(x, axis, piece) for piece in pieces], axis)
-    y = moveaxis(x, axis, 0)
-    for _ in range(n):
-        y = y[1:] - y[:-1]
-    return moveaxis(y, 0, axis)
-
-
-def _as_slice_of(x: Tensor, axis: int, piece: Any) -> Any:
-    """`piece`; if it is a number, a slice of x of thickness 1 that is full of it."""
-    if np.ndim(piece):
-        return piece
-    shape = list(x.shape)
-    shape[axis] = 1
-    return broadcast_to(astype(piece, x.dtype), tuple(shape))
-
-
-@_answers(np.ediff1d)
-def _ediff1d(ary, to_end=None, to_begin=None):
-    pieces = [to_begin, diff(reshape(ary, -1)), to_end]
-    return concatenate([piece for piece in pieces if piece is not None], axis=None)
-
-
-@_answers(getattr(np, "trapezoid", None) or np.trapz)  # its name before NumPy 2
-def _trapezoid(y, x=None, dx=1.0, axis=-1):
-    """The integral of y over x by trapezoids: the width of each times its mean height."""
-    y = moveaxis(as_tensor(y), axis, -1)
-    if x is not None:
-        dx = diff(x) if np.ndim(x) == 1 else diff(moveaxis(as_tensor(x), axis, -1))
-    return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
-
-
-# The slope in the middle of three points is the mean of the slopes on both sides, the
-# nearer one counted more. At an end it is that of the only side, or (`edge_order=2`)
-# what makes the slopes at both ends of the last piece have this for their mean, as
-# those of a parabola do.
-def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
-    f = moveaxis(f, axis, 0)  # (n, ...)
-    spacing = astype(spacing, f.dtype)
-    steps = diff(spacing) if spacing.ndim else broadcast_to(spacing, (len(f) - 1,))
-    steps = reshape(steps, (-1,) + (1,) * (f.ndim - 1))
-    rise = (f[1:] - f[:-1]) / steps
-    before, after = steps[:-1], steps[1:]
-    inner = (rise[:-1] * after + rise[1:] * before) / (before + after)
-    first, last = rise[:1], rise[-1:]
-    if edge_order == 2:
-        first, last = 2 * first - inner[:1], 2 * last - inner[-1:]
-    return moveaxis(concatenate([first, inner, last]), 0, axis)
-
-
-@_answers(np.gradient)
-def _gradient(f, *varargs, axis=None, edge_order=1):
-    """The slopes from neighbour to neighbour along each axis of f (not what nanoad calls one)."""
-    f = as_tensor(f)
-    axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
-    spacings = varargs or (1.0,)
-    if len(spacings) == 1:
-        spacings = spacings * len(axes)
-    if len(spacings) != len(axes) or edge_order not in (1, 2):
-        raise TypeError(f"np.gradient: {len(varargs)} spacings for {len(axes)} axes, and "
-                        f"edge_order={edge_order} (1 or 2)")
-    if any(f.shape[a] < edge_order + 1 for a in axes):
-        raise ValueError(f"np.gradient of shape {f.shape}: needs {edge_order + 1} elements along "
-                         "each axis")
-    slopes = [_slope(f, h, a, edge_order) for h, a in zip(spacings, axes)]
-    return slopes[0] if len(slopes) == 1 else slopes
-
-
-@_answers(np.cov)
-def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
-    """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
-    def as_rows(a):
-        a = np.atleast_2d(astype(a, dtype))
-        return a.T if not rowvar and np.ndim(m) > 1 else a
-
-    x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
-    ddof = int(not bias) if ddof is None else ddof
-    centred = x - mean(x, 1, keepdims=True)
-    return squeeze(centred @ centred.T / (x.shape[1] - ddof))
-
-
-@_answers(np.corrcoef)
-def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
-    c = _cov(x, y, rowvar, dtype=dtype)
-    if c.ndim == 0:
-        return c / c
-    spread = sqrt(diagonal(c))
-    return c / spread[:, None] / spread
-
-
-# ## II.6 Linear algebra
-#
-# Why the transposes in the rules of this section? For `Y = A B`, each
-# `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so it receives
-# `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless they are
-# square, the shapes alone allow nothing else.
+# For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so
+# it receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless
+# they are square, the shapes alone allow nothing else.
 #
 #     >>> A, B = Tensor([[1.0, 2.0]]), Tensor([[3.0], [5.0]])
 #     >>> (A @ B).backward(grad=[[10.0]])
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
 def _mT(a: Any) -> Any:
-    """The transpose of a matrix, or of each in a stack. (As the method mT of NumPy 2.)"""
+    """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
 
 
 def _with_shape(x: Any) -> Any:
-    """x, which is a Tensor or an array, or a Tensor made of it: something with a shape."""
+    """x as it is if it has a shape, else a Tensor of it.
+
+    (as_tensor would make float64 of a bool mask. An array that stays one takes its
+    dtype from what it meets, as in every operation.)
+    """
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
-
-
-def _if_there(module: Any, *names: str) -> list[Callable]:
-    """NumPy's functions of these names, without those that an older NumPy lacks."""
-    return [getattr(module, name) for name in names if hasattr(module, name)]
 
 
 @primitive(lambda g, y, a, b: g @ _mT(b),
@@ -2448,14 +2038,14 @@ def _matmul(a: Any, b: Any) -> Tensor:
 # NumPy's `@` also takes vectors. A vector is a matrix of one row or one column, and a
 # stack that meets a single matrix is one long matrix of all its rows, which BLAS
 # multiplies in one go.
-@_answers(np.matmul, *_if_there(np.linalg, "matmul"))
+@_answers(np.matmul)
 def matmul(a: Any, b: Any) -> Tensor:
     """a @ b as NumPy has it for every rank: vectors, matrices, stacks of matrices."""
     a, b = _with_shape(a), _with_shape(b)
     rank_a, rank_b = a.ndim, b.ndim
     if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[max(rank_b - 2, 0)]:
-        raise ValueError(f"matmul of {a.shape}, {b.shape}: a's last axis must be as long as "
-                         "b's last but one (a vector's only one); for a number use *")
+        raise ValueError(f"matmul of {a.shape}, {b.shape}: a's last axis must be as "
+                         "long as b's last but one (a vector's only one); for a number use *")
 
     if rank_b == 1:
         return _matmul(_rows(a), expand_dims(b, 1)).reshape(a.shape[:-1])
@@ -2466,12 +2056,13 @@ def matmul(a: Any, b: Any) -> Tensor:
     return _matmul(a, b)
 
 
-def bmm(a: Any, b: Any) -> Tensor:
-    """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
-    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
-        raise ValueError(f"bmm of {np.shape(a)}, {np.shape(b)}: needs (n, i, k) and (n, k, j), "
-                         "as many matrices in each; for all else there is matmul")
-    return matmul(a, b)
+@_answers(np.dot)
+def dot(a: Any, b: Any) -> Tensor:
+    """a * b if one is a number, else the sum over a's last axis and b's last but one."""
+    a, b = _with_shape(a), _with_shape(b)
+    if 0 in (a.ndim, b.ndim):
+        return mul(a, b)
+    return matmul(a, b) if b.ndim <= 2 else tensordot(a, b, (-1, -2))
 
 
 # `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All
@@ -2483,53 +2074,36 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
     """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
     fits = x.shape[-1:] == weight.shape[1:]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError("needs an input (..., in), a weight (out, in) and a bias (out,)")
+        raise ValueError("needs an input (..., in), a weight (out, in) and a bias "
+                         "(out,)")
     y = _rows(x) @ weight.T  # (rows, out)
     y = y.reshape(*x.shape[:-1], len(weight))
     return y if bias is None else np.add(y, bias, out=y)
 
 
-# ### einsum
+# ### einsum: what do the letters say?
 #
-# `einsum("ij,jk->ik", a, b)` names the axes of its operands by letters, multiplies
-# whatever has equal letters, and adds up over the letters that the output lacks. Here
-# that is a matrix product:
+# `einsum("ij,jk->ik", A, B)` names the axes of its operands by letters, multiplies
+# whatever has equal letters, and adds up over the letters that the output lacks. As a
+# loop over all letters:
 #
-#     Y_ik = sum_j A_ij B_jk          receives g_ik;  A_ij receives sum_k g_ik B_jk
+#     for all i, j, k:    Y[i, k]  += A[i, j] * B[j, k]
 #
-# What A receives is an einsum too: of the same terms, only that A's and the output's
-# have changed places, and g stands where A stood. That is the whole rule:
+# Now backwards. In each round `A[i, j]` meets `B[j, k]`, and goes into `Y[i, k]`. So in
+# each round it receives `g[i, k] * B[j, k]`:
 #
-#     "ij,jk->ik" of (A, B)    ->    "ik,jk->ij" of (g, B) for A,    "ij,ik->jk" of (A, g) for B
+#     for all i, j, k:    gA[i, j] += g[i, k] * B[j, k]
 #
-# It needs every letter of A to occur in another operand or in the output, for else
-# nothing says how long that axis of A is; and it needs one size and one axis per letter
-# in each operand. `einsum` sees to all this before, by other operations, whose rules we
-# have:
-#
-#     "...i,i->..."  the dots stand for some axes, which get letters of their own   "Ai,i->A"
-#     "ij,jk"        without an arrow, what occurs once is kept, in order           "ij,jk->ik"
-#     "ii->i"        a repeated letter takes the diagonal, by indexing              "i->i"
-#     "ij,jk->ik"    A is (2, 1), B (3, 4): NumPy stretches A along j. Then j adds
-#                    up over B alone; A does as well without that axis              "i,jk->ik"
-#     "ij->i"        a letter that only one operand has is added up first           "i->i"
-#
-#     >>> x, y = Tensor([[1.0, 2.0], [3.0, 4.0]]), Tensor([5.0, 7.0])
-#     >>> product = einsum("ii,...j", x, y)
-#     >>> print(product)
-#     [25. 35.]
-#     >>> print(product._settings["subscripts"], *gradients(product.sum(), [x, y]))
-#     ,j->j [[12.  0.]
-#      [ 0. 12.]] [5. 5.]
-_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
-
-
+# This loop is an einsum as well, "ik,jk->ij" of g and B. The letters of A and of the
+# output have changed places, and g stands where A stood. That is the whole rule,
+# whatever the letters, and for any number of operands:
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
-    wanted = terms[i]
+    letters_of_operand = terms[i]
     terms[i], factors[i] = output, g
-    return np.einsum(",".join(terms) + "->" + wanted, *factors, optimize=len(factors) > 1)
+    return np.einsum(",".join(terms) + "->" + letters_of_operand, *factors,
+                     optimize=len(factors) > 1)
 
 
 @primitive(each=_einsum_rule)
@@ -2538,6 +2112,31 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
+# Two things are assumed. A letter stands for one axis of an operand, and for one length
+# in all of them. And each letter of A is in the output or in another operand, too: else
+# the loop backwards would not know how far it runs. NumPy allows more than that, so
+# `einsum` first brings what it is given into this form, in six steps. Those that touch
+# the operands are other operations, whose rules we have.
+#
+#     1  numbers instead of letters              a, [0, 1], [1]   ->  "AB->B"
+#     2  no arrow: what occurs once is kept      "ij,jk"          ->  "ij,jk->ik"
+#     3  dots stand for the axes left over       "...i,i->..."    ->  "Ai,i->A"
+#     4  a letter twice is the diagonal          "ii->i"          ->  "i->i"
+#     5  an axis of length 1 that meets a        "ij,jk->ik"      ->  "i,jk->ik"
+#        longer one (NumPy would stretch it)
+#        is dropped; of (2, 1) and (3, 4):
+#     6  a letter in one operand only is         "ij,jk->k"       ->  "j,jk->k"
+#        added up first
+#
+# In this example 2, 4 and 6 have work to do:
+#
+#     >>> x, y = Tensor([[1.0, 2.0], [3.0, 4.0]]), Tensor([5.0, 7.0])
+#     >>> product = einsum("ii,j", x, y)
+#     >>> print(product)
+#     [25. 35.]
+#     >>> print(product._settings["subscripts"], *gradients(product.sum(), [x, y]))
+#     ,j->j [[12.  0.]
+#      [ 0. 12.]] [5. 5.]
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     """np.einsum, as `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b,
@@ -2548,31 +2147,36 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     not fit together, or if it takes more than 52 letters.
     """
     if not isinstance(subscripts, str):
-        subscripts, operands = _einsum_by_letters(subscripts, *operands)
+        subscripts, operands = _einsum_by_letters(subscripts, *operands)  # step 1
     operands = [_with_shape(x) for x in operands]
     shapes = tuple(x.shape for x in operands)
     try:
-        terms, output = _einsum_terms(subscripts, shapes)
-        terms = list(terms)
-        for i, term in enumerate(terms):
-            if len(set(term)) < len(term):
-                terms[i], operands[i] = _einsum_diagonal(term, operands[i])
-        sizes = _einsum_sizes(terms, operands)
+        terms, output = _einsum_terms(subscripts, shapes)  # steps 2 and 3
+        factors = list(map(_einsum_diagonal, terms, operands))  # step 4
+        sizes = _einsum_sizes(factors)
     except ValueError as error:
-        given = ", ".join(map(str, shapes)) or "no operands"
-        raise ValueError(f"einsum of {given} by {subscripts!r}: {error}") from None
+        were = ", ".join(map(str, shapes)) or "no operands"
+        raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
 
-    for i, term in enumerate(terms):
-        stretched = [c for c, n in zip(term, operands[i].shape) if n != sizes[c]]
-        terms[i], operands[i] = _einsum_sum(term, operands[i], stretched)
-    for i, term in enumerate(terms):
-        elsewhere = "".join(terms[:i] + terms[i + 1:]) + output
-        terms[i], operands[i] = _einsum_sum(term, operands[i], set(term) - set(elsewhere))
-    return _einsum(*operands, subscripts=",".join(terms) + "->" + output)
+    for i, (term, x) in enumerate(factors):  # step 5 (the sum over one element drops it)
+        stretched = [c for c, n in zip(term, x.shape) if n != sizes[c]]
+        factors[i] = _einsum_sum(term, x, stretched)
+
+    letters = "".join(term for term, _ in factors) + output
+    for i, (term, x) in enumerate(factors):  # step 6
+        alone = [c for c in term if letters.count(c) == 1]
+        factors[i] = _einsum_sum(term, x, alone)
+
+    inputs = ",".join(term for term, _ in factors)
+    return _einsum(*(x for _, x in factors), subscripts=f"{inputs}->{output}")
+
+
+# What follows are these steps. They only ever say something about letters.
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, list]:
-    """Lists of numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", [a, b])."""
+    """Step 1. Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", [a, b])."""
     count = len(arguments) // 2
     operands, lists = list(arguments[:2 * count:2]), arguments[1::2]
     output = arguments[2 * count:]  # the last argument, if their number is odd
@@ -2581,51 +2185,28 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, list]:
     terms = []
     for numbers in (*lists, *output):
         if not isinstance(numbers, (list, tuple)) or not letters.issuperset(numbers):
-            raise TypeError("einsum: needs subscripts, a string such as 'ij,jk->ik', or a list of"
-                            f" numbers from 0 to 51 after each operand; not {str(numbers)[:50]}")
+            raise TypeError("einsum: needs subscripts, a string such as 'ij,jk->ik', or "
+                            "a list of numbers from 0 to 51 after each operand; not "
+                            f"{str(numbers)[:50]}")
         terms.append("".join("..." if n is ... else _LETTERS[n] for n in numbers))
     return "->".join([",".join(terms[:count]), *terms[count:]]), operands
 
 
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """A term of letters for each operand, and one for the output; all is explicit."""
+    """Steps 2 and 3: the letters of each operand, and of the output; all is explicit."""
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
-    if not arrow:
-        output = _einsum_implicit(inputs)
     terms = inputs.split(",")
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
-        raise ValueError(f"the subscripts are of {more} operands than the {len(shapes)} given")
+        raise ValueError(f"the subscripts are of {more} operands than the {len(shapes)} "
+                         "given")
+    if not arrow:  # as NumPy has it: the dots, then what occurs once, in order
+        letters = inputs.replace(",", "").replace(".", "")
+        once = [c for c in sorted(letters) if letters.count(c) == 1]
+        output = "".join(["..." if "..." in inputs else "", *once])
 
-    # The dots of a term stand for the axes that its letters leave over. As in
-    # broadcasting, it is the last of these that all operands share.
-    over = [len(shape) - len(t.replace("...", "")) for t, shape in zip(terms, shapes)]
-    most = max(n if "..." in term else 0 for n, term in zip(over, terms))
-    if most and "..." not in output:
-        raise ValueError(f"the dots stand for {most} axes, and the output needs them too; to add "
-                         "up over these axes, give them letters")
-    free = [c for c in _LETTERS if c not in subscripts]
-    if most > len(free):
-        raise ValueError("with its dots this takes more than 52 letters")
-
-    dots = "".join(free[:most])
-    for i, n in enumerate(over):
-        terms[i] = terms[i].replace("...", dots[most - n:] if n > 0 else "", 1)
-    output = output.replace("...", dots, 1)
-    _einsum_check(terms, output, shapes)
-    return tuple(terms), output
-
-
-def _einsum_implicit(inputs: str) -> str:
-    """NumPy's output: the dots, then what occurs once, in alphabetical order."""
-    letters = inputs.replace(",", "").replace(".", "")
-    once = [c for c in sorted(letters) if letters.count(c) == 1]
-    return "".join(["..." if "..." in inputs else "", *once])
-
-
-def _einsum_check(terms: list[str], output: str, shapes: tuple) -> None:
-    """Raise if a term does not name its operand's axes, or the output none of theirs."""
+    terms, output = _einsum_dots(terms, output, shapes)
     for term, shape in zip(terms, shapes):
         if not set(term) <= set(_LETTERS):
             raise ValueError("subscripts are letters, ',', '->' and '...'")
@@ -2634,18 +2215,41 @@ def _einsum_check(terms: list[str], output: str, shapes: tuple) -> None:
             raise ValueError(f"too {many} subscripts for an operand of shape {shape}")
     if not set(output) <= set("".join(terms)) or len(set(output)) < len(output):
         raise ValueError("the output must name letters of the operands, each once")
+    return tuple(terms), output
+
+
+def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str], str]:
+    """Step 3: letters for the axes that an operand's own letters leave over.
+
+    As in broadcasting, it is the last of these axes that all operands share.
+    """
+    left_over = [len(shape) - len(term.replace("...", ""))
+                 for term, shape in zip(terms, shapes)]
+    most = max(n if "..." in term else 0 for n, term in zip(left_over, terms))
+    if most and "..." not in output:
+        raise ValueError(f"the dots stand for {most} axes, and the output needs them "
+                         "too; to add up over these axes, give them letters")
+    free = [c for c in _LETTERS if c not in "".join(terms)]
+    if most > len(free):
+        raise ValueError("with its dots this takes more than 52 letters")
+
+    dots = "".join(free[:most])
+    lettered = []
+    for term, n in zip(terms, left_over):
+        lettered.append(term.replace("...", dots[most - n:] if n > 0 else "", 1))
+    return lettered, output.replace("...", dots, 1)
 
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
-    """Of a letter that occurs more than once in the term, the diagonal of these axes."""
+    """Step 4: of a letter that occurs more than once in the term, the diagonal."""
     for letter in sorted(set(term)):
         axes = [i for i, c in enumerate(term) if c == letter]
         if len(axes) == 1:
             continue
         lengths = {x.shape[i] for i in axes}
         if len(lengths) > 1:
-            raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, not of sizes "
-                             f"{sorted(lengths)}")
+            raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
+                             f"not of sizes {sorted(lengths)}")
         each = np.arange(x.shape[axes[0]])
         x = np.moveaxis(x, axes, range(len(axes)))  # (n, n, ...)
         x = x[(each,) * len(axes)]  # (n, ...)
@@ -2653,10 +2257,10 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
     return term, x
 
 
-def _einsum_sizes(terms: list[str], operands: list) -> dict[str, int]:
-    """How long the axis of each letter is: the one size, apart from 1, in all operands."""
+def _einsum_sizes(factors: list[tuple[str, Any]]) -> dict[str, int]:
+    """How long the axis of each letter is: the one size, apart from 1, that it has."""
     sizes: dict[str, int] = {}
-    for term, x in zip(terms, operands):
+    for term, x in factors:
         for letter, n in zip(term, x.shape):
             size = sizes.setdefault(letter, n)
             if size == 1:
@@ -2666,213 +2270,36 @@ def _einsum_sizes(terms: list[str], operands: list) -> dict[str, int]:
     return sizes
 
 
-def _einsum_sum(term: str, x: Any, letters: Any) -> tuple[str, Any]:
-    """The term and x without these letters; their axes are added up."""
+def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
+    """Steps 5 and 6: the term and x without these letters; their axes are added up."""
     if not letters:
         return term, x
     axes = tuple(i for i, c in enumerate(term) if c in letters)
     return "".join(c for c in term if c not in letters), np.sum(x, axis=axes)
 
 
-# ### Other products
+# ### Inverse and determinant: how is a rule of matrices found?
 #
-# What else NumPy has by the name of a product is a composition of matmul, einsum and `*`.
-@_answers(np.dot)
-def dot(a: Any, b: Any) -> Tensor:
-    """a * b if one is a number, else the sum over a's last axis and b's last but one."""
-    a, b = _with_shape(a), _with_shape(b)
-    if 0 in (a.ndim, b.ndim):
-        return mul(a, b)
-    return matmul(a, b) if b.ndim <= 2 else tensordot(a, b, (-1, -2))
-
-
-@_answers(np.vdot)
-def _vdot(a: Any, b: Any) -> Tensor:
-    return matmul(reshape(_with_shape(a), -1), reshape(_with_shape(b), -1))
-
-
-@_answers(np.inner)
-def inner(a: Any, b: Any) -> Tensor:
-    """The inner products of the rows of a and of b: the sum over the last axis of both."""
-    a, b = _with_shape(a), _with_shape(b)
-    return mul(a, b) if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
-
-
-@_answers(np.outer, *_if_there(np.linalg, "outer"))
-def outer(a: Any, b: Any) -> Tensor:
-    """a_i * b_j for all elements of both: (a.size, b.size)."""
-    return mul(reshape(_with_shape(a), (-1, 1)), reshape(_with_shape(b), (1, -1)))
-
-
-@_answers(np.tensordot, *_if_there(np.linalg, "tensordot"))
-def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
-    """The products of a and b, added up over axes that they share.
-
-    These are the last of a and the first of b if `axes` says how many, else a pair of
-    lists. Those of a remain first, then those of b.
-    """
-    a, b = _with_shape(a), _with_shape(b)
-    if isinstance(axes, (int, np.integer)):
-        axes = range(a.ndim - axes, a.ndim), range(axes)
-    left, right = (np.ravel(one).astype(int).tolist() for one in axes)
-    try:
-        alike = [a.shape[i] for i in left] == [b.shape[j] for j in right]
-    except IndexError:
-        alike = False
-    if not alike:
-        raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} are not "
-                         "all there, or not of the same lengths; name pairs that are")
-
-    of_a = list(range(a.ndim))  # a number for each axis; axes to add up over share theirs
-    of_b = list(range(a.ndim, a.ndim + b.ndim))
-    for i, j in zip(left, right):
-        of_b[j] = of_a[i]
-    remaining = [n for n in of_a if n not in of_b] + [n for n in of_b if n not in of_a]
-    return einsum(a, of_a, b, of_b, remaining)
-
-
-@_answers(np.kron)
-def kron(a: Any, b: Any) -> Tensor:
-    """The Kronecker product: b in place of each element of a, multiplied by it."""
-    a, b = _with_shape(a), _with_shape(b)
-    ndim = max(a.ndim, b.ndim)
-    blocks = (1,) * (ndim - a.ndim) + a.shape
-    inside = (1,) * (ndim - b.ndim) + b.shape
-    odd, even = tuple(range(1, 2 * ndim, 2)), tuple(range(0, 2 * ndim, 2))
-    a = expand_dims(reshape(a, blocks), odd)  # (2, 3) -> (2, 1, 3, 1)
-    b = expand_dims(reshape(b, inside), even)  # (5, 7) -> (1, 5, 1, 7)
-    return reshape(mul(a, b), tuple(m * n for m, n in zip(blocks, inside)))  # (2 * 5, 3 * 7)
-
-
-@_answers(np.cross)
-def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
-          axis: int | None = None) -> Tensor:
-    """The cross products of vectors of length 3, which lie along the given axes."""
-    if axis is not None:
-        axisa = axisb = axisc = axis
-    a, b = moveaxis(_with_shape(a), axisa, -1), moveaxis(_with_shape(b), axisb, -1)
-    if a.shape[-1] != 3 or b.shape[-1] != 3:
-        raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 along an "
-                         "axis (here moved last); append a zero to those of length 2")
-    later, last = [1, 2, 0], [2, 0, 1]
-    c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
-    return moveaxis(c, -1, axisc)
-
-
-@_answers(*_if_there(np.linalg, "cross"))
-def _linalg_cross(x1: Any, x2: Any, *, axis: int = -1) -> Tensor:
-    return cross(x1, x2, axis=axis)
-
-
-@_answers(*_if_there(np, "vecdot"), *_if_there(np.linalg, "vecdot"))
-def _vecdot(x1: Any, x2: Any, axis: int = -1) -> Tensor:
-    a, b = moveaxis(_with_shape(x1), axis, -1), moveaxis(_with_shape(x2), axis, -1)
-    row, column = expand_dims(a, -2), expand_dims(b, -1)  # (..., 1, n), (..., n, 1)
-    return matmul(row, column)[..., 0, 0]
-
-
-@_answers(*_if_there(np, "matvec"))
-def _matvec(x1: Any, x2: Any) -> Tensor:
-    return matmul(x1, expand_dims(_with_shape(x2), -1))[..., 0]
-
-
-@_answers(*_if_there(np, "vecmat"))
-def _vecmat(x1: Any, x2: Any) -> Tensor:
-    return matmul(expand_dims(_with_shape(x1), -2), x2)[..., 0, :]
-
-
-# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
-# `sum_n g_n v_(n-k)`: the correlation of g with v, which is convolution with v reversed.
-@primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
-           lambda g, y, a, v: np.correlate(g, a, "valid"))
-def _convolve(a: Any, v: Any) -> Tensor:
-    return np.convolve(a, v)
-
-
-@_answers(np.convolve)
-def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The convolution of two vectors: "full", its middle ("same"), or what is "valid"."""
-    a, v = _with_shape(a), _with_shape(v)
-    if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
-        raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two vectors, "
-                         "and a mode 'full', 'same' or 'valid'")
-    y = _convolve(a, v)
-    short, long = sorted([len(a), len(v)])
-    if mode == "full":
-        return y
-    if mode == "same":
-        first = (short - 1) // 2
-        return y[first:first + long]
-    return y[short - 1:long]
-
-
-@_answers(np.correlate)
-def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
-    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
-    a, v = _with_shape(a), _with_shape(v)
-    if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
-        return correlate(v, a, mode)[::-1]
-    return convolve(a, v[::-1], mode)
-
-
-@_answers(np.interp)
-def _interp(x: Any, xp: Any, fp: Any, left: Any = None, right: Any = None) -> Tensor:
-    x, xp, fp = _with_shape(x), _with_shape(xp), _with_shape(fp)
-    if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
-        raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, given "
-                         "by two vectors of one length")
-    above = np.searchsorted(_value(xp), _value(x), side="right")  # the first point above x
-    i = np.clip(above - 1, 0, len(xp) - 2)
-    slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
-    y = fp[i] + slope * (x - xp[i])
-    y = np.where(x < xp[0], fp[0] if left is None else left, y)
-    return np.where(x > xp[-1], fp[-1] if right is None else right, y)
-
-
-# A product of many matrices costs least when it is begun at its thin end, as in
-# `(A (B v))`.
-@_answers(np.linalg.multi_dot)
-def _multi_dot(arrays: Sequence) -> Tensor:
-    arrays = [_with_shape(a) for a in arrays]
-    rows = 1 if arrays[0].ndim == 1 else arrays[0].shape[0]
-    columns = 1 if arrays[-1].ndim == 1 else arrays[-1].shape[-1]
-    if rows <= columns:
-        return functools.reduce(matmul, arrays)
-    return functools.reduce(lambda product, a: matmul(a, product), arrays[::-1])
-
-
-@_answers(np.linalg.matrix_power)
-def matrix_power(a: Any, n: int) -> Tensor:
-    """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
-    a = as_tensor(a)
-    if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not isinstance(n, (int, np.integer)):
-        raise ValueError(f"matrix_power of {a.shape}, {n!r}: needs square matrices and an integer")
-    if n < 0:
-        return matrix_power(inv(a), -n)
-    if n == 0:
-        return as_tensor(np.broadcast_to(np.eye(a.shape[-1], dtype=a.dtype), a.shape))
-    if n == 1:
-        return a
-    half = matrix_power(a, n // 2)
-    return half @ half @ a if n % 2 else half @ half
-
-
-# ### Inverse, determinant, and what solves equations
+# All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that L moves by
+# `<g, dY>` if Y moves by dY. Then:
 #
-# All rules of np.linalg are found in one way. Write `<X, Y>` for the sum of all
-# `X_ij Y_ij`, so that L moves by `<g, dY>` if Y moves by dY. Say how dY comes from dA;
-# then bring what stands around dA over to g, by `<g, P dA Q> = <P^T g Q^T, dA>` (which
-# is the rule of matmul, twice). What then stands beside dA is A's cotangent. (Giles,
-# 2008, has the whole collection.)
+# 1. Say how dY comes from dA, by differentiating what defines Y.
+# 2. In `<g, dY>`, bring what stands around dA over to g: `<g, P dA Q>` is
+#    `<P^T g Q^T, dA>` (the rule of matmul, twice).
+# 3. What then stands beside dA is what A receives.
 #
-# *inv*: `A Y = I`, so `dA Y + A dY = 0` and `dY = -Y dA Y`. A receives `-Y^T g Y^T`.
+# (Giles, 2008, has the whole collection.) Four of them:
 #
-# *solve*: `A Y = B`, so `dA Y + A dY = dB` and `dY = A^-1 (dB - dA Y)`. Hence B receives
-# `h = A^-T g`, another solve, and A receives `-h Y^T`.
+# *inv*: `A Y = I`, so `dA Y + A dY = 0`, and `dY = -Y dA Y`. A receives `-Y^T g Y^T`.
+#
+# *solve*: `A Y = B`, so `dA Y + A dY = dB`, and `dY = A^-1 (dB - dA Y)`. Hence B
+# receives `h = A^-T g`, another solve, and A receives `-h Y^T`.
 #
 # *det*: expand along row i, `det A = sum_j A_ij C_ij`, where the cofactors C_ij of a
 # row have nothing of that row in them. So A receives `g C`, and by Cramer
-# `C = det(A) A^-T`. For its logarithm, divided by the determinant, that is `g A^-T`.
+# `C = det(A) A^-T`.
+#
+# *log det*: that, divided by the determinant: `g A^-T`.
 #
 #     >>> a = np.array([[2.0, 1.0], [4.0, 4.0]])
 #     >>> print(grad(np.linalg.det)(a), grad(lambda a: np.linalg.slogdet(a)[1])(a))
@@ -2883,12 +2310,12 @@ inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),
           doc="The inverse of each matrix. LinAlgError if one is singular.")
 
 
-def _solve_rule_a(g: Any, y: Any, a: Any, b: Any) -> Any:
-    return -_solve_rule_b(g, y, a, b) @ _mT(y)
-
-
 def _solve_rule_b(g: Any, y: Any, a: Any, b: Any) -> Any:
     return np.linalg.solve(_mT(a), g)
+
+
+def _solve_rule_a(g: Any, y: Any, a: Any, b: Any) -> Any:
+    return -_solve_rule_b(g, y, a, b) @ _mT(y)
 
 
 @primitive(_solve_rule_a, _solve_rule_b)
@@ -2907,24 +2334,25 @@ def solve(a: Any, b: Any) -> Tensor:
     vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 have it
     columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
-        raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices (..., n, n) and "
-                         "a vector (n,) or columns (..., n, k); for others there is lstsq")
+        raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
+                         "(..., n, n) and a vector (n,) or columns (..., n, k); for others there "
+                         "is lstsq")
     x = _solve(a, columns)
     return x[..., 0] if vectors else x
 
 
+# A singular matrix has cofactors, though no inverse. To compute them by products needs
+# no division by zero, but many operations, and loses digits from n = 10 or so on.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone (Faddeev and LeVerrier)."""
     eye = adjugate = np.eye(a.shape[-1], dtype=a.dtype)
     for k in range(1, a.shape[-1]):
         product = a @ adjugate
-        trace = np.einsum("...ii->...", product)[..., None, None]
-        adjugate = trace / k * eye - product
+        traces = np.einsum("...ii->...", product)[..., None, None]
+        adjugate = traces / k * eye - product
     return adjugate
 
 
-# A singular matrix has cofactors, though no inverse. To compute them by products needs
-# no division by zero, but many operations, and loses digits from n = 10 or so on.
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
     if np.all(y != 0):
         return (g * y)[..., None, None] * _mT(np.linalg.inv(a))
@@ -2955,21 +2383,31 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
 
 
-# ### Cholesky, eigenvalues, and other decompositions
+# ### Decompositions: what can a factor's motion be?
 #
-# *cholesky*: `A = L L^T`, so `dA = dL L^T + L dL^T`. Multiply by `L^-1` from the left,
-# and by `L^-T` from the right: `L^-1 dA L^-T = L^-1 dL + (L^-1 dL)^T`, a lower
-# triangular matrix plus its transpose. So `dL = L tril(L^-1 dA L^-T)`, where tril takes
-# the lower triangle and half of the diagonal. In `<g, dL>`, L goes over to g, then tril
-# (which only scales elements), then the rest: A receives `L^-T tril(L^T g) L^-1`, and
-# as dA is symmetric, the symmetric part of that will do (Murray, 2016).
+# Here A is a product of factors of a certain kind: triangular, or with orthonormal
+# columns. Differentiate `A = ...`, and the kind of each factor says which part of the
+# equation moves it. Below, `tril(X)` is the lower triangle of X with *half* of its
+# diagonal; it only scales the elements, so `<X, tril(Y)> = <tril(X), Y>`. It takes
+# `X + X^T` apart: of a lower triangular X, `tril(X + X^T)` is X.
+#
+# *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
+#
+# 1. `dA = dL L^T + L dL^T`.
+# 2. Multiply by L^-1 from the left and by L^-T from the right, and write `X = L^-1 dL`:
+#    `L^-1 dA L^-T = X + X^T`. With L and dL, X is lower triangular.
+# 3. So `X = tril(L^-1 dA L^-T)`, and `dL = L X`.
+# 4. In `<g, dL>` bring over to g what stands before dA: first L, then tril, then the
+#    rest. A receives `L^-T tril(L^T g) L^-1`; and as dA is symmetric, the symmetric part
+#    of that will do.
 #
 # NumPy reads one triangle of a matrix that it takes for symmetric. Its cotangent has
 # one half in each triangle, as in PyTorch, and counts for both together: use it where A
 # is symmetric however it moves, as `x @ x.T` is.
-def _lower(n: int, dtype: Any) -> np.ndarray:
+def _lower(a: Any) -> np.ndarray:
     """What tril multiplies by: 1 below the diagonal, 1/2 on it, 0 above."""
-    return np.tril(np.ones((n, n), dtype)) - np.eye(n, dtype=dtype) / 2
+    n = a.shape[-1]
+    return np.tril(np.ones((n, n), a.dtype)) - np.eye(n, dtype=a.dtype) / 2
 
 
 def _symmetric(a: Any) -> Any:
@@ -2977,7 +2415,7 @@ def _symmetric(a: Any) -> Any:
 
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _mT(y) @ g * _lower(a.shape[-1], y.dtype)
+    inside = _lower(y) * (_mT(y) @ g)  # tril(L^T g)
     left = np.linalg.solve(_mT(y), inside)  # L^-T tril(L^T g)
     return _symmetric(np.linalg.solve(_mT(y), _mT(left)))
 
@@ -2996,19 +2434,19 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
     return _mT(lower) if upper else lower
 
 
-# *eigh*: `A = V W V^T`, where `W = diag(w)` and `V^T V = I`. Differentiate, and
-# multiply by V^T from the left and by V from the right. With `dC = V^T dV`:
+# *eigh*, `A = V W V^T`, with `W = diag(w)` and orthonormal columns, `V^T V = I`:
 #
-#     V^T dA V = dC W + dW + W dC^T
+# 1. `dA = dV W V^T + V dW V^T + V W dV^T`. Multiply by V^T from the left and by V from
+#    the right, and write `P = V^T dA V` and `dC = V^T dV`:
 #
-# Differentiating `V^T V = I` gives `dC + dC^T = 0`. So `dC^T = -dC`, whose diagonal is
-# 0, and
+#        P = dC W + dW + W dC^T
 #
-#     on the diagonal:  dw_i  = (V^T dA V)_ii
-#     elsewhere:        dC_ij = (V^T dA V)_ij / (w_j - w_i)
-#
-# Now `<gw, dw> + <gV, V dC>`, in which `<gV, V dC> = <V^T gV, dC>`, gives for A
-# `V (diag(gw) + (V^T gV) / gaps) V^T` with gaps_ij `w_j - w_i`, or its symmetric part.
+# 2. `V^T V = I` gives `dC + dC^T = 0`. So `dC^T = -dC`, whose diagonal is 0.
+# 3. Hence on the diagonal `dw_i = P_ii`, and elsewhere `dC_ij = P_ij / (w_j - w_i)`.
+# 4. L moves by `<gw, dw> + <gV, dV>`, and `<gV, dV> = <gV, V dC> = <V^T gV, dC>`.
+#    Collect what stands beside P: M, which is gw on the diagonal and elsewhere
+#    `(V^T gV)_ij / (w_j - w_i)`.
+# 5. `<M, P> = <V M V^T, dA>`: A receives `V M V^T`, or its symmetric part.
 #
 # Where two eigenvalues are equal, their eigenvectors may be any that span the same
 # plane, and have no derivative: the division by 0 says so, by inf or nan. Where they
@@ -3024,7 +2462,7 @@ def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
     eye = np.eye(a.shape[-1], dtype=a.dtype)
-    inside = eye * gw + _ratio((1 - eye) * (_mT(v) @ gv), w - _mT(w))
+    inside = eye * gw + _ratio((1 - eye) * (_mT(v) @ gv), w - _mT(w))  # M
     return _symmetric(v @ inside @ _mT(v))
 
 
@@ -3046,22 +2484,40 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
 
 
-@_answers(np.linalg.eigvalsh)
-def _eigvalsh(a: Any, UPLO: str = "L") -> Tensor:
-    return eigh(a, UPLO)[0]
-
-
-# *svd*: `A = U S V^T` in the same way gives `U^T dA V = dC S + dS - S dD` with
-# `dC = U^T dU` and `dD = V^T dV`, which both are antisymmetric. Off the diagonal,
-# elements ij and ji are two equations for dC_ij and dD_ij, and their solution divides
-# by `s_j^2 - s_i^2`. If A is not square, U or V also moves out of the space that its
-# columns span, which divides by s (Townsend, 2016, has every step).
+# *svd*, `A = U S V^T`, with `S = diag(s)` and orthonormal columns in both U and V, which
+# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016):
+#
+# 1. Multiply dA by U^T from the left and by V from the right, and write `P = U^T dA V`,
+#    `dC = U^T dU` and `dD = V^T dV`. As before, `dC^T = -dC` and `dD^T = -dD`:
+#
+#        P = dC S + dS - S dD
+#
+# 2. On the diagonal, `ds_i = P_ii`. Elsewhere, elements ij and ji are two equations for
+#    the two unknowns dC_ij and dD_ij (and dC_ji is -dC_ij, dD_ji is -dD_ij):
+#
+#        P_ij =  dC_ij s_j - s_i dD_ij
+#        P_ji = -dC_ij s_i + s_j dD_ij
+#
+# 3. The first times s_j plus the second times s_i is free of dD; the first times s_i
+#    plus the second times s_j is free of dC. With `gap_ij = s_j^2 - s_i^2`:
+#
+#        dC_ij = (P_ij s_j + s_i P_ji) / gap_ij
+#        dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
+#
+# 4. If A is square, `<gU, dU> = <c, dC>` with `c = U^T gU`, and `<gV, dV> = <d, dD>`
+#    with `d = V^T gV`. P_ij occurs in dC_ij, and in dC_ji = -dC_ij; so in `<c, dC>` it
+#    stands beside `(c_ij - c_ji) s_j / gap_ij`, and likewise in `<d, dD>` beside
+#    `s_i (d_ij - d_ji) / gap_ij`. Their sum is M, off the diagonal; on it, M is gs.
+# 5. `<M, P> = <U M V^T, dA>`: A receives `U M V^T`.
+# 6. If A is tall, dU also has a part outside of the space of U's columns,
+#    `(I - U U^T) dU = (I - U U^T) dA V S^-1`, as `dA V = dU S + U (...)`. So A receives
+#    `(gU - U c) S^-1 V^T` besides. If A is wide, the same goes for V, transposed.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
     gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
     c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
+    gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
 
     eye = np.eye(min(m, n), dtype=a.dtype)
     inside = _ratio(c - _mT(c), gaps) * s + eye * gs + _mT(s) * _ratio(d - _mT(d), gaps)
@@ -3093,26 +2549,33 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
     if not compute_uv:
         return singular
     if full_matrices and a.shape[-1] != m:
-        raise TypeError(f"svd of {a.shape}: with full_matrices some columns are arbitrary, without"
-                        " a derivative; write np.linalg.svd(a, full_matrices=False)")
+        raise TypeError(f"svd of {a.shape}: with full_matrices some columns are "
+                        "arbitrary, without a derivative; write np.linalg.svd(a, "
+                        "full_matrices=False)")
     u, v = packed[..., :m, :], packed[..., m + 1:, :]
     return _result_type(np.linalg.svd)([u, singular, _mT(v)])
 
 
-@_answers(*_if_there(np.linalg, "svdvals"))
-def _svdvals(x: Any) -> Tensor:
-    return svd(x, compute_uv=False)
-
-
-# *qr*: `A = Q R`, with R upper triangular, is the Cholesky decomposition of
-# `A^T A = R^T R` in disguise, and has a rule of the same kind (Seeger and others,
-# 2017). A wide A is a square one with more columns, `Q [R1 R2]`, and the further ones
-# are `R2 = Q^T A2`.
+# *qr*, `A = Q R`, with orthonormal columns in Q, and R upper triangular. It goes as
+# Cholesky does (Seeger and others, 2017):
+#
+# 1. `dA = dQ R + Q dR`. Multiply by R^-1 from the right, and write `X = dR R^-1`, which
+#    is upper triangular: `dA R^-1 = dQ + Q X`.
+# 2. Multiply by Q^T from the left, too. With `P = Q^T dA R^-1`, that is
+#    `P = Q^T dQ + X`, of which `Q^T dQ` is antisymmetric: `P + P^T = X + X^T`.
+# 3. So X is the upper triangle with half of the diagonal, `X = triu(P + P^T)`. And then
+#    `dR = X R`, and by step 1, `dQ = dA R^-1 - Q X`.
+# 4. `<gQ, dQ> + <gR, dR>` is `<gQ, dA R^-1> + <M, X>` with `M = gR R^T - Q^T gQ`.
+# 5. `<M, X> = <triu(M), P + P^T> = <N, P>`, with N for `triu(M) + triu(M)^T`; and P is
+#    made of dA R^-1. Together, `<gQ + Q N, dA R^-1>`: A receives `(gQ + Q N) R^-T`.
+#
+# A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
+# `R2 = Q^T A2`.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
-    inside = (r @ _mT(gr) - _mT(gq) @ q) * _lower(a.shape[-1], a.dtype)
-    left = gq + q @ (inside + _mT(inside))
+    upper = _mT(_lower(a)) * (gr @ _mT(r) - _mT(q) @ gq)  # triu(M)
+    left = gq + q @ (upper + _mT(upper))
     return _mT(np.linalg.solve(r, _mT(left)))  # left R^-T
 
 
@@ -3128,8 +2591,8 @@ def qr(a: Any, mode: str = "reduced") -> Any:
     """
     a = as_tensor(a)
     if a.ndim < 2 or mode not in ("reduced", "r"):
-        raise TypeError(f"qr of {a.shape}, mode {mode!r}: needs matrices and mode 'reduced' or "
-                        "'r'; what the others add has no derivative")
+        raise TypeError(f"qr of {a.shape}, mode {mode!r}: needs matrices and mode "
+                        "'reduced' or 'r'; what the others add has no derivative")
     m, n = a.shape[-2:]
     packed = _qr(a[..., :m])
     q, r = packed[..., :m, :], packed[..., m:, :]
@@ -3138,14 +2601,20 @@ def qr(a: Any, mode: str = "reduced") -> Any:
     return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
 
 
-# *pinv*: as long as the rank of A stays the same, its pseudo-inverse P moves by
-# `dP = -P dA P + P P^T dA^T (I - A P) + (I - P A) dA^T P^T P` (Golub and Pereyra,
-# 1973). In `<g, dP>`, term by term, that is the rule.
+# *pinv*: this one we take from Golub and Pereyra (1973), and `check_grad` is our proof.
+# As long as the rank of A stays the same, its pseudo-inverse P moves by three terms:
+#
+#     dP = -P dA P  +  P P^T dA^T (I - A P)  +  (I - P A) dA^T P^T P
+#
+# (If A has an inverse, `A P = P A = I` leaves the first.) Bring each over to g; a dA^T
+# transposes what it receives, and `A P` and `P A` are symmetric:
+#
+#     -P^T g P^T  +  (I - A P) g^T P P^T  +  P^T P g^T (I - P A)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
-    across = gt @ y @ pt  # G^T P P^T
-    along = pt @ y @ gt  # P^T P G^T
-    return -pt @ g @ pt + (across - a @ (y @ across)) + (along - (along @ y) @ a)
+    second = gt @ y @ pt  # g^T P P^T
+    third = pt @ y @ gt  # P^T P g^T
+    return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
 @primitive(_pinv_rule)
@@ -3159,135 +2628,6 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
     Its derivative is right for changes of a that leave the rank as it is.
     """
     return _pinv(a, rcond=rcond)
-
-
-@_answers(np.linalg.lstsq)
-def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
-    """(x, residuals, rank, singular values of a), where x makes these sums least:
-    (a @ x - b) ** 2 for each column of b. a is (m, n) and b (m,) or (m, k). The
-    residuals are the sums, if n is the rank and below m.
-    """
-    a, b = _with_shape(a), _with_shape(b)
-    if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
-        raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a vector "
-                         "(m,) or columns (m, k)")
-    m, n = a.shape
-    singular = svd(a, compute_uv=False)  # (min(m, n),)
-    if rcond is None:
-        rcond = np.finfo(singular.dtype).eps * max(m, n)
-    rank = int(np.sum(_value(singular) > rcond * np.max(_value(singular), initial=0)))
-
-    x = matmul(pinv(a, rcond), b)
-    errors = b - matmul(a, x)
-    residuals = np.sum(errors * errors, axis=0).reshape(-1)
-    return x, residuals if m > n == rank else residuals[:0], rank, singular
-
-
-# ### Norms
-#
-# The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is taken.
-@primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
-def _length(x: Any, axes: tuple) -> Tensor:
-    return np.sqrt(np.sum(x * x, axis=axes))
-
-
-def _vector_norm_last(x: Any, ord: float) -> Any:
-    """The norm over the last axis."""
-    if ord == 2:
-        return _length(x, axes=(x.ndim - 1,))
-    if ord == 0:
-        return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))  # constant nearly everywhere
-    if not isinstance(ord, (int, float, np.number)):
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by numbers; "
-                         "those by name are of matrices, axis=(-2, -1)")
-    size = abs_(x)
-    if abs(ord) == np.inf:
-        return max_(size, -1) if ord > 0 else min_(size, -1)
-    if ord == 1:
-        return sum_(size, -1)
-    total = sum_(size ** ord, -1)
-    safe = np.where(total == 0, 1, total)  # a root's derivative at 0 is infinite
-    return np.where(total == 0, 0, safe ** (1 / ord))
-
-
-def _matrix_norm_last(x: Any, ord: Any) -> Any:
-    """The norm over the last two axes."""
-    if ord in ("fro", None):
-        return _length(x, axes=(x.ndim - 2, x.ndim - 1))
-    if ord == "nuc":
-        return sum_(svd(x, compute_uv=False), -1)
-    if ord in (2, 1, np.inf):
-        largest = max_
-    elif ord in (-2, -1, -np.inf):
-        largest = min_
-    else:
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by 'fro', 'nuc', "
-                         "1, -1, 2, -2, inf and -inf")
-    if abs(ord) == 2:
-        return largest(svd(x, compute_uv=False), -1)
-    columns = abs(ord) == 1
-    return largest(sum_(abs_(x), -2 if columns else -1), -1)
-
-
-@_answers(np.linalg.norm)
-def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
-         keepdims: bool = False) -> Tensor:
-    """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
-    The root of a sum of squares has derivative 0 at 0, as in PyTorch; equal largest
-    ones share it.
-    """
-    x = as_tensor(x)
-    axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
-    if axis is None and ord is None:
-        y = _length(reshape(x, -1), axes=(0,))
-    elif len(axes) == 1:
-        y = _vector_norm_last(moveaxis(x, axes, (-1,)), 2 if ord is None else ord)
-    elif len(axes) == 2:
-        y = _matrix_norm_last(moveaxis(x, axes, (-2, -1)), ord)
-    else:
-        raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, a matrix two")
-    return expand_dims(y, axes) if keepdims else y
-
-
-@_answers(*_if_there(np.linalg, "vector_norm"))
-def _vector_norm(x: Any, *, axis: int | tuple | None = None, keepdims: bool = False,
-                 ord: float = 2) -> Tensor:
-    x = as_tensor(x)
-    axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
-    others = [i for i in range(x.ndim) if i not in {a % x.ndim for a in axes}]
-    rows = transpose(x, (*others, *axes)).reshape(*(x.shape[i] for i in others), -1)
-    y = _vector_norm_last(rows, ord)
-    return expand_dims(y, axes) if keepdims else y
-
-
-@_answers(*_if_there(np.linalg, "matrix_norm"))
-def _matrix_norm(x: Any, *, keepdims: bool = False, ord: Any = "fro") -> Tensor:
-    return norm(x, ord, (-2, -1), keepdims)
-
-
-@_answers(np.linalg.cond)
-def _cond(x: Any, p: Any = None) -> Tensor:
-    if p in (None, 2):
-        singular = svd(x, compute_uv=False)
-        return singular[..., 0] / singular[..., -1]
-    return norm(x, p, (-2, -1)) * norm(inv(x), p, (-2, -1))
-
-
-# NumPy 2 has these in np.linalg as well, where they are about the last two axes.
-@_answers(*_if_there(np.linalg, "diagonal"))
-def _linalg_diagonal(x: Any, *, offset: int = 0) -> Tensor:
-    rows, columns = np.nonzero(np.eye(*x.shape[-2:], k=offset))
-    return x[..., rows, columns]
-
-
-@_answers(*_if_there(np.linalg, "trace"))
-def _linalg_trace(x: Any, *, offset: int = 0) -> Tensor:
-    return sum_(_linalg_diagonal(x, offset=offset), -1)
-
-
-@_answers(*_if_there(np, "matrix_transpose"), *_if_there(np.linalg, "matrix_transpose"))
-def _matrix_transpose(x: Any) -> Tensor:
-    return _mT(x)
 
 
 # ## II.7 Fused operations: how is one made fast?
@@ -3616,10 +2956,708 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     return value if value.dtype == t.dtype else astype(value, t.dtype)
 
 
-for _function, _f in _FUNCTIONS.items():  # so that a TypeError for a wrong argument names np.x
+# ## II.9 NumPy's other names: what needs no new idea?
+#
+# Skip this section: it is for looking up. NumPy code uses hundreds of functions, and
+# what we have so far says nearly all of them. What NumPy code may use, by kind:
+#
+#     arithmetic      add subtract multiply divide remainder fmod divmod negative
+#                     positive square reciprocal power float_power
+#     exponentials    exp exp2 expm1 log log2 log10 log1p logaddexp logaddexp2
+#     roots           sqrt cbrt hypot
+#     angles          sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg
+#                     degrees radians
+#     hyperbolic      sinh cosh tanh arcsinh arccosh arctanh
+#     choosing        where maximum minimum fmax fmin absolute fabs clip heaviside
+#                     nan_to_num choose select piecewise sort partition
+#     of real input   real conjugate real_if_close copy full_like
+#     moving          roll flip fliplr flipud rot90 repeat tile resize delete insert
+#                     append take take_along_axis diag diagflat diagonal tril triu
+#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis matrix_transpose
+#                     squeeze expand_dims atleast_1d atleast_2d atleast_3d broadcast_to
+#                     broadcast_arrays meshgrid
+#     joining         concatenate stack hstack vstack row_stack dstack column_stack pad
+#     cutting         split array_split hsplit vsplit dsplit unstack
+#     reductions      sum mean average var std max amax min amin ptp prod trace nansum
+#                     nanmean median quantile percentile cov corrcoef trapezoid
+#     scans           cumsum cumprod diff ediff1d gradient
+#     products        matmul dot vdot inner outer einsum tensordot kron cross vecdot
+#                     matvec vecmat convolve correlate interp
+#     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
+#                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
+#
+# Comparisons, roundings and orders (`_WITHOUT_GRADIENT`) give plain arrays, and so does
+# histogram. All else is a TypeError: complex numbers, `fft`, `i0`, `unwrap`, `modf`,
+# `frexp`, `copysign`, the other nan functions, the methods of ufuncs (for
+# `np.add.reduce` there is np.sum), and what writes into an array (`put`, `copyto`,
+# `fill_diagonal`; np.where makes a new one).
+
+# These have derivative zero wherever it exists, or ask for a shape or an order, or
+# count, sort into bins and compare, which choose by the values alone.
+_WITHOUT_GRADIENT = {getattr(np, name) for name in """
+    sign floor ceil trunc rint fix round around floor_divide imag angle
+    isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
+    signbit equal not_equal less less_equal greater greater_equal
+    logical_and logical_or logical_not logical_xor
+    isclose allclose array_equal array_equiv isin any all
+    argmax argmin nanargmax nanargmin argsort argpartition argwhere lexsort searchsorted
+    nonzero flatnonzero count_nonzero digitize unique
+    shape ndim size zeros_like ones_like empty_like
+    result_type can_cast may_share_memory shares_memory
+    array2string array_repr array_str
+    """.split()} | {np.linalg.matrix_rank}
+
+# *In one line*, with NumPy's signature.
+_FUNCTIONS.update({
+    # elements (all numbers here are real)
+    np.conjugate: identity, np.real: identity, np.real_if_close: identity,
+    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
+    np.square: lambda x: x * x,
+    np.reciprocal: lambda x: 1 / x,
+    np.float_power: lambda a, b: power(astype(a, np.float64), b),
+    np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
+    # shapes
+    np.transpose: lambda a, axes=None: transpose(a, axes),
+    np.ravel: lambda a: reshape(a, -1),
+    np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
+        reshape(a, newshape if shape is None else shape),
+    np.full_like: lambda a, fill_value, dtype=None:
+        broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
+    np.atleast_1d: lambda *arrays: _at_least(np.atleast_1d, arrays),
+    np.atleast_2d: lambda *arrays: _at_least(np.atleast_2d, arrays),
+    np.atleast_3d: lambda *arrays: _at_least(np.atleast_3d, arrays),
+    # joining and cutting
+    np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
+    np.vstack: lambda tup: concatenate([np.atleast_2d(as_tensor(t)) for t in tup]),
+    np.dstack: lambda tup: concatenate([np.atleast_3d(as_tensor(t)) for t in tup], 2),
+    np.split: lambda ary, indices_or_sections, axis=0:
+        split(ary, indices_or_sections, axis),
+    np.array_split: lambda ary, indices_or_sections, axis=0:
+        _cut(np.array_split, ary, indices_or_sections, axis),
+    np.hsplit: lambda ary, indices_or_sections:
+        split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1),
+    np.vsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 0),
+    np.dsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 2),
+    # reductions
+    np.ptp: lambda a, axis=None, *, keepdims=False:
+        max_(a, axis, keepdims) - min_(a, axis, keepdims),
+    np.percentile: lambda a, q, axis=None, *, method="linear", keepdims=False:
+        quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims),
+    # linear algebra
+    np.vdot: lambda a, b:
+        matmul(reshape(_with_shape(a), -1), reshape(_with_shape(b), -1)),
+    np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO)[0],
+})
+for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
+    _moves(_move.__name__, _move)
+
+
+@_answers(np.max, np.amax)
+def _max(a, axis=None, *, keepdims=False):
+    return max_(a, axis, keepdims)
+
+
+@_answers(np.min, np.amin)
+def _min(a, axis=None, *, keepdims=False):
+    return min_(a, axis, keepdims)
+
+
+def _reduction(function: Callable, op: Callable) -> None:
+    """Answer for a reduction of NumPy, whose third argument is a dtype."""
+    @_answers(function)
+    def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
+        return op(a if dtype is None else astype(a, dtype), axis, **more)
+
+
+def _nansum(a, axis=None, keepdims=False):
+    return sum_(where(np.isnan(a), 0, a), axis, keepdims)
+
+
+def _nanmean(a, axis=None, keepdims=False):
+    count = np.sum(~np.isnan(a), axis, dtype=a.dtype, keepdims=keepdims)
+    return _nansum(a, axis, keepdims) / count
+
+
+for _function, _f in {np.sum: sum_, np.mean: mean, np.var: var, np.std: std,
+                      np.prod: prod, np.cumsum: cumsum, np.cumprod: cumprod,
+                      np.nansum: _nansum, np.nanmean: _nanmean}.items():
+    _reduction(_function, _f)
+
+
+# *Elements.* `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative,
+# `(cos(u) - sinc(x)) / x`, is 0/0 at 0 and loses its digits nearby. There we add up its
+# series, written as nested products (Horner),
+#
+#     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
+#
+# of which ten terms give all digits of float64 for |x| < 1/2.
+def _sinc_slope(x: Any) -> Any:
+    is_near = np.abs(_value(x)) < 0.5
+    near = np.pi * np.where(is_near, x, 0)
+    far = np.where(is_near, 1, x)
+    series = 1.0
+    for k in range(10, 0, -1):
+        series = 1 - near * near / (2 * k * (2 * k + 3)) * series
+    return np.where(is_near, near * series * (-np.pi / 3),
+                    (np.cos(np.pi * far) - np.sinc(far)) / far)
+
+
+sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
+
+
+@_answers(np.clip)
+def _clip_as_numpy(a, a_min=None, a_max=None, *, min=None, max=None):
+    low = min if a_min is None else a_min
+    high = max if a_max is None else a_max
+    return clip(a, low, high)
+
+
+@_answers(np.nan_to_num)
+@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
+def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
+               neginf: float | None = None) -> Tensor:
+    """A copy of x with numbers for nan, inf and -inf, whose gradient is 0."""
+    return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
+
+
+@_answers(np.heaviside)
+def _heaviside(x, at_zero):
+    """0 below zero, 1 above, `at_zero` at zero, which is what has a derivative."""
+    x = _value(x)
+    return where(np.equal(x, 0), at_zero, np.heaviside(x, 0))
+
+
+@_answers(np.histogram)
+def _histogram(a, bins=10, range=None, density=None, weights=None):
+    if _tracked(weights):
+        raise TypeError("np.histogram: no derivative by its weights; use "
+                        "nanoad.scatter_add")
+    return np.histogram(_value(a), _value(bins), range, density, _value(weights))
+
+
+@_answers(np.select)
+def _select(condlist, choicelist, default=0):
+    result = default
+    for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
+        result = where(condition, choice, result)
+    return result
+
+
+@_answers(np.piecewise)
+def _piecewise(x, condlist, funclist, *args, **kw):
+    """Each function gets its part of x only. Of several conditions the last counts."""
+    masks = list(np.reshape(condlist, (-1, *np.shape(x))))
+    if len(funclist) == len(masks) + 1:  # the last one is for the rest
+        masks.append(~np.any(masks, axis=0))
+    if len(funclist) != len(masks):
+        raise ValueError(f"np.piecewise: {len(masks)} conditions, "
+                         f"{len(funclist)} functions")
+
+    result = np.zeros_like(x)
+    done = np.zeros(np.shape(x), bool)
+    for mask, f in reversed(list(zip(masks, funclist))):
+        mask = mask & ~done
+        value = f(x[mask], *args, **kw) if callable(f) else f
+        result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
+        done = done | mask
+    return result
+
+
+# *Moves.* np.insert and np.choose take elements of several arrays. The positions again:
+# those of the arrays laid end to end.
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    """move(*operands), which only moves or repeats elements of the operands."""
+    tensors = [as_tensor(a) for a in operands]
+    positions, start = [], 0
+    for t in tensors:
+        positions.append(np.arange(start, start + t.size).reshape(t.shape))
+        start += t.size
+    return concatenate(tensors, axis=None)[move(*positions)]
+
+
+@_answers(np.insert)
+def _insert(arr, obj, values, axis=None):
+    values = astype(values, np.asarray(_value(arr)).dtype)
+    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
+
+
+@_answers(np.choose)
+def _choose(a, choices, *, mode="raise"):
+    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
+
+
+@_answers(np.partition)
+def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
+              kind: str = "introselect") -> Tensor:
+    """x with element number `kth` where sorting would put it, as np.partition has it."""
+    order = np.argpartition(_value(x), kth, axis, kind)
+    return take_along_axis(x, order, axis)
+
+
+# *Shapes, joined.*
+def _at_least(function: Callable, arrays: tuple) -> Any:
+    """np.atleast_1d and its kin: NumPy says which shape an array gets."""
+    results = tuple(reshape(a, function(_value(as_tensor(a))).shape) for a in arrays)
+    return results[0] if len(results) == 1 else results
+
+
+@_answers(np.broadcast_arrays)
+def _broadcast_arrays(*arrays):
+    shape = np.broadcast_shapes(*map(np.shape, arrays))
+    return tuple(broadcast_to(a, shape) for a in arrays)
+
+
+@_answers(np.meshgrid)
+def _meshgrid(*xi, indexing="xy", sparse=False):
+    """One grid for each of the coordinates xi: grid i varies along axis i.
+
+    ("xy" exchanges the first two axes, and is what NumPy does if nothing is said.)
+    """
+    if indexing not in ("xy", "ij"):
+        raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
+    n = len(xi)
+    grids = []
+    for i, x in enumerate(xi):
+        grids.append(reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i)))
+    if indexing == "xy" and n > 1:
+        grids = [swapaxes(grid, 0, 1) for grid in grids]
+    return tuple(grids) if sparse else _broadcast_arrays(*grids)
+
+
+@_answers(np.hstack)
+def _hstack(tup):
+    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
+    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
+
+
+@_answers(np.column_stack)
+def _column_stack(tup):
+    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
+    return concatenate([t.reshape(-1, 1) if t.ndim == 1 else t for t in tensors], 1)
+
+
+# *Reductions and differences.*
+@_answers(np.median)
+def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The middle element, or the mean of the two in the middle."""
+    return quantile(x, 0.5, axis, keepdims=keepdims)
+
+
+@_answers(np.average)
+def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
+            returned: bool = False, *, keepdims: bool = False) -> Any:
+    """The mean, each element counted with its weight; with `returned`, (mean, sum of
+    weights).
+
+    The weights have the shape of x, or, for a single axis, its length.
+    """
+    x = as_tensor(x)
+    weights = np.ones_like(x) if weights is None else as_tensor(weights)
+    if weights.shape != x.shape:
+        if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
+            raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
+                             f"shape {weights.shape} fit neither that nor the axis")
+        weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
+    total = sum_(weights, axis, keepdims)
+    y = sum_(x * weights, axis, keepdims) / total
+    return (y, total) if returned else y
+
+
+@_answers(np.diff)
+def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
+         append: Any = None) -> Tensor:
+    """The differences of neighbours along an axis, n times over, as by np.diff."""
+    x = as_tensor(x)
+    pieces = [piece for piece in (prepend, x, append) if piece is not None]
+    if len(pieces) > 1:
+        x = concatenate([_as_slice_of(x, axis, piece) for piece in pieces], axis)
+    y = moveaxis(x, axis, 0)
+    for _ in range(n):
+        y = y[1:] - y[:-1]
+    return moveaxis(y, 0, axis)
+
+
+def _as_slice_of(x: Tensor, axis: int, piece: Any) -> Any:
+    """`piece`; if it is a number, a slice of x of thickness 1 that is full of it."""
+    if np.ndim(piece):
+        return piece
+    shape = list(x.shape)
+    shape[axis] = 1
+    return broadcast_to(astype(piece, x.dtype), tuple(shape))
+
+
+@_answers(np.ediff1d)
+def _ediff1d(ary, to_end=None, to_begin=None):
+    pieces = [to_begin, diff(reshape(ary, -1)), to_end]
+    return concatenate([piece for piece in pieces if piece is not None], axis=None)
+
+
+@_answers(getattr(np, "trapezoid", None) or np.trapz)  # its name before NumPy 2
+def _trapezoid(y, x=None, dx=1.0, axis=-1):
+    """The integral of y over x by trapezoids, each its width times its mean height."""
+    y = moveaxis(as_tensor(y), axis, -1)
+    if x is not None:
+        dx = diff(x) if np.ndim(x) == 1 else diff(moveaxis(as_tensor(x), axis, -1))
+    return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
+
+
+# np.gradient takes the slope of a chord between two neighbours. In the middle of three
+# points it takes the mean of the two chords', the shorter one counted more. At an end
+# it takes that of the only chord. Or, with edge_order=2: a chord's slope is the mean of
+# the slopes at its two ends, as on a parabola, so `first = 2 chord - inner`.
+def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
+    f = moveaxis(f, axis, 0)  # (n, ...)
+    spacing = astype(spacing, f.dtype)
+    steps = diff(spacing) if spacing.ndim else broadcast_to(spacing, (len(f) - 1,))
+    steps = reshape(steps, (-1,) + (1,) * (f.ndim - 1))
+    chord = (f[1:] - f[:-1]) / steps  # (n - 1, ...)
+    before, after = steps[:-1], steps[1:]
+    inner = (chord[:-1] * after + chord[1:] * before) / (before + after)  # (n - 2, ...)
+    first, last = chord[:1], chord[-1:]
+    if edge_order == 2:
+        first, last = 2 * first - inner[:1], 2 * last - inner[-1:]
+    return moveaxis(concatenate([first, inner, last]), 0, axis)
+
+
+@_answers(np.gradient)
+def _gradient(f, *varargs, axis=None, edge_order=1):
+    """The slopes from neighbour to neighbour along each axis of f: no cotangents."""
+    f = as_tensor(f)
+    axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
+    spacings = varargs or (1.0,)
+    if len(spacings) == 1:
+        spacings = spacings * len(axes)
+    if len(spacings) != len(axes) or edge_order not in (1, 2):
+        raise TypeError(f"np.gradient: {len(varargs)} spacings for {len(axes)} axes, "
+                        f"and edge_order={edge_order} (1 or 2)")
+    if any(f.shape[a] < edge_order + 1 for a in axes):
+        raise ValueError(f"np.gradient of shape {f.shape}: needs {edge_order + 1} "
+                         "elements along each axis")
+    slopes = [_slope(f, h, a, edge_order) for h, a in zip(spacings, axes)]
+    return slopes[0] if len(slopes) == 1 else slopes
+
+
+@_answers(np.cov)
+def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
+    """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
+    def as_rows(a):
+        a = np.atleast_2d(astype(a, dtype))
+        return a.T if not rowvar and np.ndim(m) > 1 else a
+
+    x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
+    ddof = int(not bias) if ddof is None else ddof
+    centred = x - mean(x, 1, keepdims=True)
+    return squeeze(centred @ centred.T / (x.shape[1] - ddof))
+
+
+@_answers(np.corrcoef)
+def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
+    c = _cov(x, y, rowvar, dtype=dtype)
+    if c.ndim == 0:
+        return c / c
+    spread = sqrt(diagonal(c))
+    return c / spread[:, None] / spread
+
+
+@_answers(np.interp)
+def _interp(x, xp, fp, left=None, right=None):
+    x, xp, fp = _with_shape(x), _with_shape(xp), _with_shape(fp)
+    if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
+        raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, "
+                         "given by two vectors of one length")
+    above = np.searchsorted(_value(xp), _value(x), side="right")
+    i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
+    slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
+    y = fp[i] + slope * (x - xp[i])
+    y = np.where(x < xp[0], fp[0] if left is None else left, y)
+    return np.where(x > xp[-1], fp[-1] if right is None else right, y)
+
+
+# *Products* of vectors and matrices: compositions of matmul, einsum and `*`.
+def bmm(a: Any, b: Any) -> Tensor:
+    """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
+    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
+        raise ValueError(f"bmm of {np.shape(a)}, {np.shape(b)}: needs (n, i, k) and (n, "
+                         "k, j), as many matrices in each; for all else there is matmul")
+    return matmul(a, b)
+
+
+@_answers(np.inner)
+def inner(a: Any, b: Any) -> Tensor:
+    """The inner products of the rows of a and b: the sum over the last axis of both."""
+    a, b = _with_shape(a), _with_shape(b)
+    return mul(a, b) if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
+
+
+@_answers(np.outer)
+def outer(a: Any, b: Any) -> Tensor:
+    """a_i * b_j for all elements of both: (a.size, b.size)."""
+    return mul(reshape(_with_shape(a), (-1, 1)), reshape(_with_shape(b), (1, -1)))
+
+
+@_answers(np.tensordot)
+def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
+    """The products of a and b, added up over axes that they share.
+
+    These are the last of a and the first of b if `axes` says how many, else a pair of
+    lists. Those of a remain first, then those of b.
+    """
+    a, b = _with_shape(a), _with_shape(b)
+    if isinstance(axes, (int, np.integer)):
+        axes = range(a.ndim - axes, a.ndim), range(axes)
+    left, right = (np.ravel(one).astype(int).tolist() for one in axes)
+    try:
+        alike = [a.shape[i] for i in left] == [b.shape[j] for j in right]
+    except IndexError:
+        alike = False
+    if not alike:
+        raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
+                         "are not all there, or not of the same lengths; name pairs "
+                         "that are")
+
+    of_a = list(range(a.ndim))  # a number for each axis; a common one is added up over
+    of_b = list(range(a.ndim, a.ndim + b.ndim))
+    for i, j in zip(left, right):
+        of_b[j] = of_a[i]
+    remaining = [n for n in of_a if n not in of_b] + [n for n in of_b if n not in of_a]
+    return einsum(a, of_a, b, of_b, remaining)
+
+
+@_answers(np.kron)
+def kron(a: Any, b: Any) -> Tensor:
+    """The Kronecker product: b in place of each element of a, multiplied by it."""
+    a, b = _with_shape(a), _with_shape(b)
+    ndim = max(a.ndim, b.ndim)
+    blocks = (1,) * (ndim - a.ndim) + a.shape
+    inside = (1,) * (ndim - b.ndim) + b.shape
+    odd, even = tuple(range(1, 2 * ndim, 2)), tuple(range(0, 2 * ndim, 2))
+    a = expand_dims(reshape(a, blocks), odd)  # (2, 3) -> (2, 1, 3, 1)
+    b = expand_dims(reshape(b, inside), even)  # (5, 7) -> (1, 5, 1, 7)
+    shape = tuple(m * n for m, n in zip(blocks, inside))  # (2 * 5, 3 * 7)
+    return reshape(mul(a, b), shape)
+
+
+@_answers(np.cross)
+def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
+          axis: int | None = None) -> Tensor:
+    """The cross products of vectors of length 3, which lie along the given axes."""
+    if axis is not None:
+        axisa = axisb = axisc = axis
+    a, b = moveaxis(_with_shape(a), axisa, -1), moveaxis(_with_shape(b), axisb, -1)
+    if a.shape[-1] != 3 or b.shape[-1] != 3:
+        raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 "
+                         "along an axis (here moved last); append a zero to those of length 2")
+    later, last = [1, 2, 0], [2, 0, 1]
+    c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
+    return moveaxis(c, -1, axisc)
+
+
+def _vecdot(x1, x2, axis=-1):
+    a, b = moveaxis(_with_shape(x1), axis, -1), moveaxis(_with_shape(x2), axis, -1)
+    row, column = expand_dims(a, -2), expand_dims(b, -1)  # (..., 1, n), (..., n, 1)
+    return matmul(row, column)[..., 0, 0]
+
+
+# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
+# `sum_n g_n v_(n-k)`: the correlation of g with v, which is convolution with v reversed.
+@primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
+           lambda g, y, a, v: np.correlate(g, a, "valid"))
+def _convolve(a: Any, v: Any) -> Tensor:
+    return np.convolve(a, v)
+
+
+@_answers(np.convolve)
+def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
+    """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
+    a, v = _with_shape(a), _with_shape(v)
+    if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
+        raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two "
+                         "vectors, and a mode 'full', 'same' or 'valid'")
+    y = _convolve(a, v)
+    short, long = sorted([len(a), len(v)])
+    if mode == "full":
+        return y
+    if mode == "same":
+        first = (short - 1) // 2
+        return y[first:first + long]
+    return y[short - 1:long]
+
+
+@_answers(np.correlate)
+def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
+    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
+    a, v = _with_shape(a), _with_shape(v)
+    if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
+        return correlate(v, a, mode)[::-1]
+    return convolve(a, v[::-1], mode)
+
+
+# A product of many matrices costs least when it is begun at its thin end, as in
+# `(A (B v))`.
+@_answers(np.linalg.multi_dot)
+def _multi_dot(arrays):
+    arrays = [_with_shape(a) for a in arrays]
+    rows = 1 if arrays[0].ndim == 1 else arrays[0].shape[0]
+    columns = 1 if arrays[-1].ndim == 1 else arrays[-1].shape[-1]
+    if rows <= columns:
+        return functools.reduce(matmul, arrays)
+    return functools.reduce(lambda product, a: matmul(a, product), arrays[::-1])
+
+
+@_answers(np.linalg.matrix_power)
+def matrix_power(a: Any, n: int) -> Tensor:
+    """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
+    a = as_tensor(a)
+    if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not isinstance(n, (int, np.integer)):
+        raise ValueError(f"matrix_power of {a.shape}, {n!r}: needs square matrices "
+                         "and an integer")
+    if n < 0:
+        return matrix_power(inv(a), -n)
+    if n == 0:
+        return as_tensor(np.broadcast_to(np.eye(a.shape[-1], dtype=a.dtype), a.shape))
+    if n == 1:
+        return a
+    half = matrix_power(a, n // 2)
+    return half @ half @ a if n % 2 else half @ half
+
+
+@_answers(np.linalg.lstsq)
+def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
+    """(x, residuals, rank, singular values of a), where x makes these sums least:
+    (a @ x - b) ** 2 for each column of b. a is (m, n) and b (m,) or (m, k). The
+    residuals are the sums, if n is the rank and below m.
+    """
+    a, b = _with_shape(a), _with_shape(b)
+    if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
+        raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a "
+                         "vector (m,) or columns (m, k)")
+    m, n = a.shape
+    singular = svd(a, compute_uv=False)  # (min(m, n),)
+    if rcond is None:
+        rcond = np.finfo(singular.dtype).eps * max(m, n)
+    rank = int(np.sum(_value(singular) > rcond * np.max(_value(singular), initial=0)))
+
+    x = matmul(pinv(a, rcond), b)
+    errors = b - matmul(a, x)
+    residuals = np.sum(errors * errors, axis=0).reshape(-1)
+    return x, residuals if m > n == rank else residuals[:0], rank, singular
+
+
+# *Norms.* The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is
+# taken.
+@primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
+def _length(x: Any, axes: tuple) -> Tensor:
+    return np.sqrt(np.sum(x * x, axis=axes))
+
+
+def _vector_norm_last(x: Any, ord: float) -> Any:
+    """The norm over the last axis."""
+    if ord == 2:
+        return _length(x, axes=(x.ndim - 1,))
+    if ord == 0:
+        count = np.sum(x != 0, axis=-1, dtype=x.dtype)
+        return as_tensor(count)  # constant nearly everywhere
+    if not isinstance(ord, (int, float, np.number)):
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by "
+                         "numbers; those by name are of matrices, axis=(-2, -1)")
+    size = abs_(x)
+    if abs(ord) == np.inf:
+        return max_(size, -1) if ord > 0 else min_(size, -1)
+    if ord == 1:
+        return sum_(size, -1)
+    total = sum_(size ** ord, -1)
+    safe = np.where(total == 0, 1, total)  # a root's derivative at 0 is infinite
+    return np.where(total == 0, 0, safe ** (1 / ord))
+
+
+def _matrix_norm_last(x: Any, ord: Any) -> Any:
+    """The norm over the last two axes."""
+    if ord in ("fro", None):
+        return _length(x, axes=(x.ndim - 2, x.ndim - 1))
+    if ord == "nuc":
+        return sum_(svd(x, compute_uv=False), -1)
+    if ord in (2, 1, np.inf):
+        largest = max_
+    elif ord in (-2, -1, -np.inf):
+        largest = min_
+    else:
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
+                         "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
+    if abs(ord) == 2:
+        return largest(svd(x, compute_uv=False), -1)
+    columns = abs(ord) == 1
+    return largest(sum_(abs_(x), -2 if columns else -1), -1)
+
+
+@_answers(np.linalg.norm)
+def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
+         keepdims: bool = False) -> Tensor:
+    """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
+    The root of a sum of squares has derivative 0 at 0, as in PyTorch; equal largest
+    ones share it.
+    """
+    x = as_tensor(x)
+    axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
+    if len(axes) == 1 or axis is None and ord is None:
+        ord = 2 if ord is None else ord
+        return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
+    if len(axes) != 2:
+        raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, "
+                         "a matrix two")
+    y = _matrix_norm_last(moveaxis(x, axes, (-2, -1)), ord)
+    return expand_dims(y, axes) if keepdims else y
+
+
+def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
+    rows, axes = _joined(x, axis)  # (..., n)
+    y = _vector_norm_last(rows, ord)
+    return expand_dims(y, axes) if keepdims else y
+
+
+def _matrix_norm(x, *, keepdims=False, ord="fro"):
+    return norm(x, ord, (-2, -1), keepdims)
+
+
+@_answers(np.linalg.cond)
+def _cond(x, p=None):
+    if p in (None, 2):
+        singular = svd(x, compute_uv=False)
+        return singular[..., 0] / singular[..., -1]
+    return norm(x, p, (-2, -1)) * norm(inv(x), p, (-2, -1))
+
+
+# *What some NumPys lack.* NumPy 2 added names, and has those of matrices in np.linalg as
+# well, where they are about the last two axes.
+def _linalg_diagonal(x, *, offset=0):
+    rows, columns = np.nonzero(np.eye(*x.shape[-2:], k=offset))
+    return x[..., rows, columns]
+
+
+for _name, _f in {
+    "row_stack": _FUNCTIONS[np.vstack],
+    "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+    "matrix_transpose": lambda x: _mT(x),
+    "vecdot": lambda x1, x2: _vecdot(x1, x2),
+    "matvec": lambda x1, x2: matmul(x1, expand_dims(_with_shape(x2), -1))[..., 0],
+    "vecmat": lambda x1, x2: matmul(expand_dims(_with_shape(x1), -2), x2)[..., 0, :],
+}.items():
+    _answers(getattr(np, _name, None))(_f)
+
+for _name, _f in {
+    "matmul": matmul, "outer": outer, "tensordot": tensordot,
+    "vecdot": lambda x1, x2, *, axis=-1: _vecdot(x1, x2, axis),
+    "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+    "diagonal": _linalg_diagonal,
+    "trace": lambda x, *, offset=0: sum_(_linalg_diagonal(x, offset=offset), -1),
+    "matrix_transpose": lambda x: _mT(x),
+    "svdvals": lambda x: svd(x, compute_uv=False),
+    "vector_norm": _vector_norm, "matrix_norm": _matrix_norm,
+}.items():
+    _answers(getattr(np.linalg, _name, None))(_f)
+
+for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
     if _f.__qualname__[0] in "_<":  # such as <lambda>
         _f.__qualname__ = f"np.{_function.__name__}"
-
 
 # # Part III. Networks
 #
@@ -7755,54 +7793,55 @@ _make_namespaces()
 # ## IV.9 The tour: what can all this do?
 #
 # `python nanoad.py` shows it in a few seconds.
+_TOUR = r"""
+# The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
+# tape, each operation over its operands, with the gradient that reached them:
+x = Tensor(2.0, label="x")
+y = x * np.sin(x)
+y.backward(retain_grads=True)
+print(math.sin(2) + 2 * math.cos(2), x.grad)
+print(draw(y, format="text"))
+
+# A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
+print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
+
+# So Newton's method has its Hessian. A logistic regression in 50 dimensions, in five steps:
+rng = np.random.default_rng(0)
+A, t, w = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200), np.zeros(50)
+loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
+for newton_step in range(5):
+    slope = grad(loss)(w)
+    print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
+    w = w - np.linalg.solve(hessian(loss)(w), slope).numpy()
+
+# A network learns which of two moons a point belongs to: its loss, and what it learned,
+# shaded where it says 1, with the points o (0) and x (1).
+manual_seed(1)
+points, labels = make_moons(200, noise=0.15)
+model, losses = MLP(2, [16, 16, 1]), []
+optimizer = Adam(model.parameters(), lr=0.02)
+for step in range(300):
+    loss = binary_cross_entropy_with_logits(model(points), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(plot(losses, height=8))
+across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
+picture = np.where(model(np.stack([across, up], axis=-1)) > 0, ":", " ")
+for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
+    picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
+print(*map("".join, picture), sep="\n")
+"""
+
+
 def _tour() -> None:
-    """Each paragraph below is printed and then run, so what you read is what happened.
-
-        # The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
-        # tape, each operation over its operands, with the gradient that reached them:
-        x = Tensor(2.0, label="x")
-        y = x * np.sin(x)
-        y.backward(retain_grads=True)
-        print(math.sin(2) + 2 * math.cos(2), x.grad)
-        print(draw(y, format="text"))
-
-        # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
-        print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
-
-        # So Newton's method has its Hessian. A logistic regression in 50 dimensions, in five steps:
-        rng = np.random.default_rng(0)
-        A, t, w = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200), np.zeros(50)
-        loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
-        for newton_step in range(5):
-            slope = grad(loss)(w)
-            print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
-            w = w - np.linalg.solve(hessian(loss)(w), slope).numpy()
-
-        # A network learns which of two moons a point belongs to: its loss, and what it learned,
-        # shaded where it says 1, with the points o (0) and x (1).
-        manual_seed(1)
-        points, labels = make_moons(200, noise=0.15)
-        model, losses = MLP(2, [16, 16, 1]), []
-        optimizer = Adam(model.parameters(), lr=0.02)
-        for step in range(300):
-            loss = binary_cross_entropy_with_logits(model(points), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        print(plot(losses, height=8))
-        across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
-        picture = np.where(model(np.stack([across, up], axis=-1)) > 0, ":", " ")
-        for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
-            picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
-        print(*map("".join, picture), sep="\\n")
-    """
-    if _tour.__doc__ is None:
-        sys.exit("nanoad.py: the tour is a docstring, which python -OO leaves out; run it without")
+    """Print each paragraph above, and run it: what you read is what happened."""
     scope = dict(globals())
-    for step in inspect.cleandoc(_tour.__doc__).split("\n\n")[1:]:
+    for step in _TOUR.strip().split("\n\n"):
         print(f"\n{step}\n")
         exec(step, scope)
+
 
 if __name__ == "__main__":
     _tour()

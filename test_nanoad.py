@@ -8361,10 +8361,10 @@ def test_the_tour_runs():
         assert first_line in shown
 
 
-def test_the_tour_needs_its_docstring():
-    done = run_python("-OO", ROOT / "nanoad.py", code=1)
-    assert "-OO" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_tour_runs_without_docstrings():
+    run = subprocess.run([sys.executable, "-OO", nanoad.__file__], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "loss" in run.stdout
 
 
 def test_the_examples_in_docstrings_run():
