@@ -4075,6 +4075,33 @@ def test_kernels_do_not_compute_in_small_integers():
     close(F.cross_entropy(np.array([[0, 200]], np.uint8), [0]), 200.0)
 
 
+WIDE_LOSSES = {  # a loss, its names of operands, and what they are
+    "mse_loss": ("prediction target", 300, 0),
+    "binary_cross_entropy_with_logits": ("logits target", 40000, 0),
+    "binary_cross_entropy": ("probability target", 0.5, 1),
+    "hinge_loss": ("prediction target", 40000, -1),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_LOSSES)
+def test_a_loss_of_float16_is_computed_in_float32_by_whatever_name_it_is_given(name):
+    """65,504 is the largest float16: squares, and sums of large losses, are beyond."""
+    names, *values = WIDE_LOSSES[name]
+    names = names.split()
+    loss = getattr(F, name)
+    arrays = [np.full(4, value, np.float16) for value in values]
+    wide = [np.full(4, value, np.float32) for value in values]
+    if name == "mse_loss":
+        arrays[1][1:] = wide[1][1:] = 300  # the mean fits, the square does not
+    expected = loss(*wide).numpy().astype(np.float16)
+    assert np.isfinite(expected)
+    for y in (loss(*arrays), loss(**dict(zip(names, arrays))),
+              loss(arrays[0], **{names[1]: arrays[1]})):
+        assert y.dtype == np.float16
+        close(y, expected)
+    assert loss(arrays[0], wide[1]).dtype == np.float32
+
+
 # ## III.2 Modules
 
 
@@ -4502,6 +4529,21 @@ def test_how_large_weights_begin():
             assert abs(array.std() * 50 * (4 if writes else 1) - 1) < 0.05, name  # sqrt(2 * 8) = 4
         else:
             assert np.all(array == name.endswith("weight")), name
+
+
+def test_dropout_in_a_block_is_once_at_the_end_of_each_branch():
+    block = nn.Block(8, 2, dropout=0.25)
+    assert block.attn.dropout.p == block.dropout.p == 0.25
+    dropped = [m for m in block.modules() if isinstance(m, nn.Dropout)]
+    assert len(dropped) == 2
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid,
+                                   nn.MaxPool2d, nn.AvgPool2d])
+def test_layers_with_a_common_base_still_say_what_they_take(layer):
+    assert inspect.getdoc(layer) and layer.forward.__doc__
+    assert list(inspect.signature(layer.forward).parameters) == ["self", "x"]
+    assert layer.__name__ in repr(layer(2) if "Pool" in layer.__name__ else layer())
 
 
 # ## III.3 Optimizers
@@ -6122,6 +6164,115 @@ def test_it_cannot_be_pickled_but_its_model_can():
             p, q = model.parameters()[0], other.parameters()[0]
             assert np.array_equal(p._data, q._data)
             assert not np.shares_memory(p._data, q._data)
+
+
+class Holder(nn.Module):
+    """Holds everything that III.2's table calls saved and not trained."""
+
+    def __init__(self):
+        self.weight = nn.Parameter(np.ones(1, np.float32))
+        self.frozen = nn.Parameter(np.ones(1, np.float32), requires_grad=False)
+        self.array = np.zeros(1)
+        self.constant = Tensor([0.0], requires_grad=False)
+        self.scalar = Tensor(np.float64(0.0), requires_grad=False)
+        self.tables = {"a": np.zeros(1), "deep": [{"b": Tensor([0.0], requires_grad=False)}]}
+        self.same = self.array  # once
+        self.below = nn.BatchNorm2d(1)
+
+    def sum(self):
+        deep = self.tables["deep"][0]["b"]
+        values = [self.array[0], self.constant.data[0], float(self.scalar.data),
+                  self.tables["a"][0], deep.data[0], self.below.running_mean[0]]
+        return [float(value) for value in values]
+
+
+@forks
+def test_all_constants_of_a_module_travel_to_the_workers():
+    model = Holder()
+
+    def loss(x):
+        return (x * model.weight).sum() * float(sum(model.sum()))
+
+    with DataParallel(model, loss, evaluate=lambda x: model.sum(), processes=2) as parallel:
+        assert parallel.evaluate(np.zeros(2)) == [[0.0] * 6] * 2
+        model.array[0] = 1
+        model.constant.data = np.array([2.0])
+        model.scalar.data = np.float64(3.0)
+        model.tables["a"][0] = 4
+        model.tables["deep"][0]["b"].data[...] = 5
+        model.below.running_mean[0] = 6
+        assert parallel.evaluate(np.zeros(2)) == [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2
+        parallel(np.ones(2, np.float32))
+        close(model.weight.grad, [21.0])
+    assert [type(c) for c in nanoad._constants(model)].count(np.ndarray) == 4
+
+
+OF_A_WORKER = """
+import os, signal, time
+import numpy as np, nanoad
+from nanoad import DataParallel, nn
+parent = os.getpid()
+model = nn.Linear(1, 1)
+x = np.ones((4, 1), np.float32)
+"""
+
+
+def told_of_a_worker(code):
+    return run_code(OF_A_WORKER + textwrap.dedent(code), ROOT, "-W", "error",
+                    OPENBLAS_NUM_THREADS="1")
+
+
+@forks
+@pytest.mark.parametrize("what, said", [
+    ("os.closerange(3, 200); time.sleep(30)", "has closed its pipe"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, as the system does when"),
+    ("os.kill(os.getpid(), signal.SIGTERM)", "killed by SIGTERM"),
+    ("os._exit(3)", "ended with exit code 3"),
+])
+def test_how_a_worker_was_lost_is_told_as_it_was(what, said):
+    """Our own signal, which ends a worker that cannot answer, is not the system's."""
+    shown = told_of_a_worker(f"""
+        def loss(x):
+            if os.getpid() != parent:
+                {what}
+            return model(x).sum()
+        parallel = DataParallel(model, loss, processes=2)
+        begun = time.monotonic()
+        try:
+            parallel(x)
+        except RuntimeError as error:
+            print(error)
+        assert time.monotonic() - begun < 5
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            print("none is left")
+    """)
+    assert shown.startswith("DataParallel: worker process ")
+    assert said in shown and shown.endswith("none is left\n")
+    assert ("memory" in shown) == ("SIGKILL" in what)
+
+
+@forks
+def test_a_worker_that_somebody_else_waited_for_is_no_other_process():
+    """Its number may be another's by then: nothing is sent to it."""
+    shown = told_of_a_worker("""
+        def loss(x):
+            if os.getpid() != parent: os._exit(0)
+            return model(x).sum()
+        parallel = DataParallel(model, loss, processes=2)
+        (worker,) = parallel._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitpid(worker.pid, 0)
+        kill, signals = os.kill, []
+        os.kill = lambda *args: signals.append(args)
+        try:
+            parallel(x)
+        except RuntimeError as error:
+            print(error)
+        print(signals)
+    """)
+    assert shown.endswith(" ended\n[]\n")
 
 
 # ## Beside PyTorch
@@ -7877,6 +8028,13 @@ def test_a_plot_survives_a_terminal_without_unicode():
     assert "training" in text  # the marks differ from the line
 
 
+def test_a_gap_in_a_line_is_not_bridged():
+    """Steps 0 to 8 in five columns; the one in the middle has only nan."""
+    values = [1, 1, 1, np.nan, np.nan, np.nan, 2, 2, 2]
+    rows = nanoad.plot(values, width=17, height=2).splitlines()
+    assert [row[3:].ljust(5) for row in rows] == ["   ──", "──   "]
+
+
 # ## IV.8 Names
 #
 # People rename the file, vendor it, import it twice, run it under -O and where nothing can be
@@ -8293,6 +8451,13 @@ def public_signatures():
 
 def test_public_signatures_stay_as_they_are():
     assert public_signatures() == SIGNATURES.strip().splitlines()
+
+
+def test_what_is_slow_to_load_is_loaded_by_those_who_need_it():
+    slow = "hashlib json zipfile mmap signal traceback multiprocessing urllib.request tarfile"
+    code = ("import sys, numpy; before = set(sys.modules); import nanoad\n"
+            f"print([m for m in {slow.split()!r} if m in sys.modules and m not in before])")
+    assert run_code(code, ROOT) == "[]\n"
 
 
 # ### What its comments point to
