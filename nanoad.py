@@ -102,7 +102,7 @@ class Tensor:
         "label",          # a name, for pictures and messages
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
-        "_operands",      # what the operation was given; None once the tape was let go
+        "_operands",      # what it was given, operands first; None once the tape was let go
         "_settings",      # what it was given by name, such as axis=0
         "_pullback",      # the backward step of a fused operation (II.7)
         "_written",       # when the array was last written to (IV.1)
@@ -281,7 +281,8 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 
     A rule `(g, y, *operands, **settings) -> cotangent` is array code for ndarrays and
     Tensors alike; None marks an operand without a gradient. What follows the operands,
-    or is given by name, are settings. An operation on any number of operands gives a
+    or is given by name, are settings. A rule returns a new array, `g` itself or a view.
+    An operation on any number of operands gives a
     single rule instead, `each(i, g, y, *operands, **settings)` for operand i. (II.1
     shows how to add an operation.)
     """
@@ -311,6 +312,9 @@ def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) ->
     return shares
 
 
+_PLAIN = {Tensor, int, float}  # beside a Tensor, these need no admission
+
+
 def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
     """The operation that computes `forward`, has `count` operands, and goes back by `pull`."""
 
@@ -318,8 +322,8 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     def operation(*args: Any, **settings: Any) -> Tensor:
         kinds = set(map(type, args))
         plain = Tensor in kinds and kinds <= _PLAIN and not settings
-        if not plain:  # raw arrays, lists, numbers alone ...
-            args, settings = _admit(operation, args, settings)  # (II.1)
+        if not plain:  # arrays, lists, numbers alone, what is given by name (II.1)
+            args, settings = _admit(operation, args, settings)
         arrays, tracked = [], False
         for a in args:
             if isinstance(a, Tensor):
@@ -345,9 +349,6 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     operation.definition = None  # of a fused operation (II.7)
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
-
-
-_PLAIN = {Tensor, int, float}  # the types that need no admission
 
 
 # Most operations are one function and a rule of one line, so they stand in tables.
@@ -503,8 +504,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
     first.
 
-    Only what lies on `route` is visited; None means all. The cotangent of a leaf may be
-    kept; others may share memory with each other and with the tape.
+    Only what lies on `route` is visited; None means all. The cotangent of a leaf shares
+    its memory with nobody, for it will be kept; others may share theirs.
     """
     waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
     for t, g in seeds:
@@ -524,8 +525,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
             data = a._data
             if share.shape != data.shape or share.dtype != data.dtype or type(share) is Tensor:
                 share = _fit(share, a, create_graph)
-            if a._op is None and not create_graph and (share is g or share.base is not None):
-                share = share.copy()  # the rule gave g, or a view: others have that, too
+            if a._op is None and not create_graph:
+                share = _private(share, g)
             if a._time in waiting:
                 share = waiting[a._time][1] + share
             else:
@@ -549,6 +550,11 @@ def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
             _check_unwritten(a, t)
         wanted.append(tracked and (route is None or a._time in route.times))
     return wanted
+
+
+def _private(share: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """A copy, if a rule has returned `g` itself or a view; else it has made a new array."""
+    return share.copy() if share is g or share.base is not None else share
 
 
 def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
@@ -631,7 +637,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
     with _recording(create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
-                _accumulate(t, _own(g, is_shared=create_graph or t._op is not None))
+                _accumulate(t, _own(t, g, create_graph))
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
@@ -643,11 +649,12 @@ def _accumulate(t: Tensor, g: Tensor) -> None:
         t._grad = g if t._grad is None else t._grad + g
 
 
-def _own(g: Any, is_shared: bool) -> Tensor:
-    """A cotangent to keep, as a Tensor whose memory is shared with nobody."""
+def _own(t: Tensor, g: Any, create_graph: bool) -> Tensor:
+    """The cotangent `g` of `t`, to keep: a Tensor whose memory is shared with nobody."""
     if _tracked(g):
         return _copy(g)
-    return _wrap((np.array if is_shared else np.asarray)(_value(g)))
+    is_private = t._op is None and not create_graph  # the walk has seen to that
+    return _wrap(np.asarray(g) if is_private else np.array(_value(g)))
 
 
 def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
@@ -660,8 +667,9 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
         given = "none" if cotangent is None else f"one of shape {np.shape(cotangent)}"
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent of its shape,"
                          f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
-    if create_graph:  # somebody may want to differentiate by it
-        return astype(as_tensor(cotangent), output.dtype)
+    if create_graph:  # somebody may want to differentiate by it, also inside no_grad
+        with _recording(True):
+            return astype(as_tensor(cotangent), output.dtype)
     copied = np.array if output._op is None else np.asarray  # for a leaf keeps it
     return copied(_value(cotangent), output.dtype)
 
@@ -682,25 +690,23 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     """
     inputs = _require_tracked("gradients", [inputs] if isinstance(inputs, Tensor) else inputs)
     seed = _seed("gradients", output, grad, create_graph)
-    return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph))
+    slopes = _gradients([(output, seed)], inputs, create_graph, retain_graph)
+    if len(set(inputs)) < len(inputs):  # one is named twice, and is to have two gradients
+        slopes = [_copy(slope) if slope.requires_grad else Tensor(slope, False) for slope in slopes]
+    return tuple(slopes)
 
 
 def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
                retain_graph: bool, route: _Route | None = None) -> list[Tensor]:
     """The cotangents that reach `inputs`, zeros where none does."""
     route = route or _find_route([t for t, _ in seeds], inputs)
-    received = dict.fromkeys(inputs)
-    named_twice = len(received) < len(inputs)
-    slopes = []
+    slopes: dict[Tensor, Tensor] = {}
+    wanted = set(inputs)
     with _recording(create_graph):
         for t, g in _walk(seeds, route, create_graph, retain_graph):
-            if t in received:
-                received[t] = g
-        for t in inputs:
-            is_shared = create_graph or named_twice or t._op is not None
-            g = np.zeros_like(t._data) if received[t] is None else received[t]
-            slopes.append(_own(g, is_shared))
-    return slopes
+            if t in wanted:
+                slopes[t] = _own(t, g, create_graph)
+    return [slopes[t] if t in slopes else _wrap(np.zeros_like(t._data)) for t in inputs]
 
 
 @contextlib.contextmanager
@@ -906,8 +912,10 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
         >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
         [1. 9.] [ 2. 60.]
     """
-    # Copies: somebody may write to the arguments before vjp_fn is called.
-    run = _Run("vjp", f, _map_tree(lambda a: _copy(a) if _tracked(a) else np.array(_value(a)), primals))
+    def copied(a: Any) -> Any:  # for somebody may write to the argument before vjp_fn is called
+        return _copy(a) if _tracked(a) else np.array(_value(a))
+
+    run = _Run("vjp", f, _map_tree(copied, primals))
     outputs = _outputs("vjp", _flatten(run.output)[0])
 
     def vjp_fn(cotangent: Any) -> tuple:
@@ -1238,9 +1246,10 @@ def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tup
 #     (True, True)
 #
 # What answers for which function is in one table, `_FUNCTIONS`, filled where the
-# operations stand. All else is a TypeError for a tracked Tensor: to convert it silently
-# would cut the tape, and the gradient would be wrong. A constant has no gradient to
-# lose; it goes in as the array it holds.
+# operations stand. What has derivative zero wherever it has one (`np.sign`, `np.argmax`)
+# or asks for a shape gives a plain array (II.9). All else is a TypeError for a tracked
+# Tensor: to convert it silently would cut the tape, and the gradient would be wrong. A
+# constant has no gradient to lose; it goes in as the array it holds.
 
 
 def _answers(*functions: Callable | None) -> Callable:
@@ -1350,8 +1359,15 @@ def _raise(x: Any, p: Any) -> Any:
     return x ** p
 
 
+def _less_one(x: Any, p: Any) -> Any:
+    """p - 1, but p where both are 0."""
+    if isinstance(p, (int, float)) and p != 0:
+        return p - 1
+    return p - 1 + ((p == 0) & (x == 0))
+
+
 power = _op("power", _raise,
-            lambda g, y, x, p: g * (p * _raise(x, p - 1 + (p == 0))),
+            lambda g, y, x, p: g * (p * _raise(x, _less_one(x, p))),
             lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
             answers=np.power)
 
@@ -1361,6 +1377,13 @@ expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
 log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
 log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
+
+def _distance(a: Any, b: Any) -> Any:
+    """hypot(a, b), but 1 at the origin, so that one can divide by it."""
+    r = np.hypot(a, b)
+    return np.where(r == 0, 1, r)
+
+
 
 # Roots and distances. At its kink, where both operands are 0, the slope of `hypot` is
 # taken as 0, as that of `abs` is below.
@@ -1377,8 +1400,8 @@ arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x))
 arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
 arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
 arctan2 = _op("arctan2", np.arctan2,
-              lambda g, y, a, b: g * (b / np.hypot(a, b) / np.hypot(a, b)),
-              lambda g, y, a, b: -g * (a / np.hypot(a, b) / np.hypot(a, b)))
+              lambda g, y, a, b: g * (b / _distance(a, b) / _distance(a, b)),
+              lambda g, y, a, b: -g * (a / _distance(a, b) / _distance(a, b)))
 deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180))
 rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi))
 sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
@@ -1460,7 +1483,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 # At a kink any slope between the two sides is right: abs and relu take 0 there.
 abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
 relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
-           lambda g, y, x: _chosen(g, ~(x <= 0)),
+           lambda g, y, x: _chosen(g, ~(x <= 0)),  # not x > 0, so that nan hands g on
            doc="max(x, 0), element by element.")
 
 
@@ -1664,8 +1687,8 @@ def _concatenate(*xs: Any, axis: int) -> Tensor:
 def concatenate(tensors: Sequence, axis: int | None = 0) -> Tensor:
     """The tensors joined end to end along an axis; None flattens them first."""
     if axis is None:
-        return _concatenate(*(reshape(t, -1) for t in tensors), axis=0)
-    return _concatenate(*map(as_tensor, tensors), axis=axis)
+        return _concatenate(*(np.reshape(t, -1) for t in tensors), axis=0)
+    return _concatenate(*map(_with_shape, tensors), axis=axis)
 
 
 @_answers(np.stack)
@@ -1674,7 +1697,7 @@ def stack(tensors: Sequence, axis: int = 0) -> Tensor:
     shapes = {np.shape(t) for t in tensors}
     if len(shapes) != 1:
         raise ValueError(f"stack: needs tensors of one shape, and got {sorted(shapes)}")
-    return concatenate([expand_dims(t, axis) for t in tensors], axis)
+    return concatenate([np.expand_dims(_with_shape(t), axis) for t in tensors], axis)
 
 
 def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
@@ -1806,7 +1829,7 @@ def _row_sum(x: Any, axis: Any = -1) -> Any:
 def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
-        return np.max(x, axis=axis, keepdims=True)
+        return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
     starts = np.arange(0, x.size, x.shape[-1])
     rows = np.maximum.reduceat(x.reshape(-1), starts)
     return rows.reshape(*x.shape[:-1], 1)
@@ -1870,8 +1893,9 @@ def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
     winners = (x == y) | is_nan
-    count = np.sum(winners, axis, keepdims=True, dtype=x.dtype)
-    return _chosen(np.where(is_nan, np.nan, g / count), winners)
+    count = np.sum(winners, axis, keepdims=True)  # an integer: float16 ends at 65,504
+    shares = (g / count).astype(g.dtype)
+    return _chosen(np.where(is_nan, np.nan, shares).astype(g.dtype), winners)
 
 
 @primitive(_to_ties)
@@ -1907,6 +1931,8 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_sum(g * y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
+    if x.size == 0:
+        return x
     e = x - _row_max(x, axis)
     np.exp(e, out=e)
     return np.multiply(e, 1 / _row_sum(e, axis), out=e)
@@ -1915,6 +1941,8 @@ def softmax(x: Any, axis: int = -1) -> Tensor:
 @primitive(lambda g, y, x, axis=-1: g - np.exp(y) * _row_sum(g, axis))
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """The logarithm of softmax, exact also where softmax underflows."""
+    if x.size == 0:
+        return x
     z = x - _row_max(x, axis)
     return np.subtract(z, np.log(_row_sum(np.exp(z), axis)), out=z)
 
@@ -1990,12 +2018,13 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
     below = np.floor(place).astype(int)
     above = np.ceil(place).astype(int)
-    part = (place - below).astype(x.dtype)
+    part = np.asarray(place - below, x.dtype)
 
     ordered = sort(x, -1)
     y = ordered[..., below]  # (..., *q's shape)
     if part.any():
-        between = y * (1 - part) + ordered[..., above] * part
+        rest = np.asarray(1 - part, x.dtype)
+        between = y * rest + ordered[..., above] * part
         y = where(part > 0, between, y)  # for an infinite element times 0 is nan
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
@@ -2026,6 +2055,8 @@ def _with_shape(x: Any) -> Any:
     (as_tensor would make float64 of a bool mask. An array that stays one takes its
     dtype from what it meets, as in every operation.)
     """
+    if isinstance(x, np.generic):
+        return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
 
 
@@ -2048,11 +2079,11 @@ def matmul(a: Any, b: Any) -> Tensor:
                          "long as b's last but one (a vector's only one); for a number use *")
 
     if rank_b == 1:
-        return _matmul(_rows(a), expand_dims(b, 1)).reshape(a.shape[:-1])
+        return _matmul(_rows(a), np.expand_dims(b, 1)).reshape(a.shape[:-1])
     if rank_b == 2 and rank_a != 2:
         return _matmul(_rows(a), b).reshape(a.shape[:-1] + b.shape[1:])
     if rank_a == 1:
-        return _matmul(expand_dims(a, 0), b).squeeze(-2)
+        return _matmul(np.expand_dims(a, 0), b).squeeze(-2)
     return _matmul(a, b)
 
 
@@ -2078,7 +2109,14 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
                          "(out,)")
     y = _rows(x) @ weight.T  # (rows, out)
     y = y.reshape(*x.shape[:-1], len(weight))
-    return y if bias is None else np.add(y, bias, out=y)
+    return y if bias is None else _plus(y, bias)
+
+
+def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """y + bias; in place, unless the bias is of a wider type."""
+    if np.result_type(y, bias) != y.dtype:
+        return y + bias
+    return np.add(y, bias, out=y)
 
 
 # ### einsum: what do the letters say?
@@ -2387,18 +2425,18 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #
 # Here A is a product of factors of a certain kind: triangular, or with orthonormal
 # columns. Differentiate `A = ...`, and the kind of each factor says which part of the
-# equation moves it. Below, `tril(X)` is the lower triangle of X with *half* of its
-# diagonal; it only scales the elements, so `<X, tril(Y)> = <tril(X), Y>`. It takes
-# `X + X^T` apart: of a lower triangular X, `tril(X + X^T)` is X.
+# equation moves it. Below, `low(X)` is the lower triangle of X with *half* of its
+# diagonal; it only scales the elements, so `<X, low(Y)> = <low(X), Y>`. It takes
+# `X + X^T` apart: of a lower triangular X, `low(X + X^T)` is X.
 #
 # *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
 #
 # 1. `dA = dL L^T + L dL^T`.
 # 2. Multiply by L^-1 from the left and by L^-T from the right, and write `X = L^-1 dL`:
 #    `L^-1 dA L^-T = X + X^T`. With L and dL, X is lower triangular.
-# 3. So `X = tril(L^-1 dA L^-T)`, and `dL = L X`.
+# 3. So `X = low(L^-1 dA L^-T)`, and `dL = L X`.
 # 4. In `<g, dL>` bring over to g what stands before dA: first L, then tril, then the
-#    rest. A receives `L^-T tril(L^T g) L^-1`; and as dA is symmetric, the symmetric part
+#    rest. A receives `L^-T low(L^T g) L^-1`; and as dA is symmetric, the symmetric part
 #    of that will do.
 #
 # NumPy reads one triangle of a matrix that it takes for symmetric. Its cotangent has
@@ -2415,8 +2453,8 @@ def _symmetric(a: Any) -> Any:
 
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _lower(y) * (_mT(y) @ g)  # tril(L^T g)
-    left = np.linalg.solve(_mT(y), inside)  # L^-T tril(L^T g)
+    inside = _lower(y) * (_mT(y) @ g)  # low(L^T g)
+    left = np.linalg.solve(_mT(y), inside)  # L^-T low(L^T g)
     return _symmetric(np.linalg.solve(_mT(y), _mT(left)))
 
 
@@ -2831,9 +2869,9 @@ def gelu(x: Any) -> Tensor:
 
 # ## II.8 Methods: what else can a Tensor do?
 #
-# What ndarray does as an operator or a method, a Tensor does by the same names. These
-# become operators, as the first ones did in I.2. (There the operation itself could be
-# the method; a function of NumPy's would not be handed `self`.)
+# What ndarray does by an operator or a method, a Tensor does by the same name. These
+# become operators, as the first ones did in I.2. A ufunc among them needs wrapping: as
+# an attribute of a class it would not be handed `self`, as functions of Python's are.
 def _as_method(function: Callable) -> Callable:
     def method(self: Tensor, other: Any) -> Any:
         return function(self, other)
@@ -2845,13 +2883,10 @@ for _name, _f in dict(pow=power, matmul=matmul, mod=mod, floordiv=np.floor_divid
                       divmod=np.divmod).items():
     setattr(Tensor, f"__{_name}__", _as_method(_f))
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
-Tensor.__pos__ = identity
-Tensor.__abs__ = abs_
-Tensor.__getitem__ = getitem
 
 
-# Comparisons give plain bool arrays. (Written one by one, they leave `__hash__` as it
-# is: tensors that are equal in value are still two.)
+# Comparisons give plain bool arrays. (Set one by one, they leave `__hash__` as it is:
+# tensors that are equal in value are still two.)
 def _comparison(name: str) -> Callable:
     def compare(self: Tensor, other: Any) -> np.ndarray:
         return getattr(np.asarray(self._data), name)(_value(other))
@@ -2862,84 +2897,96 @@ def _comparison(name: str) -> Callable:
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, _comparison(_name))
 
-# And these are methods. (Functions of NumPy's, called as methods, come back as in II.2.)
-for _f in (abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
-           reshape, transpose, swapaxes, squeeze, flatten, repeat, take, diagonal, sort, np.ravel,
-           sum_, mean, var, std, max_, min_, prod, cumsum, cumprod, trace, dot,
-           np.argmax, np.argmin, np.argsort, np.round, np.nonzero, np.any, np.all):
-    setattr(Tensor, _f.__name__.strip("_"), _f)
-Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
-Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-# And these make an array of it, a number or a text; they are Tensor's, too.
-
-
-class _Conversions:
-    def numpy(self) -> np.ndarray:
-        """The array, as `data` gives it: the same memory."""
-        return self.data
-
-    def item(self) -> float:
-        """The one element, as a Python number. ValueError if there is not exactly one."""
-        if self.size != 1:
-            raise ValueError(f"item() needs a tensor of one element, and this has shape "
-                             f"{self.shape}: use .tolist(), or index one element first")
-        return self._data.item()
-
-    def tolist(self) -> Any:
-        """The elements as Python numbers, in nested lists."""
-        return self._data.tolist()
-
-    def __repr__(self) -> str:
-        values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
-        shape = f", shape={self.shape}" if "..." in values else ""
-        label = f", label={self.label!r}" if self.label else ""
-        return f"Tensor({values}{shape}, dtype={self.dtype}{label})"
-
-    def __str__(self) -> str:
-        return str(self._data)
-
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if spec else str(self)
-
-    def __float__(self) -> float:
-        _refuse_inside_transform(self)
-        return float(self.item())
-
-    def __int__(self) -> int:
-        _refuse_inside_transform(self)
-        return int(self.item())
-
-    def __bool__(self) -> bool:
-        return bool(self._data)
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
-
-
-for _name, _f in vars(_Conversions).items():
-    if callable(_f):
-        _f.__qualname__ = f"Tensor.{_name}"
-        setattr(Tensor, _name, _f)
-
-# **What leaves the tape is refused.** `math.sin(x)` asks `x` for a plain float, and
-# what it returns knows nothing of x: the gradient would silently be wrong. So while a
-# transform runs your function, `float(t)` is an error for a `t` that was made from the
-# transform's inputs.
-
-
+# The rest makes of a tensor an array, a number or a text. What knows nothing of the tape
+# must not get a number unnoticed: `math.sin(x)` asks x for a plain float, and returns
+# one. So while a transform runs your function, `float(t)` and `int(t)` are errors for a
+# `t` that was made from the transform's inputs. (`t.item()` says that one means it, and
+# `bool(t)` only chooses a branch.)
 def _refuse_inside_transform(t: Tensor) -> None:
     for run in _mode.runs:
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
             raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
                             "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
                             "function, as in np.sin(t), or t.item() if no derivative is wanted")
+
+
+def _float(self: Tensor) -> float:
+    _refuse_inside_transform(self)
+    return float(self.item())
+
+
+def _int(self: Tensor) -> int:
+    _refuse_inside_transform(self)
+    return int(self.item())
+
+
+def _item(self: Tensor) -> float:
+    """The one element, as a Python number. ValueError if there is not exactly one."""
+    if self.size != 1:
+        raise ValueError(f"item() needs a tensor of one element, and this has shape "
+                         f"{self.shape}: use .tolist(), or index one element first")
+    return self._data.item()
+
+
+def _tolist(self: Tensor) -> Any:
+    """The elements as Python numbers, in nested lists."""
+    return self._data.tolist()
+
+
+def _numpy(self: Tensor) -> np.ndarray:
+    """The array, as `data` gives it: the same memory."""
+    return self.data
+
+
+def _repr(self: Tensor) -> str:
+    values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
+    shape = f", shape={self.shape}" if "..." in values else ""
+    label = f", label={self.label!r}" if self.label else ""
+    return f"Tensor({values}{shape}, dtype={self.dtype}{label})"
+
+
+def _str(self: Tensor) -> str:
+    return str(self._data)
+
+
+def _format(self: Tensor, spec: str) -> str:
+    return format(self.item(), spec) if spec else str(self)
+
+
+def _bool(self: Tensor) -> bool:
+    return bool(self._data)
+
+
+def _len(self: Tensor) -> int:
+    return len(self._data)
+
+
+def _iter(self: Tensor) -> Iterator[Tensor]:
+    return (self[i] for i in range(len(self)))
+
+
+def _setitem(self: Tensor, index: Any, value: Any) -> None:
+    raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
+
+
+_METHODS = dict(
+    item=_item, tolist=_tolist, numpy=_numpy, copy=_copy, abs=abs_, exp=exp, log=log, sqrt=sqrt,
+    sin=sin, cos=cos, tanh=tanh, sigmoid=sigmoid, relu=relu, clip=clip, astype=astype,
+    reshape=reshape, transpose=transpose, swapaxes=swapaxes, squeeze=squeeze, flatten=flatten,
+    repeat=repeat, take=take, diagonal=diagonal, sort=sort, sum=sum_, mean=mean, var=var, std=std,
+    max=max_, min=min_, prod=prod, cumsum=cumsum, cumprod=cumprod, trace=trace, dot=dot,
+    # NumPy's own, called as methods, come back as in II.2:
+    ravel=np.ravel, argmax=np.argmax, argmin=np.argmin, argsort=np.argsort, round=np.round,
+    nonzero=np.nonzero, any=np.any, all=np.all,
+    __pos__=identity, __abs__=abs_, __getitem__=getitem, __setitem__=_setitem, __float__=_float,
+    __int__=_int, __bool__=_bool, __len__=_len, __iter__=_iter, __repr__=_repr, __str__=_str,
+    __format__=_format,
+)
+for _name, _f in _METHODS.items():
+    setattr(Tensor, _name, _f)
+Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
+Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
 
 def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
@@ -3226,13 +3273,13 @@ def _meshgrid(*xi, indexing="xy", sparse=False):
 
 @_answers(np.hstack)
 def _hstack(tup):
-    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
+    tensors = [np.atleast_1d(_with_shape(t)) for t in tup]
     return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
 
 
 @_answers(np.column_stack)
 def _column_stack(tup):
-    tensors = [np.atleast_1d(as_tensor(t)) for t in tup]
+    tensors = [np.atleast_1d(_with_shape(t)) for t in tup]
     return concatenate([t.reshape(-1, 1) if t.ndim == 1 else t for t in tensors], 1)
 
 
@@ -3268,6 +3315,10 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
          append: Any = None) -> Tensor:
     """The differences of neighbours along an axis, n times over, as by np.diff."""
     x = as_tensor(x)
+    if n < 0:
+        raise ValueError(f"diff: n must be at least 0, not {n}")
+    if n == 0:
+        return x
     pieces = [piece for piece in (prepend, x, append) if piece is not None]
     if len(pieces) > 1:
         x = concatenate([_as_slice_of(x, axis, piece) for piece in pieces], axis)
@@ -3342,7 +3393,7 @@ def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
     """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
     def as_rows(a):
         a = np.atleast_2d(astype(a, dtype))
-        return a.T if not rowvar and np.ndim(m) > 1 else a
+        return a.T if not rowvar and a.shape[0] != 1 else a
 
     x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
     ddof = int(not bias) if ddof is None else ddof
@@ -3406,14 +3457,14 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
-    try:
-        alike = [a.shape[i] for i in left] == [b.shape[j] for j in right]
-    except IndexError:
-        alike = False
-    if not alike:
+    there = all(-a.ndim <= i < a.ndim for i in left) and all(-b.ndim <= j < b.ndim for j in right)
+    once = [len({i % x.ndim for i in one}) == len(one)
+            for x, one in ((a, left), (b, right)) if x.ndim]
+    fit = there and all(once)
+    if not fit or [a.shape[i] for i in left] != [b.shape[j] for j in right]:
         raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
-                         "are not all there, or not of the same lengths; name pairs "
-                         "that are")
+                         "are not all there, each once, and of the same lengths; name "
+                         "pairs that are")
 
     of_a = list(range(a.ndim))  # a number for each axis; a common one is added up over
     of_b = list(range(a.ndim, a.ndim + b.ndim))
@@ -4911,7 +4962,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
 
     y = matrix @ columns()  # (O, oh ow N)
     if bias is not None:
-        y += bias[:, None]
+        y = _plus(y, bias[:, None])
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _batch_last(g).reshape(y.shape)  # (O, oh ow N)
@@ -5057,7 +5108,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     xhat *= inverse
     y = xhat * weight
     if bias is not None:
-        y += bias
+        y = _plus(y, bias)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
@@ -5712,8 +5763,9 @@ class GPT(Module):
 # new, and is read anew.
 #
 # The reader repeats the lines of GPT.forward, Block.forward and
-# MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
-# `generate` alone; and at the end of the last block, only the last position goes on.
+# MultiHeadAttention.forward, with three differences: it writes no tape, so it is for
+# `generate` alone; it drops nothing; and at the end of the last block, only the last
+# position goes on.
 
 class _Reader:
     """Reads a text that grows, each position once, and knows what may come next.
@@ -6331,7 +6383,8 @@ def _hand_out(t: Tensor) -> np.ndarray:
     """The array of `t`, for somebody who may write to it."""
     if t.requires_grad:
         _compare_checksum(t)
-    return np.asarray(t._data)
+    t._data = np.asarray(t._data)  # of a NumPy scalar, which nobody can write to
+    return t._data
 
 
 def _compare_checksum(t: Tensor) -> None:
@@ -6489,7 +6542,7 @@ def _random_state(state: dict) -> Iterator[None]:
         _mode.rng = before
 
 
-# ## IV.3 Nests: argnums, dicts and lists
+# ## IV.3 Nests: what if an argument is a dict of lists?
 #
 # What a function is differentiated by may be nested dicts, lists and tuples of arrays,
 # as the parameters of a model are. The gradient is built alike:
@@ -6615,6 +6668,9 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"{name}: the arguments are a tuple, one entry each, such as (x,)")
     one = isinstance(argnums, (int, np.integer))
+    if not one and argnums is not None and np.asarray(argnums).dtype.kind not in "iu":
+        if np.size(argnums):
+            raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
     positions = list(range(len(args))) if argnums is None else np.ravel(argnums).tolist()
     if any(i not in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
@@ -7759,7 +7815,7 @@ _INDEX = {
 }
 
 
-def _item(name: str) -> Any:
+def _public(name: str) -> Any:
     """What the public `name` stands for."""
     return globals()[f"{name}_" if hasattr(builtins, name) else name]
 
@@ -7772,14 +7828,14 @@ def _make_namespaces() -> None:
         __all__.extend(name for name in names if not hasattr(builtins, name))
         if space:
             module = types.ModuleType(f"{__name__}.{space}", f"Here are {', '.join(names)}.")
-            vars(module).update({name: _item(name) for name in names}, __all__=names)
+            vars(module).update({name: _public(name) for name in names}, __all__=names)
             globals()[space] = sys.modules[module.__name__] = module
 
 
 def __getattr__(name: str) -> Any:
     """nanoad.sum, max, min and abs, which are no globals here: in this file they are Python's."""
     if hasattr(builtins, name) and f"{name}_" in globals():
-        return _item(name)
+        return _public(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -50,12 +50,13 @@ Contents:
     README.md
     bench.py
     The training scripts: results, samples, what they refuse, what survives
+    Random programs: by every transform, beside NumPy and central differences
     This file
 
 Nothing here asks how the engine works inside. The private names of nanoad that are used are the
 tables `_FUNCTIONS`, `_WITHOUT_GRADIENT`, `_INDEX` and `_STYLES`, so that nothing can be added to
 the first three without a test; `_batch_norm` and `_lookup`, which are compared with their
-definitions, and `_Reader`, with the network it reads by; `_side_by_side`; `_sample`, `_content`,
+definitions, and `_Reader`, with the network it reads by; `_side_by_side` and `_constants`; `_sample`, `_content`,
 `_download`, `_SOURCES`, `_STAMP`, `_TIMEOUT`, `_mode`, `_CAN_FORK`, `_fork` and
 `_set_blas_threads`, by which tests listen or play tricks; and `_tour`.
 """
@@ -2011,7 +2012,7 @@ ZERO_DERIVATIVE = [
     np.argmax, np.argmin, np.argsort, np.nonzero, np.count_nonzero, np.any, np.all,
     np.shape, np.ndim, np.size, np.zeros_like, np.ones_like,
     np.array2string, np.array_repr, np.array_str, np.result_type,
-    np.fix, np.around, np.imag, np.angle, np.isreal, np.iscomplexobj, np.unique,
+    np.around, np.imag, np.angle, np.isreal, np.iscomplexobj, np.unique,
     np.flatnonzero, np.argwhere, np.nanargmax, np.nanargmin, np.iscomplex, np.isrealobj,
     lambda x: np.floor_divide(x, 0.5),
     lambda x: np.equal(x, 0.5),
@@ -2084,8 +2085,10 @@ def test_every_function_without_derivative_is_tried():
             asked.add(function)
             return super().__array_function__(function, *arguments)
 
-    for f in ZERO_DERIVATIVE:
-        f(Listening(np.array([-0.3, 0.1, 1.7])))
+    for f in (*ZERO_DERIVATIVE, np.fix):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy 2.5 deprecates np.fix
+            f(Listening(np.array([-0.3, 0.1, 1.7])))
     assert nanoad._WITHOUT_GRADIENT <= asked
 
 
@@ -10285,6 +10288,545 @@ def test_two_thousand_steps_hold_a_flat_memory_without_the_garbage_collector(
     program = [sys.executable, "-W", "error", "-c", LONG_RUN, str(processes)]
     grown, collected = map(int, subprocess.check_output(program, text=True).split())
     assert grown <= 1 << 20 and collected == 0
+
+
+# ## Random programs
+#
+# A program is a few rows of the tables below, one after another, each on arrays that came before:
+# operands of any layout and of sizes 0 and 1, constants beside them, results used twice. Its value
+# is NumPy's. Its gradient, its jvp and its Hessian times a vector are those of central differences
+# along a random line, and whatever other transform gives the same number gives the same. Program
+# number n is the same wherever it runs: to see one that fails, `program(n)`.
+
+def near(a, b, rtol=1e-9, atol=1e-9):
+    np.testing.assert_allclose(as_array(a), as_array(b), rtol=rtol, atol=atol)
+
+
+def joined(arrays):
+    return np.concatenate([as_array(a).ravel() for a in arrays])
+
+
+def random_array(rng, shape):
+    """Numbers between 0.3 and 1.7 of either sign: away from most kinks."""
+    return rng.uniform(0.3, 1.7, shape) * rng.choice([-1.0, 1.0], shape)
+
+
+def layout_at_random(rng, a):
+    """The same numbers, perhaps in Fortran's order, backwards in memory or with gaps."""
+    if a.ndim and rng.random() < 0.2:
+        return np.ascontiguousarray(a[::-1])[::-1]
+    if a.ndim and rng.random() < 0.2:
+        return np.repeat(a, 2, axis=0)[::2]
+    return np.asfortranarray(a) if rng.random() < 0.2 else a
+
+
+def positive(x):
+    return x * x + 0.4
+
+
+def bounded(x):
+    return 0.9 * np.tanh(x)
+
+
+# ### The rows
+#
+# Each keeps away from where it has no derivative.
+
+ONE_ARRAY = [
+    np.sin, np.cos, np.arctan, np.sinc, np.tanh, np.arcsinh, np.abs, np.square, np.negative,
+    np.transpose, np.flip, np.copy, np.real, np.nan_to_num, np.atleast_2d, np.ravel,
+    np.radians, np.cumsum, np.cumprod,
+    lambda x: np.cbrt(positive(x)),
+    lambda x: np.exp(x / 2),
+    lambda x: np.exp2(x / 2),
+    lambda x: np.expm1(x / 2),
+    lambda x: np.log(positive(x)),
+    lambda x: np.log2(positive(x)),
+    lambda x: np.log10(positive(x)),
+    lambda x: np.log1p(positive(x)),
+    lambda x: np.sqrt(positive(x)),
+    lambda x: np.reciprocal(positive(x)),
+    lambda x: np.tan(bounded(x)),
+    lambda x: np.sinh(bounded(x)),
+    lambda x: np.cosh(bounded(x)),
+    lambda x: np.arcsin(bounded(x)),
+    lambda x: np.arccos(bounded(x)),
+    lambda x: np.arctanh(bounded(x)),
+    lambda x: np.arccosh(1 + positive(x)),
+    lambda x: x ** 0 + x ** 1 + x ** 2 + x ** 3,
+    lambda x: positive(x) ** -1.5,
+    lambda x: 1.5 ** bounded(x),
+    lambda x: 2 / positive(x) - (1 - x),
+    lambda x: np.clip(x, -0.7, 0.9),
+    lambda x: np.where(x > 0.1, 2 * x, -x),
+    lambda x: np.select([x < -0.5, x < 0.5], [x * x, 3 * x], x - 1),
+    lambda x: x * np.heaviside(x, 0.5) + np.sign(x),
+    lambda x: np.mod(3 * x, 1.1) + np.fmod(2 * x, 0.7),
+    lambda x: divmod(3 * x, 1.3)[1],
+    lambda x: np.interp(x, np.array([-2.0, -0.5, 0.4, 2.0]), np.array([1.0, 0.3, -0.5, 2.0])),
+    lambda x: x + np.full_like(x, 2.5),
+    lambda x: np.diff(x, prepend=0.5),
+    lambda x: np.ediff1d(x, to_begin=x),
+    lambda x: np.resize(x, (2, 3)),
+    lambda x: np.pad(x, 1, "edge"),
+    lambda x: np.diagflat(x),
+]
+
+TWO_ARRAYS = [
+    np.add, np.subtract, np.multiply, np.maximum, np.minimum, np.fmax, np.fmin, np.hypot,
+    np.logaddexp, np.logaddexp2, np.outer, np.kron, np.dot, np.inner, np.matmul,
+    np.vdot, np.append,
+    lambda a, b: np.cross(np.resize(a, 3), np.resize(b, (2, 3))),
+    lambda a, b: a / positive(b),
+    lambda a, b: np.arctan2(a, positive(b)),
+    lambda a, b: positive(a) ** bounded(b),
+    lambda a, b: np.mod(3 * a, positive(b)),
+    lambda a, b: np.where(a > b, a * b, a - b),
+    lambda a, b: np.stack([a, b], -1),
+    lambda a, b: np.concatenate([a, b, a], -1),
+    lambda a, b: np.hstack([a, b]),
+    lambda a, b: np.column_stack([a, b]),
+    lambda a, b: np.tensordot(a, b, 1),
+    lambda a, b: np.convolve(np.ravel(a), np.ravel(b), "same"),
+    lambda a, b: np.correlate(np.ravel(a), np.ravel(b), "full"),
+    lambda a, b: np.average(a, weights=positive(b)),
+    lambda a, b: np.broadcast_arrays(a, b)[0] * 2 + b,
+    lambda a, b: np.meshgrid(np.ravel(a), np.ravel(b))[0] * 2,
+    lambda a, b: np.einsum("...i,...i->...", a, b),
+    lambda a, b: np.einsum("ij,jk", a, b),
+]
+
+# Along axes, which are drawn: None, one of them, or some.
+REDUCTIONS = [
+    np.sum, np.mean, np.var, np.std, np.max, np.min, np.prod, np.ptp, np.median, np.nansum,
+    np.nanmean, np.average,
+    lambda x, axis, keepdims: np.quantile(x, [0.2, 0.7], axis=axis, keepdims=keepdims),
+]
+
+# Along one axis, and with a number k from -3 to 3.
+ALONG_AN_AXIS = [
+    lambda x, axis, k: np.cumsum(x, axis),
+    lambda x, axis, k: np.cumprod(x, axis),
+    lambda x, axis, k: np.diff(x, abs(k) % 3, axis),
+    lambda x, axis, k: np.gradient(x, 0.7, axis=axis),
+    lambda x, axis, k: np.trapezoid(x, axis=axis, dx=0.3),
+    lambda x, axis, k: np.sort(x, axis),
+    lambda x, axis, k: np.partition(x, 0, axis),
+    lambda x, axis, k: np.roll(x, k, axis),
+    lambda x, axis, k: np.roll(x, k),
+    lambda x, axis, k: np.flip(x, axis),
+    lambda x, axis, k: np.rot90(x, k),
+    lambda x, axis, k: np.repeat(x, abs(k), axis),
+    lambda x, axis, k: np.tile(x, (2, 1)),
+    lambda x, axis, k: np.diag(x, k),
+    lambda x, axis, k: np.tril(x, k) + np.triu(x, k),
+    lambda x, axis, k: np.trace(x, k),
+    lambda x, axis, k: np.take(x, [[k, 0], [0, -1]], axis, mode="wrap"),
+    lambda x, axis, k: np.pad(x, (abs(k), 1), "reflect"),
+    lambda x, axis, k: np.pad(x, (abs(k), 1), constant_values=0.5),
+    lambda x, axis, k: np.swapaxes(x, axis, 0),
+    lambda x, axis, k: np.moveaxis(x, axis, 0),
+    lambda x, axis, k: np.expand_dims(x, axis),
+    lambda x, axis, k: np.broadcast_to(x, (2, *x.shape)),
+    lambda x, axis, k: np.delete(x, 0, axis),
+    lambda x, axis, k: np.insert(x, [0, 1], 0.5, axis),
+    lambda x, axis, k: np.array_split(x, 2, axis)[-1],
+    lambda x, axis, k: x.reshape(-1, x.shape[axis]),
+    lambda x, axis, k: x[::-1],
+    lambda x, axis, k: x[..., 1:, None],
+    lambda x, axis, k: x[[0, -1, 0]],
+    lambda x, axis, k: x[np.arange(len(x)) % 2 == 0],
+    lambda x, axis, k: np.linalg.norm(x, axis=axis, keepdims=True),
+    lambda x, axis, k: np.linalg.norm(x, 3, axis=axis),
+]
+
+
+def regular_points(x):
+    """A square matrix of x that has an inverse."""
+    return np.sin(x) @ np.swapaxes(np.sin(x), -1, -2) + 2.3 * np.eye(x.shape[-2])
+
+
+def definite(x):
+    """A symmetric positive definite one, with eigenvalues apart."""
+    return x @ np.swapaxes(x, -1, -2) + np.diag(1.3 * np.arange(1, x.shape[-2] + 1))
+
+
+MATRICES = [
+    lambda x: np.linalg.inv(regular_points(x)),
+    lambda x: np.linalg.det(regular_points(x)),
+    lambda x: np.linalg.slogdet(regular_points(x))[1],
+    lambda x: np.linalg.solve(regular_points(x), x),
+    lambda x: np.linalg.solve(regular_points(x), np.linspace(-1, 1, x.shape[-2])),
+    lambda x: np.linalg.cholesky(definite(x)),
+    lambda x: np.linalg.eigh(definite(x))[0],
+    lambda x: np.linalg.eigh(definite(x))[1] ** 2,
+    lambda x: np.linalg.svd(definite(x))[0] ** 2,
+    lambda x: np.linalg.svd(definite(x), compute_uv=False),
+    lambda x: np.linalg.qr(regular_points(x))[0],
+    lambda x: np.linalg.qr(regular_points(x))[1],
+    lambda x: np.linalg.pinv(regular_points(x)),
+    lambda x: np.linalg.matrix_power(regular_points(x) / 3, 3),
+    lambda x: np.linalg.cond(definite(x)),
+    lambda x: np.linalg.norm(x, "fro", axis=(-2, -1)),
+    lambda x: np.linalg.norm(x, 1, axis=(-1, -2), keepdims=True),
+    lambda x: np.linalg.norm(definite(x), "nuc", axis=(-2, -1)),
+    lambda x: np.einsum("...ii->...i", regular_points(x)),
+    lambda x: np.einsum("...ij,...kj->i...k", x, x),
+]
+
+# ### Random programs
+
+
+def random_axes(rng, ndim):
+    if not ndim or rng.random() < 0.3:
+        return None
+    axes = rng.permutation(ndim)[:rng.integers(1, ndim + 1)]
+    axes = tuple(int(a) - ndim * int(rng.integers(2)) for a in axes)
+    return axes if rng.random() < 0.4 else axes[0]
+
+
+def random_step(rng, values):
+    """(a function, the numbers of the values that it is given)"""
+    def drawn(table):
+        return table[rng.integers(len(table))]
+
+    last = len(values) - 1
+    i = int(rng.integers(len(values))) if rng.random() < 0.4 else last
+    x = values[i]
+    kind = rng.integers(6)
+    if kind == 0:
+        return drawn(ONE_ARRAY), [i]
+    if kind == 1:
+        return drawn(TWO_ARRAYS), [i, int(rng.integers(len(values)))][::rng.choice([-1, 1])]
+    if kind == 2:
+        f, axis, keepdims = drawn(REDUCTIONS), random_axes(rng, x.ndim), bool(rng.integers(2))
+        return lambda x: f(x, axis=axis, keepdims=keepdims), [i]
+    if kind < 5 and x.ndim:
+        f, axis = drawn(ALONG_AN_AXIS), int(rng.integers(-x.ndim, x.ndim))
+        k = int(rng.integers(-3, 4))
+        return lambda x: f(x, axis, k), [i]
+    return drawn(MATRICES if x.ndim > 1 and x.size else ONE_ARRAY), [i]
+
+
+def calmed(f):
+    return lambda *operands: np.tanh(f(*operands) / 5)
+
+
+def random_operands(rng):
+    shape = tuple(rng.choice([0, 1, 2, 3], rng.integers(4), p=[0.04, 0.2, 0.4, 0.36]).tolist())
+    narrow = tuple(1 if rng.random() < 0.4 else n for n in shape)
+    shapes = [shape, shape, shape[1:], narrow, ()]
+    picked = rng.choice(5, rng.integers(1, 4), p=[0.3, 0.3, 0.15, 0.15, 0.1])
+    return [layout_at_random(rng, random_array(rng, shapes[i])) for i in picked]
+
+
+def program_at_random(seed):
+    """(a function of NumPy code, its operands), made of what NumPy itself could compute"""
+    rng = np.random.default_rng((20261128, seed))
+    operands = random_operands(rng)
+    values, steps = list(operands), []
+    for _ in range(30):
+        f, numbers = random_step(rng, values)
+        try:
+            y = np.asarray(f(*(values[i] for i in numbers)))
+        except (ValueError, IndexError, TypeError, ZeroDivisionError, np.linalg.LinAlgError):
+            continue
+        if y.size > 40 or y.ndim > 4 or y.dtype != float or not np.all(np.isfinite(y)):
+            continue
+        if np.max(np.abs(y), initial=0) > 4:  # large numbers would hide the errors of small ones
+            f, y = calmed(f), np.tanh(y / 5)
+        values.append(y)
+        steps.append((f, numbers))
+        if len(steps) == 5:
+            break
+
+    def run(*operands):
+        values = list(operands)
+        for f, numbers in steps:
+            values.append(f(*(values[i] for i in numbers)))
+        return values[-1]
+
+    return run, operands
+
+
+def along(f, operands, line, eps):
+    """The slope of f along a line, by central differences to the fourth order."""
+    def at(t):
+        return as_array(f(*(a + t * v for a, v in zip(operands, line))))
+
+    return (8 * (at(eps) - at(-eps)) - (at(2 * eps) - at(-2 * eps))) / (12 * eps)
+
+
+def is_slope(slope, f, operands, line, tolerance):
+    """Whether `slope` is f's along the line, by either step (there may be a kink within one)."""
+    for eps in (1e-4, 3e-6):
+        numeric = along(f, operands, line, eps)
+        error = np.abs(as_array(slope) - numeric) / (1 + np.abs(numeric))
+        if np.all(error < tolerance):
+            return True
+    return False
+
+
+def product(slopes, line):
+    return sum(np.sum(g * v) for g, v in zip(slopes, line))
+
+
+# Other ways to the product of the Hessian with a vector.
+def by_grad_of_grad(f, operands, line, every):
+    return grad(lambda *xs: product(grad(f, every)(*xs), line), every)(*operands)
+
+
+def by_jvp_of_grad(f, operands, line, every):
+    return jvp(lambda *xs: tuple(grad(f, every)(*xs)), tuple(operands), tuple(line))[1]
+
+
+def by_checkpoint(f, operands, line, every):
+    return hvp(lambda *xs: checkpoint(f, *xs), tuple(operands), tuple(line))[1]
+
+
+def by_vjp_of_vjp(f, operands, line, every):
+    return vjp(lambda *xs: vjp(f, *xs)[1](1.0), *operands)[1](tuple(line))
+
+
+def by_create_graph(f, operands, line, every):
+    leaves = [Tensor(a) for a in operands]
+    slopes = gradients(f(*leaves), leaves, create_graph=True)
+    return gradients(product(slopes, line), leaves)
+
+
+def by_hessian_of_a_dict(f, operands, line, every):
+    names = [f"operand {i}" for i in every]
+    tree = {name: a for name, a in reversed(list(zip(names, operands)))}  # in another order
+    blocks = hessian(lambda tree: f(*(tree[name] for name in names)))(tree)
+    return [sum(np.tensordot(as_array(blocks[a][b]), v, v.ndim) for b, v in zip(names, line))
+            for a in names]
+
+
+WAYS = [by_grad_of_grad, by_jvp_of_grad, by_checkpoint, by_vjp_of_vjp, by_create_graph,
+        by_hessian_of_a_dict]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where slopes are infinite
+@pytest.mark.parametrize("first", range(0, 600, 50))
+def test_random_programs_have_numpys_values_and_the_derivatives_of_differences(first):
+    for seed in range(first, first + 50):
+        program_is_right(seed)
+
+
+def program_is_right(seed):
+    f, operands = program_at_random(seed)
+    rng = np.random.default_rng(seed)
+    value = as_array(f(*operands))
+    weights = random_array(rng, value.shape)
+    line = [random_array(rng, a.shape) for a in operands]
+    every = tuple(range(len(operands)))
+
+    def scalar(*operands):
+        return np.sum(f(*operands) * weights)
+
+    def slopes_of(*operands):
+        return joined(grad(scalar, every)(*operands))
+
+    result = f(*map(Tensor, operands))
+    assert result.shape == value.shape and result.dtype == value.dtype, seed
+    near(result, value)
+
+    total, slopes = value_and_grad(scalar, every)(*operands)
+    near(total, np.sum(value * weights))
+    assert [(g.shape, g.dtype) for g in slopes] == [(a.shape, a.dtype) for a in operands], seed
+    assert is_slope(product(slopes, line), scalar, operands, line, 1e-6), seed
+
+    moved = jvp(f, tuple(operands), tuple(line))[1]
+    assert is_slope(moved, f, operands, line, 1e-6), seed
+    curved = joined(hvp(scalar, tuple(operands), tuple(line))[1])
+    assert is_slope(curved, slopes_of, operands, line, 1e-5), seed
+    way = WAYS[seed % len(WAYS)]
+    near(joined(way(scalar, operands, line, every)), curved, rtol=1e-6, atol=1e-6)
+    if seed % 5 == 0:
+        blocks = jacobian(f, every)(*operands)
+        rows = sum(np.tensordot(as_array(j), v, v.ndim) for j, v in zip(blocks, line))
+        near(rows, moved, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_random_programs_use_every_row():
+    used = set()
+
+    def noted(f):
+        def call(*operands, **settings):
+            y = f(*operands, **settings)
+            used.add(f)
+            return y
+
+        return call
+
+    tables = [ONE_ARRAY, TWO_ARRAYS, REDUCTIONS, ALONG_AN_AXIS, MATRICES]
+    rows = [f for table in tables for f in table]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, table in zip(("ONE_ARRAY", "TWO_ARRAYS", "REDUCTIONS", "ALONG_AN_AXIS",
+                                "MATRICES"), tables):
+            patch.setitem(globals(), name, [noted(f) for f in table])
+        for seed in range(600):
+            program_at_random(seed)
+    assert [f for f in rows if f not in used] == []
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_random_programs_of_float32_have_numpys_dtypes_and_nearly_the_same_gradient():
+    for seed in range(150):
+        f, operands = program_at_random(seed)
+        narrow = [a.astype(np.float32) for a in operands]
+        value = as_array(f(*narrow))
+        result = f(*(Tensor(a, dtype=np.float32) for a in narrow))
+        assert result.shape == value.shape, seed
+        near(result, value, rtol=1e-3, atol=1e-3)
+        for g, a in zip(grad(lambda *xs: np.sum(f(*xs)), range(len(narrow)))(*narrow), narrow):
+            assert g.shape == a.shape and g.dtype == np.float32, seed
+
+
+# ### Threads
+
+
+def test_threads_that_walk_back_to_the_same_leaves_lose_nothing():
+    x, scale = Tensor(np.ones(100)), Tensor(2.0)
+    x.numpy()  # somebody has the array, so checksums are compared meanwhile
+    trunk = np.exp(x)
+
+    def work():
+        for _ in range(20):
+            (np.sin(x).sum() * scale).backward()
+            (trunk * 3).sum().backward(retain_graph=True)
+            checkpoint(lambda x: (x * x).sum(), x).backward()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    near(x.grad, np.full(100, 80 * (2 * np.cos(1) + 3 * np.e + 2)))
+    near(scale.grad, 80 * 100 * np.sin(1))
+
+
+# ### What mutants survived
+
+
+def test_a_number_of_heads_may_be_numpys():
+    x = np.random.default_rng(0).standard_normal((1, 3, 12))
+    near(nanoad.causal_self_attention(x, np.int64(2)), nanoad.causal_self_attention(x, 2))
+
+
+def test_qr_of_a_stack_of_tall_matrices():
+    x = np.random.default_rng(0).standard_normal((2, 4, 3))  # no two sizes alike
+    nanoad.check_grad(lambda x: np.linalg.qr(x)[0] ** 2, x)
+    nanoad.check_grad(lambda x: np.linalg.qr(x)[1] ** 2, x)
+
+
+def test_weights_that_fit_no_axis_are_an_error_that_says_so():
+    with pytest.raises(ValueError, match="fit neither that nor the axis"):
+        np.average(Tensor(np.ones((2, 3))), weights=np.ones(2))
+
+
+# ### What an adversary found
+
+
+def test_the_mixed_second_derivative_of_a_power_at_exponent_zero():
+    x, p = 2.0, 0.0  # d/dp (p x^(p-1)) is 1/x there
+    h = as_array(hessian(lambda z: z[0] ** z[1])(np.array([x, p])))
+    near(h, [[0, 1 / x], [1 / x, np.log(x) ** 2]])
+    near(grad(lambda p: grad(lambda x: x ** p)(x))(p), 1 / x)
+
+
+def test_transforms_inside_no_grad_give_what_they_give_outside():
+    with no_grad():
+        near(jvp(np.sin, (0.0,), (2.0,))[1], 2.0)
+        near(jvp(lambda a, b: a * b, (3.0, 5.0), (1.0, 10.0))[1], 35.0)
+
+
+def test_gradients_inside_no_grad_depend_on_the_cotangent_given():
+    x, u = Tensor(0.0), Tensor(0.0)
+    y = np.sin(x)
+    with no_grad():
+        s, = gradients(y, [x], u, create_graph=True)
+    near(gradients(s, [u], 2.0)[0], 2.0)
+
+
+@pytest.mark.parametrize("axes", [2, ([0, 0], [0, 1])])
+def test_tensordot_refuses_axes_that_are_not_there_or_named_twice(axes):
+    a, b = np.arange(3.0), np.arange(9.0).reshape(3, 3)
+    with pytest.raises((ValueError, IndexError)):
+        np.tensordot(a, b, axes)
+    with pytest.raises((ValueError, IndexError)):
+        np.tensordot(Tensor(a), b, axes)
+
+
+@pytest.mark.parametrize("f", [np.max, np.min])
+def test_many_ties_of_float16_share_one(f):
+    for shape in [(5000, 3), (70000, 1)]:
+        x = np.zeros(shape, np.float16)
+        g = as_array(grad(lambda x: np.sum(f(x, axis=0)))(x))
+        near(g.astype(float).sum(0), np.ones(shape[1]), rtol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_arctan2_at_the_origin_has_slope_zero():
+    assert [float(g) for g in grad(np.arctan2, (0, 1))(0.0, 0.0)] == [0, 0]
+
+
+SMALL = np.array([1, 0], np.int8)
+
+
+@pytest.mark.parametrize("f", [
+    lambda t: np.concatenate([t, SMALL]),
+    lambda t: np.stack([t, SMALL]),
+    lambda t: np.hstack([t, SMALL]),
+    lambda t: np.append(t, SMALL > 0),
+    lambda t: np.column_stack([t, SMALL]),
+    lambda t: t @ SMALL,
+    lambda t: np.dot(t, np.bool_(True)),
+])
+def test_small_integers_beside_float32_keep_it_in_every_product_and_join(f):
+    x = np.array([2, 3], np.float32)
+    expected = f(x)
+    result = f(Tensor(x, dtype=np.float32))
+    near(result, expected)
+    assert result.dtype == expected.dtype == np.float32
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: mean of an empty slice
+@pytest.mark.parametrize("f", [
+    lambda x: np.linalg.vector_norm(x, axis=1),
+])
+def test_empty_arrays_go_where_numpy_lets_them(f):
+    x = np.zeros((0, 2))
+    near(f(Tensor(x)), f(x))
+
+
+@pytest.mark.parametrize("f", [nanoad.softmax, nanoad.log_softmax])
+def test_softmax_along_an_empty_axis_is_empty(f):
+    assert f(np.zeros((3, 0))).shape == (3, 0)
+
+
+def test_cov_of_columns_and_a_vector():
+    rng = np.random.default_rng(0)
+    m, y = rng.standard_normal((5, 2)), rng.standard_normal(5)
+    near(np.cov(Tensor(m), y, rowvar=False), np.cov(m, y, rowvar=False))
+
+
+def test_diff_zero_times_is_x_and_fewer_times_an_error():
+    x = np.array([1.0, 2.0, 4.0])
+    near(np.diff(Tensor(x), 0, prepend=0.0), np.diff(x, 0, prepend=0.0))
+    with pytest.raises(ValueError):
+        np.diff(Tensor(x), -1)
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, b: nanoad.linear(x, np.ones((1, 2), np.float32), b),
+    lambda x, b: nanoad.layer_norm(x, np.ones(2, np.float32), np.repeat(b, 2)),
+    lambda x, b: nanoad.conv2d(x[:, :, None, None], np.ones((1, 2, 1, 1), np.float32), b),
+])
+def test_a_wider_bias_widens_the_result(f):
+    x = Tensor(np.ones((1, 2)), dtype=np.float32)
+    assert f(x, np.array([0.1])).dtype == np.float64
 
 
 # ## This file
