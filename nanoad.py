@@ -104,6 +104,7 @@ class Tensor:
         "_op",            # the operation that made it; None for a leaf
         "_operands",      # what it was given, operands first; None once the tape was let go
         "_settings",      # what it was given by name, such as axis=0
+        "_sources",       # when the leaves were made that a backward from here has met
         "_pullback",      # the backward step of a fused operation (II.7)
         "_written",       # when the array was last written to (IV.1)
         "_checksum",      # of the array when it was handed out (IV.1)
@@ -202,6 +203,7 @@ def _fill(t: Tensor, array: np.ndarray, tracked: bool, op: Callable | None = Non
     t._op = op
     t._operands = operands
     t._settings = settings or {}
+    t._sources = None
     t._pullback = pullback
     t._written = 0
     t._checksum = None
@@ -602,15 +604,16 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
     """The route of a walk from `outputs` to `inputs`. (IV.2 has another moment for its horizon.)"""
     if horizon is None:
         horizon = min((t._time for t in inputs), default=0)
-    found = _all_behind(outputs, horizon)
+    found = _all_behind(outputs, horizon, inputs)
     times = {t._time for t in inputs}
     for time in sorted(found):  # operands before results
-        if time >= horizon and any(_tracked(a) and a._time in times for a in found[time]._operands):
+        operands = found[time]._operands or ()
+        if time >= horizon and any(_tracked(a) and a._time in times for a in operands):
             times.add(time)
     return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
 
 
-def _all_behind(outputs: Iterable, horizon: int) -> dict[int, Tensor]:
+def _all_behind(outputs: Iterable, horizon: int, inputs: Sequence = ()) -> dict[int, Tensor]:
     """By its time, each tracked tensor that `outputs` were made from, as far as the horizon."""
     found: dict[int, Tensor] = {}
     to_visit = [t for t in outputs if _tracked(t)]
@@ -618,9 +621,17 @@ def _all_behind(outputs: Iterable, horizon: int) -> dict[int, Tensor]:
         t = to_visit.pop()
         if t._time not in found:
             found[t._time] = t
-            if t._time >= horizon:
+            if t._time >= horizon and not _is_apart(t, inputs):
                 to_visit += [a for a in _require_operands(t) if _tracked(a)]
     return found
+
+
+def _is_apart(t: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether the tape behind `t` was let go by a `backward` that met none of `inputs`."""
+    if t._operands is not None or t._sources is None:
+        return False
+    older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
+    return all(x._op is None and x._time not in t._sources for x in older)
 
 
 # With this, `backward` is a walk to all leaves, which keep what they receive, and
@@ -634,8 +645,11 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
+    output._sources = set()
     with _recording(create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
+            if t._op is None:
+                output._sources.add(t._time)
             if t._op is None or retain_grads:
                 _accumulate(t, _own(t, g, create_graph))
 

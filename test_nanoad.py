@@ -602,6 +602,15 @@ def test_a_walk_lets_go_of_what_it_passed_and_no_more():
     later = Tensor(2.0)
     close(gradients(later * z, [later])[0], 9.0)
 
+    x, w = Tensor(5.0), Tensor(3.0)
+    middle = x * 2
+    z = w * w
+    z.backward()
+    close(gradients(x * z, [x])[0], 9.0)  # z's tape is gone, but x was not behind it
+    for behind in (w, middle):  # but w was, and of `middle` nobody knows any more
+        with pytest.raises(RuntimeError, match="retain_graph"):
+            gradients(x * z * behind, [behind])
+
 
 def test_a_deep_tape_needs_no_recursion():
     x = Tensor(1.0)
