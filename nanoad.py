@@ -1170,9 +1170,9 @@ def _explained(error: Exception, operation: Callable, arrays: list) -> Exception
 #
 # - What is given by name is put in its place: rules belong to positions.
 # - A list or tuple becomes an array, or a Tensor if it holds one.
-# - Integers and bools become floating-point, since uint8 wraps at 255 and has a
-#   logarithm in float16: float64, or what NumPy would compute in beside the other
-#   operands.
+# - Integers and bools become floating-point. (A uint8 would wrap at 255, and its
+#   logarithm would be float16.) Alone they become float64; beside other operands, what
+#   NumPy would compute in.
 # - A Python number stays one, for it takes the dtype of what it meets; alone, it is an
 #   array.
 # - What follows the operands are settings, which have no derivative.
@@ -2711,8 +2711,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #     0.302366118810 0.302366118810
 #
 # So the definition is at once the explanation, the oracle for the tests, and the source
-# of every higher derivative. Each fused operation in this file stands under its
-# definition.
+# of every higher derivative. Each fused operation in this file stands in the section of
+# its definition, and below it.
 
 
 def fused(definition: Callable, operands: int = sys.maxsize) -> Callable:
@@ -5166,8 +5166,8 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # 3. So `y = (c - e) / s * w + b`, which is `c * scale + shift`, with `scale = w / s` and
 #    `shift = b - e * scale`.
 #
-# Backward is step 4 of layer norm, where now h is w g, and the number w comes out of the
-# means:
+# Backward is what layer norm's derivation ended with, where now h is w g, and the number
+# w comes out of the means:
 #
 # 4. b receives `sum(g)`, and w receives `sum(g * xhat) = sum(g * c) / s`.
 # 5. x receives `w/s * (g - mean(g) - xhat * mean(g * xhat))`. With xhat = c / s, that is
@@ -6389,8 +6389,9 @@ def _interrupts_held() -> Iterator[None]:
 # handed out (`t.data`), and compared whenever its elements are read: by an operation, or
 # by a walk that needs them as they were. `t._checksum` is None as long as nobody outside
 # has the array. `t._written` is the time of the last write that is known of, and a tensor
-# made after that time has seen what was written. (Of a constant, and of a raw array that
-# is an operand, nothing is known: who writes there gets another gradient.)
+# made after that time has seen what was written. (Of a constant, of a raw array that is
+# an operand, and of a view such as `t.detach()` or `t.T`, nothing is known: who writes
+# there gets another gradient.)
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
