@@ -1419,6 +1419,10 @@ def same_signs(q):
 
 
 TRAPEZOID = getattr(np, "trapezoid", None) or np.trapz  # the name it has in NumPy 1
+# NumPy 1.26 drops axes of size 1 from some results, so its values are no measure here.
+of_new_numpy = pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.0.0",
+                                  reason="NumPy before 2 has other shapes for some results")
+
 
 
 NUMPY = {
@@ -10307,6 +10311,7 @@ def test_two_thousand_steps_hold_a_flat_memory_without_the_garbage_collector(
 # along a random line, and whatever other transform gives the same number gives the same. Program
 # number n is the same wherever it runs: to see one that fails, `program(n)`.
 
+
 def near(a, b, rtol=1e-9, atol=1e-9):
     np.testing.assert_allclose(as_array(a), as_array(b), rtol=rtol, atol=atol)
 
@@ -10418,7 +10423,7 @@ ALONG_AN_AXIS = [
     lambda x, axis, k: np.cumprod(x, axis),
     lambda x, axis, k: np.diff(x, abs(k) % 3, axis),
     lambda x, axis, k: np.gradient(x, 0.7, axis=axis),
-    lambda x, axis, k: np.trapezoid(x, axis=axis, dx=0.3),
+    lambda x, axis, k: TRAPEZOID(x, axis=axis, dx=0.3),
     lambda x, axis, k: np.sort(x, axis),
     lambda x, axis, k: np.partition(x, 0, axis),
     lambda x, axis, k: np.roll(x, k, axis),
@@ -10615,6 +10620,7 @@ WAYS = [by_grad_of_grad, by_jvp_of_grad, by_checkpoint, by_vjp_of_vjp, by_create
         by_hessian_of_a_dict]
 
 
+@of_new_numpy
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where slopes are infinite
 @pytest.mark.parametrize("first", range(0, 600, 50))
 def test_random_programs_have_numpys_values_and_the_derivatives_of_differences(first):
@@ -10680,6 +10686,7 @@ def test_random_programs_use_every_row():
     assert [f for f in rows if f not in used] == []
 
 
+@of_new_numpy
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_random_programs_of_float32_have_numpys_dtypes_and_nearly_the_same_gradient():
     for seed in range(150):
@@ -10803,7 +10810,7 @@ def test_small_integers_beside_float32_keep_it_in_every_product_and_join(f):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: mean of an empty slice
 @pytest.mark.parametrize("f", [
-    lambda x: np.linalg.vector_norm(x, axis=1),
+    lambda x: np.linalg.norm(x, axis=1),
 ])
 def test_empty_arrays_go_where_numpy_lets_them(f):
     x = np.zeros((0, 2))
