@@ -2079,6 +2079,7 @@ ZERO_DERIVATIVE = [
 
 
 @pytest.mark.parametrize("f", ZERO_DERIVATIVE)
+@pytest.mark.filterwarnings("ignore:numpy.fix is deprecated:DeprecationWarning")
 def test_functions_with_zero_derivative_give_plain_results(f):
     array = np.array([-0.3, 0.1, 1.7])
     result, expected = f(Tensor(array)), f(array)
@@ -2086,6 +2087,7 @@ def test_functions_with_zero_derivative_give_plain_results(f):
     assert f is np.array_repr or np.array_equal(result, expected)
 
 
+@pytest.mark.filterwarnings("ignore:numpy.fix is deprecated:DeprecationWarning")
 def test_every_function_without_derivative_is_tried():
     asked = set()
 
