@@ -1835,7 +1835,9 @@ def _rows(x: Any) -> Any:
 
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
-    if axis not in (-1, x.ndim - 1):
+    # (Rows of 5: there OpenBLAS 0.3.31 reads memory that nobody has written. The sum is
+    # right all the same, but NumPy may warn of an invalid value.)
+    if axis not in (-1, x.ndim - 1) or x.shape[-1] == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
 
