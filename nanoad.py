@@ -606,11 +606,11 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
         horizon = min((t._time for t in inputs), default=0)
     found = _all_behind(outputs, horizon, inputs)
     times = {t._time for t in inputs}
-    for time in sorted(found):  # operands before results
-        operands = found[time]._operands or ()
-        if time >= horizon and any(_tracked(a) and a._time in times for a in operands):
-            times.add(time)
-    return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
+    for moment in sorted(found):  # operands before results
+        operands = found[moment]._operands or ()
+        if moment >= horizon and any(_tracked(a) and a._time in times for a in operands):
+            times.add(moment)
+    return _Route(times, horizon, [t for moment, t in found.items() if moment < horizon])
 
 
 def _all_behind(outputs: Iterable, horizon: int, inputs: Sequence = ()) -> dict[int, Tensor]:
@@ -3322,6 +3322,8 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
                              f"shape {weights.shape} fit neither that nor the axis")
         weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
     total = sum_(weights, axis, keepdims)
+    if np.any(total == 0) and x.size:
+        raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")
     y = sum_(x * weights, axis, keepdims) / total
     return (y, total) if returned else y
 
@@ -3435,6 +3437,8 @@ def _interp(x, xp, fp, left=None, right=None):
     above = np.searchsorted(_value(xp), _value(x), side="right")
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
+    at_knot = (x == xp[i]) & ~np.isfinite(slope)
+    slope = np.where(at_knot, 0, slope)  # for inf times 0 is nan
     y = fp[i] + slope * (x - xp[i])
     y = np.where(x < xp[0], fp[0] if left is None else left, y)
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
@@ -3473,10 +3477,11 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
-    there = all(-a.ndim <= i < a.ndim for i in left) and all(-b.ndim <= j < b.ndim for j in right)
-    once = [len({i % x.ndim for i in one}) == len(one)
-            for x, one in ((a, left), (b, right)) if x.ndim]
-    fit = there and all(once)
+
+    def are_there(numbers: list[int], n: int) -> bool:  # each once
+        return all(-n <= i < n for i in numbers) and len({i % n for i in numbers}) == len(numbers)
+
+    fit = are_there(left, a.ndim) and are_there(right, b.ndim)
     if not fit or [a.shape[i] for i in left] != [b.shape[j] for j in right]:
         raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
                          "are not all there, each once, and of the same lengths; name "
@@ -6685,10 +6690,9 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"{name}: the arguments are a tuple, one entry each, such as (x,)")
     one = isinstance(argnums, (int, np.integer))
-    if not one and argnums is not None and np.asarray(argnums).dtype.kind not in "iu":
-        if np.size(argnums):
-            raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
     positions = list(range(len(args))) if argnums is None else np.ravel(argnums).tolist()
+    if not all(isinstance(i, int) for i in positions):
+        raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
     if any(i not in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
                          "are counted from 0")

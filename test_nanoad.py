@@ -10752,6 +10752,16 @@ def test_weights_that_fit_no_axis_are_an_error_that_says_so():
         np.average(Tensor(np.ones((2, 3))), weights=np.ones(2))
 
 
+def test_weights_that_add_up_to_zero_are_an_error():
+    with pytest.raises(ZeroDivisionError, match="weights"):
+        np.average(Tensor([1.0, 2.0]), weights=np.array([1.0, -1.0]))
+
+
+def test_interp_at_a_knot_beside_an_infinite_value():
+    x = np.array([0.5, 1.0])
+    close(np.interp(Tensor(x), [0, 1, 2], [0, 1, np.inf]), np.interp(x, [0, 1, 2], [0, 1, np.inf]))
+
+
 # ### What an adversary found
 
 

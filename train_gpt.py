@@ -387,10 +387,8 @@ def open_run(run: Run, options: argparse.Namespace) -> None:
     size = options.size or "small"
     settings = {**SIZES[size], "size": size, "seed": options.seed or 0, "text": None}
     settings["steps"] = options.steps or settings["steps"]
-    settings["processes"] = options.processes or min(PROCESSES, settings["batch_size"])
-    if settings["processes"] > settings["batch_size"]:
-        raise Stop(f"--processes {settings['processes']}: there are only "
-                   f"{settings['batch_size']} texts in a batch to share")
+    most = min(PROCESSES, settings["batch_size"])
+    settings["processes"] = choose_processes(options, most, settings["batch_size"], "texts")
     run.begin(settings)
 
 
@@ -443,6 +441,14 @@ def count_cores() -> int:
 
 
 PROCESSES = min(count_cores(), 8)  # that share a batch; more were never tried
+
+
+def choose_processes(options: argparse.Namespace, most: int, batch_size: int, what: str) -> int:
+    """How many share a batch: what is asked for, or else `most`; Stop if some had nothing."""
+    processes = options.processes or most
+    if processes > batch_size:
+        raise Stop(f"--processes {processes}: there are only {batch_size} {what} in a batch to share")
+    return processes
 
 
 class Stop(Exception):

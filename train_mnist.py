@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train_gpt import (
-    PROCESSES, Parser, Progress, Run, Screen, Stop, Training, check_least, run_program,
+    PROCESSES, Parser, Progress, Run, Screen, Stop, Training, check_least, choose_processes,
+    run_program,
 )
 import numpy as np
 import nanoad
@@ -321,11 +322,8 @@ def open_run(run: Run, options: argparse.Namespace) -> None:
     for name in ("batch_size", "lr", "width"):
         settings[name] = getattr(options, name) or settings[name]
     settings["epochs"] = options.epochs  # None: see default_epochs
-    most = max(1, settings["batch_size"] // SMALLEST_SHARE)
-    settings["processes"] = options.processes or min(PROCESSES, most)
-    if settings["processes"] > settings["batch_size"]:
-        raise Stop(f"--processes {settings['processes']}: there are only "
-                   f"{settings['batch_size']} images in a batch to share")
+    most = min(PROCESSES, max(1, settings["batch_size"] // SMALLEST_SHARE))
+    settings["processes"] = choose_processes(options, most, settings["batch_size"], "images")
     run.begin(settings)
 
 
