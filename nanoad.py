@@ -1476,11 +1476,13 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #
 @primitive(lambda g, y, x, mask: _chosen(g, mask))
 def _chosen(x: Any, mask: Any) -> Tensor:
-    """x where the bool array `mask` holds, else 0."""
+    """x where the bool array `mask`, which broadcasts to x, holds; else 0."""
     if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
         return np.where(mask, x, x.dtype.type(0))
-    bits = x.view(f"i{x.dtype.itemsize}")
-    return (bits * mask).view(x.dtype)
+    y = np.empty_like(x)
+    bits = f"i{x.dtype.itemsize}"
+    np.multiply(x.view(bits), np.asarray(mask).view("i1"), out=y.view(bits))
+    return y
 
 
 @_answers(np.where)
@@ -1497,7 +1499,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 # At a kink any slope between the two sides is right: abs and relu take 0 there.
 abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
 relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
-           lambda g, y, x: _chosen(g, ~(x <= 0)),  # not x > 0, so that nan hands g on
+           lambda g, y, x: _chosen(g, y != 0),  # not x > 0, so that nan hands g on
            doc="max(x, 0), element by element.")
 
 
@@ -1842,6 +1844,13 @@ def _row_sum(x: Any, axis: Any = -1) -> Any:
     return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
 
 
+def _row_dot(a: Any, b: Any, axis: Any = -1) -> Any:
+    """sum(a * b, axis, keepdims=True), in array code."""
+    if axis not in (-1, a.ndim - 1):
+        return np.sum(a * b, axis=axis, keepdims=True)
+    return np.einsum("...i,...i->...", a, b)[..., None]
+
+
 def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
@@ -1910,8 +1919,8 @@ def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -
     is_nan = np.isnan(y)
     winners = (x == y) | is_nan
     count = np.sum(winners, axis, keepdims=True)  # an integer: float16 ends at 65,504
-    shares = (g / count).astype(g.dtype)
-    return _chosen(np.where(is_nan, np.nan, shares).astype(g.dtype), winners)
+    shares = np.where(is_nan, np.nan, g / count).astype(g.dtype)
+    return _chosen(np.broadcast_to(shares, x.shape), winners)
 
 
 @primitive(_to_ties)
@@ -1944,14 +1953,25 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
 
 # With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`, so `g` comes back as
 # `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
-@primitive(lambda g, y, x, axis=-1: y * (g - _row_sum(g * y, axis)))
+#
+# To find the largest of each row is slow, and seldom needed. The extremes of *all*
+# elements are found quickly. If they lie within 40 of 0, their exponentials lie between
+# 1e-18 and 1e18, far from the limits of float32, and nothing has to be subtracted.
+def _is_moderate(x: np.ndarray) -> bool:
+    """Whether the exponentials of x can be added up as they are. (Not if one is nan.)"""
+    if x.dtype == np.float16:  # e^12 is too much for it
+        return False
+    return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
+
+
+@primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
     if x.size == 0:
         return x
-    e = x - _row_max(x, axis)
-    np.exp(e, out=e)
-    return np.multiply(e, 1 / _row_sum(e, axis), out=e)
+    e = np.exp(x if _is_moderate(x) else x - _row_max(x, axis))
+    e *= 1 / _row_sum(e, axis)
+    return e
 
 
 @primitive(lambda g, y, x, axis=-1: g - np.exp(y) * _row_sum(g, axis))
@@ -5103,11 +5123,6 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
 # In words: from h two things are taken, its mean and its part along xhat, for these are
 # the two ways in which a row can move without moving xhat: all numbers up, or all
 # further from their mean.
-def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The inner products of rows: (rows, n), (rows, n) -> (rows, 1)."""
-    return np.einsum("ij,ij->i", x, y)[:, None]
-
-
 @fused(_layer_norm_definition, operands=3)
 @_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -5125,7 +5140,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     rows = _rows(x)
     xhat = rows - _row_sum(rows) / n
     xhat -= _row_sum(xhat) / n  # again, for a mean of large numbers is itself rounded
-    inverse = 1 / np.sqrt(_inner(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
+    inverse = 1 / np.sqrt(_row_dot(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
     xhat *= inverse
     y = xhat * weight
     if bias is not None:
@@ -5388,9 +5403,8 @@ def _attention_definition(q, k, v, is_causal=False):
     return softmax(scores) @ v  # (..., T, Dv)
 
 
-# The way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the scores, E
-# for their exponentials and r for one over the row sums of E. So the softmax is
-# `P = r E`, and `Y = P V`.
+# The way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the scores,
+# `P = softmax(S)` and `Y = P V`:
 #
 # 1. From the product Y = P V, V receives `P^T g`, and P receives `dP = g V^T`.
 # 2. From the softmax, the scores receive `dS = P * (dP - d)`, where d is one number for
@@ -5400,45 +5414,33 @@ def _attention_definition(q, k, v, is_causal=False):
 # 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
 #    `dS^T Q / sqrt(D)`.
 #
-# P is never made. A row's r multiplies the small matrices instead of the large ones:
-# forward `Y = r (E V)`, and backward, with `h = r g`, `dV = E^T h` and
-# `dS = E * (h V^T - sum(h * Y))`.
-#
-# softmax subtracts each row's maximum, lest exp overflow. Finding it is slow (see
-# ROWS), and the scores of a trained network are small. So the kernel asks for the two
-# extremes of *all* scores; if they lie within 40 of 0, then e^40 = 2e17, its sums and
-# its inverse are far from the limits of float32, and nothing is subtracted.
-_SAFE_SCORE = 40
-
-
+# The kernel does just that. To add the -inf of a mask is faster than to select, but only
+# where the scores are finite: inf + -inf would be nan.
 def _attend(q, k, v, is_causal, out=None):
-    """Y, (..., T, Dv), written to `out`; E, (..., T, S); and r, (..., T, 1)."""
-    e = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
-    if np.max(e, initial=0) <= _SAFE_SCORE and np.min(e, initial=0) >= -_SAFE_SCORE:
+    """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    p = q @ np.multiply(_mT(k), scale, order="C")  # the scores (see PRODUCTS)
+    if _is_moderate(p):
         if is_causal:
-            e += _minus_infinity_ahead(e.shape[-2:], e.dtype)
+            p += _minus_infinity_ahead(p.shape[-2:], p.dtype)
     else:
-        if is_causal:  # selects, since inf or nan plus -inf would be nan
-            np.copyto(e, -np.inf, where=_ahead(e.shape[-2:]))
-        e -= _row_max(e)
-    np.exp(e, out=e)
-
-    r = 1 / _row_sum(e)
-    y = np.matmul(e, v, out=out)
-    y *= r
-    return y, e, r
+        if is_causal:
+            np.copyto(p, -np.inf, where=_ahead(p.shape[-2:]))
+        p -= _row_max(p)
+    np.exp(p, out=p)
+    p *= 1 / _row_sum(p)
+    return np.matmul(p, v, out=out), p
 
 
-def _attend_back(g, q, k, v, y, e, r, out=(None, None, None)):
+def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """The gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
-    h = g * r
-    ds = h @ v.swapaxes(-1, -2)  # (..., T, S)
-    ds -= np.einsum("...i,...i->...", h, y)[..., None]
-    ds *= e
+    ds = g @ _mT(v)  # dP, (..., T, S)
+    ds -= _row_dot(g, y)
+    ds *= p
     dq = np.matmul(ds, k * scale, out=out[0])
-    dk = np.matmul(ds.swapaxes(-1, -2), q * scale, out=out[1])
-    dv = np.matmul(e.swapaxes(-1, -2), h, out=out[2])
+    dk = np.matmul(_mT(ds), q * scale, out=out[1])
+    dv = np.matmul(_mT(p), g, out=out[2])
     return dq, dk, dv
 
 
@@ -5455,10 +5457,10 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
             or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]):
         raise ValueError("needs queries (..., T, D), keys (..., S, D) and values "
                          "(..., S, Dv), with the same leading axes")
-    y, e, r = _attend(q, k, v, is_causal)
+    y, p = _attend(q, k, v, is_causal)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        return _attend_back(g, q, k, v, y, e, r)
+        return _attend_back(g, q, k, v, y, p)
 
     return y, pullback
 
@@ -5466,7 +5468,7 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
 # A transformer computes q, k and v of all heads by one product, side by side in one
 # array. The kernel for that takes them out as views, and writes their gradients into
 # views of one array, which saves the copies. It takes a few sequences at a time, whose
-# E, of about two blocks, stays in the cache.
+# P, of about two blocks, stays in the cache.
 def _heads(qkv: Any, num_heads: int) -> Any:
     """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
     b, t, c = qkv.shape

@@ -3288,6 +3288,23 @@ def test_softmax_and_its_relatives_of_large_numbers_in_float32():
             assert np.isfinite(hessian(f)(x).numpy()).all()
 
 
+@pytest.mark.parametrize("largest", [39.9, 40.1, 85, 95, 300])
+def test_softmax_and_attention_at_the_limit_below_which_nothing_is_subtracted(largest):
+    """`_is_moderate`: e^89 is too much for float32, and e^12 for float16."""
+    x = np.array([[largest, 0, -largest], [-largest, -largest, -largest], [1, 2, 3]],
+                 np.float32)
+    exact = np.stack([softmax_exactly(row) for row in x]).astype(np.float64)
+    close(F.softmax(x), exact, rtol=1e-5, atol=1e-37)
+    close(F.softmax(x.T, axis=0).T, exact, rtol=1e-5, atol=1e-37)
+    half = np.minimum(x, 20).astype(np.float16)
+    assert np.isfinite(F.softmax(half).numpy()).all()
+
+    # Queries of 1 and keys x have the scores x.
+    y = F.scaled_dot_product_attention(
+        np.ones((1, 1), np.float32), x[0][:, None], np.eye(3, dtype=np.float32))
+    close(y, exact[:1], rtol=1e-5, atol=1e-37)
+
+
 def test_log_softmax_equals_extended_precision():
     x = np.random.default_rng(0).uniform(-50, 50, (40, 30))
     for dtype, rtol, atol in ((np.float64, 1e-13, 1e-14), (np.float32, 1e-6, 2e-7)):
