@@ -90,9 +90,9 @@ class Tensor:
     TypeError for what is no real number.
 
     With `requires_grad` it is tracked, and without, a constant. (Made of a tracked
-    Tensor, it is a copy that is still tied to that, and so no leaf.) Operators, methods
-    and NumPy's functions (`np.exp(t)`) differentiate, and take all that is no Tensor for
-    a constant. Comparisons give plain bool arrays.
+    Tensor, it is a copy that is still tied to that, and so no leaf.) Operators (I.2),
+    NumPy's functions such as `np.exp(t)` (II.2) and methods (II.8) differentiate, and
+    take all that is no Tensor for a constant. Comparisons give plain bool arrays.
     """
 
     __slots__ = (
@@ -105,7 +105,8 @@ class Tensor:
         "_operands",      # what that was given by position; None once the tape was let go (I.5)
         "_settings",      # what it was given by name, such as axis=0
         # And five that wait for their time: a fast backward step (II.7), the watch over
-        # writes (IV.1), what an earlier walk has met (IV.2), and Python's weak references.
+        # writes (IV.1), what an earlier walk has met (IV.2), and Python's weak
+        # references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
 
@@ -272,7 +273,8 @@ def no_grad() -> contextlib.AbstractContextManager:
 #         tracked = any(_tracked(a) for a in operands)
 #         return remember(y, operation, operands) if tracked else constant(y)
 #
-# The real one is `_operation`, below. `primitive` gives it the rules.
+# The real one, `_operation`, does this in four steps, and II.1 follows a call through
+# them. `primitive` makes an operation of a function and its rules.
 
 
 def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
@@ -294,6 +296,9 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     return decorate
 
 
+_PLAIN = {Tensor, int, float}  # a Tensor and others of these: nothing to convert
+
+
 def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
     """The operation that computes `forward`, has `count` operands, and goes back by `pull`."""
 
@@ -301,7 +306,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     def operation(*args: Any, **settings: Any) -> Tensor:
         kinds = set(map(type, args))
         if settings or Tensor not in kinds or not kinds <= _PLAIN:
-            args, settings = _admit(operation, args, settings)  # 1. lists, integers ... (II.1)
+            args, settings = _admit(operation, args, settings)  # 1. convert (II.1)
 
         arrays, tracked = [], False
         for a in args:  # 2. unpack the Tensors
@@ -332,11 +337,9 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     return operation
 
 
-_PLAIN = {Tensor, int, float}  # if all arguments are of these types, there is nothing to admit
-
-
-# And on the way back, `pull` asks the rules what each operand receives. It gives them
-# arrays; but with `create_graph`, the Tensors themselves, and I.6 says why.
+# On the way back, an operation's `pull` says what each operand receives. This one asks
+# the rules. It gives them arrays; but with `create_graph`, the Tensors themselves, and
+# I.6 says why.
 
 
 def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
@@ -486,8 +489,8 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     """
     if g.dtype == np.float16:
         g = g.astype(np.float32)  # many small numbers would not add up
-    before = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front, then stretches
-    stretched = tuple(i for i, n in enumerate(before) if n != g.shape[i])
+    padded = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front: (1, 3)
+    stretched = tuple(i for i, n in enumerate(padded) if n != g.shape[i])  # here (0,)
     return np.sum(g, axis=stretched).reshape(shape)
 
 
@@ -500,7 +503,8 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
 def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
           retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
-    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest first.
+    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
+    first.
 
     A cotangent is an ndarray; with `create_graph`, a Tensor. Only what lies on `route`
     is visited; None means all.
@@ -539,13 +543,12 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
 def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
     """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
     if t._written or t._checksum is not None:
-        _check_unwritten(t, t)  # the rules read arrays: nobody may have changed them (IV.1)
-
+        _check_unwritten(t, t)  # (E)
     wanted = []
     for a in _require_operands(t)[:t._op.operands]:  # settings follow these
         tracked = isinstance(a, Tensor) and a.requires_grad
         if tracked and (a._written or a._checksum is not None):
-            _check_unwritten(a, t)
+            _check_unwritten(a, t)  # (E)
         wanted.append(tracked and (route is None or a._time in route.times))
     return wanted
 
@@ -579,15 +582,24 @@ def _require_operands(t: Tensor) -> tuple:
 
 
 # **D.** For the derivatives of some outputs by certain inputs, only what lies between
-# them need be visited. Say we want that of z by x:
+# them need be visited, the *route*. Say we want that of z by x:
 #
-#     k:1   x:2        y:3 = k * x        w:4 = sin(k)        z:5 = y * w
+#     k:1     x:2     y:3 = k * x     w:4 = sin(k)     z:5 = y * w
 #
-# 1. Back from z, to all that it was made of: 5, 4, 3, 2 and 1. No further than the
-#    *horizon*, which is x, the oldest input: what is older, like k, was not made of it,
-#    and neither was what is behind k. (But k was met; it is `older`, and I.7 needs that.)
-# 2. Forwards through what was found: on the *route* are the inputs, here 2, and what has
-#    an operand on the route: 3, by x, and 5, by y. But not 4.
+# First we go from z back to all that it was made of, which is 5, 4, 3, 2 and 1, but no
+# further than the *horizon*: the oldest input, x. What is older, as k is, was not made of
+# x, and nothing behind it was. (That k was met is noted, as `older`; I.7 needs it.) Then
+# we go forwards through what was found. On the route are the inputs, here 2, and all
+# that has an operand on the route: 3 has x, and 5 has y; but 4 has none.
+#
+#     >>> k, x = Tensor(1.0, label="k"), Tensor(2.0)
+#     >>> y, w = k * x, np.sin(k)
+#     >>> z = y * w
+#     >>> route = _find_route([z], [x])
+#     >>> print([t._time in route.times for t in (k, x, y, w, z)], route.older[0].label)
+#     [False, True, True, False, True] k
+#
+# **E.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
 
 
 class _Route(NamedTuple):
@@ -603,7 +615,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
     if horizon is None:
         horizon = min((t._time for t in inputs), default=0)
 
-    found: dict[int, Tensor] = {}  # by their times
+    found: dict[int, Tensor] = {}  # time -> tensor
     to_visit = [t for t in outputs if _tracked(t)]
     while to_visit:
         t = to_visit.pop()
@@ -844,7 +856,7 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #
 # The walk computes `J^T u`: the transpose of the *Jacobian* J, the matrix of all slopes,
 # times a cotangent u of the output. Everything below is made of that one product. For one
-# array x and one y, it is `gradients(y, [x], u)`, and here is all of this section:
+# array x and one y = f(x), it is `gradients(y, [x], u)`, and this is the whole section:
 #
 #     >>> def naive_jacobian(f, x):
 #     ...     x = Tensor(x)
@@ -864,15 +876,19 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #     ...     s, = gradients(y, [x], u, create_graph=True)
 #     ...     return gradients(s, [u], v)[0]
 #     ...
-#     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) * v
+#     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
+#     [2. 0.] [0. 4.]
+#     >>> print(naive_hvp(lambda x: (x ** 3).sum(), [1.0, 2.0], [1.0, 1.0]))  # 6 x v
+#     [ 6. 12.]
+#     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
 #
 # **Jacobian.** The cotangent that is 1 at one element of the output, and 0 elsewhere,
 # picks that element's slopes, a row of J.
 #
 # **Hessian times vector.** A Hessian H is the Jacobian of the gradient, and its own
-# transpose. So `H v` is `H^T v`: one walk back from the gradient with v for its cotangent,
-# for the price of a few gradients (Pearlmutter, 1994).
+# transpose. So `H v` is `H^T v`: one walk back from the gradient with v for its
+# cotangent, for the price of a few gradients (Pearlmutter, 1994).
 #
 # **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
 # asks how fast f then moves: `J v`. It comes out of two reverse walks (Townsend, 2017):
@@ -1101,15 +1117,16 @@ class _EachRule:
 #     >>> print(y, y.dtype, y._operands[0], y._operands[0].dtype, y._operands[1] is t)
 #     [0.5 0. ] float32 [1. 0.] float32 True
 #
-# 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints alone,
-#    with a Tensor among them, need nothing; but here is a list, and so `_admit` is called.
-#    It makes an array of the list, `[True False]`, and that floating-point, `[1. 0.]`.
+# 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints
+#    alone, with a Tensor among them, need nothing; but here is a list, and so `_admit`
+#    is called. It makes an array of the list, `[True False]`, and that floating-point,
+#    `[1. 0.]`.
 # 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
 # 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
 # 4. t is tracked, so the result remembers `mul` and its operands, as they were admitted.
 #
-# Step 1 is there for step 3 and for the rules: they meet nothing but floating-point arrays
-# and Python's numbers, and need not ask. What becomes of each argument?
+# Step 1 is there for step 3 and for the rules: they meet nothing but floating-point
+# arrays and Python's numbers, and need not ask. What becomes of each argument?
 #
 # - An operand given by name, as in `where(mask, a=t, b=0.0)`, is put in its place, for
 #   rules belong to positions.
@@ -1200,7 +1217,8 @@ def _explained(error: Exception, operation: Callable, arrays: list) -> Exception
     return kind(f"{operation.__name__} of {shapes}: {error}")
 
 
-# A Tensor, too, is made of what may be no floating-point array yet, or a list with Tensors.
+# A Tensor, too, is made of what may be no floating-point array yet, or a list with
+# Tensors.
 
 
 def _float_array(data: Any) -> np.ndarray:
@@ -6560,8 +6578,8 @@ def _generator_at(state: dict) -> np.random.Generator:
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if they were
-    let go, and may have been made of one."""
+    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
+    they were let go, and may have been made of one."""
     if t._operands is None and t._sources is not None:
         older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
         if all(x._op is None and x._time not in t._sources for x in older):
