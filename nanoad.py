@@ -174,7 +174,7 @@ _clock = itertools.count(1)
 
 def _fill(t: Tensor, array: np.ndarray, tracked: bool, op: Callable | None = None,
           operands: tuple = (), settings: dict | None = None, pullback: Callable | None = None):
-    """Give a new tensor its contents."""
+    """Give a new tensor its contents. A leaf has no operation and no operands."""
     t._data = array
     t.requires_grad = tracked
     t._grad = None
@@ -1048,24 +1048,28 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
         >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
         True
     """
-    which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
+    which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]  # positions
     if order < 1 or not which:
         raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and an argument "
                          "that holds floating-point numbers, such as 3.0")
     args = tuple(as_tensor(np.array(_value(a), np.float64)) if i in which else a
                  for i, a in enumerate(args))
 
-    def weighted(*args: Any) -> Tensor:  # a scalar, in which no two elements cancel
+    def weighted(*args: Any) -> Tensor:
+        """A scalar made of f's result, with weights, lest the slopes of two elements cancel."""
         (y,) = _outputs("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
-    def slopes(*args: Any) -> Tensor:  # all in one vector
-        return concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
+    slope_fn = grad(weighted, which)
+    error = _largest_error(weighted, slope_fn(*args), args, which, rtol, eps)
+    if order == 1:
+        return error
 
-    error = _largest_error(weighted, grad(weighted, which)(*args), args, which, rtol, eps)
-    if order > 1:
-        error = max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
-    return error
+    def slopes(*args: Any) -> Tensor:
+        """The gradient in one vector: the next order is a test of this function."""
+        return concatenate([slope.reshape(-1) for slope in slope_fn(*args)])
+
+    return max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
 
 
 def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rtol: float,
@@ -1099,7 +1103,7 @@ def _central_difference(f: Callable, args: tuple, i: int, index: tuple, eps: flo
 
 
 class _EachRule:
-    """In place of a list of rules: item i is the one rule, told i."""
+    """In place of a list of rules: item i is the one rule, with i given."""
 
     def __init__(self, rule: Callable) -> None:
         self.rule = rule
@@ -1123,7 +1127,7 @@ class _EachRule:
 #    `[1. 0.]`.
 # 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
 # 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
-# 4. t is tracked, so the result remembers `mul` and its operands, as they were admitted.
+# 4. t is tracked, so the result remembers `mul` and its operands: `[1. 0.]` and t.
 #
 # Step 1 is there for step 3 and for the rules: they meet nothing but floating-point
 # arrays and Python's numbers, and need not ask. What becomes of each argument?
@@ -1145,11 +1149,13 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     """The arguments of an operation as its function and rules may have them."""
     if settings:
         args, settings = _put_in_place(operation, args, settings)
+
     count = operation.operands
     operands = [a if type(a) in _PLAIN else _admit_operand(operation, a) for a in args[:count]]
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
-    if kinds != {"f"}:
+    if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
         operands = _to_floating(operation, operands)
+
     if len(args) > count or settings:
         operands += [_admit_setting(operation, a) for a in args[count:]]
         settings = {name: _admit_setting(operation, a) for name, a in settings.items()}
@@ -1188,17 +1194,13 @@ def _to_floating(operation: Callable, operands: list) -> list:
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
     floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
     for i, a in enumerate(operands):
-        if not _has_gradient(operation, i):
-            continue  # such as the condition of `where`
+        if operation.definition is None and operation.rules[i] is None:
+            continue  # an operand without a gradient, such as the condition of `where`
         if isinstance(a, np.ndarray) and a.dtype.kind in "biu":
             operands[i] = a.astype(np.result_type(a.dtype, *floats) if floats else np.float64)
         elif not arrays and isinstance(a, (int, float)):
             operands[i] = np.asarray(a, np.float64)
     return operands
-
-
-def _has_gradient(operation: Callable, i: int) -> bool:
-    return operation.definition is not None or operation.rules[i] is not None
 
 
 def _admit_setting(operation: Callable, a: Any) -> Any:
