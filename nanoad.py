@@ -1048,7 +1048,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
         >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
         True
     """
-    which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]  # positions
+    which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
         raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and an argument "
                          "that holds floating-point numbers, such as 3.0")
@@ -1056,7 +1056,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                  for i, a in enumerate(args))
 
     def weighted(*args: Any) -> Tensor:
-        """A scalar made of f's result, with weights, lest the slopes of two elements cancel."""
+        """A scalar of f's elements, weighted, lest the slopes of two of them cancel."""
         (y,) = _outputs("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
