@@ -519,7 +519,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
         if t._op is None or (route is not None and t._time < route.horizon):
-            continue  # a leaf, or (D) beyond the horizon
+            continue  # a leaf, or (E) beyond the horizon
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue
@@ -543,13 +543,13 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
 def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
     """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
     if t._written or t._checksum is not None:
-        _check_unwritten(t, t)  # (E)
+        _check_unwritten(t, t)  # (D)
     wanted = []
     for a in _require_operands(t)[:t._op.operands]:  # settings follow these
         tracked = isinstance(a, Tensor) and a.requires_grad
         if tracked and (a._written or a._checksum is not None):
-            _check_unwritten(a, t)  # (E)
-        wanted.append(tracked and (route is None or a._time in route.times))
+            _check_unwritten(a, t)  # (D)
+        wanted.append(tracked and (route is None or a._time in route.times))  # (E)
     return wanted
 
 
@@ -581,7 +581,9 @@ def _require_operands(t: Tensor) -> tuple:
     return t._operands
 
 
-# **D.** For the derivatives of some outputs by certain inputs, only what lies between
+# **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
+#
+# **E.** For the derivatives of some outputs by certain inputs, only what lies between
 # them need be visited, the *route*. Say we want that of z by x:
 #
 #     k:1     x:2     y:3 = k * x     w:4 = sin(k)     z:5 = y * w
@@ -598,8 +600,6 @@ def _require_operands(t: Tensor) -> tuple:
 #     >>> route = _find_route([z], [x])
 #     >>> print([t._time in route.times for t in (k, x, y, w, z)], route.older[0].label)
 #     [False, True, True, False, True] k
-#
-# **E.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
 
 
 class _Route(NamedTuple):
