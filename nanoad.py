@@ -16,7 +16,7 @@ mattered:
 The file has four parts, and whoever stops early has something whole:
 
     I    the idea        tensor, operations, the walk back, grad and what else one walk tells
-    II   the rule book   every operation with its derivative; how to add one; how one is made fast
+    II   the rule book   operations on arrays, their derivatives; how to add one, and make it fast
     III  networks        losses, modules, optimizers, convolution, attention, a GPT; many cores
     IV   the craft       what a good tool needs and the idea does not: the watch over writes,
                          memory, data, saving, drawing; an index of all names; a tour
@@ -84,38 +84,35 @@ __version__ = "2.0.0"
 class Tensor:
     """An n-dimensional array that can be differentiated through.
 
-    `data` is anything that NumPy makes an array of, and is copied; integers and bools
-    become float64, since an integer cannot carry a gradient. A list that holds Tensors
-    is stacked. `dtype` is a floating-point type to convert to. TypeError for what is no
-    real number.
+    `data` is anything that NumPy makes an array of, and is copied. A derivative is about
+    small steps, which integers and bools cannot take: they become float64. `dtype` is
+    another floating-point type to convert to. A list that holds Tensors is stacked. A
+    TypeError for what is no real number.
 
-    With `requires_grad` it is tracked, and without, a constant. (A Tensor made of a
-    tracked one is a copy that is still tied to it, and so no leaf.) ndarray's operators
-    and methods and NumPy's functions (`np.exp(t)`) differentiate, and treat all that is
-    no Tensor as constant. Comparisons give plain bool arrays.
+    With `requires_grad` it is tracked, and without, a constant. (Made of a tracked
+    Tensor, it is a copy that is still tied to that, and so no leaf.) Operators (I.2),
+    NumPy's functions such as `np.exp(t)` (II.2) and methods (II.8) differentiate, and
+    take all that is no Tensor for a constant. Comparisons give plain bool arrays.
     """
 
     __slots__ = (
-        "_data",          # the array (one number that an operation made is a NumPy scalar)
+        "_data",          # the array
         "requires_grad",  # whether it is tracked
         "_grad",          # the gradient that `backward` left here, a Tensor, or None
         "label",          # a name, for pictures and messages
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
-        "_operands",      # what it was given, operands first; None once the tape was let go
+        "_operands",      # what that was given by position; None once the tape was let go (I.5)
         "_settings",      # what it was given by name, such as axis=0
-        "_sources",       # when the leaves were made that a backward from here has met
-        "_pullback",      # the backward step of a fused operation (II.7)
-        "_written",       # when the array was last written to (IV.1)
-        "_checksum",      # of the array when it was handed out (IV.1)
-        "__weakref__",
+        # And five that wait for their time: a fast backward step (II.7), the watch over
+        # writes (IV.1), what an earlier walk has met (IV.2), and Python's weak
+        # references.
+        "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
                  dtype: Any = None) -> None:
-        source = as_tensor(data)
-        if dtype is not None:
-            source = astype(source, dtype)
+        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
             _fill(self, array, True, identity, (source,))  # still on the tape of its source
@@ -130,11 +127,9 @@ class Tensor:
 
     @property
     def data(self) -> np.ndarray:
-        """The array, to read and to write. (What writing to it means for the tape is
-        told in IV.1.)
+        """The array, to read and to write (IV.1).
 
-        Assigning to it wants an array of the same shape and dtype, and takes it without
-        a copy.
+        What is assigned to it has its shape and dtype, and is taken without a copy.
         """
         return _hand_out(self)
 
@@ -150,8 +145,7 @@ class Tensor:
     def grad(self) -> Tensor | None:
         """What `backward` added up here: a Tensor of this shape and dtype, or None.
 
-        May be set to None, to an array of this shape (which is taken without a copy
-        where the dtype agrees), or to a number, which then stands for all elements.
+        May be set to None, an array of this shape, or a number for all elements.
         """
         return self._grad
 
@@ -164,37 +158,23 @@ class Tensor:
         """Add the derivative of this tensor to `.grad` of every tracked leaf it was
         made from.
 
-        `grad` (the cotangent, see I.3) says how much each element counts; a scalar
-        counts as 1. `create_graph` makes the gradients differentiable in turn;
-        `retain_grads` leaves `.grad` on every tensor, for `draw` to show. Without one
-        of them or `retain_graph`, the tape is let go as it is walked. Raises ValueError
-        for a non-scalar without `grad`, or a `grad` of another shape; RuntimeError if
-        there is no tape.
+        `grad` says how much each element counts (I.3); a scalar counts as 1. The tape
+        is let go as it is walked, unless `retain_graph`. `create_graph` makes the
+        gradients differentiable in turn (I.6), `retain_grads` leaves `.grad` on every
+        tensor, for `draw` to show; both retain the tape. Raises ValueError for a
+        non-scalar without `grad`, or a `grad` of another shape; RuntimeError if there is
+        no tape.
         """
         _backward(self, grad, create_graph, retain_graph or retain_grads, retain_grads)
 
 
-# What else an array can do, a Tensor can, too: operators follow in I.2, NumPy's functions
-# in II.2, and methods in II.8.
-
 Value = Tensor  # as it is called in Karpathy's micrograd
-
-
-class _Mode(threading.local):
-    """What each thread has for itself."""
-
-    recording = True  # whether a tape is written
-    runs: tuple = ()  # the transforms that are running a function just now (I.7)
-    rng = functools.cached_property(lambda self: np.random.default_rng())  # made at first use
-
-
-_mode = _Mode()
 _clock = itertools.count(1)
 
 
 def _fill(t: Tensor, array: np.ndarray, tracked: bool, op: Callable | None = None,
           operands: tuple = (), settings: dict | None = None, pullback: Callable | None = None):
-    """Give a new tensor its contents."""
+    """Give a new tensor its contents. A leaf has no operation and no operands."""
     t._data = array
     t.requires_grad = tracked
     t._grad = None
@@ -203,16 +183,25 @@ def _fill(t: Tensor, array: np.ndarray, tracked: bool, op: Callable | None = Non
     t._op = op
     t._operands = operands
     t._settings = settings or {}
-    t._sources = None
     t._pullback = pullback
     t._written = 0
     t._checksum = None
+    t._sources = None
     return t
 
 
 def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
     """A leaf that holds this very array."""
     return _fill(Tensor.__new__(Tensor), array, requires_grad)
+
+
+def as_tensor(data: Any) -> Tensor:
+    """`data` if it is a Tensor; a list with Tensors in it, stacked; else a constant, not copied."""
+    if isinstance(data, Tensor):
+        return data
+    if _holds_tensor(data):
+        return stack([as_tensor(item) for item in data])
+    return _wrap(_float_array(data))  # (both: II.1)
 
 
 def _value(a: Any) -> Any:
@@ -224,21 +213,34 @@ def _tracked(a: Any) -> bool:
     return isinstance(a, Tensor) and a.requires_grad
 
 
-def _float_array(data: Any) -> np.ndarray:
-    """`data` as a floating-point array, copied only if it must be."""
-    array = np.asarray(data)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
-    return array if array.dtype.kind == "f" else array.astype(np.float64)
+# Whether a tape is written can be switched, for a while and for this thread alone. Two
+# other things are switched in the same way, and come later.
 
 
-def as_tensor(data: Any) -> Tensor:
-    """`data` if it is a Tensor; a list with Tensors in it, stacked; else a constant, not copied."""
-    if isinstance(data, Tensor):
-        return data
-    if _holds_tensor(data):
-        return stack([as_tensor(item) for item in data])
-    return _wrap(_float_array(data))
+class _Mode(threading.local):
+    """What each thread has for itself."""
+
+    recording = True  # whether a tape is written
+    runs: tuple = ()  # the transforms that are running a function just now (I.7)
+    rng = functools.cached_property(lambda self: np.random.default_rng())  # for dropout and its kin
+
+    @contextlib.contextmanager
+    def set(self, **fields: Any) -> Iterator[None]:
+        """Inside, the fields have these values; afterwards all is as before."""
+        before = {name: getattr(self, name) for name in fields}
+        self.__dict__.update(fields)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+
+_mode = _Mode()
+
+
+def no_grad() -> contextlib.AbstractContextManager:
+    """A context manager and, with its parentheses, a decorator: inside, no tape is written."""
+    return _mode.set(recording=False)
 
 
 # ## I.2 Operations: what is one?
@@ -271,10 +273,8 @@ def as_tensor(data: Any) -> Tensor:
 #         tracked = any(_tracked(a) for a in operands)
 #         return remember(y, operation, operands) if tracked else constant(y)
 #
-# The real one, `_operation`, adds: settings, which have no gradient, such as `axis`; a
-# place where all that is no Tensor is admitted; a look at arrays that somebody else has
-# in hand; operations that bring a whole backward step of their own; and errors that
-# name the operation.
+# The real one, `_operation`, does this in four steps, and II.1 follows a call through
+# them. `primitive` makes an operation of a function and its rules.
 
 
 def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
@@ -282,11 +282,10 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     per operand.
 
     A rule `(g, y, *operands, **settings) -> cotangent` is array code for ndarrays and
-    Tensors alike; None marks an operand without a gradient. What follows the operands,
-    or is given by name, are settings. A rule returns a new array, `g` itself or a view.
-    An operation on any number of operands gives a
-    single rule instead, `each(i, g, y, *operands, **settings)` for operand i. (II.1
-    shows how to add an operation.)
+    Tensors alike; it returns a new array, `g` itself or a view. None stands for an
+    operand without a gradient. What follows the operands, or is given by name, are
+    settings, such as an axis. An operation on any number of operands gives one rule
+    for all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds one.)
     """
     def decorate(forward: Callable) -> Callable:
         count = sys.maxsize if each else len(rules)
@@ -297,24 +296,7 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     return decorate
 
 
-def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
-    """What each operand of `t` receives from its cotangent `g`, or None where nothing
-    is wanted.
-
-    The rules are given arrays; with `create_graph`, the Tensors themselves (I.6 says
-    why).
-    """
-    y, operands = t, t._operands
-    if not create_graph:
-        y = t._data
-        operands = [a._data if isinstance(a, Tensor) else a for a in operands]
-    shares = []
-    for i, due in enumerate(wanted):
-        shares.append(t._op.rules[i](g, y, *operands, **t._settings) if due else None)
-    return shares
-
-
-_PLAIN = {Tensor, int, float}  # beside a Tensor, these need no admission
+_PLAIN = {Tensor, int, float}  # a Tensor and others of these: nothing to convert
 
 
 def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
@@ -323,25 +305,27 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
         kinds = set(map(type, args))
-        plain = Tensor in kinds and kinds <= _PLAIN and not settings
-        if not plain:  # arrays, lists, numbers alone, what is given by name (II.1)
-            args, settings = _admit(operation, args, settings)
+        if settings or Tensor not in kinds or not kinds <= _PLAIN:
+            args, settings = _admit(operation, args, settings)  # 1. convert (II.1)
+
         arrays, tracked = [], False
-        for a in args:
+        for a in args:  # 2. unpack the Tensors
             if isinstance(a, Tensor):
                 tracked = tracked or a.requires_grad
                 if a._checksum is not None:
                     _compare_checksum(a)  # for somebody has the array in hand (IV.1)
                 a = a._data
             arrays.append(a)
-        try:
+
+        try:  # 3. compute
             result = forward(*arrays, **settings)
             y, pullback = result if fused else (result, None)  # a pair, if fused (II.7)
             if _OLD_NUMPY or y.dtype.kind != "f":
                 y = _settle_dtype(y, operation, arrays)  # (IV.4)
         except (ValueError, TypeError, IndexError) as error:
-            raise _explained(error, operation, arrays) from None
-        if tracked and _mode.recording:
+            raise _explained(error, operation, arrays) from None  # (II.1)
+
+        if tracked and _mode.recording:  # 4. remember
             return _fill(Tensor.__new__(Tensor), y, True, operation, args, settings, pullback)
         return _wrap(y)
 
@@ -353,11 +337,28 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     return operation
 
 
+# On the way back, an operation's `pull` says what each operand receives. This one asks
+# the rules. It gives them arrays; but with `create_graph`, the Tensors themselves, and
+# I.6 says why.
+
+
+def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
+    """What each operand of `t` receives from its cotangent `g`; None where nothing is wanted."""
+    y, operands = t, t._operands
+    if not create_graph:
+        y = t._data
+        operands = [a._data if isinstance(a, Tensor) else a for a in operands]
+    shares = []
+    for i, is_wanted in enumerate(wanted):
+        share = t._op.rules[i](g, y, *operands, **t._settings) if is_wanted else None
+        shares.append(share)
+    return shares
+
+
 # Most operations are one function and a rule of one line, so they stand in tables.
 # Where a derivative is simpler in terms of the result, the rule says so: for exp it is
-# `y` itself. Here are the first ten; part II has the others, and the examples until
-# then use some of them, such as `sum` and `**`. (`answers` is the NumPy function whose
-# calls arrive here: II.2.)
+# `y` itself. Here are the first ten; the examples use some others, such as `sum` and
+# `**`, from part II. (`answers` names the NumPy function whose calls arrive here: II.2.)
 _FUNCTIONS: dict[Callable, Callable] = {}  # a function of NumPy -> what answers for it
 
 
@@ -488,17 +489,16 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     """
     if g.dtype == np.float16:
         g = g.astype(np.float32)  # many small numbers would not add up
-    before = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front, then stretches
-    stretched = tuple(i for i, n in enumerate(before) if n != g.shape[i])
+    padded = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front: (1, 3)
+    stretched = tuple(i for i, n in enumerate(padded) if n != g.shape[i])  # here (0,)
     return np.sum(g, axis=stretched).reshape(shape)
 
 
 # ## I.5 The real walk: what does care add?
 #
 # The same walk, with a heap instead of `max`: of the negative times, since a heap of
-# Python's gives out the smallest. A tape may be a million operations deep, and nothing
-# here recurses. On the way, a cotangent is an ndarray, or a Tensor when it is to be
-# differentiated again (`create_graph`, I.6).
+# Python's gives out the smallest. Nothing here recurses, for a tape may be a million
+# operations deep. What else is new is marked by a letter, and told below.
 
 
 def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
@@ -506,8 +506,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
     first.
 
-    Only what lies on `route` is visited; None means all. The cotangent of a leaf shares
-    its memory with nobody, for it will be kept; others may share theirs.
+    A cotangent is an ndarray; with `create_graph`, a Tensor. Only what lies on `route`
+    is visited; None means all.
     """
     waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
     for t, g in seeds:
@@ -518,6 +518,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     while heap:
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
+        if t._op is None or (route is not None and t._time < route.horizon):
+            continue  # a leaf, or (E) beyond the horizon
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue
@@ -526,41 +528,35 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
                 continue
             data = a._data
             if share.shape != data.shape or share.dtype != data.dtype or type(share) is Tensor:
-                share = _fit(share, a, create_graph)
+                share = _fit(share, a, create_graph)  # (A)
             if a._op is None and not create_graph:
-                share = _private(share, g)
+                share = _unshared(share, g)  # (B)
             if a._time in waiting:
                 share = waiting[a._time][1] + share
             else:
                 heapq.heappush(heap, -a._time)
             waiting[a._time] = a, share
         if not (retain_graph or create_graph):
-            t._operands = t._settings = t._pullback = None  # let go
+            t._operands = t._settings = t._pullback = None  # (C) let go
 
 
 def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
-    """For each operand of `t`, whether something is due to it."""
-    if t._op is None or (route is not None and t._time < route.horizon):
-        return []
+    """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
     if t._written or t._checksum is not None:
-        _check_unwritten(t, t)  # the rules read arrays: nobody may have changed them (IV.1)
-
+        _check_unwritten(t, t)  # (D)
     wanted = []
-    for a in _require_operands(t)[:t._op.operands]:
+    for a in _require_operands(t)[:t._op.operands]:  # settings follow these
         tracked = isinstance(a, Tensor) and a.requires_grad
         if tracked and (a._written or a._checksum is not None):
-            _check_unwritten(a, t)
-        wanted.append(tracked and (route is None or a._time in route.times))
+            _check_unwritten(a, t)  # (D)
+        wanted.append(tracked and (route is None or a._time in route.times))  # (E)
     return wanted
 
 
-def _private(share: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """A copy, if a rule has returned `g` itself or a view; else it has made a new array."""
-    return share.copy() if share is g or share.base is not None else share
+# **A.** A cotangent has its tensor's shape and dtype, whatever a rule returns.
 
 
 def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
-    """A cotangent has its tensor's shape and dtype."""
     if isinstance(share, Tensor) and not create_graph:
         share = share._data  # a rule may call operations of ours
     if share.shape != t._data.shape:
@@ -570,8 +566,12 @@ def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
     return share
 
 
-# *Letting go.* What a tensor was made of is dropped when the walk has passed it, so
-# memory falls as we go. Who comes back for more is told.
+# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
+# have one array for their gradients: whoever wrote to one would change the other. So a
+# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
+#
+# **C.** What a tensor was made of is dropped when the walk has passed it, so memory falls
+# as we go. Who comes back for more is told:
 
 
 def _require_operands(t: Tensor) -> tuple:
@@ -581,62 +581,60 @@ def _require_operands(t: Tensor) -> tuple:
     return t._operands
 
 
-# *Routes.* When we want the derivative of some outputs by certain inputs, only what lies
-# between them need be visited. Two searches find it:
+# **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
 #
-#     inputs -> ... -> outputs      the route: what is behind the outputs *and* was made
-#       ^                           of the inputs
-#     horizon: the oldest input; what is older cannot have been made of them
+# **E.** For the derivatives of some outputs by certain inputs, only what lies between
+# them need be visited, the *route*. Say we want that of z by x:
 #
-# The first goes from the outputs back to all they were made of, but not beyond the
-# horizon. The second goes forwards through what the first has found.
+#     k:1     x:2     y:3 = k * x     w:4 = sin(k)     z:5 = y * w
+#
+# First we go from z back to all that it was made of, which is 5, 4, 3, 2 and 1, but no
+# further than the *horizon*: the oldest input, x. What is older, as k is, was not made of
+# x, and nothing behind it was. (That k was met is noted, as `older`; I.7 needs it.) Then
+# we go forwards through what was found. On the route are the inputs, here 2, and all
+# that has an operand on the route: 3 has x, and 5 has y; but 4 has none.
+#
+#     >>> k, x = Tensor(1.0, label="k"), Tensor(2.0)
+#     >>> y, w = k * x, np.sin(k)
+#     >>> z = y * w
+#     >>> route = _find_route([z], [x])
+#     >>> print([t._time in route.times for t in (k, x, y, w, z)], route.older[0].label)
+#     [False, True, True, False, True] k
 
 
 class _Route(NamedTuple):
     """Which way a walk has to go."""
 
-    times: set[int]      # of the inputs, and of all that was made from them on the way to the outputs
+    times: set[int]      # of all tensors on the route
     horizon: int         # what is older than this moment is not walked on from
     older: list[Tensor]  # tracked tensors beyond the horizon that had a part in the outputs
 
 
 def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None = None) -> _Route:
-    """The route of a walk from `outputs` to `inputs`. (IV.2 has another moment for its horizon.)"""
+    """The route of a walk from `outputs` to `inputs`. (IV.2 has another horizon.)"""
     if horizon is None:
         horizon = min((t._time for t in inputs), default=0)
-    found = _all_behind(outputs, horizon, inputs)
-    times = {t._time for t in inputs}
-    for moment in sorted(found):  # operands before results
-        operands = found[moment]._operands or ()
-        if moment >= horizon and any(_tracked(a) and a._time in times for a in operands):
-            times.add(moment)
-    return _Route(times, horizon, [t for moment, t in found.items() if moment < horizon])
 
-
-def _all_behind(outputs: Iterable, horizon: int, inputs: Sequence = ()) -> dict[int, Tensor]:
-    """By its time, each tracked tensor that `outputs` were made from, as far as the horizon."""
-    found: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}  # time -> tensor
     to_visit = [t for t in outputs if _tracked(t)]
     while to_visit:
         t = to_visit.pop()
         if t._time not in found:
             found[t._time] = t
-            if t._time >= horizon and not _is_apart(t, inputs):
-                to_visit += [a for a in _require_operands(t) if _tracked(a)]
-    return found
+            if t._time >= horizon:
+                to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.2)
+
+    times = {t._time for t in inputs}
+    for time in sorted(found):  # operands before results
+        operands = found[time]._operands or ()
+        if time >= horizon and any(_tracked(a) and a._time in times for a in operands):
+            times.add(time)
+    return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
 
 
-def _is_apart(t: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether the tape behind `t` was let go by a `backward` that met none of `inputs`."""
-    if t._operands is not None or t._sources is None:
-        return False
-    older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
-    return all(x._op is None and x._time not in t._sources for x in older)
-
-
-# With this, `backward` is a walk to all leaves, which keep what they receive, and
-# `gradients` one to the inputs that it names. Both begin with a cotangent of the
-# output, by default 1.
+# Two functions use the walk. `backward` goes to all leaves, which keep what they receive;
+# `gradients` to the inputs that it names. Both begin with a cotangent of the output, by
+# default 1 (`_seed`: IV.3).
 
 
 def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
@@ -645,53 +643,12 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
-    output._sources = set()
-    with _recording(create_graph):
+    met = output._sources = set()  # (IV.2)
+    with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
-            if t._op is None:
-                output._sources.add(t._time)
             if t._op is None or retain_grads:
-                _accumulate(t, _own(t, g, create_graph))
-
-
-_accumulating = threading.Lock()  # several threads may walk back to the same leaves
-
-
-def _accumulate(t: Tensor, g: Tensor) -> None:
-    """Add the cotangent `g` to `t.grad`."""
-    with _accumulating:
-        t._grad = g if t._grad is None else t._grad + g
-
-
-def _own(t: Tensor, g: Any, create_graph: bool) -> Tensor:
-    """The cotangent `g` of `t`, to keep: a Tensor whose memory is shared with nobody."""
-    if _tracked(g):
-        return _copy(g)
-    is_private = t._op is None and not create_graph  # the walk has seen to that
-    return _wrap(np.asarray(g) if is_private else np.array(_value(g)))
-
-
-def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
-    """What a walk starts with: the cotangent given, or 1 for a scalar."""
-    if not isinstance(output, Tensor):
-        raise TypeError(f"{name}: a {type(output).__name__} ({str(output)[:40]}) is no Tensor")
-    if cotangent is None and output.size == 1:
-        cotangent = np.ones(output.shape)
-    if np.shape(cotangent) != output.shape:
-        given = "none" if cotangent is None else f"one of shape {np.shape(cotangent)}"
-        raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent of its shape,"
-                         f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
-    if create_graph:  # somebody may want to differentiate by it, also inside no_grad
-        with _recording(True):
-            return astype(as_tensor(cotangent), output.dtype)
-    copied = np.array if output._op is None else np.asarray  # for a leaf keeps it
-    return copied(_value(cotangent), output.dtype)
-
-
-def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
-    """Pairs (output, cotangent), with which a walk starts."""
-    pairs = zip(outputs, cotangents)
-    return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
+                met.add(t._time)
+                _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -704,38 +661,28 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     """
     inputs = _require_tracked("gradients", [inputs] if isinstance(inputs, Tensor) else inputs)
     seed = _seed("gradients", output, grad, create_graph)
-    slopes = _gradients([(output, seed)], inputs, create_graph, retain_graph)
-    if len(set(inputs)) < len(inputs):  # one is named twice, and is to have two gradients
-        slopes = [_copy(slope) if slope.requires_grad else Tensor(slope, False) for slope in slopes]
-    return tuple(slopes)
+    return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph))
 
 
 def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
-               retain_graph: bool, route: _Route | None = None) -> list[Tensor]:
+               retain_graph: bool = False, route: _Route | None = None) -> list[Tensor]:
     """The cotangents that reach `inputs`, zeros where none does."""
+    reached = _reached(seeds, inputs, create_graph, retain_graph, route)
+    slopes = [reached[t] if t in reached else _wrap(np.zeros_like(t._data)) for t in inputs]
+    return slopes if len(set(inputs)) == len(inputs) else _without_twins(slopes)  # (IV.1)
+
+
+def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = False,
+             retain_graph: bool = False, route: _Route | None = None) -> dict[Tensor, Tensor]:
+    """The same as a dict, without the inputs that nothing reaches."""
     route = route or _find_route([t for t, _ in seeds], inputs)
-    slopes: dict[Tensor, Tensor] = {}
     wanted = set(inputs)
-    with _recording(create_graph):
+    reached: dict[Tensor, Tensor] = {}
+    with _mode.set(recording=create_graph):
         for t, g in _walk(seeds, route, create_graph, retain_graph):
             if t in wanted:
-                slopes[t] = _own(t, g, create_graph)
-    return [slopes[t] if t in slopes else _wrap(np.zeros_like(t._data)) for t in inputs]
-
-
-@contextlib.contextmanager
-def _recording(on: bool) -> Iterator[None]:
-    before = _mode.recording
-    _mode.recording = on
-    try:
-        yield
-    finally:
-        _mode.recording = before
-
-
-def no_grad() -> contextlib.AbstractContextManager:
-    """A context manager and, with its parentheses, a decorator: inside, no tape is written."""
-    return _recording(False)
+                reached[t] = _to_keep(t, g, create_graph)
+    return reached
 
 
 # ## I.6 Twice: why can a gradient be differentiated?
@@ -795,18 +742,28 @@ def no_grad() -> contextlib.AbstractContextManager:
 # beyond the inner walk's horizon, which sends it nothing. But the inner result was
 # computed from `x`, so the outer walk meets `x` there like any other operand.
 #
-# What does the real one add? Many arguments, nested as you like; and *a tape only when
-# somebody can ask*. The inner gradient above must be recorded, since the outer one asks
-# about x. In a single `grad(f)(3.0)` nobody can: so the walk runs on bare ndarrays, and
-# the gradient is a constant. How do we know? By the search for the route. In the
-# example it starts at the inner result and meets, by their times,
+# What does the real one add? First, *a tape only when somebody can ask*. The inner
+# gradient above must be recorded, since the outer one asks about x. In a single
+# `grad(f)(3.0)` nobody can: so the walk runs on bare ndarrays, and the gradient is a
+# constant. How do we know? By the search for the route. In the example it starts at the
+# inner result and meets, by their times,
 #
 #     3   x * y, the result
 #     2   the inner input y: the horizon
-#     1   the outer input x: tracked, beyond the horizon, and it had a part in 3
+#     1   the outer input x: tracked, older than the horizon, and it had a part in 3
 #
 # so somebody may ask about x. (What f makes inside, and keeps to itself, is younger, and
-# nobody's business.)
+# nobody's business.) With one input and one output, then, a run of f by a transform is
+#
+#     x = a new Tensor, tied to the argument if that is tracked
+#     y = f(x)
+#     route = _find_route([y], [x])
+#     recorded = bool(route.older)
+#     slope, = _gradients([(y, 1)], [x], create_graph=recorded, route=route)
+#
+# Second, nests: x and y may be dicts, lists and tuples. `_flatten` makes a list of the
+# items, and gives a function that builds the same nest of others. IV.3 has that, and
+# what chooses the arguments to differentiate by.
 
 
 class _Run:
@@ -815,35 +772,17 @@ class _Run:
     def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
                  argnums: Any = None, beside: Any = ()) -> None:
         self.name = name
-        # What is chosen may be nested dicts, lists and tuples of tensors; `_flatten`
-        # makes a list of them, and `rebuild` gives others the same form. (All this is
-        # IV.3.)
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
-        self.inputs = [self._input(item) for item in items]
-        self.output = self._call(f, put_back(self.rebuild(self.inputs)), kwargs or {})
+        self.inputs = [_fresh_input(name, item) for item in items]
+        args = put_back(self.rebuild(self.inputs))
+        with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
+            self.output = f(*args, **kwargs or {})
+
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # Somebody may ask by what is older, or by the tangents, which are given
-        # `beside` (I.8).
+        # Somebody may also ask by what is given `beside`, such as the tangents in I.8.
         somebody_asks = bool(self.route.older) or any(map(_tracked, _flatten(beside)[0]))
         self.recorded = _mode.recording and somebody_asks
-
-    def _input(self, x: Any) -> Tensor:
-        """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
-        array = np.asarray(_value(x))
-        if array.dtype.kind != "f":
-            raise TypeError(f"{self.name}: the argument {str(x)[:40]} is {array.dtype}, which has "
-                            "no derivative; make it floating-point, as in 3.0")
-        return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
-
-    def _call(self, f: Callable, args: Sequence, kwargs: dict) -> Any:
-        before = _mode.runs
-        _mode.runs = (*before, self)  # so that float() can refuse (II.8)
-        try:
-            with _recording(True):
-                return f(*args, **kwargs)
-        finally:
-            _mode.runs = before
 
     @property
     def value(self) -> Any:
@@ -857,6 +796,10 @@ class _Run:
         """What reaches the inputs from cotangents of outputs (None: 1, for a scalar)."""
         seeds = _seeds(self.name, outputs, cotangents, create_graph)
         return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
+
+    def slopes(self) -> list[Tensor]:
+        """The gradient of a scalar output, to be differentiated again."""
+        return self.pull(_outputs(self.name, [self.output]), [None], create_graph=True)
 
 
 def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
@@ -912,7 +855,52 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
 # The walk computes `J^T u`: the transpose of the *Jacobian* J, the matrix of all slopes,
-# times a cotangent u of the output. Everything below is made of that one product.
+# times a cotangent u of the output. Everything below is made of that one product. For one
+# array x and one y = f(x), it is `gradients(y, [x], u)`, and this is the whole section:
+#
+#     >>> def naive_jacobian(f, x):
+#     ...     x = Tensor(x)
+#     ...     y = f(x)
+#     ...     units = np.eye(y.size)  # u = (1, 0, ...) picks the slopes of the first y
+#     ...     return np.stack([gradients(y, [x], u, retain_graph=True)[0] for u in units])
+#     ...
+#     >>> def naive_hvp(f, x, v):
+#     ...     x = Tensor(x)
+#     ...     slope, = gradients(f(x), [x], create_graph=True)
+#     ...     return gradients(slope, [x], v)[0]
+#     ...
+#     >>> def naive_jvp(f, x, v):
+#     ...     x = Tensor(x)
+#     ...     y = f(x)
+#     ...     u = Tensor(np.zeros(y.shape))
+#     ...     s, = gradients(y, [x], u, create_graph=True)
+#     ...     return gradients(s, [u], v)[0]
+#     ...
+#     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
+#     [2. 0.] [0. 4.]
+#     >>> print(naive_hvp(lambda x: (x ** 3).sum(), [1.0, 2.0], [1.0, 1.0]))  # 6 x v
+#     [ 6. 12.]
+#     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
+#     [ 2. -3.]
+#
+# **Jacobian.** The cotangent that is 1 at one element of the output, and 0 elsewhere,
+# picks that element's slopes, a row of J.
+#
+# **Hessian times vector.** A Hessian H is the Jacobian of the gradient, and its own
+# transpose. So `H v` is `H^T v`: one walk back from the gradient with v for its
+# cotangent, for the price of a few gradients (Pearlmutter, 1994).
+#
+# **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
+# asks how fast f then moves: `J v`. It comes out of two reverse walks (Townsend, 2017):
+#
+# 1. From the output, with a cotangent u that is tracked, and `create_graph`: `s = J^T u`.
+# 2. From s, with v for its cotangent, back to u. That is the walk from the number
+#    `L = s . v = u . (J v)`, whose slope by u is `J v`, whatever u is. So u may be 0; all
+#    that matters is its place on the tape.
+#
+# The real ones are these, for nests, and with a tape only if somebody asks. `_outputs`
+# makes Tensors of what f returned, `_match` a list of a nest that must be built like
+# another, and `_seeds` pairs outputs with cotangents; they refuse what cannot be (IV.3).
 
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
@@ -926,10 +914,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
         >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
         [1. 9.] [ 2. 60.]
     """
-    def copied(a: Any) -> Any:  # for somebody may write to the argument before vjp_fn is called
-        return _copy(a) if _tracked(a) else np.array(_value(a))
-
-    run = _Run("vjp", f, _map_tree(copied, primals))
+    run = _Run("vjp", f, _map_tree(_copied, primals))  # whoever calls may write to them later
     outputs = _outputs("vjp", _flatten(run.output)[0])
 
     def vjp_fn(cotangent: Any) -> tuple:
@@ -944,23 +929,6 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     return run.value, vjp_fn
 
 
-# A *tangent* v says how fast the inputs move, and forward mode asks how fast f then
-# moves: `J v`. It comes out of two reverse walks (Townsend, 2017):
-#
-# 1. From the output, with a cotangent u that is tracked, and `create_graph`: `s = J^T u`.
-# 2. From s, with v for its cotangent, back to u. That is the walk from the number
-#    `L = s . v = u . (J v)`, whose slope by u is `J v`, whatever u is. So u may be 0; all
-#    that matters is its place on the tape.
-#
-# With sin, J is the diagonal matrix of the cosines:
-#
-#     >>> u = Tensor([0.0, 0.0])
-#     >>> x = Tensor([0.0, np.pi])
-#     >>> s, = gradients(np.sin(x), [x], u, create_graph=True)  # cos(x) * u
-#     >>> print(*gradients(s, [u], [2.0, 3.0]))  # cos(x) * v
-#     [ 2. -3.]
-
-
 def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     """`(f(*primals), the directional derivative of f along tangents)`, both built like
     f's result.
@@ -972,16 +940,11 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     run = _Run("jvp", f, primals, beside=tangents)
     items, rebuild = _flatten(run.output)
     outputs = _outputs("jvp", items)
-    u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]  # any u will do
-    s = run.pull(outputs, u, create_graph=True, retain_graph=True)
+    u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
+    s = run.pull(outputs, u, create_graph=True)
     v = _match("jvp", tuple(tangents), tuple(primals))
     seeds = _seeds("jvp", s, v, run.recorded)
-    return run.value, rebuild(_gradients(seeds, u, run.recorded, retain_graph=False))
-
-
-# A Hessian H is the Jacobian of the gradient, and its own transpose. So Hessian times
-# vector is `H^T v`, one walk back from the gradient with v for its cotangent, for the
-# price of a few gradients (Pearlmutter, 1994).
+    return run.value, rebuild(_gradients(seeds, u, run.recorded))
 
 
 def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
@@ -992,15 +955,10 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
     """
     _require_tuples("hvp", primals, vector)
     run = _Run("hvp", f, primals, beside=vector)
-    slopes = run.pull(_outputs("hvp", [run.output]), [None], create_graph=True, retain_graph=True)
+    slopes = run.slopes()
     v = _match("hvp", tuple(vector), tuple(primals))
     seeds = _seeds("hvp", slopes, v, run.recorded)
-    return run.value, run.rebuild(_gradients(seeds, run.inputs, run.recorded, retain_graph=False))
-
-
-# A Jacobian, where it is wanted, is made row by row: the cotangent that is 1 at one
-# element of the output, and 0 elsewhere, picks that element's slopes. A Hessian is the
-# Jacobian of the gradient.
+    return run.value, run.rebuild(_gradients(seeds, run.inputs, run.recorded))
 
 
 def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
@@ -1034,9 +992,8 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None
     @functools.wraps(f)
     def function(*args: Any, **kwargs: Any) -> Any:
         run = _Run("hessian", f, args, kwargs, argnums)
-        output = _outputs("hessian", [run.output])
-        slopes = run.pull(output, [None], create_graph=True, retain_graph=True)
-        route = _find_route(slopes, run.inputs)
+        slopes = run.slopes()
+        route = _find_route(slopes, run.inputs)  # from the slopes, not from the output
         return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
 
     return function
@@ -1045,17 +1002,15 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None
 def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
     """The derivatives of `y` by all inputs, each of shape y.shape + input.shape."""
     (y,) = _outputs(run.name, [y])
-    units = np.eye(y.size).reshape(y.size, *y.shape)
     rows = []
-    for unit in units:
+    for unit in np.eye(y.size).reshape(y.size, *y.shape):
         seeds = _seeds(run.name, [y], [unit], run.recorded)
-        rows.append(_gradients(seeds, run.inputs, run.recorded, True, route))
+        rows.append(_gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route))
     jacobians = []
     for i, x in enumerate(run.inputs):
         block = [row[i] for row in rows]
-        if not block:  # y has no elements, and so no rows
-            block = [np.zeros((0, *x.shape), x.dtype)]
-        jacobians.append(reshape(stack(block), y.shape + x.shape))
+        block = stack(block) if block else np.zeros((0, *x.shape), x.dtype)  # (y.size, *x.shape)
+        jacobians.append(reshape(block, y.shape + x.shape))
     return run.rebuild(jacobians)
 
 
@@ -1100,17 +1055,21 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     args = tuple(as_tensor(np.array(_value(a), np.float64)) if i in which else a
                  for i, a in enumerate(args))
 
-    def weighted(*args: Any) -> Tensor:  # a scalar, in which no two elements cancel
+    def weighted(*args: Any) -> Tensor:
+        """A scalar of f's elements, weighted, lest the slopes of two of them cancel."""
         (y,) = _outputs("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
-    def slopes(*args: Any) -> Tensor:  # all in one vector
-        return concatenate([s.reshape(-1) for s in grad(weighted, which)(*args)])
+    slope_fn = grad(weighted, which)
+    error = _largest_error(weighted, slope_fn(*args), args, which, rtol, eps)
+    if order == 1:
+        return error
 
-    error = _largest_error(weighted, grad(weighted, which)(*args), args, which, rtol, eps)
-    if order > 1:
-        error = max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
-    return error
+    def slopes(*args: Any) -> Tensor:
+        """The gradient in one vector: the next order is a test of this function."""
+        return concatenate([slope.reshape(-1) for slope in slope_fn(*args)])
+
+    return max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
 
 
 def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rtol: float,
@@ -1144,7 +1103,7 @@ def _central_difference(f: Callable, args: tuple, i: int, index: tuple, eps: flo
 
 
 class _EachRule:
-    """In place of a list of rules: item i is the one rule, told i."""
+    """In place of a list of rules: item i is the one rule, with i given."""
 
     def __init__(self, rule: Callable) -> None:
         self.rule = rule
@@ -1153,65 +1112,70 @@ class _EachRule:
         return functools.partial(self.rule, i)
 
 
-# *Errors.* NumPy's errors do not say whose they are.
-
-
-def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
-    """The error, which now says which operation failed, and on what."""
-    shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
-    kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
-    kind = next(kind for kind in kinds if isinstance(error, kind))
-    return kind(f"{operation.__name__} of {shapes}: {error}")
-
-
-# *What may be an operand.* A Tensor passes as it is. For all else an operation calls
-# `_admit`, once and for all operations, so that functions and rules meet nothing but
-# floating-point arrays and Python's numbers:
+# ### What happens when an operation is called?
 #
-# - What is given by name is put in its place: rules belong to positions.
+# Let a mask, as a list, be multiplied by a Tensor of float32:
+#
+#     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
+#     >>> y = mul([True, False], t)
+#     >>> print(y, y.dtype, y._operands[0], y._operands[0].dtype, y._operands[1] is t)
+#     [0.5 0. ] float32 [1. 0.] float32 True
+#
+# 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints
+#    alone, with a Tensor among them, need nothing; but here is a list, and so `_admit`
+#    is called. It makes an array of the list, `[True False]`, and that floating-point,
+#    `[1. 0.]`.
+# 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
+# 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
+# 4. t is tracked, so the result remembers `mul` and its operands: `[1. 0.]` and t.
+#
+# Step 1 is there for step 3 and for the rules: they meet nothing but floating-point
+# arrays and Python's numbers, and need not ask. What becomes of each argument?
+#
+# - An operand given by name, as in `where(mask, a=t, b=0.0)`, is put in its place, for
+#   rules belong to positions.
 # - A list or tuple becomes an array, or a Tensor if it holds one.
 # - Integers and bools become floating-point. (A uint8 would wrap at 255, and its
 #   logarithm would be float16.) Alone they become float64; beside other operands, what
-#   NumPy would compute in.
-# - A Python number stays one, for it takes the dtype of what it meets; alone, it is an
-#   array.
-# - What follows the operands are settings, which have no derivative.
+#   NumPy would compute in: a mask beside float32 becomes float32, a list of integers
+#   float64.
+# - A Python number stays one, for it takes the dtype of what it meets; alone, it becomes
+#   an array.
+# - What follows the operands are settings. They have no derivative, and a Tensor that
+#   wants one is refused there.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation as its function and rules may have them."""
     if settings:
         args, settings = _put_in_place(operation, args, settings)
+
     count = operation.operands
     operands = [a if type(a) in _PLAIN else _admit_operand(operation, a) for a in args[:count]]
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
-    if kinds != {"f"}:
+    if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
         operands = _to_floating(operation, operands)
+
     if len(args) > count or settings:
         operands += [_admit_setting(operation, a) for a in args[count:]]
-        settings = {key: _admit_setting(operation, a) for key, a in settings.items()}
+        settings = {name: _admit_setting(operation, a) for name, a in settings.items()}
     return tuple(operands), settings
 
 
-def _to_floating(operation: Callable, operands: list) -> list:
-    """The same with no integers or bools; and an array at least, if there are numbers only."""
-    arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
-    floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
-    for i, a in enumerate(operands):
-        if not _has_gradient(operation, i):
-            continue  # such as the condition of `where`
-        if isinstance(a, np.ndarray) and a.dtype.kind in "biu":
-            operands[i] = a.astype(np.result_type(a.dtype, *floats) if floats else np.float64)
-        elif not arrays and isinstance(a, (int, float)):
-            operands[i] = np.asarray(a, np.float64)
-    return operands
-
-
-def _has_gradient(operation: Callable, i: int) -> bool:
-    return operation.definition is not None or operation.rules[i] is not None
+def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """Operands that were given by name become positional."""
+    code = getattr(inspect.unwrap(operation), "__code__", None)
+    names = code.co_varnames[:code.co_argcount] if code else ()
+    settings = dict(settings)
+    for name in names[len(args):operation.operands]:
+        if name not in settings:
+            break
+        args = (*args, settings.pop(name))
+    return args, settings
 
 
 def _admit_operand(operation: Callable, a: Any) -> Any:
+    """An operand as a Tensor, an array or a number; anything else as it is."""
     if type(a) is np.ndarray or isinstance(a, (Tensor, int, float)) or a is None:
         return a
     if isinstance(a, (list, tuple)):
@@ -1225,8 +1189,18 @@ def _admit_operand(operation: Callable, a: Any) -> Any:
     return np.asarray(a) if hasattr(a, "__array__") or isinstance(a, np.generic) else a
 
 
-def _holds_tensor(a: Any) -> bool:
-    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
+def _to_floating(operation: Callable, operands: list) -> list:
+    """The same with no integers or bools; and an array at least, if there are numbers only."""
+    arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
+    floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
+    for i, a in enumerate(operands):
+        if operation.definition is None and operation.rules[i] is None:
+            continue  # an operand without a gradient, such as the condition of `where`
+        if isinstance(a, np.ndarray) and a.dtype.kind in "biu":
+            operands[i] = a.astype(np.result_type(a.dtype, *floats) if floats else np.float64)
+        elif not arrays and isinstance(a, (int, float)):
+            operands[i] = np.asarray(a, np.float64)
+    return operands
 
 
 def _admit_setting(operation: Callable, a: Any) -> Any:
@@ -1237,16 +1211,28 @@ def _admit_setting(operation: Callable, a: Any) -> Any:
     return _value(a)
 
 
-def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    """Operands that were given by name become positional."""
-    code = getattr(inspect.unwrap(operation), "__code__", None)
-    names = code.co_varnames[:code.co_argcount] if code else ()
-    settings = dict(settings)
-    for name in names[len(args):operation.operands]:
-        if name not in settings:
-            break
-        args = (*args, settings.pop(name))
-    return args, settings
+def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
+    """NumPy's error, which now says which operation failed, and on what."""
+    shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
+    kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
+    kind = next(kind for kind in kinds if isinstance(error, kind))
+    return kind(f"{operation.__name__} of {shapes}: {error}")
+
+
+# A Tensor, too, is made of what may be no floating-point array yet, or a list with
+# Tensors.
+
+
+def _float_array(data: Any) -> np.ndarray:
+    """`data` as a floating-point array, copied only if it must be."""
+    array = np.asarray(data)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
+def _holds_tensor(a: Any) -> bool:
+    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
 
 # ## II.2 NumPy: how does `np.exp(t)` arrive here?
@@ -6201,13 +6187,11 @@ class DataParallel:
             raise TypeError("DataParallel: the loss must be a scalar Tensor made of the "
                             f"parameters, not {loss!r:.60}")
         loss = loss * job.weight
-        oldest = min((p._time for p in self._params), default=0)
-        behind = _all_behind([loss], horizon=oldest)  # by their times (I.5)
-        reached = [p._time in behind for p in self._params]
-        slopes = iter(gradients(loss, [p for p in self._params if p._time in behind]))
-        for piece, is_reached in zip(pieces, reached):
-            piece[...] = next(slopes)._data if is_reached else 0
-        return loss.item(), reached
+        seed = np.ones(loss.shape, loss.dtype)
+        slopes = _reached([(loss, seed)], self._params)  # (I.5)
+        for piece, p in zip(pieces, self._params):
+            piece[...] = slopes[p]._data if p in slopes else 0
+        return loss.item(), [p in slopes for p in self._params]
 
     # ### The life of a worker
 
@@ -6449,6 +6433,37 @@ def _replace_data(t: Tensor, value: Any) -> None:
     t._checksum = zlib.crc32(np.ascontiguousarray(array))  # for the caller has it, too
 
 
+# *Gradients are written to, too,* as when they are clipped. So one that is kept shares
+# its memory with nobody: not with another gradient, not with what it was computed from.
+
+
+def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """A copy, if a rule has returned `g` itself or a view; else it has made a new array."""
+    return share.copy() if share is g or share.base is not None else share
+
+
+def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
+    """The cotangent `g` of `t` as a Tensor with memory of its own."""
+    if _tracked(g):
+        return _copy(g)
+    is_unshared = t._op is None and not create_graph  # the walk has seen to that (I.5)
+    return _wrap(np.asarray(g) if is_unshared else np.array(_value(g)))
+
+
+def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
+    """The same of which no two are one, where `gradients` was asked twice for one input."""
+    return [_copy(slope) if slope.requires_grad else Tensor(slope, False) for slope in slopes]
+
+
+_accumulating = threading.Lock()  # several threads may walk back to the same leaves
+
+
+def _accumulate(t: Tensor, g: Tensor) -> None:
+    """Add the cotangent `g` to `t.grad`."""
+    with _accumulating:
+        t._grad = g if t._grad is None else t._grad + g
+
+
 # `p -= lr * p.grad` has two meanings. While a tape is written it makes a new Tensor,
 # like all arithmetic. Under no_grad(), on a tracked leaf, it writes into the array, as
 # in PyTorch: this is how one writes an optimizer by hand.
@@ -6533,7 +6548,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return y.detach()
 
     def run_again() -> Tensor:
-        with _recording(True), _random_state(random_state):
+        with _mode.set(recording=True, rng=_generator_at(random_state)):
             return f(*args)
 
     return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, tuple(reads), pullback=run_again)
@@ -6554,16 +6569,26 @@ checkpoint.operands = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
 
-@contextlib.contextmanager
-def _random_state(state: dict) -> Iterator[None]:
-    """Draw from a generator in this state; afterwards all is as before, whatever happens inside."""
-    before = _mode.rng
-    _mode.rng = np.random.Generator(type(before.bit_generator)())
-    _mode.rng.bit_generator.state = state
-    try:
-        yield
-    finally:
-        _mode.rng = before
+def _generator_at(state: dict) -> np.random.Generator:
+    """A generator of random numbers in this state."""
+    generator = np.random.Generator(type(_mode.rng.bit_generator)())
+    generator.bit_generator.state = state
+    return generator
+
+
+# *A tape that was let go* cannot be searched (I.5). But a function that is differentiated
+# by x may use a tensor that has seen a `backward` of its own, and the answer is known if
+# that met no part of x: the time of each leaf that it came to is in `_sources`.
+
+
+def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
+    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
+    they were let go, and may have been made of one."""
+    if t._operands is None and t._sources is not None:
+        older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
+        if all(x._op is None and x._time not in t._sources for x in older):
+            return ()
+    return _require_operands(t)
 
 
 # ## IV.3 Nests: what if an argument is a dict of lists?
@@ -6621,6 +6646,20 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     return items, rebuild
 
 
+def _fresh_input(name: str, x: Any) -> Tensor:
+    """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
+    array = np.asarray(_value(x))
+    if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
+        raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which has "
+                        "no derivative; make it floating-point, as in 3.0")
+    return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
+
+
+def _copied(x: Any) -> Any:
+    """A copy, still on the tape of x if that is on one."""
+    return _copy(x) if _tracked(x) else np.array(_value(x))
+
+
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
     """The items of `tree`, as Tensors, in the order of those of `like`; dicts are paired by key."""
     if isinstance(like, dict):
@@ -6659,6 +6698,29 @@ def _outputs(name: str, items: Iterable) -> list[Tensor]:
                           "derivative is zero; was a Tensor converted on the way?", stacklevel=4)
         tensors.append(as_tensor(item))
     return tensors
+
+
+def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
+    """What a walk starts with: the cotangent given, or 1 for a scalar."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{name}: a {type(output).__name__} ({str(output)[:40]}) is no Tensor")
+    if cotangent is None and output.size == 1:
+        cotangent = np.ones(output.shape)
+    if np.shape(cotangent) != output.shape:
+        given = "none" if cotangent is None else f"one of shape {np.shape(cotangent)}"
+        raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent of its shape,"
+                         f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
+    if create_graph:  # somebody may want to differentiate by it, also inside no_grad
+        with _mode.set(recording=True):
+            return astype(as_tensor(cotangent), output.dtype)
+    copied = np.array if output._op is None else np.asarray  # for a leaf keeps it
+    return copied(_value(cotangent), output.dtype)
+
+
+def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
+    """Pairs (output, cotangent), with which a walk starts."""
+    pairs = zip(outputs, cotangents)
+    return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
 
 
 def _first_of_pair(output: Any) -> Any:
