@@ -3735,21 +3735,42 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
 #
 # ## III.1 Losses: how wrong is a prediction?
 #
-# A loss says it in one number, for training to make small. For classes it is minus the
-# logarithm of the probability that was given to the right one. Of two classes with
-# equal scores each has probability 1/2, whose logarithm is -0.693; and to learn is to
-# move the scores by the opposite of the gradient, the wrong one down and the right one
-# up:
+# A loss says it in one number, for training to make small. Take a network that is to
+# name the class of each row. It returns a score for every class, of any size (the field
+# says *logits*). **Softmax** makes probabilities of the scores: exp makes them positive,
+# and dividing by their sum makes them add up to 1. The **cross-entropy** is minus the
+# logarithm of the probability that the right class has got: 0 for a network that is
+# sure and right, and the larger, the surer it is of something else.
 #
-#     >>> scores, right = np.array([[2.0, 2.0]]), np.array([1])
-#     >>> loss, slope = value_and_grad(cross_entropy)(scores, right)
+#     >>> def naive_cross_entropy(logits, targets):  # (N, C), (N,)
+#     ...     e = np.exp(logits)
+#     ...     p = e / np.sum(e, axis=1, keepdims=True)  # (N, C), the softmax
+#     ...     right = p[np.arange(len(targets)), targets]  # (N,)
+#     ...     return -np.mean(np.log(right))
+#     ...
+#     >>> logits, targets = np.array([[2.0, 2.0]]), np.array([1])  # a row, of class 1
+#     >>> loss, slope = value_and_grad(naive_cross_entropy)(logits, targets)
 #     >>> print(f"{loss:.3f}", slope)
 #     0.693 [[ 0.5 -0.5]]
 #
-# Softmax and logarithm are taken together: the loss of a row is
-# `log(sum(exp(x))) - x[target]`. The first term's derivative is softmax(x), the
-# second's is 1 at the target. So the gradient is `softmax - one_hot`: the
-# probabilities, minus what they should have been.
+# Two equal scores give 1/2 each, and -log(1/2) is 0.693. To learn is to move the scores
+# against the slope: the wrong one down, the right one up. It can be written down. For
+# one row x,
+#
+# 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`, which is
+#    `log(sum(exp(x))) - x[target]`;
+# 2. the derivative of the first term is `exp(x) / sum(exp(x))`, the softmax; that of
+#    the second is 1 at the target, and 0 elsewhere;
+# 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
+#    have been. Of the mean of N rows it is that over N.
+#
+# One thing is wrong with the naive code: exp(1000) is infinite. As softmax does not
+# change if all scores of a row go down by the same number, the largest is taken from
+# them first. And step 1 needs no logarithm of a small probability, which may have
+# become 0.
+#
+#     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
+#     1000.0
 @_in_float32
 def _cross_entropy_definition(logits, targets):
     rows = np.arange(len(targets))
@@ -3811,8 +3832,9 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     return np.mean(np.log(total[:, 0]) - picked), pullback
 
 
-# The other losses are the mean of a formula. It does not broadcast: a prediction (N, 1)
-# less a target (N,) would be (N, N), and its mean a number that looks like a loss.
+# The other losses are the mean of a formula, element by element. They do not broadcast: a
+# prediction (N, 1) less a target (N,) would be (N, N), and its mean a number that looks
+# like a loss.
 @_in_float32
 def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
     """The mean of formula(prediction, target), of two arrays of one shape."""
@@ -3833,19 +3855,24 @@ def mse_loss(prediction: Any, target: Any) -> Tensor:
                       formula=lambda p, t: (p - t) ** 2)
 
 
-# For one class or none, with `s = sigmoid(x)` for the probability,
-# `-t log s - (1 - t) log(1 - s)` is `softplus(x) - t x`, which neither overflows nor
-# loses digits.
+# Where the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
+# yes is s = sigmoid(x), that of no is 1 - s, and the loss is again -log of the right
+# one, in one formula: `-t log(s) - (1 - t) log(1 - s)`. With `-log(s) = softplus(x) - x`
+# and `-log(1 - s) = softplus(x)` this is `softplus(x) - t x`, which neither overflows
+# nor loses digits.
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
-    """The mean of -log probability, where sigmoid(logits) is that of target 1."""
+    """The mean of -log probability of the target, where sigmoid(logits) is that of 1.
+
+    Two arrays of one shape, else a ValueError; targets are in [0, 1].
+    """
     return _mean_loss(logits, target, name="binary_cross_entropy_with_logits",
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# From probabilities alone it is less exact. The logarithm of 0 is held at -100, as in
-# PyTorch; but its derivative is not held at 0 there, or what is most wrong would not
-# learn. It is that of the loss, `(p - t) / (p (1 - p))`, with a denominator of at least
-# 1e-12.
+# Who has no scores, but probabilities p, can have the same loss, with two cares for a p
+# of 0 or 1. The logarithm of 0 is held at -100, as in PyTorch. And a rule of its own
+# keeps the slope `(p - t) / (p (1 - p))` there, with a denominator of at least 1e-12:
+# that of the held logarithm would be 0, and what is most wrong would not learn.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
@@ -3857,9 +3884,10 @@ def _log_loss(p, t):
 
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
-    """The mean of -log probability, of probabilities in [0, 1] that the target is 1.
+    """The mean of -log probability of the target, where `probability` is that of 1.
 
-    Logarithms are held above -100. Raises ValueError for anything outside [0, 1].
+    Two arrays of one shape. Logarithms are held above -100. Raises ValueError for a
+    probability outside [0, 1].
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
