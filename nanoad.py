@@ -3947,7 +3947,21 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     )
 #
 # There is no registry. Whoever wants the parameters looks through the attributes, in
-# the order in which they were set, and what an attribute is decides what becomes of it:
+# the order in which they were set, and through those of the modules among them:
+#
+#     >>> def naive_parameters(module, prefix=""):
+#     ...     for name, value in vars(module).items():
+#     ...         if isinstance(value, Module):
+#     ...             yield from naive_parameters(value, f"{prefix}{name}.")
+#     ...         elif isinstance(value, Tensor):
+#     ...             yield f"{prefix}{name}", value
+#     ...
+#     >>> print(*(name for name, _ in naive_parameters(Sequential(Scale(2), model))))
+#     0.factor 1.0.weight 1.0.bias 1.2.weight 1.2.bias
+#
+# The real search also looks into lists, tuples and dicts, whose keys then stand in the
+# dotted name: `blocks.3.ln1.weight`. And what an attribute is decides what becomes of
+# it:
 #
 #     | attribute                       | trained | saved | for example               |
 #     | ------------------------------- | ------- | ----- | ------------------------- |
@@ -3956,15 +3970,12 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | a number, a text, a function    | no      | no    | a setting                 |
 #     | what an operation returned      | no      | no    | the last hidden state     |
 #
-# Modules among the attributes are looked through in turn, and so are lists, tuples and
-# dicts, whose keys then stand in the dotted name: `blocks.3.ln1.weight`.
-#
 # Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`. A
 # network whose numbers stay as they were, without a word, costs an evening before
 # anyone suspects it. Who wants to keep a Tensor and not to train it keeps a constant,
-# `t.detach()`. What, then, is a Parameter for? It stays a parameter while it is frozen:
-# with `requires_grad=False` it is listed still, so an optimizer made before it thaws
-# knows it.
+# `t.detach()`. What, then, is a Parameter for? To be frozen, by `requires_grad=False`,
+# for a part of the training: a plain Tensor would then count as a constant, and a
+# Parameter is listed still, so that the optimizer has it when it thaws.
 #
 # Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So its
 # state_dict is ours too, in both directions.
@@ -4023,42 +4034,12 @@ class Module:
         raise NotImplementedError(f"{name} has no forward method; write one in the "
                                   "class, `def forward(self, x): ...`")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`, on arrays in the dtype of the parameters.
-
-        So float64 data does not make a float32 network compute in float64. A list is
-        stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
-        1).
-        """
-        args = [self._convert(self._stack(a)) for a in args]
-        kwargs = {name: self._convert(a) for name, a in kwargs.items()}
-        return self.forward(*args, **kwargs)
-
-    def _stack(self, value: Any) -> Any:
-        """A list as one array, or as a Tensor if it holds some; all else as it is."""
-        if not isinstance(value, list):
-            return value
-        tensors = any(isinstance(item, Tensor) for item in _flatten(value)[0])
-        try:
-            return as_tensor(value) if tensors else np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: a list is stacked to one array, "
-                             f"but the items of this one differ in shape ({error}); "
-                             "several arrays go into a tuple") from None
-
-    def _convert(self, value: Any) -> Any:
-        """An array of floats in the dtype of the first parameter; all else as it is."""
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            return value
-        dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
-        return value.astype(next(dtypes, value.dtype), copy=False)
-
     def _contents(self, prefix: str = "",
                   above: tuple = ()) -> Iterator[tuple[str, Any]]:
         """(dotted name, value) of what this module and all below it hold.
 
-        What occurs twice comes twice, under both names. But nothing comes again inside
-        itself: else, after `child.parent = self`, there would be no end.
+        What occurs twice comes twice, under both names. But no module comes again
+        inside itself: else, after `child.parent = self`, there would be no end.
         """
         above = (*above, self)
         for name, value in _held(self, prefix):
@@ -4085,6 +4066,35 @@ class Module:
     def parameters(self) -> list[Tensor]:
         """The parameters, each once."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`, on arrays in the dtype of the parameters.
+
+        So float64 data does not make a float32 network compute in float64. A list is
+        stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
+        1).
+        """
+        args = [self._convert(self._stack(a)) for a in args]
+        kwargs = {name: self._convert(a) for name, a in kwargs.items()}
+        return self.forward(*args, **kwargs)
+
+    def _stack(self, value: Any) -> Any:
+        """A list as one array, or as a Tensor if it holds some; all else as it is."""
+        if not isinstance(value, list):
+            return value
+        try:
+            return as_tensor(value) if _holds_tensor(value) else np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: a list is stacked to one array, "
+                             f"but the items of this one differ in shape ({error}); "
+                             "several arrays go into a tuple") from None
+
+    def _convert(self, value: Any) -> Any:
+        """An array of floats in the dtype of the first parameter; all else as it is."""
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            return value
+        dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
+        return value.astype(next(dtypes, value.dtype), copy=False)
 
     def _state(self) -> dict[str, Any]:
         """Dotted name -> Tensor or array, of all that is saved."""
@@ -4179,15 +4189,13 @@ def _brief(value: Any) -> str:
     """A Tensor as its shape, a function as its name, and all else as its repr."""
     if isinstance(value, Tensor):
         return str(value.shape)
-    if isinstance(value, Module):
-        return repr(value)
     return getattr(value, "__name__", None) or repr(value)
 
 
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
     """Copy an array into what a module saves."""
     if isinstance(target, Tensor):
-        target._data = np.asarray(target._data)  # (0-d results are NumPy scalars)
+        target._data = np.asarray(target._data)  # a NumPy scalar (I.1) cannot be written to
         _note_write(target)
     _value(target)[...] = array
 
@@ -4236,10 +4244,11 @@ def manual_seed(seed: int | Sequence[int]) -> None:
 # settings. The function has its own section, and its layer adds little to it. What a
 # layer has to decide is where its weights begin. All zeros would give all units the
 # same gradient, so that they stay alike for ever; therefore they begin at random. How
-# large? A unit adds up n products. If each weight is about 1 / sqrt(n), the sum is
-# about as large as one input, and through many layers the numbers neither vanish nor
-# explode. Linear and Conv2d draw from the interval up to 1 / sqrt(n), as PyTorch does,
-# so that its recipes and learning rates carry over.
+# large? A unit adds up n products of weights and inputs. If the weights have either
+# sign and a size of about 1 / sqrt(n), the sum is about as large as one input, and
+# through many layers the numbers neither vanish nor explode. Linear and Conv2d draw
+# them between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and
+# learning rates carry over.
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
@@ -4395,38 +4404,36 @@ class Flatten(Module):
         return reshape(x, len(x), math.prod(x.shape[1:]))
 
 
-class _Elementwise(Module):
-    """What the next four have in common: a function, element by element."""
-
-    _function: Callable
+class ReLU(Module):
+    """`relu` as a layer: the larger of x and 0."""
 
     def forward(self, x: Any) -> Tensor:
         """Any shape -> the same shape."""
-        return self._function(x)
+        return relu(x)
 
 
-class ReLU(_Elementwise):
-    """`relu` as a layer: the larger of x and 0."""
-
-    _function = staticmethod(relu)
-
-
-class GELU(_Elementwise):
+class GELU(Module):
     """`gelu` as a layer: a relu without the corner."""
 
-    _function = staticmethod(gelu)
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return gelu(x)
 
 
-class Tanh(_Elementwise):
+class Tanh(Module):
     """`tanh` as a layer: into (-1, 1)."""
 
-    _function = staticmethod(tanh)
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return tanh(x)
 
 
-class Sigmoid(_Elementwise):
+class Sigmoid(Module):
     """`sigmoid` as a layer: into (0, 1)."""
 
-    _function = staticmethod(sigmoid)
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return sigmoid(x)
 
 
 class CrossEntropy(Module):
