@@ -4561,12 +4561,43 @@ class MLP(Sequential):
 #
 # Every optimizer below is this loop, with another rule for how far a parameter moves.
 # What a rule remembers from step to step, a number or two for each parameter, is its
-# *state*.
+# *state*. There are two rules. **SGD** with momentum moves like a ball that rolls
+# downhill: its velocity is the sum of all gradients so far, each step's fading by a
+# tenth with every step that follows.
 #
-# The base class adds one thing, for speed. A network has fifty small arrays of
-# parameters, and to call NumPy ten times on each takes longer than the arithmetic. So a
-# step takes place on flat arrays, in which all parameters, all gradients and all of a
-# state lie side by side:
+#     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
+#     ...     velocity = momentum * velocity + g
+#     ...     return x - lr * velocity, velocity
+#     ...
+#     >>> x, velocity = 1.0, 0.0
+#     >>> for g in [1.0, 1.0, 1.0]:  # downhill in the same direction, three times
+#     ...     x, velocity = naive_sgd(x, g, velocity)
+#     ...     print(f"{x:.3f} {velocity:.2f}")
+#     0.900 1.00
+#     0.710 1.90
+#     0.439 2.71
+#
+# Its steps are as large as the gradients, which differ a thousandfold from layer to
+# layer. **Adam** divides by their size. It keeps two averages, of the gradient and of
+# its square, and moves by about lr, whatever the scale:
+#
+#     >>> def naive_adam(x, g, mean, square, step, lr=0.1, b1=0.9, b2=0.999, eps=1e-8):
+#     ...     mean = b1 * mean + (1 - b1) * g
+#     ...     square = b2 * square + (1 - b2) * g * g
+#     ...     usual = mean / (1 - b1 ** step)  # both averages began at 0, and are too
+#     ...     size = np.sqrt(square / (1 - b2 ** step))  # small by just these factors
+#     ...     return x - lr * usual / (size + eps), mean, square
+#     ...
+#     >>> for g in [1000.0, 0.001]:
+#     ...     x, mean, square = naive_adam(1.0, g, mean=0.0, square=0.0, step=1)
+#     ...     print(f"{x:.3f}")
+#     0.900
+#     0.900
+#
+# The classes add one thing to these lines, for speed. A network has fifty small arrays
+# of parameters, and to call NumPy ten times on each takes longer than the arithmetic.
+# So a step takes place on flat arrays, in which all parameters, all gradients and all
+# of a state lie side by side:
 #
 #     x, g, state     |   weight 0   | bias 0 |      weight 1      | bias 1 |
 #     _bounds         0              32       48                   64       65
@@ -4574,10 +4605,13 @@ class MLP(Sequential):
 class Optimizer:
     """The base of all optimizers: a subclass names its states, and writes `_update`.
 
-    `params` are leaf Tensors (an iterable, a Module, or one Tensor); `lr`, the learning
-    rate, and the other `settings` are numbers that are not negative, and become
-    attributes. TypeError for what is no leaf Tensor; ValueError for no parameters, one
-    that is listed twice, or a wrong setting.
+    `params` are leaf Tensors (an iterable, a Module, or one Tensor). `lr`, the learning
+    rate, and the other `settings` become attributes; each is a number that is not
+    negative, or a tuple of such, as Adam's `betas`. TypeError for what is no leaf
+    Tensor; ValueError for no parameters, one that is listed twice, or a wrong setting.
+
+    While there is an optimizer, the process does not give freed memory back to the
+    system (IV.4).
     """
 
     _state_names: tuple[str, ...] = ()
@@ -4585,18 +4619,10 @@ class Optimizer:
     def __init__(self, params: Any, lr: float, **settings: Any) -> None:
         name = type(self).__name__
         self.params = _listed(name, params)
-        if any(p._op is not None for p in self.params):
-            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
-                            "operations")
-        if not self.params:
-            raise ValueError(f"{name}: there are no parameters to optimize")
-        if len(set(self.params)) < len(self.params):
-            raise ValueError(f"{name}: a parameter is listed twice")
-
+        _check_params(name, self.params)
         for key, value in dict(settings, lr=lr).items():
             _check_setting(name, key, value)
-        self.lr = lr
-        vars(self).update(settings)
+            setattr(self, key, value)
 
         self.steps = np.zeros(len(self.params), np.int64)  # of each, for one may pause
         ends = np.cumsum([p.size for p in self.params]).tolist()
@@ -4604,8 +4630,8 @@ class Optimizer:
         dtype = np.result_type(*[p.dtype for p in self.params])
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        # Who makes an optimizer is about to train, and every step of training makes the
-        # same arrays anew: the process keeps their memory in the meantime (IV.4).
+        # Training begins, and each of its steps will make the same arrays anew. IV.4
+        # tells what it costs to get their memory from the system every time.
         _keep_freed_memory(self)
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray,
@@ -4629,31 +4655,31 @@ class Optimizer:
 
         # Adam's rule asks how many steps a parameter has made. So neighbours that have
         # made equally many move together; most often, these are all there are.
-        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
-        first = 0
-        for count, neighbours in itertools.groupby(counts):
-            end = first + len(list(neighbours))
-            if count > 0:
-                self._move(first, end, count)
-            first = end
+        counts = np.where(has_gradient, self.steps, 0)  # 0: it stays
+        changes = np.flatnonzero(np.diff(counts)) + 1
+        for first, end in itertools.pairwise([0, *changes.tolist(), len(counts)]):
+            if counts[first] > 0:
+                self._move(first, end, int(counts[first]))
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
         params = self.params[first:end]
-        arrays = [p._data for p in params]
         g = np.concatenate([p.grad._data.ravel() for p in params])
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
         # DataParallel has laid the parameters side by side (III.9), and they are moved
         # where they are. Others are copied together, moved, and copied back.
-        common = _side_by_side(arrays)
-        x = np.concatenate([a.ravel() for a in arrays]) if common is None else common
+        common = _side_by_side([p._data for p in params])
+        x = np.concatenate([p._data.ravel() for p in params]) if common is None else common
         for block in _blocks(x, g, *states):
             self._update(step, *block)
-        if common is None:
-            _copy_pieces(x, arrays)
+
+        start = 0
         for p in params:
+            if common is None:
+                p._data[...] = x[start:start + p.size].reshape(p.shape)
+                start += p.size
             _note_write(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -4671,6 +4697,16 @@ class Optimizer:
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
+
+
+def _check_params(name: str, params: list[Tensor]) -> None:
+    if any(p._op is not None for p in params):
+        raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
+                        "operations")
+    if not params:
+        raise ValueError(f"{name}: there are no parameters to optimize")
+    if len(set(params)) < len(params):
+        raise ValueError(f"{name}: a parameter is listed twice")
 
 
 def _check_setting(name: str, key: str, value: Any) -> None:
@@ -4692,28 +4728,21 @@ def _listed(name: str, params: Any) -> list[Tensor]:
     return params
 
 
-def _copy_pieces(flat: np.ndarray, arrays: list[np.ndarray]) -> None:
-    """Fill the arrays, one after another, with what `flat` holds."""
-    start = 0
-    for a in arrays:
-        a[...] = flat[start:start + a.size].reshape(a.shape)
-        start += a.size
-
-
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array that has these for its pieces, in this order, or None."""
+    """The part of a flat array whose pieces these are, in this order without a gap; or None."""
     flat = arrays[0].base  # what it is a view of
     if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
         return None
 
-    start = end = _address(arrays[0])
+    expected = _address(arrays[0])
     for a in arrays:
-        is_next = a.base is flat and a.dtype == flat.dtype and _address(a) == end
-        if not (is_next and a.flags.c_contiguous):
+        is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
+        if not is_piece or _address(a) != expected:
             return None
-        end += a.nbytes
-    first = (start - _address(flat)) // flat.itemsize
-    return flat[first:first + (end - start) // flat.itemsize]
+        expected += a.nbytes
+
+    first = (_address(arrays[0]) - _address(flat)) // flat.itemsize
+    return flat[first:first + sum(a.size for a in arrays)]
 
 
 def _address(array: np.ndarray) -> int:
@@ -4722,7 +4751,12 @@ def _address(array: np.ndarray) -> int:
 
 
 class SGD(Optimizer):
-    """Descent with momentum, Nesterov's if asked (Sutskever and others, 2013)."""
+    """Descent with momentum (Polyak, 1964).
+
+    With `nesterov`, a step goes by the velocity of one step later, were the gradient to
+    stay (Sutskever and others, 2013). `weight_decay` times the parameter is added to
+    its gradient: what nothing else moves shrinks.
+    """
 
     _state_names = ("velocity",)
 
@@ -4745,21 +4779,26 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Steps of about lr: the mean gradient over its RMS (Kingma and Ba, 2015)."""
+    """Steps of about lr: the mean gradient over its root mean square (Kingma and Ba, 2015).
+
+    `betas` are the two numbers (b1, b2), in [0, 1), by which the means of the gradient
+    and of its square fade in a step. `weight_decay` is as in SGD.
+    """
 
     _state_names = ("mean", "square")
     _decoupled = False  # whether weight_decay leaves the gradient alone
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple = (0.9, 0.999),
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             name = type(self).__name__
             raise ValueError(f"{name}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # Both averages start at zero, which dividing them by 1 - b^step corrects. Then the
-    # move is lr * mean / (sqrt(square) + eps); multiplied out, the corrections are two
-    # numbers.
+    # As `naive_adam`, in place. Both corrections become one number before the arrays:
+    #
+    #     lr * (mean / c) / (sqrt(square) / root + eps)  is
+    #     lr * root / c * mean / (sqrt(square) + eps * root)
     def _update(self, step: int, x: np.ndarray, g: np.ndarray, mean: np.ndarray,
                 square: np.ndarray) -> None:
         if self._decoupled:
@@ -4773,17 +4812,22 @@ class Adam(Optimizer):
         square *= b2
         square += (1 - b2) * (g * g)
 
+        c = 1 - b1 ** step
         root = math.sqrt(1 - b2 ** step)
-        rate = self.lr * root / (1 - b1 ** step)
+        rate = self.lr * root / c
         x -= rate * (mean / (np.sqrt(square) + self.eps * root))
 
 
 class AdamW(Adam):
-    """Adam whose weight_decay shrinks x itself (Loshchilov and Hutter, 2019)."""
+    """Adam whose weight_decay shrinks x itself (Loshchilov and Hutter, 2019).
+
+    In the gradient, as in Adam, it would be divided by the gradient's size: what has
+    large gradients would hardly decay.
+    """
 
     _decoupled = True
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple = (0.9, 0.999),
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.01) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
 
@@ -4877,10 +4921,14 @@ def _scaled(g: Tensor, factor: float) -> Tensor:
 #     12 13 14 15         8  9 10       9 10 11      12 13 14      13 14 15
 #
 # Write each window as a column, and all weighted sums are one product: weights as a row
-# of 9, times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006).
+# of 9, times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006). With all
+# weights 1 it is the sum of each window:
 #
 #     >>> image = np.arange(16).reshape(1, 1, 4, 4)
-#     >>> print(np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4))
+#     >>> columns = np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4)
+#     >>> print(np.ones(9, int) @ columns)
+#     [45 54 81 90]
+#     >>> print(columns)
 #     [[ 0  1  4  5]
 #      [ 1  2  5  6]
 #      [ 2  3  6  7]
@@ -4894,8 +4942,20 @@ def _scaled(g: Tensor, factor: float) -> Tensor:
 # Now read it by rows, each of which belongs to one position *in the window*: the first
 # has what all windows see in their upper left corner. That is the image without its
 # last two rows and columns: a slice, and NumPy's slices cost nothing. So we never visit
-# window after window, but gather nine slices. Pooling gathers in the same way, and
-# takes the largest of them, or the mean.
+# window after window, but gather nine slices.
+#
+# The way back goes through the same slices: what a row of the matrix receives is added
+# to the image where that row was gathered. With 1 for everything, each pixel receives
+# the number of the windows that see it:
+#
+#     >>> ones = [np.ones((2, 2), int)] * 9
+#     >>> print(_scatter_back(ones, image, (3, 3), (1, 1))[0, 0])
+#     [[1 2 2 1]
+#      [2 4 4 2]
+#      [2 4 4 2]
+#      [1 2 2 1]]
+#
+# Pooling gathers in the same way, and takes the largest of the slices, or their mean.
 #
 # Images are (N, C, H, W), which is batch, channels, height and width; results have
 # height and width (oh, ow). Sizes of windows, strides and paddings are one number, or a
@@ -4936,7 +4996,6 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
     return dx
 
 
-# Said with these, a convolution is three lines: pad, gather, weighted sum.
 def _around(padding: Any, kernel: Sequence[int], stride: Any,
             what: str = "the padding") -> list[tuple[int, int]]:
     """The zeros to put before and after each line: [(top, bottom), (left, right)]."""
@@ -4951,24 +5010,26 @@ def _around(padding: Any, kernel: Sequence[int], stride: Any,
     return [((k - 1) // 2, k // 2) for k in kernel]  # PyTorch, too, puts an odd one last
 
 
+# Said with these, a convolution is three lines: pad, gather, weighted sum.
 @_in_float32
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     o, c, *kernel = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
     windows = np.stack(_gather(padded, kernel, stride))  # (kh kw, N, C, oh, ow)
-    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))
+    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))  # (N, O, oh, ow)
     return y if bias is None else y + bias.reshape(-1, 1, 1)
 
 
-# The kernel does the same, with one change of layout: it keeps images with the batch
-# last in memory, (C, H, W, N), and shows them as (N, C, H, W) through a transposed view
-# (see LOOPS). Elementwise operations keep the order in memory, so from layer to layer
-# nothing is moved. The result is
+# The kernel does the same, with one change of layout. A slice of an image has short
+# lines, of some ten pixels, and NumPy is slow at those (see LOOPS). A batch has a
+# hundred images, so the kernel keeps them with the batch last in memory, (C, H, W, N),
+# and shows them as (N, C, H, W) through a transposed view. Elementwise operations keep
+# the order in memory, so from layer to layer nothing is moved. The product is
 #
-#     (O, C kh kw) @ (C kh kw, oh ow N) -> (O, oh ow N)
+#     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
-# and backward both steps are transposed: the columns receive `weight^T @ g`, and each
-# of their rows is added to the image where it was gathered.
+# and backward the weight receives `g @ columns^T` and the columns `weight^T @ g`, which
+# is scattered back to the image.
 def _batch_last(x: np.ndarray) -> np.ndarray:
     """(N, C, ...) -> (C, ..., N), a view."""
     return x.transpose(*range(1, x.ndim), 0)
@@ -5009,6 +5070,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     padded = _batch_first(np.zeros((c, top + h + bottom, left + w + right, n), x.dtype))
     padded[inside] = x
 
+    # kh kw views, (C, oh, ow, N) each
     views = [_batch_last(view) for view in _gather(padded, kernel, stride)]
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
@@ -5035,10 +5097,10 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     return _batch_first(y.reshape(o, *shape[2:])), pullback
 
 
-# Of several elements that are the largest of their window, the first receives the
-# cotangent, and a nan counts as the largest, as in PyTorch. So the positions are asked
-# one after another which windows have their largest there, and each window is given
-# away once.
+# The largest element of a window receives the window's cotangent, and the others
+# nothing. Where several are the largest it goes to the first, and a nan counts as the
+# largest, as in PyTorch. (A maximum has no slope where two are equal; half to each would
+# do as well.)
 def _max_pool2d_definition(x, kernel_size, stride=None):
     first, *others = _gather(x, kernel_size, stride)
     for other in others:
@@ -5055,21 +5117,26 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, views)
-    apart = stride is None or np.all(np.less_equal(kernel_size, stride))
+    apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
 
+    # Backward, the positions in a window are asked one after another: in which windows,
+    # of those not yet claimed, is the largest element here? There the image receives g,
+    # and nothing elsewhere. That is the product of g and the bools `chosen`, written to
+    # its place in one pass, if no other window adds to that place and if g is finite
+    # (0 times inf would be nan); and else `where`, which takes two passes more.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
-        has_nan = np.isnan(np.max(y, initial=0))
-        by_product = apart and np.isfinite(np.sum(g))  # else 0 times inf would be nan
+        has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
+        by_product = apart and np.isfinite(np.sum(g))
         dx = np.zeros_like(x)
-        unclaimed = np.ones_like(y, bool)  # the windows without a chosen position
+        unclaimed = np.ones_like(y, bool)  # (N, C, oh, ow)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
             if has_nan:
-                chosen |= np.isnan(view)
+                chosen |= np.isnan(view)  # for nan == nan is False
             chosen &= unclaimed
             unclaimed ^= chosen
-            if by_product:  # and into a place that no other window adds to
+            if by_product:
                 np.multiply(g, chosen, out=target)
             else:
                 target += np.where(chosen, g, 0)
