@@ -5170,14 +5170,25 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
 # ## III.5 Normalization: what is taken from g?
 #
-# A row of numbers is normalized when its mean is 0 and its standard deviation 1. Layer
-# norm does so with the numbers of each position, batch norm with those of each channel
-# over the whole batch; then both scale and shift by learned numbers.
+# Numbers are normalized when their mean is 0 and their standard deviation 1: take the
+# mean from them, and divide by the deviation. So whatever the layers before have done
+# to their scale, the next one meets what it is used to. **Layer norm** does this to the
+# numbers of each row, **batch norm** to those of each column (each channel, of images)
+# over the whole batch; then both scale and shift by learned numbers, here 1 and 0.
 #
 #     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
 #     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
 #     [[-1.22  0.    1.22]
 #      [-1.22  0.    1.22]]
+#     >>> running = np.zeros(3), np.ones(3)  # see below
+#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
+#     >>> print(y.numpy().round(2))
+#     [[-1. -1. -1.]
+#      [ 1.  1.  1.]]
+#
+# ### Layer norm
+#
+# The definition is its own naive code:
 @_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
@@ -5250,9 +5261,42 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     return y.reshape(x.shape), pullback
 
 
+# ### Batch norm
+#
 # Batch norm is the same with "row" read as "channel": all n numbers of one channel, in
-# the whole batch. The weight is then one number w for the whole row. (In training it
-# also moves running statistics; the definition takes them and leaves them alone, or
+# the whole batch. The weight w and the bias b are then one number each. For one
+# channel, forward and back are ten lines:
+#
+#     >>> def naive_batch_norm(x, w, b, eps=1e-5):  # (n,), two numbers
+#     ...     c = x - x.mean()  # centred
+#     ...     s = np.sqrt((c * c).mean() + eps)
+#     ...     return c / s * w + b
+#     ...
+#     >>> def naive_batch_norm_back(g, x, w, eps=1e-5):
+#     ...     n = len(x)
+#     ...     c = x - x.mean()
+#     ...     s = np.sqrt((c * c).mean() + eps)
+#     ...     dx = w / s * (g - g.mean() - c * (g * c).sum() / (n * s * s))
+#     ...     return dx, (g * c).sum() / s, g.sum()
+#     ...
+#     >>> x, g, w, b = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0]), 2.0, 0.5
+#     >>> print(*[a.round(3) for a in naive_batch_norm_back(g, x, w)])
+#     [ 0.353 -0.441  0.088] -0.926 1.0
+#     >>> slopes = grad(lambda *a: (naive_batch_norm(*a) * g).sum(), (0, 1, 2))(x, w, b)
+#     >>> print(*[a.numpy().round(3) for a in slopes])
+#     [ 0.353 -0.441  0.088] -0.926 1.0
+#
+# The way back is what layer norm's derivation ended with:
+#
+# 1. There, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * w`. Now w is
+#    one number, and comes out of both means:
+#    `dx = w/s * (g - mean(g) - xhat * mean(g * xhat))`.
+# 2. With `xhat = c / s`, the last term is `c * sum(g * c) / (n s^2)`.
+# 3. The weight receives `sum(g * xhat) = sum(g * c) / s`, and the bias `sum(g)`.
+#
+# In evaluation an image is judged by itself, without a batch. So training also moves two
+# arrays, the *running* mean and variance, some of the way towards those of each batch,
+# and evaluation takes them. (The definition is given them and leaves them alone, or
 # they would be moved again when it is differentiated.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
@@ -5264,35 +5308,13 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel needs a few numbers for each channel, and then passes over its elements.
-# Forward:
+# The kernel computes the ten lines for all channels at once, and adds three cares.
 #
-# 1. The mean m. It comes out of a sum of large numbers, and is rounded. Then `c = x - m`
-#    are small numbers.
-# 2. With an exact m, the mean of c would be 0. What it is instead is the *error* e of m:
-#    the true centred numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan,
-#    Golub and LeVeque, 1983).
-# 3. So `y = (c - e) / s * w + b`, which is `c * scale + shift`, with `scale = w / s` and
-#    `shift = b - e * scale`.
-#
-# Backward is what layer norm's derivation ended with, where now h is w g, and the number
-# w comes out of the means:
-#
-# 4. b receives `sum(g)`, and w receives `sum(g * xhat) = sum(g * c) / s`.
-# 5. x receives `w/s * (g - mean(g) - xhat * mean(g * xhat))`. With xhat = c / s, that is
-#
-#        dx = scale * (g - mean(g) + slope * c),   slope = -sum(g * c) / (n s^2)
-#
-# (c is computed again, from m + e; to keep it would take as much memory as x.)
-#
-# The images come in one of two layouts, and are seen without a copy as (A, C, B), where
-# the channel is in the middle. (What is laid out otherwise is copied to the first.)
+# **Layout.** The images come in one of two layouts, and are seen without a copy as
+# (A, C, B), with the channel in the middle. (Others are copied to the first.)
 #
 #     batch last, as conv2d leaves them    (1, C, H W N)    channel after channel
 #     as a user makes them                 (N, C, H W)      image after image
-#
-# It works on *slabs* that fit the cache: of some channels in the first layout, some
-# images in the second (see PASSES).
 def _by_channel(x: np.ndarray, batch_last: bool) -> np.ndarray:
     """x, (N, C, ...), as (A, C, B)."""
     x = _batch_last(x)[None] if batch_last else x
@@ -5307,18 +5329,26 @@ def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
     return _batch_first(y.reshape(c, *size, n))
 
 
-def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
-    """Indices (of A, of C) that cut an (A, C, B) array into pieces of about a block."""
-    a, c, b = x.shape
-    if a > 1:
-        step = max(1, _BLOCK // (c * b))
-        return [(slice(i, i + step), slice(None)) for i in range(0, a, step)]
-    step = max(1, _BLOCK // b)
-    return [(slice(None), slice(i, i + step)) for i in range(0, c, step)]
+# **Memory.** Several passes go over one *slab* while it is in the cache, and then over
+# the next (see PASSES). A slab is some channels in the first layout, some images in the
+# second. As with `_blocks`, what is a piece of `x` is called `x_`.
+def _slabs(*arrays: np.ndarray) -> Iterator[list]:
+    """Matching pieces, of about a block, of arrays (A, C, B), (C, B), (C, 1) and (C,).
+
+    The first is (A, C, B). All pieces are views.
+    """
+    a, c, b = arrays[0].shape
+    by_image = a > 1
+    length = a if by_image else c
+    step = max(1, _BLOCK * length // arrays[0].size)
+    for i in range(0, length, step):
+        images = slice(i, i + step) if by_image else slice(None)
+        channels = slice(None) if by_image else slice(i, i + step)
+        yield [x[images, channels] if x.ndim == 3 else x[channels] for x in arrays]
 
 
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, to broadcast with x, (A, C, B): as (C, 1), or as (C, B).
+    """One number per channel, (C,), to broadcast with x, (A, C, B): (C, 1) or (C, B).
 
     The latter is for images after one another, whose lines B are short (see LOOPS).
     """
@@ -5327,19 +5357,23 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
     return column if a == 1 else np.repeat(column, b, axis=1)
 
 
+# **Digits.** The mean of large numbers comes out rounded. With an exact one, the mean of
+# c would be 0; what it is instead is the *error* e of the mean. So the true centred
+# numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque,
+# 1983). Neither needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`,
+# with `scale = w / s` and `shift = b - e * scale`.
 def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
-    """Steps 1 and 2: writes c to `centred`; returns m, e and the variance, (C,) each."""
+    """Writes c to `centred`; returns the rounded mean, its error e, and the variance."""
     n = x.size // x.shape[1]
-    rounded_mean = np.einsum("acb->c", x) / n
+    rounded_mean = np.einsum("acb->c", x) / n  # (C,), as the other two
     error = np.zeros_like(rounded_mean)
     square = np.zeros_like(rounded_mean)
 
     mean_spread = _spread(rounded_mean, x)
-    for slab in _slabs(x):
-        channels = slab[1]
-        c = np.subtract(x[slab], mean_spread[channels], out=centred[slab])
-        error[channels] += np.einsum("acb->c", c) / n
-        square[channels] += np.einsum("acb,acb->c", c, c) / n
+    for x_, c_, mean_, error_, square_ in _slabs(x, centred, mean_spread, error, square):
+        np.subtract(x_, mean_, out=c_)
+        error_ += np.einsum("acb->c", c_) / n
+        square_ += np.einsum("acb,acb->c", c_, c_) / n
     return rounded_mean, error, np.maximum(square - error * error, 0)
 
 
@@ -5362,11 +5396,9 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
     scale = inverse * weight
     shift = bias - error * scale
-    scale_spread = _spread(scale, images)
-    shift_spread = _spread(shift, images)
-    for slab in _slabs(images):
-        y[slab] *= scale_spread[slab[1]]
-        y[slab] += shift_spread[slab[1]]
+    for y_, scale_, shift_ in _slabs(y, _spread(scale, y), _spread(shift, y)):
+        y_ *= scale_
+        y_ += shift_
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _by_channel(g, batch_last)
@@ -5376,36 +5408,35 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     return _from_channels(y, x.shape, batch_last), pullback
 
 
+# Backward, `dx = w/s * (g - mean(g) - c * sum(g * c) / (n s^2))` takes two rounds, for
+# both sums must be known before the first number of dx. (c is computed again; to keep
+# it would take as much memory as x.)
 def _batch_norm_back(g, images, mean, inverse, scale):
-    """Steps 4 and 5: the gradients by images, weight and bias."""
+    """The gradients by images, weight and bias."""
     n = images.size // len(mean)
     dx = np.empty_like(images)
-    sum_g = np.zeros_like(mean)
-    sum_g_c = np.zeros_like(mean)
+    sum_g = np.zeros_like(mean)  # (C,)
+    sum_gc = np.zeros_like(mean)
 
-    mean_spread = _spread(mean, images)
-    for slab in _slabs(images):
-        channels = slab[1]
-        c = np.subtract(images[slab], mean_spread[channels], out=dx[slab])
-        sum_g[channels] += np.einsum("acb->c", g[slab])
-        sum_g_c[channels] += np.einsum("acb,acb->c", g[slab], c)
+    arrays = images, g, dx, _spread(mean, images), sum_g, sum_gc
+    for x_, g_, c_, mean_, sum_g_, sum_gc_ in _slabs(*arrays):
+        np.subtract(x_, mean_, out=c_)  # dx holds c
+        sum_g_ += np.einsum("acb->c", g_)
+        sum_gc_ += np.einsum("acb,acb->c", g_, c_)
 
-    slope_spread = _spread(-sum_g_c * inverse * inverse / n, images)
-    mean_g_spread = _spread(sum_g / n, images)
-    scale_spread = _spread(scale, images)
-    for slab in _slabs(images):
-        channels = slab[1]
-        piece = dx[slab]  # holds c
-        piece *= slope_spread[channels]
-        piece += g[slab]
-        piece -= mean_g_spread[channels]
-        piece *= scale_spread[channels]
-    return dx, sum_g_c * inverse, sum_g
+    per_channel = -sum_gc * inverse * inverse / n, sum_g / n, scale
+    spread = [_spread(numbers, images) for numbers in per_channel]
+    for dx_, g_, slope_, mean_g_, scale_ in _slabs(dx, g, *spread):
+        dx_ *= slope_
+        dx_ += g_
+        dx_ -= mean_g_
+        dx_ *= scale_
+    return dx, sum_gc * inverse, sum_g
 
 
 @_in_float32
 def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
-    """batch_norm in evaluation: `x * scale + shift`, by constant statistics."""
+    """batch_norm in evaluation: `x * scale + shift`, by the running statistics."""
     scale = weight / np.sqrt(running_var.astype(x.dtype) + eps)
     shift = bias - scale * running_mean.astype(x.dtype)
     y = x.swapaxes(1, -1) * scale + shift  # channels last, to broadcast
