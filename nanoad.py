@@ -3754,8 +3754,8 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
 #     0.693 [[ 0.5 -0.5]]
 #
 # Two equal scores give 1/2 each, and -log(1/2) is 0.693. To learn is to move the scores
-# against the slope: the wrong one down, the right one up. It can be written down. For
-# one row x,
+# against the slope: the wrong one down, the right one up. What is the slope in general?
+# For one row x,
 #
 # 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`, which is
 #    `log(sum(exp(x))) - x[target]`;
@@ -4195,7 +4195,7 @@ def _brief(value: Any) -> str:
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
     """Copy an array into what a module saves."""
     if isinstance(target, Tensor):
-        target._data = np.asarray(target._data)  # a NumPy scalar (I.1) cannot be written to
+        target._data = np.asarray(target._data)  # for a scalar cannot be written to
         _note_write(target)
     _value(target)[...] = array
 
@@ -4562,8 +4562,8 @@ class MLP(Sequential):
 # Every optimizer below is this loop, with another rule for how far a parameter moves.
 # What a rule remembers from step to step, a number or two for each parameter, is its
 # *state*. There are two rules. **SGD** with momentum moves like a ball that rolls
-# downhill: its velocity is the sum of all gradients so far, each step's fading by a
-# tenth with every step that follows.
+# downhill. Its velocity is the sum of all gradients so far, each of which fades by a
+# tenth with every step that follows:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -4579,14 +4579,15 @@ class MLP(Sequential):
 #
 # Its steps are as large as the gradients, which differ a thousandfold from layer to
 # layer. **Adam** divides by their size. It keeps two averages, of the gradient and of
-# its square, and moves by about lr, whatever the scale:
+# its square, and moves by about lr, whatever the scale. (Both averages begin at 0, and
+# after k steps are too small by the factor `1 - b**k`; two divisions mend that.)
 #
 #     >>> def naive_adam(x, g, mean, square, step, lr=0.1, b1=0.9, b2=0.999, eps=1e-8):
 #     ...     mean = b1 * mean + (1 - b1) * g
 #     ...     square = b2 * square + (1 - b2) * g * g
-#     ...     usual = mean / (1 - b1 ** step)  # both averages began at 0, and are too
-#     ...     size = np.sqrt(square / (1 - b2 ** step))  # small by just these factors
-#     ...     return x - lr * usual / (size + eps), mean, square
+#     ...     direction = mean / (1 - b1 ** step)
+#     ...     size = np.sqrt(square / (1 - b2 ** step))  # the root mean square (RMS)
+#     ...     return x - lr * direction / (size + eps), mean, square
 #     ...
 #     >>> for g in [1000.0, 0.001]:
 #     ...     x, mean, square = naive_adam(1.0, g, mean=0.0, square=0.0, step=1)
@@ -4671,7 +4672,9 @@ class Optimizer:
         # DataParallel has laid the parameters side by side (III.9), and they are moved
         # where they are. Others are copied together, moved, and copied back.
         common = _side_by_side([p._data for p in params])
-        x = np.concatenate([p._data.ravel() for p in params]) if common is None else common
+        x = common
+        if common is None:
+            x = np.concatenate([p._data.ravel() for p in params])
         for block in _blocks(x, g, *states):
             self._update(step, *block)
 
@@ -4729,7 +4732,7 @@ def _listed(name: str, params: Any) -> list[Tensor]:
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array whose pieces these are, in this order without a gap; or None."""
+    """The part of a flat array that these are the pieces of, one after another; or None."""
     flat = arrays[0].base  # what it is a view of
     if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
         return None
@@ -4779,7 +4782,7 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Steps of about lr: the mean gradient over its root mean square (Kingma and Ba, 2015).
+    """Steps of about lr: the mean gradient over its RMS (Kingma and Ba, 2015).
 
     `betas` are the two numbers (b1, b2), in [0, 1), by which the means of the gradient
     and of its square fade in a step. `weight_decay` is as in SGD.
@@ -4788,8 +4791,9 @@ class Adam(Optimizer):
     _state_names = ("mean", "square")
     _decoupled = False  # whether weight_decay leaves the gradient alone
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: Any, lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0) -> None:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             name = type(self).__name__
             raise ValueError(f"{name}: betas must be two in [0, 1), not {betas}")
@@ -4827,8 +4831,9 @@ class AdamW(Adam):
 
     _decoupled = True
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.01) -> None:
+    def __init__(self, params: Any, lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.01) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
 
 
@@ -4982,9 +4987,18 @@ def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
         raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
                          "padding included")
 
-    rows, columns = ([slice(i, i + n - k + 1, step) for i in range(k)]
-                     for n, k, step in zip(size, kernel, strides))
+    rows = _slices(size[0], kernel[0], strides[0])
+    columns = _slices(size[1], kernel[1], strides[1])
     return [x[:, :, i, j] for i in rows for j in columns]
+
+
+def _slices(n: int, k: int, step: int) -> list[slice]:
+    """For each place in a window of k: the elements that are there, in a line of n.
+
+        >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
+        [0 1] [1 2] [2 3]
+    """
+    return [slice(i, i + n - k + 1, step) for i in range(k)]
 
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
@@ -5070,7 +5084,6 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     padded = _batch_first(np.zeros((c, top + h + bottom, left + w + right, n), x.dtype))
     padded[inside] = x
 
-    # kh kw views, (C, oh, ow, N) each
     views = [_batch_last(view) for view in _gather(padded, kernel, stride)]
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
@@ -5099,8 +5112,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
 
 # The largest element of a window receives the window's cotangent, and the others
 # nothing. Where several are the largest it goes to the first, and a nan counts as the
-# largest, as in PyTorch. (A maximum has no slope where two are equal; half to each would
-# do as well.)
+# largest, as in PyTorch.
 def _max_pool2d_definition(x, kernel_size, stride=None):
     first, *others = _gather(x, kernel_size, stride)
     for other in others:
@@ -5123,7 +5135,7 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     # of those not yet claimed, is the largest element here? There the image receives g,
     # and nothing elsewhere. That is the product of g and the bools `chosen`, written to
     # its place in one pass, if no other window adds to that place and if g is finite
-    # (0 times inf would be nan); and else `where`, which takes two passes more.
+    # (0 times inf would be nan); and else `where`, which takes more passes.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
@@ -5188,7 +5200,7 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 # ### Layer norm
 #
-# The definition is its own naive code:
+# The definition needs no naive version before it:
 @_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
@@ -5205,9 +5217,9 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
 #    `g`, these two summed over all rows.
 # 2. The division: c receives `h / s`, and s receives
 #    `sum(h * -c / s^2) = -sum(h * xhat) / s`.
-# 3. The root and the mean of squares: if c_i moves by a little, s moves by
-#    `c_i / (n s)`, which is `xhat_i / n`, times that. So through s, c_i receives
-#    `-xhat_i * mean(h * xhat) / s`.
+# 3. The root and the mean of squares: if c_i moves by dc, `s^2 = mean(c*c) + eps` moves
+#    by `2 s ds = 2 c_i dc / n`, and so s by `ds = xhat_i / n * dc`. Through s, then,
+#    c_i receives `-xhat_i * mean(h * xhat) / s`.
 # 4. The mean: what c receives in all, x receives without its mean. That of h is
 #    `mean(h)`; that of xhat is 0, for c has none. Together
 #
