@@ -4404,36 +4404,38 @@ class Flatten(Module):
         return reshape(x, len(x), math.prod(x.shape[1:]))
 
 
-class ReLU(Module):
+class _Elementwise(Module):
+    """What the next four have in common: a function, element by element."""
+
+    _function: Callable
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return self._function(x)
+
+
+class ReLU(_Elementwise):
     """`relu` as a layer: the larger of x and 0."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return relu(x)
+    _function = staticmethod(relu)
 
 
-class GELU(Module):
+class GELU(_Elementwise):
     """`gelu` as a layer: a relu without the corner."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return gelu(x)
+    _function = staticmethod(gelu)
 
 
-class Tanh(Module):
+class Tanh(_Elementwise):
     """`tanh` as a layer: into (-1, 1)."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return tanh(x)
+    _function = staticmethod(tanh)
 
 
-class Sigmoid(Module):
+class Sigmoid(_Elementwise):
     """`sigmoid` as a layer: into (0, 1)."""
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return sigmoid(x)
+    _function = staticmethod(sigmoid)
 
 
 class CrossEntropy(Module):
