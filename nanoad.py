@@ -3936,14 +3936,10 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     ...     def forward(self, x):  # (N, columns) -> (N, columns)
 #     ...         return x * self.factor
 #     ...
-#     >>> print(Sequential(Scale(2), model))
+#     >>> print(Sequential(Scale(2), np.tanh))  # a function does as a layer, too
 #     Sequential(
 #       (0): Scale(factor=(2,))
-#       (1): MLP(
-#         (0): Linear(weight=(16, 2), bias=(16,))
-#         (1): ReLU()
-#         (2): Linear(weight=(1, 16), bias=(1,))
-#       )
+#       (1): tanh
 #     )
 #
 # There is no registry. Whoever wants the parameters looks through the attributes, in
