@@ -3741,21 +3741,42 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
 #
 # ## III.1 Losses: how wrong is a prediction?
 #
-# A loss says it in one number, for training to make small. For classes it is minus the
-# logarithm of the probability that was given to the right one. Of two classes with
-# equal scores each has probability 1/2, whose logarithm is -0.693; and to learn is to
-# move the scores by the opposite of the gradient, the wrong one down and the right one
-# up:
+# A loss says it in one number, for training to make small. Take a network that is to
+# name the class of each row. It returns a score for every class, of any size (the field
+# says *logits*). **Softmax** makes probabilities of the scores: exp makes them positive,
+# and dividing by their sum makes them add up to 1. The **cross-entropy** is minus the
+# logarithm of the probability that the right class has got: 0 for a network that is
+# sure and right, and the larger, the surer it is of something else.
 #
-#     >>> scores, right = np.array([[2.0, 2.0]]), np.array([1])
-#     >>> loss, slope = value_and_grad(cross_entropy)(scores, right)
+#     >>> def naive_cross_entropy(logits, targets):  # (N, C), (N,)
+#     ...     e = np.exp(logits)
+#     ...     p = e / np.sum(e, axis=1, keepdims=True)  # (N, C), the softmax
+#     ...     right = p[np.arange(len(targets)), targets]  # (N,)
+#     ...     return -np.mean(np.log(right))
+#     ...
+#     >>> logits, targets = np.array([[2.0, 2.0]]), np.array([1])  # a row, of class 1
+#     >>> loss, slope = value_and_grad(naive_cross_entropy)(logits, targets)
 #     >>> print(f"{loss:.3f}", slope)
 #     0.693 [[ 0.5 -0.5]]
 #
-# Softmax and logarithm are taken together: the loss of a row is
-# `log(sum(exp(x))) - x[target]`. The first term's derivative is softmax(x), the
-# second's is 1 at the target. So the gradient is `softmax - one_hot`: the
-# probabilities, minus what they should have been.
+# Two equal scores give 1/2 each, and -log(1/2) is 0.693. To learn is to move the scores
+# against the slope: the wrong one down, the right one up. What is the slope in general?
+# For one row x,
+#
+# 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`, which is
+#    `log(sum(exp(x))) - x[target]`;
+# 2. the derivative of the first term is `exp(x) / sum(exp(x))`, the softmax; that of
+#    the second is 1 at the target, and 0 elsewhere;
+# 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
+#    have been. Of the mean of N rows it is that over N.
+#
+# One thing is wrong with the naive code: exp(1000) is infinite. As softmax does not
+# change if all scores of a row go down by the same number, the largest is taken from
+# them first. And step 1 needs no logarithm of a small probability, which may have
+# become 0.
+#
+#     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
+#     1000.0
 @_in_float32
 def _cross_entropy_definition(logits, targets):
     rows = np.arange(len(targets))
@@ -3817,8 +3838,9 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     return np.mean(np.log(total[:, 0]) - picked), pullback
 
 
-# The other losses are the mean of a formula. It does not broadcast: a prediction (N, 1)
-# less a target (N,) would be (N, N), and its mean a number that looks like a loss.
+# The other losses are the mean of a formula, element by element. They do not broadcast: a
+# prediction (N, 1) less a target (N,) would be (N, N), and its mean a number that looks
+# like a loss.
 @_in_float32
 def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
     """The mean of formula(prediction, target), of two arrays of one shape."""
@@ -3839,19 +3861,24 @@ def mse_loss(prediction: Any, target: Any) -> Tensor:
                       formula=lambda p, t: (p - t) ** 2)
 
 
-# For one class or none, with `s = sigmoid(x)` for the probability,
-# `-t log s - (1 - t) log(1 - s)` is `softplus(x) - t x`, which neither overflows nor
-# loses digits.
+# Where the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
+# yes is s = sigmoid(x), that of no is 1 - s, and the loss is again -log of the right
+# one, in one formula: `-t log(s) - (1 - t) log(1 - s)`. With `-log(s) = softplus(x) - x`
+# and `-log(1 - s) = softplus(x)` this is `softplus(x) - t x`, which neither overflows
+# nor loses digits.
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
-    """The mean of -log probability, where sigmoid(logits) is that of target 1."""
+    """The mean of -log probability of the target, where sigmoid(logits) is that of 1.
+
+    Two arrays of one shape, else a ValueError; targets are in [0, 1].
+    """
     return _mean_loss(logits, target, name="binary_cross_entropy_with_logits",
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# From probabilities alone it is less exact. The logarithm of 0 is held at -100, as in
-# PyTorch; but its derivative is not held at 0 there, or what is most wrong would not
-# learn. It is that of the loss, `(p - t) / (p (1 - p))`, with a denominator of at least
-# 1e-12.
+# Who has no scores, but probabilities p, can have the same loss, with two cares for a p
+# of 0 or 1. The logarithm of 0 is held at -100, as in PyTorch. And a rule of its own
+# keeps the slope `(p - t) / (p (1 - p))` there, with a denominator of at least 1e-12:
+# that of the held logarithm would be 0, and what is most wrong would not learn.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
@@ -3863,9 +3890,10 @@ def _log_loss(p, t):
 
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
-    """The mean of -log probability, of probabilities in [0, 1] that the target is 1.
+    """The mean of -log probability of the target, where `probability` is that of 1.
 
-    Logarithms are held above -100. Raises ValueError for anything outside [0, 1].
+    Two arrays of one shape. Logarithms are held above -100. Raises ValueError for a
+    probability outside [0, 1].
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
@@ -3914,18 +3942,28 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     ...     def forward(self, x):  # (N, columns) -> (N, columns)
 #     ...         return x * self.factor
 #     ...
-#     >>> print(Sequential(Scale(2), model))
+#     >>> print(Sequential(Scale(2), np.tanh))  # a function does as a layer, too
 #     Sequential(
 #       (0): Scale(factor=(2,))
-#       (1): MLP(
-#         (0): Linear(weight=(16, 2), bias=(16,))
-#         (1): ReLU()
-#         (2): Linear(weight=(1, 16), bias=(1,))
-#       )
+#       (1): tanh
 #     )
 #
 # There is no registry. Whoever wants the parameters looks through the attributes, in
-# the order in which they were set, and what an attribute is decides what becomes of it:
+# the order in which they were set, and through those of the modules among them:
+#
+#     >>> def naive_parameters(module, prefix=""):
+#     ...     for name, value in vars(module).items():
+#     ...         if isinstance(value, Module):
+#     ...             yield from naive_parameters(value, f"{prefix}{name}.")
+#     ...         elif isinstance(value, Tensor):
+#     ...             yield f"{prefix}{name}", value
+#     ...
+#     >>> print(*(name for name, _ in naive_parameters(Sequential(Scale(2), model))))
+#     0.factor 1.0.weight 1.0.bias 1.2.weight 1.2.bias
+#
+# The real search also looks into lists, tuples and dicts, whose keys then stand in the
+# dotted name: `blocks.3.ln1.weight`. And what an attribute is decides what becomes of
+# it:
 #
 #     | attribute                       | trained | saved | for example               |
 #     | ------------------------------- | ------- | ----- | ------------------------- |
@@ -3934,15 +3972,12 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | a number, a text, a function    | no      | no    | a setting                 |
 #     | what an operation returned      | no      | no    | the last hidden state     |
 #
-# Modules among the attributes are looked through in turn, and so are lists, tuples and
-# dicts, whose keys then stand in the dotted name: `blocks.3.ln1.weight`.
-#
 # Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`. A
 # network whose numbers stay as they were, without a word, costs an evening before
 # anyone suspects it. Who wants to keep a Tensor and not to train it keeps a constant,
-# `t.detach()`. What, then, is a Parameter for? It stays a parameter while it is frozen:
-# with `requires_grad=False` it is listed still, so an optimizer made before it thaws
-# knows it.
+# `t.detach()`. What, then, is a Parameter for? To be frozen, by `requires_grad=False`,
+# for a part of the training: a plain Tensor would then count as a constant, and a
+# Parameter is listed still, so that the optimizer has it when it thaws.
 #
 # Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So its
 # state_dict is ours too, in both directions.
@@ -4001,42 +4036,12 @@ class Module:
         raise NotImplementedError(f"{name} has no forward method; write one in the "
                                   "class, `def forward(self, x): ...`")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`, on arrays in the dtype of the parameters.
-
-        So float64 data does not make a float32 network compute in float64. A list is
-        stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
-        1).
-        """
-        args = [self._convert(self._stack(a)) for a in args]
-        kwargs = {name: self._convert(a) for name, a in kwargs.items()}
-        return self.forward(*args, **kwargs)
-
-    def _stack(self, value: Any) -> Any:
-        """A list as one array, or as a Tensor if it holds some; all else as it is."""
-        if not isinstance(value, list):
-            return value
-        tensors = any(isinstance(item, Tensor) for item in _flatten(value)[0])
-        try:
-            return as_tensor(value) if tensors else np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: a list is stacked to one array, "
-                             f"but the items of this one differ in shape ({error}); "
-                             "several arrays go into a tuple") from None
-
-    def _convert(self, value: Any) -> Any:
-        """An array of floats in the dtype of the first parameter; all else as it is."""
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            return value
-        dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
-        return value.astype(next(dtypes, value.dtype), copy=False)
-
     def _contents(self, prefix: str = "",
                   above: tuple = ()) -> Iterator[tuple[str, Any]]:
         """(dotted name, value) of what this module and all below it hold.
 
-        What occurs twice comes twice, under both names. But nothing comes again inside
-        itself: else, after `child.parent = self`, there would be no end.
+        What occurs twice comes twice, under both names. But no module comes again
+        inside itself: else, after `child.parent = self`, there would be no end.
         """
         above = (*above, self)
         for name, value in _held(self, prefix):
@@ -4063,6 +4068,35 @@ class Module:
     def parameters(self) -> list[Tensor]:
         """The parameters, each once."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`, on arrays in the dtype of the parameters.
+
+        So float64 data does not make a float32 network compute in float64. A list is
+        stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
+        1).
+        """
+        args = [self._convert(self._stack(a)) for a in args]
+        kwargs = {name: self._convert(a) for name, a in kwargs.items()}
+        return self.forward(*args, **kwargs)
+
+    def _stack(self, value: Any) -> Any:
+        """A list as one array, or as a Tensor if it holds some; all else as it is."""
+        if not isinstance(value, list):
+            return value
+        try:
+            return as_tensor(value) if _holds_tensor(value) else np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: a list is stacked to one array, "
+                             f"but the items of this one differ in shape ({error}); "
+                             "several arrays go into a tuple") from None
+
+    def _convert(self, value: Any) -> Any:
+        """An array of floats in the dtype of the first parameter; all else as it is."""
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            return value
+        dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
+        return value.astype(next(dtypes, value.dtype), copy=False)
 
     def _state(self) -> dict[str, Any]:
         """Dotted name -> Tensor or array, of all that is saved."""
@@ -4157,15 +4191,13 @@ def _brief(value: Any) -> str:
     """A Tensor as its shape, a function as its name, and all else as its repr."""
     if isinstance(value, Tensor):
         return str(value.shape)
-    if isinstance(value, Module):
-        return repr(value)
     return getattr(value, "__name__", None) or repr(value)
 
 
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
     """Copy an array into what a module saves."""
     if isinstance(target, Tensor):
-        target._data = np.asarray(target._data)  # (0-d results are NumPy scalars)
+        target._data = np.asarray(target._data)  # for a scalar cannot be written to
         _note_write(target)
     _value(target)[...] = array
 
@@ -4214,10 +4246,11 @@ def manual_seed(seed: int | Sequence[int]) -> None:
 # settings. The function has its own section, and its layer adds little to it. What a
 # layer has to decide is where its weights begin. All zeros would give all units the
 # same gradient, so that they stay alike for ever; therefore they begin at random. How
-# large? A unit adds up n products. If each weight is about 1 / sqrt(n), the sum is
-# about as large as one input, and through many layers the numbers neither vanish nor
-# explode. Linear and Conv2d draw from the interval up to 1 / sqrt(n), as PyTorch does,
-# so that its recipes and learning rates carry over.
+# large? A unit adds up n products of weights and inputs. If the weights have either
+# sign and a size of about 1 / sqrt(n), the sum is about as large as one input, and
+# through many layers the numbers neither vanish nor explode. Linear and Conv2d draw
+# them between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and
+# learning rates carry over.
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
@@ -4532,12 +4565,44 @@ class MLP(Sequential):
 #
 # Every optimizer below is this loop, with another rule for how far a parameter moves.
 # What a rule remembers from step to step, a number or two for each parameter, is its
-# *state*.
+# *state*. There are two rules. **SGD** with momentum moves like a ball that rolls
+# downhill. Its velocity is the sum of all gradients so far, each of which fades by a
+# tenth with every step that follows:
 #
-# The base class adds one thing, for speed. A network has fifty small arrays of
-# parameters, and to call NumPy ten times on each takes longer than the arithmetic. So a
-# step takes place on flat arrays, in which all parameters, all gradients and all of a
-# state lie side by side:
+#     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
+#     ...     velocity = momentum * velocity + g
+#     ...     return x - lr * velocity, velocity
+#     ...
+#     >>> x, velocity = 1.0, 0.0
+#     >>> for g in [1.0, 1.0, 1.0]:  # downhill in the same direction, three times
+#     ...     x, velocity = naive_sgd(x, g, velocity)
+#     ...     print(f"{x:.3f} {velocity:.2f}")
+#     0.900 1.00
+#     0.710 1.90
+#     0.439 2.71
+#
+# Its steps are as large as the gradients, which differ a thousandfold from layer to
+# layer. **Adam** divides by their size. It keeps two averages, of the gradient and of
+# its square, and moves by about lr, whatever the scale. (Both averages begin at 0, and
+# after k steps are too small by the factor `1 - b**k`; two divisions mend that.)
+#
+#     >>> def naive_adam(x, g, mean, square, step, lr=0.1, b1=0.9, b2=0.999, eps=1e-8):
+#     ...     mean = b1 * mean + (1 - b1) * g
+#     ...     square = b2 * square + (1 - b2) * g * g
+#     ...     direction = mean / (1 - b1 ** step)
+#     ...     size = np.sqrt(square / (1 - b2 ** step))  # the root mean square (RMS)
+#     ...     return x - lr * direction / (size + eps), mean, square
+#     ...
+#     >>> for g in [1000.0, 0.001]:
+#     ...     x, mean, square = naive_adam(1.0, g, mean=0.0, square=0.0, step=1)
+#     ...     print(f"{x:.3f}")
+#     0.900
+#     0.900
+#
+# The classes add one thing to these lines, for speed. A network has fifty small arrays
+# of parameters, and to call NumPy ten times on each takes longer than the arithmetic.
+# So a step takes place on flat arrays, in which all parameters, all gradients and all
+# of a state lie side by side:
 #
 #     x, g, state     |   weight 0   | bias 0 |      weight 1      | bias 1 |
 #     _bounds         0              32       48                   64       65
@@ -4545,10 +4610,13 @@ class MLP(Sequential):
 class Optimizer:
     """The base of all optimizers: a subclass names its states, and writes `_update`.
 
-    `params` are leaf Tensors (an iterable, a Module, or one Tensor); `lr`, the learning
-    rate, and the other `settings` are numbers that are not negative, and become
-    attributes. TypeError for what is no leaf Tensor; ValueError for no parameters, one
-    that is listed twice, or a wrong setting.
+    `params` are leaf Tensors (an iterable, a Module, or one Tensor). `lr`, the learning
+    rate, and the other `settings` become attributes; each is a number that is not
+    negative, or a tuple of such, as Adam's `betas`. TypeError for what is no leaf
+    Tensor; ValueError for no parameters, one that is listed twice, or a wrong setting.
+
+    While there is an optimizer, the process does not give freed memory back to the
+    system (IV.4).
     """
 
     _state_names: tuple[str, ...] = ()
@@ -4556,18 +4624,10 @@ class Optimizer:
     def __init__(self, params: Any, lr: float, **settings: Any) -> None:
         name = type(self).__name__
         self.params = _listed(name, params)
-        if any(p._op is not None for p in self.params):
-            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
-                            "operations")
-        if not self.params:
-            raise ValueError(f"{name}: there are no parameters to optimize")
-        if len(set(self.params)) < len(self.params):
-            raise ValueError(f"{name}: a parameter is listed twice")
-
+        _check_params(name, self.params)
         for key, value in dict(settings, lr=lr).items():
             _check_setting(name, key, value)
-        self.lr = lr
-        vars(self).update(settings)
+            setattr(self, key, value)
 
         self.steps = np.zeros(len(self.params), np.int64)  # of each, for one may pause
         ends = np.cumsum([p.size for p in self.params]).tolist()
@@ -4575,8 +4635,8 @@ class Optimizer:
         dtype = np.result_type(*[p.dtype for p in self.params])
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        # Who makes an optimizer is about to train, and every step of training makes the
-        # same arrays anew: the process keeps their memory in the meantime (IV.4).
+        # Training begins, and each of its steps will make the same arrays anew. IV.4
+        # tells what it costs to get their memory from the system every time.
         _keep_freed_memory(self)
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray,
@@ -4600,31 +4660,33 @@ class Optimizer:
 
         # Adam's rule asks how many steps a parameter has made. So neighbours that have
         # made equally many move together; most often, these are all there are.
-        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
-        first = 0
-        for count, neighbours in itertools.groupby(counts):
-            end = first + len(list(neighbours))
-            if count > 0:
-                self._move(first, end, count)
-            first = end
+        counts = np.where(has_gradient, self.steps, 0)  # 0: it stays
+        changes = np.flatnonzero(np.diff(counts)) + 1
+        for first, end in itertools.pairwise([0, *changes.tolist(), len(counts)]):
+            if counts[first] > 0:
+                self._move(first, end, int(counts[first]))
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
         params = self.params[first:end]
-        arrays = [p._data for p in params]
         g = np.concatenate([p.grad._data.ravel() for p in params])
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
         # DataParallel has laid the parameters side by side (III.9), and they are moved
         # where they are. Others are copied together, moved, and copied back.
-        common = _side_by_side(arrays)
-        x = np.concatenate([a.ravel() for a in arrays]) if common is None else common
+        common = _side_by_side([p._data for p in params])
+        x = common
+        if common is None:
+            x = np.concatenate([p._data.ravel() for p in params])
         for block in _blocks(x, g, *states):
             self._update(step, *block)
-        if common is None:
-            _copy_pieces(x, arrays)
+
+        start = 0
         for p in params:
+            if common is None:
+                p._data[...] = x[start:start + p.size].reshape(p.shape)
+                start += p.size
             _note_write(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -4642,6 +4704,16 @@ class Optimizer:
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
+
+
+def _check_params(name: str, params: list[Tensor]) -> None:
+    if any(p._op is not None for p in params):
+        raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
+                        "operations")
+    if not params:
+        raise ValueError(f"{name}: there are no parameters to optimize")
+    if len(set(params)) < len(params):
+        raise ValueError(f"{name}: a parameter is listed twice")
 
 
 def _check_setting(name: str, key: str, value: Any) -> None:
@@ -4663,28 +4735,21 @@ def _listed(name: str, params: Any) -> list[Tensor]:
     return params
 
 
-def _copy_pieces(flat: np.ndarray, arrays: list[np.ndarray]) -> None:
-    """Fill the arrays, one after another, with what `flat` holds."""
-    start = 0
-    for a in arrays:
-        a[...] = flat[start:start + a.size].reshape(a.shape)
-        start += a.size
-
-
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array that has these for its pieces, in this order, or None."""
+    """The part of a flat array that these are the pieces of, one after another; or None."""
     flat = arrays[0].base  # what it is a view of
     if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
         return None
 
-    start = end = _address(arrays[0])
+    expected = _address(arrays[0])
     for a in arrays:
-        is_next = a.base is flat and a.dtype == flat.dtype and _address(a) == end
-        if not (is_next and a.flags.c_contiguous):
+        is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
+        if not is_piece or _address(a) != expected:
             return None
-        end += a.nbytes
-    first = (start - _address(flat)) // flat.itemsize
-    return flat[first:first + (end - start) // flat.itemsize]
+        expected += a.nbytes
+
+    first = (_address(arrays[0]) - _address(flat)) // flat.itemsize
+    return flat[first:first + sum(a.size for a in arrays)]
 
 
 def _address(array: np.ndarray) -> int:
@@ -4693,7 +4758,12 @@ def _address(array: np.ndarray) -> int:
 
 
 class SGD(Optimizer):
-    """Descent with momentum, Nesterov's if asked (Sutskever and others, 2013)."""
+    """Descent with momentum (Polyak, 1964).
+
+    With `nesterov`, a step goes by the velocity of one step later, were the gradient to
+    stay (Sutskever and others, 2013). `weight_decay` times the parameter is added to
+    its gradient: what nothing else moves shrinks.
+    """
 
     _state_names = ("velocity",)
 
@@ -4716,21 +4786,27 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Steps of about lr: the mean gradient over its RMS (Kingma and Ba, 2015)."""
+    """Steps of about lr: the mean gradient over its RMS (Kingma and Ba, 2015).
+
+    `betas` are the two numbers (b1, b2), in [0, 1), by which the means of the gradient
+    and of its square fade in a step. `weight_decay` is as in SGD.
+    """
 
     _state_names = ("mean", "square")
     _decoupled = False  # whether weight_decay leaves the gradient alone
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: Any, lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0) -> None:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             name = type(self).__name__
             raise ValueError(f"{name}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # Both averages start at zero, which dividing them by 1 - b^step corrects. Then the
-    # move is lr * mean / (sqrt(square) + eps); multiplied out, the corrections are two
-    # numbers.
+    # As `naive_adam`, in place. Both corrections become one number before the arrays:
+    #
+    #     lr * (mean / c) / (sqrt(square) / root + eps)  is
+    #     lr * root / c * mean / (sqrt(square) + eps * root)
     def _update(self, step: int, x: np.ndarray, g: np.ndarray, mean: np.ndarray,
                 square: np.ndarray) -> None:
         if self._decoupled:
@@ -4744,18 +4820,24 @@ class Adam(Optimizer):
         square *= b2
         square += (1 - b2) * (g * g)
 
+        c = 1 - b1 ** step
         root = math.sqrt(1 - b2 ** step)
-        rate = self.lr * root / (1 - b1 ** step)
+        rate = self.lr * root / c
         x -= rate * (mean / (np.sqrt(square) + self.eps * root))
 
 
 class AdamW(Adam):
-    """Adam whose weight_decay shrinks x itself (Loshchilov and Hutter, 2019)."""
+    """Adam whose weight_decay shrinks x itself (Loshchilov and Hutter, 2019).
+
+    In the gradient, as in Adam, it would be divided by the gradient's size: what has
+    large gradients would hardly decay.
+    """
 
     _decoupled = True
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.01) -> None:
+    def __init__(self, params: Any, lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.01) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
 
 
@@ -4848,10 +4930,14 @@ def _scaled(g: Tensor, factor: float) -> Tensor:
 #     12 13 14 15         8  9 10       9 10 11      12 13 14      13 14 15
 #
 # Write each window as a column, and all weighted sums are one product: weights as a row
-# of 9, times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006).
+# of 9, times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006). With all
+# weights 1 it is the sum of each window:
 #
 #     >>> image = np.arange(16).reshape(1, 1, 4, 4)
-#     >>> print(np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4))
+#     >>> columns = np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4)
+#     >>> print(np.ones(9, int) @ columns)
+#     [45 54 81 90]
+#     >>> print(columns)
 #     [[ 0  1  4  5]
 #      [ 1  2  5  6]
 #      [ 2  3  6  7]
@@ -4865,8 +4951,20 @@ def _scaled(g: Tensor, factor: float) -> Tensor:
 # Now read it by rows, each of which belongs to one position *in the window*: the first
 # has what all windows see in their upper left corner. That is the image without its
 # last two rows and columns: a slice, and NumPy's slices cost nothing. So we never visit
-# window after window, but gather nine slices. Pooling gathers in the same way, and
-# takes the largest of them, or the mean.
+# window after window, but gather nine slices.
+#
+# The way back goes through the same slices: what a row of the matrix receives is added
+# to the image where that row was gathered. With 1 for everything, each pixel receives
+# the number of the windows that see it:
+#
+#     >>> ones = [np.ones((2, 2), int)] * 9
+#     >>> print(_scatter_back(ones, image, (3, 3), (1, 1))[0, 0])
+#     [[1 2 2 1]
+#      [2 4 4 2]
+#      [2 4 4 2]
+#      [1 2 2 1]]
+#
+# Pooling gathers in the same way, and takes the largest of the slices, or their mean.
 #
 # Images are (N, C, H, W), which is batch, channels, height and width; results have
 # height and width (oh, ow). Sizes of windows, strides and paddings are one number, or a
@@ -4893,9 +4991,18 @@ def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
         raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
                          "padding included")
 
-    rows, columns = ([slice(i, i + n - k + 1, step) for i in range(k)]
-                     for n, k, step in zip(size, kernel, strides))
+    rows = _slices(size[0], kernel[0], strides[0])
+    columns = _slices(size[1], kernel[1], strides[1])
     return [x[:, :, i, j] for i in rows for j in columns]
+
+
+def _slices(n: int, k: int, step: int) -> list[slice]:
+    """For each place in a window of k: the elements that are there, in a line of n.
+
+        >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
+        [0 1] [1 2] [2 3]
+    """
+    return [slice(i, i + n - k + 1, step) for i in range(k)]
 
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
@@ -4907,7 +5014,6 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
     return dx
 
 
-# Said with these, a convolution is three lines: pad, gather, weighted sum.
 def _around(padding: Any, kernel: Sequence[int], stride: Any,
             what: str = "the padding") -> list[tuple[int, int]]:
     """The zeros to put before and after each line: [(top, bottom), (left, right)]."""
@@ -4922,24 +5028,26 @@ def _around(padding: Any, kernel: Sequence[int], stride: Any,
     return [((k - 1) // 2, k // 2) for k in kernel]  # PyTorch, too, puts an odd one last
 
 
+# Said with these, a convolution is three lines: pad, gather, weighted sum.
 @_in_float32
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     o, c, *kernel = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
     windows = np.stack(_gather(padded, kernel, stride))  # (kh kw, N, C, oh, ow)
-    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))
+    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))  # (N, O, oh, ow)
     return y if bias is None else y + bias.reshape(-1, 1, 1)
 
 
-# The kernel does the same, with one change of layout: it keeps images with the batch
-# last in memory, (C, H, W, N), and shows them as (N, C, H, W) through a transposed view
-# (see LOOPS). Elementwise operations keep the order in memory, so from layer to layer
-# nothing is moved. The result is
+# The kernel does the same, with one change of layout. A slice of an image has short
+# lines, of some ten pixels, and NumPy is slow at those (see LOOPS). A batch has a
+# hundred images, so the kernel keeps them with the batch last in memory, (C, H, W, N),
+# and shows them as (N, C, H, W) through a transposed view. Elementwise operations keep
+# the order in memory, so from layer to layer nothing is moved. The product is
 #
-#     (O, C kh kw) @ (C kh kw, oh ow N) -> (O, oh ow N)
+#     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
-# and backward both steps are transposed: the columns receive `weight^T @ g`, and each
-# of their rows is added to the image where it was gathered.
+# and backward the weight receives `g @ columns^T` and the columns `weight^T @ g`, which
+# is scattered back to the image.
 def _batch_last(x: np.ndarray) -> np.ndarray:
     """(N, C, ...) -> (C, ..., N), a view."""
     return x.transpose(*range(1, x.ndim), 0)
@@ -5006,10 +5114,9 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     return _batch_first(y.reshape(o, *shape[2:])), pullback
 
 
-# Of several elements that are the largest of their window, the first receives the
-# cotangent, and a nan counts as the largest, as in PyTorch. So the positions are asked
-# one after another which windows have their largest there, and each window is given
-# away once.
+# The largest element of a window receives the window's cotangent, and the others
+# nothing. Where several are the largest it goes to the first, and a nan counts as the
+# largest, as in PyTorch.
 def _max_pool2d_definition(x, kernel_size, stride=None):
     first, *others = _gather(x, kernel_size, stride)
     for other in others:
@@ -5026,21 +5133,26 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, views)
-    apart = stride is None or np.all(np.less_equal(kernel_size, stride))
+    apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
 
+    # Backward, the positions in a window are asked one after another: in which windows,
+    # of those not yet claimed, is the largest element here? There the image receives g,
+    # and nothing elsewhere. That is the product of g and the bools `chosen`, written to
+    # its place in one pass, if no other window adds to that place and if g is finite
+    # (0 times inf would be nan); and else `where`, which takes more passes.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
-        has_nan = np.isnan(np.max(y, initial=0))
-        by_product = apart and np.isfinite(np.sum(g))  # else 0 times inf would be nan
+        has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
+        by_product = apart and np.isfinite(np.sum(g))
         dx = np.zeros_like(x)
-        unclaimed = np.ones_like(y, bool)  # the windows without a chosen position
+        unclaimed = np.ones_like(y, bool)  # (N, C, oh, ow)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
             if has_nan:
-                chosen |= np.isnan(view)
+                chosen |= np.isnan(view)  # for nan == nan is False
             chosen &= unclaimed
             unclaimed ^= chosen
-            if by_product:  # and into a place that no other window adds to
+            if by_product:
                 np.multiply(g, chosen, out=target)
             else:
                 target += np.where(chosen, g, 0)
@@ -5074,14 +5186,25 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
 # ## III.5 Normalization: what is taken from g?
 #
-# A row of numbers is normalized when its mean is 0 and its standard deviation 1. Layer
-# norm does so with the numbers of each position, batch norm with those of each channel
-# over the whole batch; then both scale and shift by learned numbers.
+# Numbers are normalized when their mean is 0 and their standard deviation 1: take the
+# mean from them, and divide by the deviation. So whatever the layers before have done
+# to their scale, the next one meets what it is used to. **Layer norm** does this to the
+# numbers of each row, **batch norm** to those of each column (each channel, of images)
+# over the whole batch; then both scale and shift by learned numbers, here 1 and 0.
 #
 #     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
 #     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
 #     [[-1.22  0.    1.22]
 #      [-1.22  0.    1.22]]
+#     >>> running = np.zeros(3), np.ones(3)  # see below
+#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
+#     >>> print(y.numpy().round(2))
+#     [[-1. -1. -1.]
+#      [ 1.  1.  1.]]
+#
+# ### Layer norm
+#
+# The definition needs no naive version before it:
 @_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
@@ -5098,9 +5221,9 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
 #    `g`, these two summed over all rows.
 # 2. The division: c receives `h / s`, and s receives
 #    `sum(h * -c / s^2) = -sum(h * xhat) / s`.
-# 3. The root and the mean of squares: if c_i moves by a little, s moves by
-#    `c_i / (n s)`, which is `xhat_i / n`, times that. So through s, c_i receives
-#    `-xhat_i * mean(h * xhat) / s`.
+# 3. The root and the mean of squares: if c_i moves by dc, `s^2 = mean(c*c) + eps` moves
+#    by `2 s ds = 2 c_i dc / n`, and so s by `ds = xhat_i / n * dc`. Through s, then,
+#    c_i receives `-xhat_i * mean(h * xhat) / s`.
 # 4. The mean: what c receives in all, x receives without its mean. That of h is
 #    `mean(h)`; that of xhat is 0, for c has none. Together
 #
@@ -5149,9 +5272,42 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     return y.reshape(x.shape), pullback
 
 
+# ### Batch norm
+#
 # Batch norm is the same with "row" read as "channel": all n numbers of one channel, in
-# the whole batch. The weight is then one number w for the whole row. (In training it
-# also moves running statistics; the definition takes them and leaves them alone, or
+# the whole batch. The weight w and the bias b are then one number each. For one
+# channel, forward and back are ten lines:
+#
+#     >>> def naive_batch_norm(x, w, b, eps=1e-5):  # (n,), two numbers
+#     ...     c = x - x.mean()  # centred
+#     ...     s = np.sqrt((c * c).mean() + eps)
+#     ...     return c / s * w + b
+#     ...
+#     >>> def naive_batch_norm_back(g, x, w, eps=1e-5):
+#     ...     n = len(x)
+#     ...     c = x - x.mean()
+#     ...     s = np.sqrt((c * c).mean() + eps)
+#     ...     dx = w / s * (g - g.mean() - c * (g * c).sum() / (n * s * s))
+#     ...     return dx, (g * c).sum() / s, g.sum()
+#     ...
+#     >>> x, g, w, b = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0]), 2.0, 0.5
+#     >>> print(*[a.round(3) for a in naive_batch_norm_back(g, x, w)])
+#     [ 0.353 -0.441  0.088] -0.926 1.0
+#     >>> slopes = grad(lambda *a: (naive_batch_norm(*a) * g).sum(), (0, 1, 2))(x, w, b)
+#     >>> print(*[a.numpy().round(3) for a in slopes])
+#     [ 0.353 -0.441  0.088] -0.926 1.0
+#
+# The way back is what layer norm's derivation ended with:
+#
+# 1. There, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * w`. Now w is
+#    one number, and comes out of both means:
+#    `dx = w/s * (g - mean(g) - xhat * mean(g * xhat))`.
+# 2. With `xhat = c / s`, the last term is `c * sum(g * c) / (n s^2)`.
+# 3. The weight receives `sum(g * xhat) = sum(g * c) / s`, and the bias `sum(g)`.
+#
+# In evaluation an image is judged by itself, without a batch. So training also moves two
+# arrays, the *running* mean and variance, some of the way towards those of each batch,
+# and evaluation takes them. (The definition is given them and leaves them alone, or
 # they would be moved again when it is differentiated.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
@@ -5163,35 +5319,13 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel needs a few numbers for each channel, and then passes over its elements.
-# Forward:
+# The kernel computes the ten lines for all channels at once, and adds three cares.
 #
-# 1. The mean m. It comes out of a sum of large numbers, and is rounded. Then `c = x - m`
-#    are small numbers.
-# 2. With an exact m, the mean of c would be 0. What it is instead is the *error* e of m:
-#    the true centred numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan,
-#    Golub and LeVeque, 1983).
-# 3. So `y = (c - e) / s * w + b`, which is `c * scale + shift`, with `scale = w / s` and
-#    `shift = b - e * scale`.
-#
-# Backward is what layer norm's derivation ended with, where now h is w g, and the number
-# w comes out of the means:
-#
-# 4. b receives `sum(g)`, and w receives `sum(g * xhat) = sum(g * c) / s`.
-# 5. x receives `w/s * (g - mean(g) - xhat * mean(g * xhat))`. With xhat = c / s, that is
-#
-#        dx = scale * (g - mean(g) + slope * c),   slope = -sum(g * c) / (n s^2)
-#
-# (c is computed again, from m + e; to keep it would take as much memory as x.)
-#
-# The images come in one of two layouts, and are seen without a copy as (A, C, B), where
-# the channel is in the middle. (What is laid out otherwise is copied to the first.)
+# **Layout.** The images come in one of two layouts, and are seen without a copy as
+# (A, C, B), with the channel in the middle. (Others are copied to the first.)
 #
 #     batch last, as conv2d leaves them    (1, C, H W N)    channel after channel
 #     as a user makes them                 (N, C, H W)      image after image
-#
-# It works on *slabs* that fit the cache: of some channels in the first layout, some
-# images in the second (see PASSES).
 def _by_channel(x: np.ndarray, batch_last: bool) -> np.ndarray:
     """x, (N, C, ...), as (A, C, B)."""
     x = _batch_last(x)[None] if batch_last else x
@@ -5206,18 +5340,26 @@ def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
     return _batch_first(y.reshape(c, *size, n))
 
 
-def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
-    """Indices (of A, of C) that cut an (A, C, B) array into pieces of about a block."""
-    a, c, b = x.shape
-    if a > 1:
-        step = max(1, _BLOCK // (c * b))
-        return [(slice(i, i + step), slice(None)) for i in range(0, a, step)]
-    step = max(1, _BLOCK // b)
-    return [(slice(None), slice(i, i + step)) for i in range(0, c, step)]
+# **Memory.** Several passes go over one *slab* while it is in the cache, and then over
+# the next (see PASSES). A slab is some channels in the first layout, some images in the
+# second. As with `_blocks`, what is a piece of `x` is called `x_`.
+def _slabs(*arrays: np.ndarray) -> Iterator[list]:
+    """Matching pieces, of about a block, of arrays (A, C, B), (C, B), (C, 1) and (C,).
+
+    The first is (A, C, B). All pieces are views.
+    """
+    a, c, b = arrays[0].shape
+    by_image = a > 1
+    length = a if by_image else c
+    step = max(1, _BLOCK * length // arrays[0].size)
+    for i in range(0, length, step):
+        images = slice(i, i + step) if by_image else slice(None)
+        channels = slice(None) if by_image else slice(i, i + step)
+        yield [x[images, channels] if x.ndim == 3 else x[channels] for x in arrays]
 
 
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, to broadcast with x, (A, C, B): as (C, 1), or as (C, B).
+    """One number per channel, (C,), to broadcast with x, (A, C, B): (C, 1) or (C, B).
 
     The latter is for images after one another, whose lines B are short (see LOOPS).
     """
@@ -5226,19 +5368,23 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
     return column if a == 1 else np.repeat(column, b, axis=1)
 
 
+# **Digits.** The mean of large numbers comes out rounded. With an exact one, the mean of
+# c would be 0; what it is instead is the *error* e of the mean. So the true centred
+# numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque,
+# 1983). Neither needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`,
+# with `scale = w / s` and `shift = b - e * scale`.
 def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
-    """Steps 1 and 2: writes c to `centred`; returns m, e and the variance, (C,) each."""
+    """Writes c to `centred`; returns the rounded mean, its error e, and the variance."""
     n = x.size // x.shape[1]
-    rounded_mean = np.einsum("acb->c", x) / n
+    rounded_mean = np.einsum("acb->c", x) / n  # (C,), as the other two
     error = np.zeros_like(rounded_mean)
     square = np.zeros_like(rounded_mean)
 
     mean_spread = _spread(rounded_mean, x)
-    for slab in _slabs(x):
-        channels = slab[1]
-        c = np.subtract(x[slab], mean_spread[channels], out=centred[slab])
-        error[channels] += np.einsum("acb->c", c) / n
-        square[channels] += np.einsum("acb,acb->c", c, c) / n
+    for x_, c_, mean_, error_, square_ in _slabs(x, centred, mean_spread, error, square):
+        np.subtract(x_, mean_, out=c_)
+        error_ += np.einsum("acb->c", c_) / n
+        square_ += np.einsum("acb,acb->c", c_, c_) / n
     return rounded_mean, error, np.maximum(square - error * error, 0)
 
 
@@ -5261,11 +5407,9 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
     scale = inverse * weight
     shift = bias - error * scale
-    scale_spread = _spread(scale, images)
-    shift_spread = _spread(shift, images)
-    for slab in _slabs(images):
-        y[slab] *= scale_spread[slab[1]]
-        y[slab] += shift_spread[slab[1]]
+    for y_, scale_, shift_ in _slabs(y, _spread(scale, y), _spread(shift, y)):
+        y_ *= scale_
+        y_ += shift_
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _by_channel(g, batch_last)
@@ -5275,36 +5419,35 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     return _from_channels(y, x.shape, batch_last), pullback
 
 
+# Backward, `dx = w/s * (g - mean(g) - c * sum(g * c) / (n s^2))` takes two rounds, for
+# both sums must be known before the first number of dx. (c is computed again; to keep
+# it would take as much memory as x.)
 def _batch_norm_back(g, images, mean, inverse, scale):
-    """Steps 4 and 5: the gradients by images, weight and bias."""
+    """The gradients by images, weight and bias."""
     n = images.size // len(mean)
     dx = np.empty_like(images)
-    sum_g = np.zeros_like(mean)
-    sum_g_c = np.zeros_like(mean)
+    sum_g = np.zeros_like(mean)  # (C,)
+    sum_gc = np.zeros_like(mean)
 
-    mean_spread = _spread(mean, images)
-    for slab in _slabs(images):
-        channels = slab[1]
-        c = np.subtract(images[slab], mean_spread[channels], out=dx[slab])
-        sum_g[channels] += np.einsum("acb->c", g[slab])
-        sum_g_c[channels] += np.einsum("acb,acb->c", g[slab], c)
+    arrays = images, g, dx, _spread(mean, images), sum_g, sum_gc
+    for x_, g_, c_, mean_, sum_g_, sum_gc_ in _slabs(*arrays):
+        np.subtract(x_, mean_, out=c_)  # dx holds c
+        sum_g_ += np.einsum("acb->c", g_)
+        sum_gc_ += np.einsum("acb,acb->c", g_, c_)
 
-    slope_spread = _spread(-sum_g_c * inverse * inverse / n, images)
-    mean_g_spread = _spread(sum_g / n, images)
-    scale_spread = _spread(scale, images)
-    for slab in _slabs(images):
-        channels = slab[1]
-        piece = dx[slab]  # holds c
-        piece *= slope_spread[channels]
-        piece += g[slab]
-        piece -= mean_g_spread[channels]
-        piece *= scale_spread[channels]
-    return dx, sum_g_c * inverse, sum_g
+    per_channel = -sum_gc * inverse * inverse / n, sum_g / n, scale
+    spread = [_spread(numbers, images) for numbers in per_channel]
+    for dx_, g_, slope_, mean_g_, scale_ in _slabs(dx, g, *spread):
+        dx_ *= slope_
+        dx_ += g_
+        dx_ -= mean_g_
+        dx_ *= scale_
+    return dx, sum_gc * inverse, sum_g
 
 
 @_in_float32
 def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
-    """batch_norm in evaluation: `x * scale + shift`, by constant statistics."""
+    """batch_norm in evaluation: `x * scale + shift`, by the running statistics."""
     scale = weight / np.sqrt(running_var.astype(x.dtype) + eps)
     shift = bias - scale * running_mean.astype(x.dtype)
     y = x.swapaxes(1, -1) * scale + shift  # channels last, to broadcast
