@@ -3119,7 +3119,8 @@ def _with_dtype(op: Callable) -> Callable:
 
 def _at_least(function: Callable) -> Callable:
     def answer(*arrays: Any) -> Any:
-        results = tuple(reshape(t, function(_value(t)).shape) for t in map(as_tensor, arrays))
+        tensors = map(as_tensor, arrays)
+        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
         return results[0] if len(results) == 1 else results
 
     return answer
@@ -3517,7 +3518,8 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
     a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
     if a.shape[-1] != 3 or b.shape[-1] != 3:
         raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 "
-                         "along an axis (here moved last); append a zero to those of length 2")
+                         "along an axis (here moved last); append a zero to those of "
+                         "length 2")
     later, last = [1, 2, 0], [2, 0, 1]
     c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
     return moveaxis(c, -1, axisc)
@@ -3654,7 +3656,8 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     x = as_tensor(x)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
     if len(axes) == 1 or axis is None and ord is None:
-        return _vector_norm(x, axis=axes, keepdims=keepdims, ord=2 if ord is None else ord)
+        ord = 2 if ord is None else ord
+        return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
     if len(axes) != 2:
         raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, "
                          "a matrix two")
@@ -3695,22 +3698,28 @@ def _vecdot(x1, x2, axis=-1):
     return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
 
 
-for _name, _f in {
-    "row_stack": _FUNCTIONS[np.vstack], "matvec": _matvec, "vecmat": _vecmat,
-    "vecdot": _vecdot, "linalg.vecdot": _vecdot,
-    "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
-    "matrix_transpose": lambda x: _mT(x), "linalg.matrix_transpose": lambda x: _mT(x),
-    "linalg.matmul": matmul, "linalg.outer": outer, "linalg.tensordot": tensordot,
-    "linalg.cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
-    "linalg.diagonal": lambda x, *, offset=0: diagonal(x, offset, -2, -1),
-    "linalg.trace": lambda x, *, offset=0: trace(x, offset, -2, -1),
-    "linalg.svdvals": lambda x: svd(x, compute_uv=False),
-    "linalg.vector_norm": _vector_norm,
-    "linalg.matrix_norm": lambda x, *, keepdims=False, ord="fro":
-        norm(x, ord, (-2, -1), keepdims),
-}.items():
-    *_space, _name = _name.split(".")
-    _answers(getattr(np.linalg if _space else np, _name, None))(_f)
+_NEWER = {
+    np: {
+        "row_stack": _FUNCTIONS[np.vstack],
+        "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+        "matrix_transpose": lambda x: _mT(x),
+        "vecdot": _vecdot, "matvec": _matvec, "vecmat": _vecmat,
+    },
+    np.linalg: {
+        "matmul": matmul, "outer": outer, "tensordot": tensordot, "vecdot": _vecdot,
+        "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+        "diagonal": lambda x, *, offset=0: diagonal(x, offset, -2, -1),
+        "trace": lambda x, *, offset=0: trace(x, offset, -2, -1),
+        "matrix_transpose": lambda x: _mT(x),
+        "svdvals": lambda x: svd(x, compute_uv=False),
+        "vector_norm": _vector_norm,
+        "matrix_norm": lambda x, *, keepdims=False, ord="fro":
+            norm(x, ord, (-2, -1), keepdims),
+    },
+}
+for _module, _answer_of in _NEWER.items():
+    for _key, _f in _answer_of.items():
+        _answers(getattr(_module, _key, None))(_f)
 
 for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
     if _f.__qualname__[0] in "_<":  # such as <lambda>
