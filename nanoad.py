@@ -625,7 +625,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
                 to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.2)
 
     times = {t._time for t in inputs}
-    for time in sorted(found):  # operands before results
+    for moment in sorted(found):  # operands before results
         operands = found[time]._operands or ()
         if time >= horizon and any(_tracked(a) and a._time in times for a in operands):
             times.add(time)
@@ -1158,20 +1158,39 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
 
     if len(args) > count or settings:
         operands += [_admit_setting(operation, a) for a in args[count:]]
-        settings = {name: _admit_setting(operation, a) for name, a in settings.items()}
+        settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
     return tuple(operands), settings
 
 
 def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """Operands that were given by name become positional."""
-    code = getattr(inspect.unwrap(operation), "__code__", None)
-    names = code.co_varnames[:code.co_argcount] if code else ()
+    operands, _ = _argument_names(operation)
     settings = dict(settings)
-    for name in names[len(args):operation.operands]:
+    for name in operands[len(args):]:
         if name not in settings:
             break
         args = (*args, settings.pop(name))
     return args, settings
+
+
+def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
+    """The names of its operands, and of its settings. (A function of C has none.)"""
+    code = getattr(inspect.unwrap(operation), "__code__", None)
+    if code is None:
+        return (), ()
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    count = min(operation.operands, code.co_argcount)
+    return names[:count], names[count:]
+
+
+def _admit_together(*operands: Any) -> list[Tensor]:
+    """The operands of a composition as Tensors, admitted as by one operation of them all.
+
+    (Alone, in a reshape say, a bool mask would become float64, and so would the float32
+    that it meets next. Any operation of any number of operands will do here.)
+    """
+    admitted = [_admit_operand(_concatenate, a) for a in operands]
+    return [as_tensor(a) for a in _to_floating(_concatenate, admitted)]
 
 
 def _admit_operand(operation: Callable, a: Any) -> Any:
@@ -1203,12 +1222,21 @@ def _to_floating(operation: Callable, operands: list) -> list:
     return operands
 
 
-def _admit_setting(operation: Callable, a: Any) -> Any:
+def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
     if _tracked(a):
+        if name is not None and name not in _argument_names(operation)[1]:
+            raise TypeError(_wrong_name(operation, name))
         raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given where a "
                         "setting belongs (a shape, an axis, an eps, integers), and would get none; "
                         "use .item() or .numpy()")
     return _value(a)
+
+
+def _wrong_name(operation: Callable, name: str) -> str:
+    """What is said of a Tensor that was given by a name which is no setting's."""
+    names = ", ".join(_argument_names(operation)[0])
+    operands = f"are {names}, each once" if names else "have no names: give them by position"
+    return f"{operation.__name__}: has no place for an operand {name!r}; its operands {operands}"
 
 
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
@@ -1271,11 +1299,13 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwa
     out = kwargs.get("out", ())
     if any(isinstance(a, Tensor) for a in out):
         raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its result")
-    plain_call = method == "__call__" and not kwargs
+
+    plain_call = method == "__call__" and not kwargs  # no np.add.reduce, and no where=
     if plain_call and ufunc in _FUNCTIONS:
         return _FUNCTIONS[ufunc](*inputs)
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
         return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
+
     how = "" if method == "__call__" else f".{method}"
     options = f" with {', '.join(kwargs)}=" if kwargs else ""
     raise TypeError(_no_derivative(ufunc, how + options))
@@ -1286,7 +1316,8 @@ def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
     """What `function(*args, **kwargs)` of NumPy gives, a Tensor being somewhere among these."""
     if function in _FUNCTIONS:
         return _FUNCTIONS[function](*args, **kwargs)
-    items = _flatten((args, kwargs))[0]
+
+    items, _ = _flatten((args, kwargs))  # a Tensor may be in a list, as for np.block
     if function in _WITHOUT_GRADIENT or not any(map(_tracked, items)):
         return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
     raise TypeError(_no_derivative(function, ""))
@@ -2390,7 +2421,7 @@ def solve(a: Any, b: Any) -> Tensor:
     """The x of a @ x = b, for (..., n, n) and (n,) or (..., n, k).
     LinAlgError if a is singular.
     """
-    a, b = _with_shape(a), _with_shape(b)
+    a, b = _admit_together(a, b)
     vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 have it
     columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
@@ -2723,7 +2754,7 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 # its definition, and below it.
 
 
-def fused(definition: Callable, operands: int = sys.maxsize) -> Callable:
+def fused(definition: Callable, operands: int | None = None) -> Callable:
     """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
 
     `definition` computes the same by other operations. The first `operands` arguments
@@ -2733,7 +2764,8 @@ def fused(definition: Callable, operands: int = sys.maxsize) -> Callable:
     twice.
     """
     def decorate(kernel: Callable) -> Callable:
-        operation = _operation(kernel, operands, _pull_fused, fused=True)
+        count = sys.maxsize if operands is None else operands
+        operation = _operation(kernel, count, _pull_fused, fused=True)
         operation.definition = definition
         return operation
 
@@ -3011,14 +3043,16 @@ Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
 
+# A gradient may also be set by hand, as in `t.grad = 0.0`; a number stands for an array
+# that is full of it.
 def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     """`value` as a gradient that `t` can have: None, or a Tensor of its shape and dtype."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
         value = _wrap(np.asarray(value, t.dtype))
-    if value.ndim == 0:
-        value = broadcast_to(value, t.shape) if t.ndim else value
+    if value.ndim == 0 and t.ndim > 0:
+        value = broadcast_to(value, t.shape)
     if value.shape != t.shape:
         raise ValueError(f"a gradient of shape {value.shape} for {t.label or 'a tensor'} of shape "
                          f"{t.shape}: they must agree")
@@ -3027,8 +3061,10 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 
 # ## II.9 NumPy's other names: what needs no new idea?
 #
-# Skip this section: it is for looking up. NumPy code uses hundreds of functions, and
-# what we have so far says nearly all of them. What NumPy code may use, by kind:
+# Skip this section: it is for looking up, and nothing that you read elsewhere needs it.
+# NumPy has hundreds of functions, and nearly all of them are compositions of operations
+# that we have. So each is written here as such, with NumPy's own signature; its
+# derivatives follow. What NumPy code may use, by kind:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
 #                     positive square reciprocal power float_power
@@ -3076,66 +3112,33 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     array2string array_repr array_str
     """.split()} | {np.linalg.matrix_rank}
 
-# *In one line*, with NumPy's signature.
-_FUNCTIONS.update({
-    # elements (all numbers here are real)
-    np.conjugate: identity, np.real: identity, np.real_if_close: identity,
-    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
-    np.square: lambda x: x * x,
-    np.reciprocal: lambda x: 1 / x,
-    np.float_power: lambda a, b: power(astype(a, np.float64), b),
-    np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
-    # shapes
-    np.transpose: lambda a, axes=None: transpose(a, axes),
-    np.ravel: lambda a: reshape(a, -1),
-    np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
-        reshape(a, newshape if shape is None else shape),
-    np.full_like: lambda a, fill_value, dtype=None:
-        broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
-    np.atleast_1d: lambda *arrays: _at_least(np.atleast_1d, arrays),
-    np.atleast_2d: lambda *arrays: _at_least(np.atleast_2d, arrays),
-    np.atleast_3d: lambda *arrays: _at_least(np.atleast_3d, arrays),
-    # joining and cutting
-    np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
-    np.vstack: lambda tup: concatenate([np.atleast_2d(as_tensor(t)) for t in tup]),
-    np.dstack: lambda tup: concatenate([np.atleast_3d(as_tensor(t)) for t in tup], 2),
-    np.split: lambda ary, indices_or_sections, axis=0:
-        split(ary, indices_or_sections, axis),
-    np.array_split: lambda ary, indices_or_sections, axis=0:
-        _cut(np.array_split, ary, indices_or_sections, axis),
-    np.hsplit: lambda ary, indices_or_sections:
-        split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1),
-    np.vsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 0),
-    np.dsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 2),
-    # reductions
-    np.ptp: lambda a, axis=None, *, keepdims=False:
-        max_(a, axis, keepdims) - min_(a, axis, keepdims),
-    np.percentile: lambda a, q, axis=None, *, method="linear", keepdims=False:
-        quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims),
-    # linear algebra
-    np.vdot: lambda a, b:
-        matmul(reshape(_with_shape(a), -1), reshape(_with_shape(b), -1)),
-    np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO)[0],
-})
-for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
-    _moves(_move.__name__, _move)
+
+# ### In one line
+#
+# Three helpers for rows: a reduction whose third argument is a dtype; shapes that NumPy
+# itself names; and moves of elements of several arrays, where what is moved are their
+# positions in all of them, laid end to end.
+def _with_dtype(op: Callable) -> Callable:
+    return lambda a, axis=None, dtype=None, **more: op(  # more: keepdims, and ddof of var
+        a if dtype is None else astype(a, dtype), axis, **more)
 
 
-@_answers(np.max, np.amax)
-def _max(a, axis=None, *, keepdims=False):
-    return max_(a, axis, keepdims)
+def _at_least(function: Callable) -> Callable:
+    def answer(*arrays: Any) -> Any:
+        tensors = map(as_tensor, arrays)
+        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
+        return results[0] if len(results) == 1 else results
+
+    return answer
 
 
-@_answers(np.min, np.amin)
-def _min(a, axis=None, *, keepdims=False):
-    return min_(a, axis, keepdims)
-
-
-def _reduction(function: Callable, op: Callable) -> None:
-    """Answer for a reduction of NumPy, whose third argument is a dtype."""
-    @_answers(function)
-    def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
-        return op(a if dtype is None else astype(a, dtype), axis, **more)
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    tensors = _admit_together(*operands)
+    positions, count = [], 0
+    for t in tensors:
+        positions.append(np.arange(count, count + t.size).reshape(t.shape))
+        count += t.size
+    return concatenate(tensors, axis=None)[move(*positions)]
 
 
 def _nansum(a, axis=None, keepdims=False):
@@ -3147,15 +3150,82 @@ def _nanmean(a, axis=None, keepdims=False):
     return _nansum(a, axis, keepdims) / count
 
 
-for _function, _f in {np.sum: sum_, np.mean: mean, np.var: var, np.std: std,
-                      np.prod: prod, np.cumsum: cumsum, np.cumprod: cumprod,
-                      np.nansum: _nansum, np.nanmean: _nanmean}.items():
-    _reduction(_function, _f)
+_FUNCTIONS.update({
+    # elements (all numbers here are real)
+    np.conjugate: identity, np.real: identity, np.real_if_close: identity,
+    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
+    np.square: lambda x: x * x,
+    np.reciprocal: lambda x: 1 / x,
+    np.float_power: lambda a, b: power(astype(a, np.float64), b),
+    np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
+    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:
+        clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
+    np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
+        where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
+    np.select: lambda condlist, choicelist, default=0: functools.reduce(
+        lambda rest, pair: where(*pair, rest),  # from the last condition to the first
+        reversed(list(zip(condlist, choicelist, strict=True))), default),
+    # shapes
+    np.transpose: lambda a, axes=None: transpose(a, axes),
+    np.ravel: lambda a: reshape(a, -1),
+    np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
+        reshape(a, newshape if shape is None else shape),
+    np.full_like: lambda a, fill_value, dtype=None:
+        broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
+    np.atleast_1d: _at_least(np.atleast_1d),
+    np.atleast_2d: _at_least(np.atleast_2d),
+    np.atleast_3d: _at_least(np.atleast_3d),
+    np.broadcast_arrays: lambda *arrays: tuple(
+        broadcast_to(t, np.broadcast_shapes(*map(np.shape, arrays)))
+        for t in _admit_together(*arrays)),
+    # moving
+    np.insert: lambda arr, obj, values, axis=None: _moves_several(
+        lambda a, v: np.insert(a, obj, v, axis), arr,
+        astype(values, np.asarray(_value(arr)).dtype)),
+    np.choose: lambda a, choices, *, mode="raise": _moves_several(
+        lambda *c: np.choose(_value(a), c, mode=mode), *choices),
+    # joining and cutting
+    np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
+    np.vstack: lambda tup: concatenate([np.atleast_2d(t) for t in _admit_together(*tup)]),
+    np.dstack: lambda tup:
+        concatenate([np.atleast_3d(t) for t in _admit_together(*tup)], 2),
+    np.column_stack: lambda tup: concatenate(
+        [t if t.ndim > 1 else reshape(t, (-1, 1)) for t in _admit_together(*tup)], 1),
+    np.split: lambda ary, indices_or_sections, axis=0:
+        split(ary, indices_or_sections, axis),
+    np.array_split: lambda ary, indices_or_sections, axis=0:
+        _cut(np.array_split, ary, indices_or_sections, axis),
+    np.hsplit: lambda ary, indices_or_sections:
+        split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1),
+    np.vsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 0),
+    np.dsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 2),
+    # reductions
+    np.sum: _with_dtype(sum_), np.prod: _with_dtype(prod), np.mean: _with_dtype(mean),
+    np.var: _with_dtype(var), np.std: _with_dtype(std),
+    np.cumsum: _with_dtype(cumsum), np.cumprod: _with_dtype(cumprod),
+    np.nansum: _with_dtype(_nansum), np.nanmean: _with_dtype(_nanmean),
+    np.max: lambda a, axis=None, *, keepdims=False: max_(a, axis, keepdims),
+    np.min: lambda a, axis=None, *, keepdims=False: min_(a, axis, keepdims),
+    np.ptp: lambda a, axis=None, *, keepdims=False:
+        max_(a, axis, keepdims) - min_(a, axis, keepdims),
+    np.percentile: lambda a, q, axis=None, *, method="linear", keepdims=False:
+        quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims),
+    # linear algebra
+    np.vdot: lambda a, b: matmul(*(reshape(t, -1) for t in _admit_together(a, b))),
+    np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO)[0],
+})
+_FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
+_FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
+
+for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
+    _moves(_move.__name__, _move)
 
 
-# *Elements.* `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative,
-# `(cos(u) - sinc(x)) / x`, is 0/0 at 0 and loses its digits nearby. There we add up its
-# series, written as nested products (Horner),
+# ### Elements
+#
+# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
+# 0/0 at 0 and loses its digits nearby. There we add up its series, written as nested
+# products (Horner),
 #
 #     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
 #
@@ -3174,26 +3244,12 @@ def _sinc_slope(x: Any) -> Any:
 sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 
 
-@_answers(np.clip)
-def _clip_as_numpy(a, a_min=None, a_max=None, *, min=None, max=None):
-    low = min if a_min is None else a_min
-    high = max if a_max is None else a_max
-    return clip(a, low, high)
-
-
 @_answers(np.nan_to_num)
 @primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
                neginf: float | None = None) -> Tensor:
     """A copy of x with numbers for nan, inf and -inf, whose gradient is 0."""
     return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
-
-
-@_answers(np.heaviside)
-def _heaviside(x, at_zero):
-    """0 below zero, 1 above, `at_zero` at zero, which is what has a derivative."""
-    x = _value(x)
-    return where(np.equal(x, 0), at_zero, np.heaviside(x, 0))
 
 
 @_answers(np.histogram)
@@ -3204,57 +3260,26 @@ def _histogram(a, bins=10, range=None, density=None, weights=None):
     return np.histogram(_value(a), _value(bins), range, density, _value(weights))
 
 
-@_answers(np.select)
-def _select(condlist, choicelist, default=0):
-    result = default
-    for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
-        result = where(condition, choice, result)
-    return result
-
-
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
     """Each function gets its part of x only. Of several conditions the last counts."""
-    masks = list(np.reshape(condlist, (-1, *np.shape(x))))
-    if len(funclist) == len(masks) + 1:  # the last one is for the rest
-        masks.append(~np.any(masks, axis=0))
+    count = 1 if np.ndim(condlist) == np.ndim(x) else len(condlist)
+    masks = np.reshape(condlist, (count, *np.shape(x))).astype(bool)
+    if len(funclist) == count + 1:  # the last one is for the rest
+        masks = np.concatenate([masks, ~masks.any(axis=0, keepdims=True)])
     if len(funclist) != len(masks):
-        raise ValueError(f"np.piecewise: {len(masks)} conditions, "
-                         f"{len(funclist)} functions")
+        raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
 
-    result = np.zeros_like(x)
-    done = np.zeros(np.shape(x), bool)
-    for mask, f in reversed(list(zip(masks, funclist))):
-        mask = mask & ~done
-        value = f(x[mask], *args, **kw) if callable(f) else f
-        result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
-        done = done | mask
+    result = where(False, x, 0)  # zeros, made from x
+    for i, f in enumerate(funclist):
+        mask = masks[i] & ~masks[i + 1:].any(axis=0)
+        if mask.any():
+            value = f(x[mask], *args, **kw) if callable(f) else f
+            result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
     return result
 
 
-# *Moves.* np.insert and np.choose take elements of several arrays. The positions again:
-# those of the arrays laid end to end.
-def _moves_several(move: Callable, *operands: Any) -> Tensor:
-    """move(*operands), which only moves or repeats elements of the operands."""
-    tensors = [as_tensor(a) for a in operands]
-    positions, start = [], 0
-    for t in tensors:
-        positions.append(np.arange(start, start + t.size).reshape(t.shape))
-        start += t.size
-    return concatenate(tensors, axis=None)[move(*positions)]
-
-
-@_answers(np.insert)
-def _insert(arr, obj, values, axis=None):
-    values = astype(values, np.asarray(_value(arr)).dtype)
-    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
-
-
-@_answers(np.choose)
-def _choose(a, choices, *, mode="raise"):
-    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
-
-
+# ### Moves and shapes
 @_answers(np.partition)
 def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
               kind: str = "introselect") -> Tensor:
@@ -3263,17 +3288,10 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
     return take_along_axis(x, order, axis)
 
 
-# *Shapes, joined.*
-def _at_least(function: Callable, arrays: tuple) -> Any:
-    """np.atleast_1d and its kin: NumPy says which shape an array gets."""
-    results = tuple(reshape(a, function(_value(as_tensor(a))).shape) for a in arrays)
-    return results[0] if len(results) == 1 else results
-
-
-@_answers(np.broadcast_arrays)
-def _broadcast_arrays(*arrays):
-    shape = np.broadcast_shapes(*map(np.shape, arrays))
-    return tuple(broadcast_to(a, shape) for a in arrays)
+@_answers(np.hstack)
+def _hstack(tup):
+    tensors = [np.atleast_1d(t) for t in _admit_together(*tup)]
+    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
 
 
 @_answers(np.meshgrid)
@@ -3285,27 +3303,14 @@ def _meshgrid(*xi, indexing="xy", sparse=False):
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
     n = len(xi)
+    axes = [1, 0, *range(2, n)] if indexing == "xy" and n > 1 else range(n)
     grids = []
-    for i, x in enumerate(xi):
-        grids.append(reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i)))
-    if indexing == "xy" and n > 1:
-        grids = [swapaxes(grid, 0, 1) for grid in grids]
-    return tuple(grids) if sparse else _broadcast_arrays(*grids)
+    for x, axis in zip(_admit_together(*xi), axes):
+        grids.append(reshape(x, (1,) * axis + (-1,) + (1,) * (n - 1 - axis)))
+    return tuple(grids) if sparse else np.broadcast_arrays(*grids)
 
 
-@_answers(np.hstack)
-def _hstack(tup):
-    tensors = [np.atleast_1d(_with_shape(t)) for t in tup]
-    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
-
-
-@_answers(np.column_stack)
-def _column_stack(tup):
-    tensors = [np.atleast_1d(_with_shape(t)) for t in tup]
-    return concatenate([t.reshape(-1, 1) if t.ndim == 1 else t for t in tensors], 1)
-
-
-# *Reductions and differences.*
+# ### Reductions and differences
 @_answers(np.median)
 def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The middle element, or the mean of the two in the middle."""
@@ -3320,8 +3325,10 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
 
     The weights have the shape of x, or, for a single axis, its length.
     """
-    x = as_tensor(x)
-    weights = np.ones_like(x) if weights is None else as_tensor(weights)
+    if weights is None:
+        x = as_tensor(x)
+        weights = np.ones_like(x)
+    x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
         if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
             raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
@@ -3338,41 +3345,37 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
 def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
          append: Any = None) -> Tensor:
     """The differences of neighbours along an axis, n times over, as by np.diff."""
-    x = as_tensor(x)
     if n < 0:
         raise ValueError(f"diff: n must be at least 0, not {n}")
     if n == 0:
-        return x
-    pieces = [piece for piece in (prepend, x, append) if piece is not None]
-    if len(pieces) > 1:
-        x = concatenate([_as_slice_of(x, axis, piece) for piece in pieces], axis)
+        return as_tensor(x)
+    pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
+    x = pieces[0 if prepend is None else 1]
+    if len(pieces) > 1:  # a number stands for a slice that is full of it
+        slice_shape = sum_(x, axis, keepdims=True).shape
+        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), slice_shape)
+                         for a in pieces], axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
         y = y[1:] - y[:-1]
     return moveaxis(y, 0, axis)
 
 
-def _as_slice_of(x: Tensor, axis: int, piece: Any) -> Any:
-    """`piece`; if it is a number, a slice of x of thickness 1 that is full of it."""
-    if np.ndim(piece):
-        return piece
-    shape = list(x.shape)
-    shape[axis] = 1
-    return broadcast_to(astype(piece, x.dtype), tuple(shape))
-
-
 @_answers(np.ediff1d)
 def _ediff1d(ary, to_end=None, to_begin=None):
-    pieces = [to_begin, diff(reshape(ary, -1)), to_end]
-    return concatenate([piece for piece in pieces if piece is not None], axis=None)
+    pieces = _admit_together(*(a for a in (to_begin, ary, to_end) if a is not None))
+    i = 0 if to_begin is None else 1
+    pieces[i] = diff(reshape(pieces[i], -1))
+    return concatenate(pieces, axis=None)
 
 
 @_answers(getattr(np, "trapezoid", None) or np.trapz)  # its name before NumPy 2
 def _trapezoid(y, x=None, dx=1.0, axis=-1):
     """The integral of y over x by trapezoids, each its width times its mean height."""
-    y = moveaxis(as_tensor(y), axis, -1)
     if x is not None:
-        dx = diff(x) if np.ndim(x) == 1 else diff(moveaxis(as_tensor(x), axis, -1))
+        y, x = _admit_together(y, x)
+        dx = diff(x if x.ndim == 1 else moveaxis(x, axis, -1))
+    y = moveaxis(y, axis, -1)
     return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
 
 
@@ -3436,7 +3439,7 @@ def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
 
 @_answers(np.interp)
 def _interp(x, xp, fp, left=None, right=None):
-    x, xp, fp = _with_shape(x), _with_shape(xp), _with_shape(fp)
+    x, xp, fp = _admit_together(x, xp, fp)
     if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
         raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, "
                          "given by two vectors of one length")
@@ -3450,7 +3453,7 @@ def _interp(x, xp, fp, left=None, right=None):
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
 
 
-# *Products* of vectors and matrices: compositions of matmul, einsum and `*`.
+# ### Products of vectors and matrices
 def bmm(a: Any, b: Any) -> Tensor:
     """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
     if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
@@ -3462,14 +3465,15 @@ def bmm(a: Any, b: Any) -> Tensor:
 @_answers(np.inner)
 def inner(a: Any, b: Any) -> Tensor:
     """The inner products of the rows of a and b: the sum over the last axis of both."""
-    a, b = _with_shape(a), _with_shape(b)
-    return mul(a, b) if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
+    a, b = _admit_together(a, b)
+    return a * b if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
 
 
 @_answers(np.outer)
 def outer(a: Any, b: Any) -> Tensor:
     """a_i * b_j for all elements of both: (a.size, b.size)."""
-    return mul(reshape(_with_shape(a), (-1, 1)), reshape(_with_shape(b), (1, -1)))
+    a, b = _admit_together(a, b)
+    return reshape(a, (-1, 1)) * reshape(b, -1)
 
 
 @_answers(np.tensordot)
@@ -3479,40 +3483,35 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     These are the last of a and the first of b if `axes` says how many, else a pair of
     lists. Those of a remain first, then those of b.
     """
-    a, b = _with_shape(a), _with_shape(b)
+    a, b = _admit_together(a, b)
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
 
-    def are_there(numbers: list[int], n: int) -> bool:  # each once
-        return all(-n <= i < n for i in numbers) and len({i % n for i in numbers}) == len(numbers)
-
-    fit = are_there(left, a.ndim) and are_there(right, b.ndim)
-    if not fit or [a.shape[i] for i in left] != [b.shape[j] for j in right]:
+    of_a = list(range(a.ndim))  # a number for each axis; a common one is added up over
+    of_b = list(range(a.ndim, a.ndim + b.ndim))
+    try:
+        fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
+        for i, j in zip(left, right):
+            of_b[j] = of_a[i]
+    except IndexError:
+        fit = False
+    common = set(of_a) & set(of_b)
+    if not fit or len(common) < len(left):
         raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
                          "are not all there, each once, and of the same lengths; name "
                          "pairs that are")
-
-    of_a = list(range(a.ndim))  # a number for each axis; a common one is added up over
-    of_b = list(range(a.ndim, a.ndim + b.ndim))
-    for i, j in zip(left, right):
-        of_b[j] = of_a[i]
-    remaining = [n for n in of_a if n not in of_b] + [n for n in of_b if n not in of_a]
-    return einsum(a, of_a, b, of_b, remaining)
+    return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in common])
 
 
 @_answers(np.kron)
 def kron(a: Any, b: Any) -> Tensor:
     """The Kronecker product: b in place of each element of a, multiplied by it."""
-    a, b = _with_shape(a), _with_shape(b)
-    ndim = max(a.ndim, b.ndim)
-    blocks = (1,) * (ndim - a.ndim) + a.shape
-    inside = (1,) * (ndim - b.ndim) + b.shape
-    odd, even = tuple(range(1, 2 * ndim, 2)), tuple(range(0, 2 * ndim, 2))
-    a = expand_dims(reshape(a, blocks), odd)  # (2, 3) -> (2, 1, 3, 1)
-    b = expand_dims(reshape(b, inside), even)  # (5, 7) -> (1, 5, 1, 7)
-    shape = tuple(m * n for m, n in zip(blocks, inside))  # (2 * 5, 3 * 7)
-    return reshape(mul(a, b), shape)
+    a, b = _admit_together(a, b)
+    a = expand_dims(a, tuple(range(1, 2 * a.ndim, 2)))  # (2, 3) -> (2, 1, 3, 1)
+    b = expand_dims(b, tuple(range(0, 2 * b.ndim, 2)))  # (5, 7) -> (1, 5, 1, 7)
+    y = a * b  # (2, 5, 3, 7)
+    return reshape(y, tuple(m * n for m, n in zip(y.shape[::2], y.shape[1::2])))
 
 
 @_answers(np.cross)
@@ -3521,19 +3520,15 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
     """The cross products of vectors of length 3, which lie along the given axes."""
     if axis is not None:
         axisa = axisb = axisc = axis
-    a, b = moveaxis(_with_shape(a), axisa, -1), moveaxis(_with_shape(b), axisb, -1)
+    a, b = _admit_together(a, b)
+    a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
     if a.shape[-1] != 3 or b.shape[-1] != 3:
         raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 "
-                         "along an axis (here moved last); append a zero to those of length 2")
+                         "along an axis (here moved last); append a zero to those of "
+                         "length 2")
     later, last = [1, 2, 0], [2, 0, 1]
     c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
     return moveaxis(c, -1, axisc)
-
-
-def _vecdot(x1, x2, axis=-1):
-    a, b = moveaxis(_with_shape(x1), axis, -1), moveaxis(_with_shape(x2), axis, -1)
-    row, column = expand_dims(a, -2), expand_dims(b, -1)  # (..., 1, n), (..., n, 1)
-    return matmul(row, column)[..., 0, 0]
 
 
 # In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
@@ -3547,24 +3542,21 @@ def _convolve(a: Any, v: Any) -> Tensor:
 @_answers(np.convolve)
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
-    a, v = _with_shape(a), _with_shape(v)
+    a, v = _admit_together(a, v)
     if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
         raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two "
                          "vectors, and a mode 'full', 'same' or 'valid'")
-    y = _convolve(a, v)
     short, long = sorted([len(a), len(v)])
-    if mode == "full":
-        return y
-    if mode == "same":
-        first = (short - 1) // 2
-        return y[first:first + long]
-    return y[short - 1:long]
+    middle = (short - 1) // 2
+    parts = {"full": slice(None), "same": slice(middle, middle + long),
+             "valid": slice(short - 1, long)}
+    return _convolve(a, v)[parts[mode]]
 
 
 @_answers(np.correlate)
 def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
     """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
-    a, v = _with_shape(a), _with_shape(v)
+    a, v = _admit_together(a, v)
     if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
         return correlate(v, a, mode)[::-1]
     return convolve(a, v[::-1], mode)
@@ -3574,9 +3566,8 @@ def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
 # `(A (B v))`.
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
-    arrays = [_with_shape(a) for a in arrays]
-    rows = 1 if arrays[0].ndim == 1 else arrays[0].shape[0]
-    columns = 1 if arrays[-1].ndim == 1 else arrays[-1].shape[-1]
+    arrays = _admit_together(*arrays)
+    rows, columns = arrays[0].shape[:-1], arrays[-1].shape[1:]  # () of a vector
     if rows <= columns:
         return functools.reduce(matmul, arrays)
     return functools.reduce(lambda product, a: matmul(a, product), arrays[::-1])
@@ -3605,7 +3596,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     (a @ x - b) ** 2 for each column of b. a is (m, n) and b (m,) or (m, k). The
     residuals are the sums, if n is the rank and below m.
     """
-    a, b = _with_shape(a), _with_shape(b)
+    a, b = _admit_together(a, b)
     if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
         raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a "
                          "vector (m,) or columns (m, k)")
@@ -3621,50 +3612,44 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     return x, residuals if m > n == rank else residuals[:0], rank, singular
 
 
-# *Norms.* The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is
-# taken.
+# ### Norms
+#
+# The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is taken.
 @primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
 def _length(x: Any, axes: tuple) -> Tensor:
     return np.sqrt(np.sum(x * x, axis=axes))
 
 
-def _vector_norm_last(x: Any, ord: float) -> Any:
+def _norm_of_vectors(x: Any, ord: float) -> Any:
     """The norm over the last axis."""
-    if ord == 2:
-        return _length(x, axes=(x.ndim - 1,))
-    if ord == 0:
-        count = np.sum(x != 0, axis=-1, dtype=x.dtype)
-        return as_tensor(count)  # constant nearly everywhere
     if not isinstance(ord, (int, float, np.number)):
         raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by "
                          "numbers; those by name are of matrices, axis=(-2, -1)")
-    size = abs_(x)
+    if ord == 2:
+        return _length(x, axes=(-1,))
+    if ord == 0:  # constant nearly everywhere
+        return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
     if abs(ord) == np.inf:
-        return max_(size, -1) if ord > 0 else min_(size, -1)
-    if ord == 1:
-        return sum_(size, -1)
-    total = sum_(size ** ord, -1)
-    safe = np.where(total == 0, 1, total)  # a root's derivative at 0 is infinite
-    return np.where(total == 0, 0, safe ** (1 / ord))
+        return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
+    total = sum_(abs_(x) ** ord, -1)
+    is_zero = total == 0  # where a root's derivative is infinite
+    return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
 
 
-def _matrix_norm_last(x: Any, ord: Any) -> Any:
+def _norm_of_matrices(x: Any, ord: Any) -> Any:
     """The norm over the last two axes."""
     if ord in ("fro", None):
-        return _length(x, axes=(x.ndim - 2, x.ndim - 1))
-    if ord == "nuc":
-        return sum_(svd(x, compute_uv=False), -1)
-    if ord in (2, 1, np.inf):
-        largest = max_
-    elif ord in (-2, -1, -np.inf):
-        largest = min_
-    else:
+        return _length(x, axes=(-2, -1))
+    if ord not in ("nuc", 1, -1, 2, -2, np.inf, -np.inf):
         raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
                          "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
-    if abs(ord) == 2:
-        return largest(svd(x, compute_uv=False), -1)
-    columns = abs(ord) == 1
-    return largest(sum_(abs_(x), -2 if columns else -1), -1)
+    if ord in ("nuc", 2, -2):
+        sizes = svd(x, compute_uv=False)
+    else:  # of its columns, or of its rows
+        sizes = sum_(abs_(x), -2 if abs(ord) == 1 else -1)
+    if ord == "nuc":
+        return sum_(sizes, -1)
+    return max_(sizes, -1) if ord > 0 else min_(sizes, -1)
 
 
 @_answers(np.linalg.norm)
@@ -3682,18 +3667,14 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     if len(axes) != 2:
         raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, "
                          "a matrix two")
-    y = _matrix_norm_last(moveaxis(x, axes, (-2, -1)), ord)
+    y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
     return expand_dims(y, axes) if keepdims else y
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    rows, axes = _joined(x, axis)  # (..., n)
-    y = _vector_norm_last(rows, ord)
+    x, axes = _joined(x, axis)  # (..., n)
+    y = _norm_of_vectors(x, ord)
     return expand_dims(y, axes) if keepdims else y
-
-
-def _matrix_norm(x, *, keepdims=False, ord="fro"):
-    return norm(x, ord, (-2, -1), keepdims)
 
 
 @_answers(np.linalg.cond)
@@ -3704,34 +3685,47 @@ def _cond(x, p=None):
     return norm(x, p, (-2, -1)) * norm(inv(x), p, (-2, -1))
 
 
-# *What some NumPys lack.* NumPy 2 added names, and has those of matrices in np.linalg as
-# well, where they are about the last two axes.
-def _linalg_diagonal(x, *, offset=0):
-    rows, columns = np.nonzero(np.eye(*x.shape[-2:], k=offset))
-    return x[..., rows, columns]
+# ### What some NumPys lack
+#
+# NumPy 2 added names, and has those of matrices in np.linalg as well, where they are
+# about the last two axes.
+def _matvec(x1, x2):
+    a, b = _admit_together(x1, x2)
+    return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
 
 
-for _name, _f in {
-    "row_stack": _FUNCTIONS[np.vstack],
-    "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
-    "matrix_transpose": lambda x: _mT(x),
-    "vecdot": lambda x1, x2: _vecdot(x1, x2),
-    "matvec": lambda x1, x2: matmul(x1, expand_dims(_with_shape(x2), -1))[..., 0],
-    "vecmat": lambda x1, x2: matmul(expand_dims(_with_shape(x1), -2), x2)[..., 0, :],
-}.items():
-    _answers(getattr(np, _name, None))(_f)
+def _vecmat(x1, x2):
+    a, b = _admit_together(x1, x2)
+    return matmul(a[..., None, :], b)[..., 0, :]
 
-for _name, _f in {
-    "matmul": matmul, "outer": outer, "tensordot": tensordot,
-    "vecdot": lambda x1, x2, *, axis=-1: _vecdot(x1, x2, axis),
-    "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
-    "diagonal": _linalg_diagonal,
-    "trace": lambda x, *, offset=0: sum_(_linalg_diagonal(x, offset=offset), -1),
-    "matrix_transpose": lambda x: _mT(x),
-    "svdvals": lambda x: svd(x, compute_uv=False),
-    "vector_norm": _vector_norm, "matrix_norm": _matrix_norm,
-}.items():
-    _answers(getattr(np.linalg, _name, None))(_f)
+
+def _vecdot(x1, x2, axis=-1):
+    a, b = _admit_together(x1, x2)
+    return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
+
+
+_NEWER = {
+    np: {
+        "row_stack": _FUNCTIONS[np.vstack],
+        "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+        "matrix_transpose": lambda x: _mT(x),
+        "vecdot": _vecdot, "matvec": _matvec, "vecmat": _vecmat,
+    },
+    np.linalg: {
+        "matmul": matmul, "outer": outer, "tensordot": tensordot, "vecdot": _vecdot,
+        "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+        "diagonal": lambda x, *, offset=0: diagonal(x, offset, -2, -1),
+        "trace": lambda x, *, offset=0: trace(x, offset, -2, -1),
+        "matrix_transpose": lambda x: _mT(x),
+        "svdvals": lambda x: svd(x, compute_uv=False),
+        "vector_norm": _vector_norm,
+        "matrix_norm": lambda x, *, keepdims=False, ord="fro":
+            norm(x, ord, (-2, -1), keepdims),
+    },
+}
+for _module, _answer_of in _NEWER.items():
+    for _key, _f in _answer_of.items():
+        _answers(getattr(_module, _key, None))(_f)
 
 for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
     if _f.__qualname__[0] in "_<":  # such as <lambda>

@@ -1363,6 +1363,21 @@ def test_operands_by_name_and_lists():
     close(F.exp([0, 1]), np.exp([0.0, 1.0]))
 
 
+@pytest.mark.parametrize("call, unknown, known", [
+    (lambda t: F.add(a=t, b=2), "a", "by position"),
+    (lambda t: F.add(t, other=t), "other", "by position"),
+    (lambda t: F.exp(x=t), "x", "by position"),
+    (lambda t: F.softmax(a=t), "a", "operands are x,"),
+    (lambda t: F.where(condition=True, x=t, y=2.0), "x", "operands are condition, a, b,"),
+    (lambda t: F.linear(t, weight=t, scale=t), "scale", "operands are x, weight, bias,"),
+    (lambda t: F.gelu(t, x=t), "x", "operands are x, each once"),
+], ids="add add-other exp softmax where linear gelu".split())
+def test_an_operand_by_an_unknown_name_is_told_the_right_ones(call, unknown, known):
+    with pytest.raises(TypeError, match=f"operand '{unknown}'.*{known}") as raised:
+        call(Tensor(np.eye(2)))
+    assert "setting" not in str(raised.value)
+
+
 def test_a_pullback_may_know_no_gradient_for_an_operand():
     @nanoad.fused(lambda x, mask: x * mask)
     def masked(x, mask):
@@ -2005,6 +2020,47 @@ def test_numpy_functions_take_tensors_as_they_take_arrays(function, call):
         if dtype == np.float64 == expected.dtype:
             check_grad(lambda x, y: call(x, y) + 0 * (x.sum() + y.sum()), a, b,
                        rtol=1e-4 if solves else 1e-5)
+
+
+MATRIX_BESIDE_VECTOR = {  # of a composition, which meets its operands one by one
+    "kron": np.kron,
+    "kron, reversed": lambda a, m: np.kron(m, a),
+    "kron, a list": lambda a, m: np.kron(a, list(m)),
+    "average": lambda a, m: np.average(a, axis=0, weights=m),
+    "average of integers": lambda a, m: np.average(m, weights=a[0]),
+    "trapezoid, x": lambda a, m: TRAPEZOID(a, m, axis=0),
+    "trapezoid, y": lambda a, m: TRAPEZOID(m, a[0]),
+    "choose": lambda a, m: np.choose([0, 1, 0], [a[0], m]),
+    "ediff1d, to_end": lambda a, m: np.ediff1d(a, to_end=m),
+    "ediff1d, to_begin": lambda a, m: np.ediff1d(m, to_begin=a[0]),
+    "diff, append": lambda a, m: np.diff(m, append=a[0]),
+    "meshgrid": lambda a, m: np.multiply(*np.meshgrid(a[0], m)),
+    "broadcast_arrays": lambda a, m: np.add(*np.broadcast_arrays(m, a)),
+    "vstack": lambda a, m: np.vstack([m, a]),
+    "dstack": lambda a, m: np.dstack([m, a[0]]),
+    "hstack": lambda a, m: np.hstack([m, a[0]]),
+    "column_stack": lambda a, m: np.column_stack([m, a]),
+    "outer": np.outer,
+    "vdot": lambda a, m: np.vdot(a[0], m),
+    "cross": np.cross,
+    "interp": lambda a, m: np.interp(m, np.cumsum(np.exp(a[0])), a[1]),
+    "multi_dot": lambda a, m: np.linalg.multi_dot([a, np.diag(m), a]),
+    "lstsq": lambda a, m: np.linalg.lstsq(a, m, rcond=None)[0],
+    "solve": np.linalg.solve,
+}
+for _name in [name for name in ("vecdot", "matvec") if hasattr(np, name)]:
+    MATRIX_BESIDE_VECTOR[_name] = getattr(np, _name)
+
+
+@pytest.mark.parametrize("mask_type", [bool, np.int8, np.int32])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", MATRIX_BESIDE_VECTOR)
+def test_beside_integers_a_composition_has_the_dtype_of_a_product(name, dtype, mask_type):
+    f, mask = MATRIX_BESIDE_VECTOR[name], np.array([1, 0, 1], mask_type)
+    a = (A(3, 3) + 3 * np.eye(3)).astype(dtype)
+    y = f(Tensor(a), mask)
+    assert y.dtype == (a * mask).dtype
+    close(y, f(Tensor(a.astype(float)), mask.astype(float)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_table_by_kind_lists_what_is_answered():
@@ -3262,6 +3318,21 @@ def test_zero_dimensional_items_are_stacked_and_meshgrids_differentiate():
         close(grad(lambda x: np.piecewise(x, [x < 0],
                                           [0.0, np.sqrt]).sum())(np.array([-1.0, 4.0])),
               [0.0, 0.25])
+
+
+def test_piecewise_of_no_elements_and_of_functions_without_any():
+    for shape in ((0,), (0, 2), (2, 0)):
+        x = np.ones(shape)
+        for conditions in (x > 0, [x > 0], [x > 0, x < 0]):
+            functions = [np.sqrt, 3.0][:np.ndim(conditions) - x.ndim + 1]
+            y = np.piecewise(Tensor(x), conditions, functions)
+            assert isinstance(y, Tensor) and y.shape == shape
+            assert grad(lambda x: np.piecewise(x, conditions, functions).sum())(x).shape == shape
+    # As NumPy has it, who gets no element is not called: the largest of none is an error.
+    f = lambda x: np.piecewise(x, [x < 0, x >= 0], [np.max, np.sin]).sum()
+    close(f(np.ones(2)), 2 * np.sin(1.0))
+    close(grad(f)(np.ones(2)), np.cos(np.ones(2)))
+    close(np.piecewise(Tensor([4.0, 9.0]), [[0, 1]], [np.sqrt]), [0.0, 3.0])
 
 
 # ## II.5 Reductions
@@ -8353,7 +8424,7 @@ flip(m, axis=None)
 fmax(a, b)
 fmin(a, b)
 fmod(a, b)
-fused(definition, operands=9223372036854775807)
+fused(definition, operands=None)
 gelu(x)
 getitem(x, index)
 grad(f, argnums=0, has_aux=False, *, argnum=None)
