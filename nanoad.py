@@ -7971,23 +7971,24 @@ def __dir__() -> list[str]:
 
 # The annotations of this file are strings, as its first import wants. help() prints an
 # annotation by its repr, which for a string has quotes. So these are strings whose repr
-# has none; `typing.get_type_hints` still makes types of them.
+# has none. (Python's typing.get_type_hints makes types of them as before.)
 class _Hint(str):
     __repr__ = str.__str__
 
 
 def _unquote_annotations() -> None:
-    """Put a `_Hint` in place of each annotation of public functions and methods."""
-    names = " ".join(" ".join(topics.values()) for topics in _INDEX.values())
-    public = list(map(_public, names.split()))
-    for value in public.copy():
+    """Put a `_Hint` in place of each annotation of public functions and all methods."""
+    hint = functools.cache(_Hint)  # most of them are alike, and this is done at import
+    for name, value in list(globals().items()):
         if isinstance(value, type):
-            public += vars(value).values()
-    for f in public:
-        f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
-        if isinstance(f, types.FunctionType) and f.__module__ == __name__:
-            for name, annotation in f.__annotations__.items():
-                f.__annotations__[name] = _Hint(annotation)
+            functions = vars(value).values()
+        else:
+            functions = [value] if name[0] != "_" else []
+        for f in functions:
+            f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
+            if isinstance(f, types.FunctionType) and f.__module__ == __name__:
+                for argument, annotation in f.__annotations__.items():
+                    f.__annotations__[argument] = hint(annotation)
 
 
 __all__: list[str] = []

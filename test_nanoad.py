@@ -5404,11 +5404,12 @@ def test_generate_refuses_a_network_that_it_does_not_read_as():
         Other(5, 8, 2, 1, 4).generate([[1]], 1)
 
 
-class Doubled(nn.Block):
+class Turned(nn.Block):
     """A block whose forward is its own, and drops out."""
 
     def forward(self, x):
-        return super().forward(x) + nanoad.dropout(x, 0.5, self.training)
+        y = super().forward(x)[..., ::-1]
+        return nanoad.dropout(y, 0.5, self.training)
 
 
 class Backwards(nn.MultiHeadAttention):
@@ -5424,7 +5425,7 @@ def test_generate_reads_a_network_of_other_blocks_as_forward_does(what):
     if what == "not causal":
         model.blocks[0].attn.is_causal = False
     elif what == "a block":
-        model.blocks[0] = Doubled(16, 4)
+        model.blocks[0] = Turned(16, 4)
     else:
         model.blocks[0].attn = Backwards(16, 4)
     for p in model.parameters():
