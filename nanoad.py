@@ -6308,12 +6308,15 @@ Tensor.__reduce__ = _reduce
 #     >>> print(deep(x)._operands[0] is x, checkpoint(deep, x)._operands[0] is x)
 #     False True
 #
-# What are its operands? Not only the arguments: f may close over Tensors, such as the
-# parameters of a module. The tape of the first run tells: all that f read is older than
-# the moment it began. That moment is the horizon of the search (I.5), and what lies
-# beyond it is `older`. The second run has a horizon, too: the walk back goes through
-# what this run has made, and the operands, which are older, receive what is theirs and
-# are not walked on from. The walk that called us does that.
+# What are its operands? Not only the arguments, for f may close over Tensors, such as
+# the parameters of a module. The tape of the first run tells. All that f makes is
+# younger than the moment when it began, and all that it reads is older. So the search
+# for a route (I.5), with that moment for its horizon, finds what f has read: what it
+# calls `older`. Then that tape is dropped.
+#
+# When a walk arrives here with a cotangent, f runs again, and a small walk goes back
+# along the new tape. Its horizon is the moment when the second run began: so it ends at
+# the operands, and what reaches them is what the checkpoint returns, as a rule would.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -6345,7 +6348,8 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     again = t._pullback()
     inputs = [a for a, due in zip(t._operands, wanted) if due]
     route = _find_route([again], inputs, horizon=began)
-    shares = dict(zip(inputs, _gradients([(again, g)], inputs, create_graph, create_graph, route)))
+    slopes = _gradients([(again, g)], inputs, create_graph, create_graph, route)
+    shares = dict(zip(inputs, slopes))
     return [shares.get(a) for a in t._operands]  # None where nothing is due
 
 
@@ -6407,7 +6411,7 @@ def _shape_of_numbers(tree: Any) -> tuple | None:
 
 
 def _map_tree(f: Callable, tree: Any) -> Any:
-    """Apply `f` to all items of nested dicts, lists and tuples: the same nest of what it returns."""
+    """Apply `f` to all items of a nest; returns the same nest of its results."""
     if _is_item(tree):
         return f(tree)
     if isinstance(tree, dict):
@@ -6437,7 +6441,7 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
 
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
-    """The items of `tree`, as Tensors, in the order of those of `like`, which is built alike."""
+    """The items of `tree`, as Tensors, in the order of those of `like`."""
     if not _is_built_like(tree, like):
         raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
     if not _is_item(like):
@@ -6447,8 +6451,8 @@ def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
     item = as_tensor(tree)
     shape = np.shape(_value(like))
     if item.shape != shape:
-        raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given one of "
-                         f"{item.shape}")
+        raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given "
+                         f"one of {item.shape}")
     return [item]
 
 
@@ -6816,7 +6820,7 @@ class _Worker:
             raise self._lost() from None
 
     def receive(self) -> Any:
-        """The worker's answer: an exception if there was one. RuntimeError if it is dead."""
+        """Its answer, or the exception that it met. RuntimeError if it is dead."""
         try:
             return self._pipe.recv()
         except (EOFError, OSError):
@@ -7872,8 +7876,8 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
     """Draw a curve into `grid`, given its row in each column, or nan for a gap."""
     for x in np.isfinite(rows).nonzero()[0]:
         row = int(rows[x])
-        comes_from_left = x > 0 and np.isfinite(rows[x - 1])
-        before = int(rows[x - 1]) if comes_from_left else row  # after a gap it begins anew
+        goes_on = x > 0 and np.isfinite(rows[x - 1])  # after a gap it begins anew
+        before = int(rows[x - 1]) if goes_on else row
         if before == row:
             grid[row, x] = "─"
         elif before < row:  # it falls: row 0 is the highest
