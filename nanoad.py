@@ -626,9 +626,9 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
 
     times = {t._time for t in inputs}
     for moment in sorted(found):  # operands before results
-        operands = found[time]._operands or ()
-        if time >= horizon and any(_tracked(a) and a._time in times for a in operands):
-            times.add(time)
+        operands = found[moment]._operands or ()
+        if moment >= horizon and any(_tracked(a) and a._time in times for a in operands):
+            times.add(moment)
     return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
 
 
@@ -5878,9 +5878,9 @@ class GPT(Module):
 
     def _write(self, ids: np.ndarray, count: int, temperature: float,
                top_k: int | None) -> Iterator[np.ndarray]:
-        reader = _Reader(self, batch=len(ids))  # see III.8
+        next_logits = _choose_reader(self, batch=len(ids))  # see III.8
         for _ in range(count):
-            logits = reader.next_logits(ids)  # (B, V)
+            logits = next_logits(ids)  # (B, V)
             new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
             ids = np.concatenate([ids, new], axis=1)
             yield new[:, 0]
@@ -5911,7 +5911,41 @@ class GPT(Module):
 # The reader repeats the lines of GPT.forward, Block.forward and
 # MultiHeadAttention.forward, with three differences: it writes no tape, so it is for
 # `generate` alone; it drops nothing; and at the end of the last block, only the last
-# position goes on.
+# position goes on. So a network with other blocks, or whose attention is not causal,
+# is read the plain way instead. (One with another GPT.forward is refused, for that may
+# return anything.)
+
+
+def _choose_reader(gpt: GPT, batch: int) -> Callable:
+    """The function from ids (B, T) to the logits (B, V) of what may come next."""
+    if type(gpt).forward is not GPT.forward:
+        raise TypeError("generate: reads as GPT.forward does, but "
+                        f"{type(gpt).__name__} has a forward of its own; write a "
+                        "generate to go with it")
+    if all(map(_can_be_cached, gpt.blocks)):
+        return _Reader(gpt, batch).next_logits
+    return functools.partial(_read_plainly, gpt)
+
+
+def _can_be_cached(block: Module) -> bool:
+    """Whether it computes what `_Reader` does: the forward methods above, causally."""
+    if type(block).forward is not Block.forward:
+        return False
+    attn = block.attn
+    return type(attn).forward is MultiHeadAttention.forward and attn.is_causal
+
+
+@no_grad()
+def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
+    """The logits (B, V) of what follows `ids` (B, T), without dropout."""
+    training = {module: module.training for module in gpt.modules()}
+    gpt.eval()
+    try:
+        return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
 
 class _Reader:
     """Reads a text that grows, each position once, and knows what may come next.
@@ -5921,10 +5955,6 @@ class _Reader:
     """
 
     def __init__(self, gpt: GPT, batch: int) -> None:
-        if type(gpt).forward.__module__ != __name__:  # then it is not the one above
-            raise TypeError("generate: reads as GPT.forward does, but "
-                            f"{type(gpt).__name__} has a forward of its own; write a "
-                            "generate to go with it")
         self.gpt = gpt
         self.length = 0
         self.cache = []
@@ -5986,9 +6016,9 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 
 # ## III.9 Many cores: how is a batch shared?
 #
-# The mean loss of a batch is a weighted mean itself, of the mean losses of its shares,
-# and a gradient is a sum as soon as the loss is one. So cut the batch into shares, let
-# each processor compute one, and add up. One after another, it looks like this:
+# Cut the batch into shares, let each processor compute one, and add up. For the mean
+# loss of a batch is a weighted mean itself, of the mean losses of its shares; and so is
+# its gradient. One after another, it looks like this:
 #
 #     >>> x, y = make_moons(10)
 #     >>> model = MLP(2, [8, 1])
@@ -6009,62 +6039,39 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #
 # **Why not threads?** Python's threads take turns: only one of them runs, and at every
 # call of NumPy it hands over a lock, and waits for it again afterwards. A step of
-# training is a thousand short calls. The same call alone, and in two threads at once, in
-# microseconds (Intel Sapphire Rapids, two cores): a sum of rows 2.9 and 17, layer norm
-# 54 and 175; only large products of matrices do not mind (1.04 times). The step of a GPT
-# of width 64 took 22.1 ms, and 21.9 with two threads that had half of the batch each.
-# Two *processes* have a lock each: about 13 ms.
+# training is a thousand short calls. The step of a GPT of width 64 took 22.1 ms, and
+# 21.9 with two threads that had half of the batch each (Intel Sapphire Rapids, two
+# cores). Two *processes* have a lock each: about 13 ms.
 #
 # **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a second
 # process that is a copy of the first, with the same variables, the same model, and the
 # same loss function, be it a lambda. From then on each writes to its own memory, except
-# for memory that was set aside to be common to both. Two arrays there are all we need:
+# for memory that was set aside to be common to both. The parameters lie there, and one
+# array of gradients for each new process, which we call a *worker*. All else goes
+# through a *pipe*, a queue of bytes between two processes.
 #
-#       parent (share 0)                                       worker (share 1, 2, ...)
-#       ----------------                                       ------------------------
-#       cuts the batch      -- pipe: its rows of the batch -->
-#       loss, backward                                         loss, backward
-#                           <== common: row k of gradients ==  writes its gradient there
-#                           <-- pipe: its part of the loss --
-#       adds up the rows
-#       optimizer.step()    == common: the parameters ======>  sees them in the next step
+# **One step, followed through.** Two processes, one parameter w = 2, the loss
+# `(w * x).mean()`, whose slope is the mean of x, and a batch of five rows:
+#
+#     >>> w = Tensor(2.0)
+#     >>> with DataParallel(w, lambda x: (w * x).mean(), processes=2) as parallel:
+#     ...     value = parallel(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
+#     6 3
+#
+#        the parent: share 0                             the worker: share 1
+#        -------------------                             -------------------
+#     1. cuts the batch                   -- pipe ---->  its rows, 4 and 5
+#     2. of the rows 1, 2 and 3                          of its rows
+#        the loss is 4, the slope 2                      the loss is 9, the slope 4.5
+#        times 3/5: 2.4 and 1.2                          times 2/5: 3.6 and 1.8
+#     3. waits for 3.6                    <-- pipe ----  sends its part of the loss
+#     4. reads 1.8 and adds up: 6 and 3   <== common ==  has written its slope there
+#     5. optimizer.step()                 == common ==>  sees the new w in the next step
 #
 # The parent adds up in the order of the shares, whoever was first. So the result is the
-# same, bit for bit, whenever the number of processes is the same.
-
-def _shared(size: int, dtype: np.dtype) -> np.ndarray:
-    """Zeros in memory that is common to this process and all that it forks later."""
-    import mmap  # only here, for it is slow to load, as are some below
-
-    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # goes with its last user
-    return np.frombuffer(memory, dtype, size)
-
-
-class _Layout:
-    """How to lay arrays side by side in flat ones, one for each dtype among them.
-
-        >>> layout = _Layout([np.zeros((2, 2)), np.zeros(3)])
-        >>> (flat,), (a, b) = layout.allocate(np.zeros)
-        >>> a += 1
-        >>> print(flat)
-        [1. 1. 1. 1. 0. 0. 0.]
-    """
-
-    def __init__(self, arrays: Iterable) -> None:
-        self._sizes: dict[np.dtype, int] = {}
-        self._places: list[tuple] = []  # for each: dtype, part of the flat array, shape
-        for a in arrays:
-            start = self._sizes.get(a.dtype, 0)
-            end = start + a.size
-            self._sizes[a.dtype] = end
-            self._places.append((a.dtype, slice(start, end), a.shape))
-
-    def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Flat arrays, each made by `empty(size, dtype)`, and their pieces, as views."""
-        flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
-        pieces = [flats[dtype][part].reshape(shape)
-                  for dtype, part, shape in self._places]
-        return list(flats.values()), pieces
+# same, bit for bit, whenever the number of processes is the same. Below are the steps 1
+# to 4. How a worker is made, and what happens when one dies, is in IV.5.
 
 
 class _Job(NamedTuple):
@@ -6075,12 +6082,6 @@ class _Job(NamedTuple):
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
     state: tuple[list, list] | None  # the module's training flags and constants
-
-
-class _Failure(NamedTuple):
-    """A worker's answer when an exception was raised."""
-
-    traceback: str
 
 
 class DataParallel:
@@ -6139,37 +6140,11 @@ class DataParallel:
         self._calls = 0
         # Another after another manual_seed; from a copy, to leave the stream as it is.
         self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
-
-        self._layout = _Layout(self._params)
-        self._common: list[np.ndarray] = []  # for each parameter, if there are workers
-        self._workers: list[_Worker] = []  # number k computes share k + 1
-        self._end: Callable | None = None  # ends the workers, if there are any
-        self._closed = False
         self.flat_gradients: list[np.ndarray] = []
 
         _keep_freed_memory(self)  # as for an optimizer
-        if self.processes > 1:
-            self._start()
-
-    def _start(self) -> None:
-        """Move the parameters into common memory, and fork the workers."""
-        _, self._common = self._layout.allocate(_shared)
-        for p, common in zip(self._params, self._common):
-            common[...] = p._data
-            if not _handed_out(p):
-                p._data = common
-
-        threads = _set_blas_threads(1)  # (IV.4)
-        self._end = weakref.finalize(
-            self, _end_workers, self._workers, os.getpid(), threads)
-        try:
-            with _interrupts_held():
-                for share in range(1, self.processes):
-                    gradient = self._layout.allocate(_shared)
-                    self._workers.append(_Worker(self, share, *gradient))
-        except BaseException:
-            self.close()
-            raise
+        self._layout = _Layout(self._params)  # side by side in flat arrays (IV.5)
+        self._team = _Team(self._params, self._layout, self.processes, self._compute)
 
     def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
         """Leave the gradient of the batch's mean loss in each `.grad`; return that loss.
@@ -6189,7 +6164,7 @@ class DataParallel:
         names = tuple(stream) or (self._seed, self._calls)
         answers = self._compute_all("gradient", arrays, names, pieces)
 
-        busy = self._workers[:len(answers) - 1]  # the first answer is the parent's
+        busy = self._team.workers[:len(answers) - 1]  # the first answer is the parent's
         for worker in busy:
             for flat, addend in zip(flats, worker.flats):
                 flat += addend
@@ -6210,18 +6185,7 @@ class DataParallel:
 
     def close(self) -> None:
         """End the workers, and move the parameters back into memory of this process."""
-        self._closed = True
-        if self._end is None:
-            return
-        with _interrupts_held():
-            self._end()
-            self._end = None
-            _, private = self._layout.allocate(np.empty)
-            for p, common, array in zip(self._params, self._common, private):
-                array[...] = common
-                if p._data is common and not _handed_out(p):
-                    p._data = array
-            self._common = []
+        self._team.close()
 
     def __enter__(self) -> DataParallel:
         return self
@@ -6229,17 +6193,15 @@ class DataParallel:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    # ### A call, as the parent sees it
-
     def _compute_all(self, kind: str, arrays: tuple, stream: tuple[int, ...],
                      pieces: list | None) -> list:
-        """The answers of all shares. Where anything remains uncertain, all is closed."""
-        if self._closed:
+        """The answers of all shares; the parent's own gradient goes into `pieces`."""
+        if self._team.is_closed:
             raise RuntimeError("DataParallel: this one is closed")
         first, *others = self._cut(kind, arrays, stream)
-        busy = self._workers[:len(others)]
+        busy = self._team.workers[:len(others)]
         try:
-            self._copy_moved_parameters()
+            self._team.copy_moved_parameters()
             for worker, job in zip(busy, others):
                 worker.send(job)
             answers = [self._try_first_share(first, pieces)]
@@ -6251,8 +6213,6 @@ class DataParallel:
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-            if isinstance(answer, _Failure):
-                raise RuntimeError(f"DataParallel: in a worker\n\n{answer.traceback}")
         return answers
 
     def _cut(self, kind: str, arrays: tuple, stream: tuple[int, ...]) -> list[_Job]:
@@ -6269,44 +6229,28 @@ class DataParallel:
         return [_Job(kind, share, len(share[0]) / lengths[0], stream, state)
                 for share in shares if len(share[0]) > 0]
 
-    def _module_state(self) -> tuple[list, list] | None:
-        """What workers have to know of the module, beside its parameters."""
-        if self._module is None or not self._workers:
-            return None
-        training = [module.training for module in self._modules]
-        constants = [_value(constant) for constant in _constants(self._module)]
-        return training, constants
-
-    def _copy_moved_parameters(self) -> None:
-        """Bring what was replaced (by `p.data = ...`) to where workers look for it."""
-        if not self._workers:
-            return
-        for p, common in zip(self._params, self._common):
-            if p._data is common:
-                continue
-            if p.dtype != common.dtype:
-                raise TypeError(f"DataParallel: a parameter of {common.dtype} is now "
-                                f"{p.dtype}; make a new DataParallel after astype")
-            common[...] = p._data
-
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
-        """The parent's share, or its exception, to be raised when all are done."""
+        """The parent's share, or its exception, to be raised when all have answered."""
         try:
-            if self._module is not None:
-                self._check_same_parameters(self._module.parameters())
+            self._require_same_parameters()
             return self._compute(0, job, pieces)
         except Exception as error:
             return error
 
-    def _check_same_parameters(self, params: list) -> None:
-        same = map(operator.is_, params, self._params)
-        if len(params) != len(self._params) or not all(same):
+    def _require_same_parameters(self) -> None:
+        if self._module is None:
+            return
+        now = self._module.parameters()
+        if list(map(id, now)) != list(map(id, self._params)):
             raise RuntimeError("DataParallel: the module has other parameters than it "
                                "had; make a new DataParallel")
 
-    # ### One share, computed in any of the processes
+    # What follows is computed in all processes: the parent's share is number 0.
 
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
+        """The answer to a job; a gradient goes into `pieces`."""
+        if share > 0:
+            self._take_state(job.state)
         before = _mode.rng
         manual_seed((*job.stream, share))
         try:
@@ -6330,22 +6274,17 @@ class DataParallel:
             piece[...] = slopes[p]._data if p in slopes else 0
         return loss.item(), [p in slopes for p in self._params]
 
-    # ### The life of a worker
+    # What a module has beside its parameters changes in the parent (`model.eval()`, the
+    # statistics of batch norm), where workers, being copies, do not see it. So it is
+    # sent along.
 
-    def _work(self, share: int, pipe: Any, pieces: list[np.ndarray]) -> None:
-        """Compute one share after another, until the parent is gone."""
-        import traceback
-
-        for p, common in zip(self._params, self._common):
-            p._data = common
-        _mode.recording = True
-        while True:
-            job = pipe.recv()  # EOFError if nobody is left to send one
-            try:
-                self._take_state(job.state)
-                pipe.send(self._compute(share, job, pieces))
-            except BaseException:
-                pipe.send(_Failure(traceback.format_exc()))
+    def _module_state(self) -> tuple[list, list] | None:
+        """The module's training flags and constants, if there is anybody to tell."""
+        if self._module is None or not self._team.workers:
+            return None
+        training = [module.training for module in self._modules]
+        constants = [_value(constant) for constant in _constants(self._module)]
+        return training, constants
 
     def _take_state(self, state: tuple[list, list] | None) -> None:
         if state is None:
@@ -6362,143 +6301,6 @@ def _constants(module: Module) -> list:
     saved = [value for _, value in module._contents() if _is_saved(value)]
     by_identity = {id(value): value for value in saved if not _is_trained(value)}
     return list(by_identity.values())
-
-
-# **What may go wrong, and must not.** When a worker is killed, the system closes its end
-# of the pipe, as for every process that ends; the parent, waiting there, is told so, and
-# asks the system how it ended. The same in the other direction ends the workers when
-# the parent is killed. But a worker in the middle of a long share is not listening, and
-# another process of the user's may hold a copy of the pipe's end. So each worker also
-# looks four times a second whether its parent still is its parent. Ctrl-C reaches all
-# processes of a terminal: workers ignore it, and the parent, interrupted, ends them.
-
-class _Worker:
-    """A forked process, as the parent sees it."""
-
-    def __init__(self, parallel: DataParallel, share: int, flats: list[np.ndarray],
-                 pieces: list[np.ndarray]) -> None:
-        from multiprocessing import Pipe
-
-        self.flats = flats  # the gradient that it has computed, in common memory
-        self._pipe, workers_end = Pipe()
-        self._has_ended = False
-        self._exit_code: int | None = None  # -n: killed by signal n
-        parent = os.getpid()
-        self.pid = _fork()
-        if self.pid == 0:
-            # Fork copies all open ends, and a pipe with a forgotten copy never closes.
-            for pipe in [self._pipe, *(earlier._pipe for earlier in parallel._workers)]:
-                pipe.close()
-            work = functools.partial(parallel._work, share, workers_end, pieces)
-            _live_as_worker(parent, work)
-        workers_end.close()
-
-    def send(self, job: _Job) -> None:
-        """Give the worker its share. RuntimeError if it is dead."""
-        try:
-            self._pipe.send(job)
-        except OSError:
-            raise self._lost() from None
-
-    def receive(self) -> Any:
-        """The worker's answer. RuntimeError if it is dead."""
-        try:
-            return self._pipe.recv()
-        except (EOFError, OSError):
-            raise self._lost() from None
-
-    def _lost(self) -> RuntimeError:
-        """What to say of a worker whose end of the pipe is closed."""
-        import signal
-
-        self._wait(seconds=1)  # a pipe is closed a moment before the end is told
-        code = self._exit_code
-        if not self._has_ended:
-            how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
-        elif code is None:
-            how = "ended"
-        elif code >= 0:
-            how = f"ended with exit code {code}"
-        else:
-            how = f"was killed by {signal.Signals(-code).name}"
-            if code == -signal.SIGKILL:
-                how += ", as the system does when memory runs out"
-        return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        import signal
-
-        self._pipe.close()
-        self._wait(seconds=0)
-        if not self._has_ended:  # else its number may be another's by now
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            self._wait(seconds=math.inf)
-
-    def _wait(self, seconds: float) -> None:
-        """Wait for its end, at most so long, and note how it ended."""
-        deadline = time.monotonic() + seconds
-        while not self._has_ended:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else has waited for it
-                self._has_ended = True
-                return
-            if pid == self.pid:
-                self._has_ended = True
-                self._exit_code = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() >= deadline:
-                return
-            else:
-                time.sleep(0.001)
-
-
-def _live_as_worker(parent: int, work: Callable) -> NoReturn:
-    """A worker's whole life. It must not return into the program it is a copy of."""
-    import signal
-
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        threading.Thread(target=_follow, args=[parent], daemon=True).start()
-        gc.freeze()  # to look at old objects would copy the memory that they lie in
-        work()
-    finally:
-        os._exit(1)
-
-
-def _follow(parent: int) -> None:
-    """End this process when its parent is gone (then it is given to another)."""
-    while os.getppid() == parent:
-        time.sleep(0.25)
-    os._exit(1)
-
-
-def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) -> None:
-    """End the workers, if this process is their parent, and not a copy of it."""
-    if os.getpid() != parent:
-        return
-    with _interrupts_held():
-        for worker in workers:
-            worker.end()
-        workers.clear()
-        if blas_threads is not None:
-            _set_blas_threads(blas_threads)
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C has to wait until this is done."""
-    import signal
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # # Part IV. The craft
@@ -6660,12 +6462,15 @@ Tensor.__reduce__ = _reduce
 #     >>> print(deep(x)._operands[0] is x, checkpoint(deep, x)._operands[0] is x)
 #     False True
 #
-# What are its operands? Not only the arguments: f may close over Tensors, such as the
-# parameters of a module. The tape of the first run tells: all that f read is older than
-# the moment it began. That moment is the horizon of the search (I.5), and what lies
-# beyond it is `older`. The second run has a horizon, too: the walk back goes through
-# what this run has made, and the operands, which are older, receive what is theirs and
-# are not walked on from. The walk that called us does that.
+# What are its operands? Not only the arguments, for f may close over Tensors, such as
+# the parameters of a module. The tape of the first run tells. All that f makes is
+# younger than the moment when it began, and all that it reads is older. So the search
+# for a route (I.5), with that moment for its horizon, finds what f has read: what it
+# calls `older`. Then that tape is dropped.
+#
+# When a walk arrives here with a cotangent, f runs again, and a small walk goes back
+# along the new tape. Its horizon is the moment when the second run began: so it ends at
+# the operands, and what reaches them is what the checkpoint returns, as a rule would.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -6697,8 +6502,9 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     again = t._pullback()
     inputs = [a for a, due in zip(t._operands, wanted) if due]
     route = _find_route([again], inputs, horizon=began)
-    shares = iter(_gradients([(again, g)], inputs, create_graph, create_graph, route))
-    return [next(shares) if due else None for due in wanted]
+    slopes = _gradients([(again, g)], inputs, create_graph, create_graph, route)
+    shares = dict(zip(inputs, slopes))
+    return [shares.get(a) for a in t._operands]  # None where nothing is due
 
 
 # So it is an operation, with any number of operands.
@@ -6740,25 +6546,22 @@ def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
 #     >>> print(slopes["w"], slopes["b"])
 #     [2. 2.] 2.0
 #
-# A list of numbers is one item, an array to be. So is a list of lists of numbers, if an
-# array can be made of it: [[1.0], [2.0]] is one item, and [[1.0], 2.0] two.
+# The transforms only know flat lists of tensors. So a nest is taken apart into the list
+# of its *items*, and what comes out is put together like the nest that went in:
+#
+#     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
+#     >>> print(items, rebuild([10, 20, 30]))
+#     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
+#
+# What is an item? All that is no dict, list or tuple. And a list of numbers is one, an
+# array to be; so is a list of lists of numbers, if an array can be made of it:
+# [[1.0], [2.0]] is one item, and [[1.0], 2.0] two.
 
 
-def _map_tree(f: Callable, tree: Any) -> Any:
-    """Apply `f` to all items of nested dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: _map_tree(f, item) for key, item in tree.items()}
-    if not isinstance(tree, (list, tuple)) or _is_array_to_be(tree):
-        return f(tree)
-    items = [_map_tree(f, item) for item in tree]
-    if hasattr(tree, "_make"):  # a namedtuple
-        return tree._make(items)
-    return items if isinstance(tree, list) else tuple(items)
-
-
-def _is_array_to_be(tree: Any) -> bool:
-    """Whether `tree` is a list of numbers, or of lists of numbers that all have one shape."""
-    return isinstance(tree, list) and _shape_of_numbers(tree) is not None
+def _is_item(tree: Any) -> bool:
+    if isinstance(tree, list):
+        return _shape_of_numbers(tree) is not None
+    return not isinstance(tree, (dict, tuple))
 
 
 def _shape_of_numbers(tree: Any) -> tuple | None:
@@ -6771,6 +6574,18 @@ def _shape_of_numbers(tree: Any) -> tuple | None:
     return (len(tree), *(shapes.pop() if shapes else ()))
 
 
+def _map_tree(f: Callable, tree: Any) -> Any:
+    """Apply `f` to all items of a nest; returns the same nest of its results."""
+    if _is_item(tree):
+        return f(tree)
+    if isinstance(tree, dict):
+        return {key: _map_tree(f, item) for key, item in tree.items()}
+    items = [_map_tree(f, item) for item in tree]
+    if hasattr(tree, "_make"):  # a namedtuple
+        return tree._make(items)
+    return items if isinstance(tree, list) else tuple(items)
+
+
 def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     """The items of `tree`, and a function that builds the same nest of other items."""
     items: list = []
@@ -6778,7 +6593,7 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
 
     def rebuild(others: Iterable) -> Any:
         others = iter(others)
-        return _map_tree(lambda _: next(others), tree)
+        return _map_tree(lambda item: next(others), tree)  # each in place of one item
 
     return items, rebuild
 
@@ -6797,25 +6612,35 @@ def _copied(x: Any) -> Any:
     return _copy(x) if _tracked(x) else np.array(_value(x))
 
 
+# A cotangent is built like the result that it belongs to, and a tangent like its
+# argument. To pair them, walk through both nests at once, dicts by key. (What stands
+# beside two results, say, may be [1.0, 1.0]: so the nest that is wanted decides what is
+# an item.)
+
+
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
-    """The items of `tree`, as Tensors, in the order of those of `like`; dicts are paired by key."""
-    if isinstance(like, dict):
-        if not isinstance(tree, dict) or tree.keys() != like.keys():
-            raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
-        pairs = [(tree[key], like[key]) for key in like]
-    elif isinstance(like, (list, tuple)) and not _is_array_to_be(like):
-        if not isinstance(tree, (list, tuple)) or len(tree) != len(like):
-            raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
-        pairs = zip(tree, like)
-    elif isinstance(tree, dict):
+    """The items of `tree`, as Tensors, in the order of those of `like`."""
+    if not _is_built_like(tree, like):
         raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
-    else:
-        item = as_tensor(tree)
-        if item.shape != np.shape(_value(like)):
-            raise ValueError(f"{name}: needs a vector of shape {np.shape(_value(like))} here, and was"
-                             f" given one of {item.shape}")
-        return [item]
-    return [item for a, b in pairs for item in _match(name, a, b)]
+    if not _is_item(like):
+        keys = like if isinstance(like, dict) else range(len(like))
+        return [item for key in keys for item in _match(name, tree[key], like[key])]
+
+    item = as_tensor(tree)
+    shape = np.shape(_value(like))
+    if item.shape != shape:
+        raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given "
+                         f"one of {item.shape}")
+    return [item]
+
+
+def _is_built_like(tree: Any, like: Any) -> bool:
+    """Whether two nests agree at the top, in their keys or their length."""
+    if _is_item(like):
+        return not isinstance(tree, dict)  # a list or tuple may become an array
+    if isinstance(like, dict):
+        return isinstance(tree, dict) and tree.keys() == like.keys()
+    return isinstance(tree, (list, tuple)) and len(tree) == len(like)
 
 
 def _outline(tree: Any) -> str:
@@ -7023,7 +6848,280 @@ def _glibc() -> Any:
     return None
 
 
-# ## IV.5 Data: is it the right data?
+# ## IV.5 Workers: what if one dies?
+#
+# This is the machinery of DataParallel (III.9): how workers are made, talked to and
+# ended. First what is easy. To make one, `os.fork`; the copy runs this loop, and never
+# anything else:
+#
+#     while True:
+#         job = pipe.recv()           # waits
+#         pipe.send(compute(job))
+#
+# The rest is about endings, where nobody may be left to wait for ever, and nothing to
+# run on. There are four:
+#
+# 1. *We end it.* A worker has nothing to tidy up. So it is killed (SIGKILL, the signal
+#    that no process can refuse), whatever it computes, and waited for: until its parent
+#    has asked how it ended, the system keeps an entry for it.
+# 2. *A worker dies*, perhaps since memory ran out. The system closes the pipe's end of
+#    a process that is gone. So the parent, waiting there, gets an EOFError, asks how
+#    the worker ended, says so, and ends the others.
+# 3. *The parent dies.* Then `recv` in the worker fails likewise. But a worker in the
+#    middle of a long share is not listening, and another process of the user's may hold
+#    a copy of the pipe's end. So each worker also looks four times a second whether its
+#    parent still is its parent: an orphan is given to another.
+# 4. *Ctrl-C* reaches all processes of a terminal. Workers ignore it, and the parent,
+#    interrupted, ends them. Where it must not be interrupted, between a fork and the
+#    note of it, Ctrl-C has to wait (`_interrupts_held`).
+#
+# The memory in common comes first.
+
+
+def _shared(size: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros in memory that is common to this process and all that it forks later."""
+    import mmap  # only here, for it is slow to load, as are some below
+
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # goes with its last user
+    return np.frombuffer(memory, dtype, size)
+
+
+class _Layout:
+    """How to lay arrays side by side in flat ones, one for each dtype among them.
+
+        >>> layout = _Layout([np.zeros((2, 2)), np.zeros(3)])
+        >>> (flat,), (a, b) = layout.allocate(np.zeros)
+        >>> a += 1
+        >>> print(flat)
+        [1. 1. 1. 1. 0. 0. 0.]
+    """
+
+    def __init__(self, arrays: Iterable) -> None:
+        self._sizes: dict[np.dtype, int] = {}
+        self._places: list[tuple] = []  # for each: dtype, part of the flat array, shape
+        for a in arrays:
+            start = self._sizes.get(a.dtype, 0)
+            end = start + a.size
+            self._sizes[a.dtype] = end
+            self._places.append((a.dtype, slice(start, end), a.shape))
+
+    def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Flat arrays, each made by `empty(size, dtype)`, and their pieces, as views."""
+        flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
+        pieces = [flats[dtype][part].reshape(shape)
+                  for dtype, part, shape in self._places]
+        return list(flats.values()), pieces
+
+
+class _Team:
+    """The workers of one DataParallel, and the parameters in common memory.
+
+    `compute(share, job, pieces)` is what a worker does with a job. Of a single process,
+    which is the parent, the team is empty, and nothing is moved.
+    """
+
+    def __init__(self, params: list, layout: _Layout, processes: int,
+                 compute: Callable) -> None:
+        self.workers: list[_Worker] = []  # number k computes share k + 1
+        self.is_closed = False
+        self._params = params
+        self._layout = layout
+        self._common: list[np.ndarray] = []  # for each parameter, if there are workers
+        self._end: Callable | None = None  # ends the workers, if there are any
+        if processes > 1:
+            self._start(processes, compute)
+
+    def _start(self, processes: int, compute: Callable) -> None:
+        """Move the parameters into common memory, and fork the workers."""
+        _, self._common = self._layout.allocate(_shared)
+        for p, common in zip(self._params, self._common):
+            common[...] = p._data
+            if not _handed_out(p):
+                p._data = common
+
+        threads = _set_blas_threads(1)  # (IV.4)
+        self._end = weakref.finalize(  # also if nobody calls `close`
+            self, _end_workers, self.workers, os.getpid(), threads)
+        try:
+            with _interrupts_held():
+                for share in range(1, processes):
+                    flats, pieces = self._layout.allocate(_shared)
+                    answer = functools.partial(compute, share, pieces=pieces)
+                    self.workers.append(_Worker(self, flats, answer))
+        except BaseException:  # such as: no more processes
+            self.close()
+            raise
+
+    def copy_moved_parameters(self) -> None:
+        """Bring what was replaced (by `p.data = ...`) to where workers look for it."""
+        for p, common in zip(self._params, self._common):
+            if p._data is common:
+                continue
+            if p.dtype != common.dtype:
+                raise TypeError(f"DataParallel: a parameter of {common.dtype} is now "
+                                f"{p.dtype}; make a new DataParallel after astype")
+            common[...] = p._data
+
+    def work(self, pipe: Any, answer: Callable) -> NoReturn:
+        """The loop of a worker."""
+        import traceback
+
+        for p, common in zip(self._params, self._common):
+            p._data = common
+        _mode.recording = True
+        while True:
+            job = pipe.recv()  # EOFError if nobody is left to send one
+            try:
+                pipe.send(answer(job))
+            except BaseException:
+                told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
+                pipe.send(RuntimeError(told))
+
+    def close(self) -> None:
+        """End the workers, and move the parameters back into memory of this process."""
+        self.is_closed = True
+        if self._end is None:
+            return
+        with _interrupts_held():
+            self._end()
+            self._end = None
+            _, private = self._layout.allocate(np.empty)
+            for p, common, array in zip(self._params, self._common, private):
+                array[...] = common
+                if p._data is common and not _handed_out(p):
+                    p._data = array
+            self._common = []
+
+
+class _Worker:
+    """A forked process, as the parent sees it."""
+
+    def __init__(self, team: _Team, flats: list[np.ndarray], answer: Callable) -> None:
+        from multiprocessing import Pipe
+
+        self.flats = flats  # the gradient that it has computed, in common memory
+        self._pipe, workers_end = Pipe()
+        self._has_ended = False
+        self._exit_code: int | None = None  # -n: killed by signal n
+        parent = os.getpid()
+        self.pid = _fork()
+        if self.pid == 0:
+            # Fork copies all open ends, and a pipe with a forgotten copy never closes.
+            for worker in [self, *team.workers]:
+                worker._pipe.close()
+            work = functools.partial(team.work, workers_end, answer)
+            _live_as_worker(parent, work)
+        workers_end.close()
+
+    def send(self, job: _Job) -> None:
+        """Give the worker its share. RuntimeError if it is dead."""
+        try:
+            self._pipe.send(job)
+        except OSError:
+            raise self._lost() from None
+
+    def receive(self) -> Any:
+        """Its answer, or the exception that it met. RuntimeError if it is dead."""
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+
+    def _lost(self) -> RuntimeError:
+        """What to say of a worker whose end of the pipe is closed."""
+        import signal
+
+        self._wait(seconds=1)  # a pipe is closed a moment before the end is told
+        code = self._exit_code
+        if not self._has_ended:
+            how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
+        elif code is None:
+            how = "ended"
+        elif code >= 0:
+            how = f"ended with exit code {code}"
+        else:
+            how = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                how += ", as the system does when memory runs out"
+        return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        import signal
+
+        self._pipe.close()
+        self._wait(seconds=0)
+        if not self._has_ended:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._wait(seconds=math.inf)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait for its end, at most so long, and note how it ended."""
+        deadline = time.monotonic() + seconds
+        while not self._has_ended:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has waited for it
+                self._has_ended = True
+                return
+            if pid == self.pid:
+                self._has_ended = True
+                self._exit_code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() >= deadline:
+                return
+            else:
+                time.sleep(0.001)
+
+
+def _live_as_worker(parent: int, work: Callable) -> NoReturn:
+    """A worker's whole life. It must not return into the program it is a copy of."""
+    import signal
+
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        threading.Thread(target=_follow, args=[parent], daemon=True).start()
+        gc.freeze()  # to look at old objects would copy the memory that they lie in
+        work()
+    finally:
+        os._exit(1)
+
+
+def _follow(parent: int) -> None:
+    """End this process when its parent is gone (then it is given to another)."""
+    while os.getppid() == parent:
+        time.sleep(0.25)
+    os._exit(1)
+
+
+def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) -> None:
+    """End the workers, if this process is their parent, and not a copy of it."""
+    if os.getpid() != parent:
+        return
+    with _interrupts_held():
+        for worker in workers:
+            worker.end()
+        workers.clear()
+        if blas_threads is not None:
+            _set_blas_threads(blas_threads)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C has to wait until this is done."""
+    import signal
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ## IV.6 Data: is it the right data?
 #
 # A training loop takes its data in batches: a few rows of `x`, the same rows of `y`,
 # and in another order on each pass. That is a `DataLoader`, and all that the loop has
@@ -7317,7 +7415,7 @@ def load_mnist(split: str = "train",
     return images, labels.astype(np.int64)
 
 
-# CIFAR-10 is read in its binary form, since the other one is a pickle (IV.6). Each
+# CIFAR-10 is read in its binary form, since the other one is a pickle (IV.7). Each
 # record is a label byte and 3 x 32 x 32 bytes of red, green and blue. The archive is
 # read where it lies, so no name inside it ever becomes a path on the disk.
 def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -7349,7 +7447,7 @@ def load_tinyshakespeare() -> str:
     return _content("tinyshakespeare/input.txt").decode("utf-8")
 
 
-# ## IV.6 Saving: how does a run survive a power cut?
+# ## IV.7 Saving: how does a run survive a power cut?
 #
 # It saves its state now and then, and goes on from the last one. A state is whatever
 # nested dict the script likes: weights, optimizer moments, the step, the vocabulary. It
@@ -7574,7 +7672,7 @@ def _sync_folder(path: str) -> None:
             os.close(folder)
 
 
-# ## IV.7 Drawing: what does a tape look like?
+# ## IV.8 Drawing: what does a tape look like?
 #
 # Here is the one of `y = x * w`, after a walk that left the gradients. Each operation
 # stands over its operands:
@@ -7819,14 +7917,16 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #       └────────────────────────
 #        0         step         4
 #
-# It is made in three steps:
+# It is made in four steps:
 #
 # 1. The axis of steps is cut into columns, one for each character, and a curve becomes
 #    a number for each: the mean of its values there (`_column_means`).
-# 2. The axis of values is cut into rows, and each mean is rounded to one
+# 2. The first curve is to be a line. So where a column holds no step, it is given what a
+#    straight line between its neighbours has there (`_fill_between`).
+# 3. The axis of values is cut into rows, and each number is rounded to one
 #    (`_draw_curves`).
-# 3. The first curve is drawn as a line, whose corners join the rows of neighbouring
-#    columns (`_draw_line`). The others are marks.
+# 4. The line gets corners where it comes from another row (`_draw_line`). The other
+#    curves are marks.
 _MARKS = "ox+*#"  # of the second curve and so on; a terminal without Unicode has them
 
 
@@ -7917,32 +8017,38 @@ def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
     for steps, values in curves.values():
         # The first step lies in the middle of the first column, the last of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
+        mean = _column_means(column_of, values, columns)
         is_line = len(means) == 0
-        means.append(_column_means(column_of, values, columns, connect=is_line))
+        means.append(_fill_between(mean, np.unique(column_of)) if is_line else mean)
     return first, last, means
 
 
-def _column_means(column_of: np.ndarray, values: np.ndarray, columns: int,
-                  connect: bool) -> np.ndarray:
+def _column_means(column_of: np.ndarray, values: np.ndarray, columns: int) -> np.ndarray:
     """The mean of the finite values in each column, (columns,); nan if there are none.
 
-    Value i belongs to column `column_of[i]`. If `connect`, columns without a step lie on
-    a line between their neighbours.
+    Value i belongs to column `column_of[i]`.
     """
     means = np.full(columns, np.nan)
-    occupied = np.unique(column_of)
-    for column in occupied:
+    for column in np.unique(column_of):
         inside = values[column_of == column]
         inside = inside[np.isfinite(inside)]
         if inside.size:
             means[column] = inside.mean()
-
-    if connect:
-        # The mean of an occupied column may be nan. Then np.interp gives nan on both
-        # sides of it, as far as the next: so a gap stays one, and is not bridged.
-        beyond = {"left": np.nan, "right": np.nan}  # no line before the first step
-        means = np.interp(np.arange(columns), occupied, means[occupied], **beyond)
     return means
+
+
+def _fill_between(means: np.ndarray, occupied: np.ndarray) -> np.ndarray:
+    """The same, with a straight line over the columns between those `occupied` by steps.
+
+    Where all values of an occupied column are nan, its mean is, and so is what np.interp
+    gives on both sides of it: a gap stays a gap, and is not bridged.
+
+        >>> nan = np.nan
+        >>> print(_fill_between(np.array([1.0, nan, 3.0, nan, nan]), np.array([0, 2, 4])))
+        [ 1.  2.  3. nan nan]
+    """
+    beyond = {"left": np.nan, "right": np.nan}  # no line before the first step
+    return np.interp(np.arange(len(means)), occupied, means[occupied], **beyond)
 
 
 def _draw_curves(means: list[np.ndarray], low: float, high: float,
@@ -7960,29 +8066,32 @@ def _draw_curves(means: list[np.ndarray], low: float, high: float,
     return ["".join(row) for row in grid]
 
 
-# Where the line comes from another row, the column has two corners, and strokes between
-# them. Going down, and going up:
+# The line runs through the middle of a character, `─`, as long as it stays in its row.
+# Where it comes from another row, that column has a corner in both, and strokes in the
+# rows between. Falling by two rows, and rising by two:
 #
-#     ─╮           ╭─
-#      │           │
-#      ╰─         ─╯
+#     ─╮           ╭─     row 0
+#      │           │      row 1
+#      ╰─         ─╯      row 2
 def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
     """Draw a curve into `grid`, given its row in each column, or nan for a gap."""
-    row_of = {x: int(row) for x, row in enumerate(rows) if np.isfinite(row)}
-    for x, row in row_of.items():
-        before = row_of.get(x - 1, row)  # after a gap the curve begins anew
-        grid[min(before, row):max(before, row), x] = "│"
-        if row == before:
+    for x in np.isfinite(rows).nonzero()[0]:
+        row = int(rows[x])
+        goes_on = x > 0 and np.isfinite(rows[x - 1])  # after a gap it begins anew
+        before = int(rows[x - 1]) if goes_on else row
+        if before == row:
             grid[row, x] = "─"
-        elif row > before:
+        elif before < row:  # it falls: row 0 is the highest
             grid[before, x] = "╮"
+            grid[before + 1:row, x] = "│"
             grid[row, x] = "╰"
         else:
             grid[before, x] = "╯"
+            grid[row + 1:before, x] = "│"
             grid[row, x] = "╭"
 
 
-# ## IV.8 Names: where is X?
+# ## IV.9 Names: where is X?
 #
 # This is the index of the file, by namespace and topic. All names are flat, and for
 # those who like them sorted there are modules too, `nanoad.nn` and its like, made here
@@ -8065,10 +8174,33 @@ def __dir__() -> list[str]:
     return [*__all__, *filter(None, _INDEX)]  # what an editor offers
 
 
+# The annotations of this file are strings, as its first import wants. help() prints an
+# annotation by its repr, which for a string has quotes. So these are strings whose repr
+# has none. (Python's typing.get_type_hints makes types of them as before.)
+class _Hint(str):
+    __repr__ = str.__str__
+
+
+def _unquote_annotations() -> None:
+    """Put a `_Hint` in place of each annotation of public functions and all methods."""
+    hint = functools.cache(_Hint)  # most of them are alike, and this is done at import
+    for name, value in list(globals().items()):
+        if isinstance(value, type):
+            functions = vars(value).values()
+        else:
+            functions = [value] if name[0] != "_" else []
+        for f in functions:
+            f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
+            if isinstance(f, types.FunctionType) and f.__module__ == __name__:
+                for argument, annotation in f.__annotations__.items():
+                    f.__annotations__[argument] = hint(annotation)
+
+
 __all__: list[str] = []
 _make_namespaces()
+_unquote_annotations()
 
-# ## IV.9 The tour: what can all this do?
+# ## IV.10 The tour: what can all this do?
 #
 # `python nanoad.py` shows it in a few seconds.
 _TOUR = r"""

@@ -35,17 +35,17 @@ Contents:
     III.6 Attention: scores of every size, infinities, embedding
     III.7 GPT
     III.8 Writing
-    III.9 Many cores: shares of a batch, and what may go wrong
+    III.9 Many cores: shares of a batch; workers (IV.5), and what may go wrong
     Beside PyTorch: the same numbers in both
     IV.1 Writes
     IV.2 Checkpoint
     IV.3 Nests: argnums, dicts, lists
     IV.4 The machine: float32 with old NumPy, memory
-    IV.5 Data: downloads, loaders, tokenizer
-    IV.6 Saving
-    IV.7 Drawing
-    IV.8 Names: the file itself, its index, its signatures, its pointers
-    IV.9 Tour: it and all examples
+    IV.6 Data: downloads, loaders, tokenizer
+    IV.7 Saving
+    IV.8 Drawing
+    IV.9 Names: the file itself, its index, its signatures, its pointers
+    IV.10 Tour: it and all examples
     Wrong calls
     README.md
     bench.py
@@ -83,6 +83,7 @@ import math
 import os
 import pickle
 import pty
+import pydoc
 import random
 import re
 import resource
@@ -100,6 +101,7 @@ import time
 import tokenize
 import tomllib
 import tracemalloc
+import typing
 import warnings
 import weakref
 import zipfile
@@ -5491,6 +5493,48 @@ def test_generate_refuses_a_network_that_it_does_not_read_as():
         Other(5, 8, 2, 1, 4).generate([[1]], 1)
 
 
+class Turned(nn.Block):
+    """A block whose forward is its own, and drops out."""
+
+    def forward(self, x):
+        y = super().forward(x)[..., ::-1]
+        return nanoad.dropout(y, 0.5, self.training)
+
+
+class Backwards(nn.MultiHeadAttention):
+    def forward(self, x):
+        return super().forward(x[:, ::-1])[:, ::-1]
+
+
+@pytest.mark.parametrize("what", ["not causal", "a block", "an attention"])
+def test_generate_reads_a_network_of_other_blocks_as_forward_does(what):
+    """`_Reader` would compute something else, so it is not asked."""
+    manual_seed(0)
+    model = nn.GPT(11, 16, 4, 2, 8, dropout=0.3)
+    if what == "not causal":
+        model.blocks[0].attn.is_causal = False
+    elif what == "a block":
+        model.blocks[0] = Turned(16, 4)
+    else:
+        model.blocks[0].attn = Backwards(16, 4)
+    for p in model.parameters():
+        p.data *= 4
+    text = start = np.array([[1, 2, 3], [7, 0, 5]])
+    model.eval()
+    for _ in range(12):
+        best = model(text[:, -8:]).numpy()[:, -1].argmax(-1)
+        text = np.concatenate([text, best[:, None]], axis=1)
+    model.train()
+    model.blocks[0].eval()  # a part, which is to stay so
+    training = [m.training for m in model.modules()]
+    assert np.array_equal(model.generate(start, 12, top_k=1), text)
+    assert [m.training for m in model.modules()] == training
+
+    model.eval()  # and the reader does compute something else: the test can tell
+    cached = nanoad._Reader(model, batch=2).next_logits(start)
+    assert not np.allclose(cached, model(start).numpy()[:, -1], atol=1e-3)
+
+
 def test_blocks_may_share_their_weights():
     """The same block twice, as in ALBERT: each place has a cache of its own."""
     manual_seed(0)
@@ -6368,7 +6412,7 @@ def test_a_worker_that_somebody_else_waited_for_is_no_other_process():
             if os.getpid() != parent: os._exit(0)
             return model(x).sum()
         parallel = DataParallel(model, loss, processes=2)
-        (worker,) = parallel._workers
+        (worker,) = parallel._team.workers
         os.kill(worker.pid, signal.SIGKILL)
         os.waitpid(worker.pid, 0)
         kill, signals = os.kill, []
@@ -7208,7 +7252,7 @@ def test_python_numbers_do_not_widen_float32(source):
     assert (t.grad.dtype, t.grad.shape) == (np.float32, t.shape)
 
 
-# ## IV.5 Data
+# ## IV.6 Data
 #
 # The tests bring their own miniature data sets: the loaders read where `_SOURCES` points them, and
 # a server on the loopback interface plays every kind of bad mirror.
@@ -7589,7 +7633,7 @@ def test_make_moons_makes_two_half_circles():
             nanoad.make_moons(*bad)
 
 
-# ## IV.6 Saving
+# ## IV.7 Saving
 
 
 def same(a, b):
@@ -7923,7 +7967,7 @@ def test_a_new_file_has_the_permissions_that_the_umask_grants(tmp_path):
     assert stat.S_IMODE((tmp_path / "s.npz").stat().st_mode) == 0o640
 
 
-# ## IV.7 Drawing
+# ## IV.8 Drawing
 
 
 def test_draw_as_text_shows_ops_values_shapes_labels_and_gradients():
@@ -8142,7 +8186,7 @@ def test_a_gap_in_a_line_is_not_bridged():
     assert [row[3:].ljust(5) for row in rows] == ["   ──", "──   "]
 
 
-# ## IV.8 Names
+# ## IV.9 Names
 #
 # People rename the file, vendor it, import it twice, run it under -O and where nothing can be
 # written.
@@ -8560,6 +8604,32 @@ def test_public_signatures_stay_as_they_are():
     assert public_signatures() == SIGNATURES.strip().splitlines()
 
 
+def test_help_shows_annotations_without_quotes():
+    assert str(inspect.signature(nanoad.grad)) == (
+        "(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *, "
+        "argnum: Any = None) -> Callable")
+    told = pydoc.render_doc(nanoad.GPT, renderer=pydoc.plaintext)
+    assert "top_k: int | None = None) -> np.ndarray" in told
+    for name in public_globals():
+        told = pydoc.render_doc(getattr(nanoad, name), renderer=pydoc.plaintext)
+        signatures = re.findall(r"^.*\(.*\) ?(?:->.*)?$", told, re.M)
+        quoted = [line for line in signatures if re.search(r"\w: '[A-Za-z]|-> '", line)]
+        assert not quoted, (name, quoted)
+
+
+def test_type_hints_are_types_still():
+    assert typing.get_type_hints(nanoad.save)["path"] == str | os.PathLike
+    assert typing.get_type_hints(nanoad.GPT.generate)["return"] is np.ndarray
+    for name in public_globals():
+        value = getattr(nanoad, name)
+        members = vars(value).values() if inspect.isclass(value) else [value]
+        for f in filter(inspect.isfunction, members):
+            if inspect.unwrap(f).__module__ == "nanoad":
+                hints = typing.get_type_hints(f)
+                assert hints.keys() == inspect.unwrap(f).__annotations__.keys()
+                assert not any(isinstance(hint, str) for hint in hints.values())
+
+
 def test_what_is_slow_to_load_is_loaded_by_those_who_need_it():
     slow = "hashlib json zipfile mmap signal traceback multiprocessing urllib.request tarfile"
     code = ("import sys, numpy; before = set(sys.modules); import nanoad\n"
@@ -8626,7 +8696,7 @@ def test_the_names_that_comments_speak_of_exist():
                 assert not unknown, f"line {line} speaks of {name}"
 
 
-# ## IV.9 Tour
+# ## IV.10 Tour
 
 
 def test_the_tour_runs():
