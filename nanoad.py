@@ -1520,10 +1520,16 @@ relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to sa
            doc="max(x, 0), element by element.")
 
 
-# The larger of two operands receives all of g; where they tie, each receives half. Nan
-# has to be thought of. Where one operand is nan, maximum and minimum are nan, which
-# equals nothing; then `other != y` holds for both, and both receive all of g, as in
-# PyTorch. For fmax and fmin, which pass over nan, the number does.
+# The larger of two operands receives all of g; where they tie, each receives half. An
+# operand receives g where the *other* is not the result, which is also right for nan,
+# since nan equals nothing:
+#
+#                a      b      y      a receives   b receives
+#     maximum    5      3      5      g            0
+#                3      3      3      g/2          g/2
+#                inf    inf    inf    g/2          g/2
+#                nan    3      nan    g            g             (as in PyTorch)
+#     fmax       nan    3      3      0            g
 def _to_the_chosen(g: Any, y: Any, mine: Any, other: Any) -> Any:
     """What an operand receives: g where y is not the other, half where they tie."""
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
@@ -1642,6 +1648,8 @@ take_along_axis = _moves("take_along_axis", _take_along_axis, answers=np.take_al
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
     """A copy of x, sorted along an axis; None flattens it first. (So is `t.sort()`.)"""
+    if axis is not None:
+        _axes("sort", x, axis)
     order = np.argsort(_value(x), axis, kind or "stable")
     return take_along_axis(x, order, axis)
 
@@ -1838,11 +1846,11 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 
 # ### Sums of short rows: where is `np.sum` slow?
 #
-# It starts anew for every row, which for rows of 64 numbers is most of its time. Over
-# the last axes a sum is also a product with ones, for which there is BLAS. NumPy adds
-# in pairs and rounds off less, which matters for float64 and for long rows, so those,
-# and sums over a whole array, are left to it. The largest of each row comes by
-# `reduceat`. (np.dot lets other Python threads run meanwhile; `@` does so only if its
+# It starts anew for every row, which for rows of 64 numbers is most of its time. But
+# the sum of a row is also its product with ones, `[3 4 5] @ [1 1 1] = 12`, for which
+# there is BLAS. That rounds off more than np.sum, which adds in pairs; so float64, long
+# rows and sums over a whole array are left to np.sum. (The largest of each row is faster
+# by `reduceat`. np.dot lets other Python threads run meanwhile; `@` does so only if its
 # *result* is large.)
 _ones = functools.lru_cache(16)(np.ones)
 
@@ -1968,8 +1976,11 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
     return (y if keepdims else np.squeeze(y, axis)).astype(x.dtype, copy=False)
 
 
-# With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`, so `g` comes back as
-# `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
+# With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`. So x_j receives
+#
+#     sum_i g_i y_i (1[i=j] - y_j)  =  y_j g_j - y_j sum_i g_i y_i
+#
+# or `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
 #
 # To find the largest of each row is slow, and seldom needed. The extremes of *all*
 # elements are found quickly. If they lie within 40 of 0, their exponentials lie between
@@ -2009,21 +2020,33 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 # multiplied with its neighbour, then with the one 2 before it, 4 before it (Hillis and
 # Steele, 1986). A running sum hands each element's cotangent to all before it: that is
 # a running sum from the end.
-def _joined(x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
+def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
+    """The numbers, from 0 on, of the axes named; None means all. Errors say `name`."""
+    numbers = range(x.ndim)
+    if axis is None:
+        return tuple(numbers)
+    try:
+        axes = tuple(numbers[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+    except IndexError:
+        raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{name} of {x.shape}: axis {axis} names an axis twice")
+    return axes
+
+
+def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
     """x with the axes named joined into one, which is the last; and their numbers."""
     x = as_tensor(x)
-    if axis is None:
-        axis = tuple(range(x.ndim))
-    axes = axis if isinstance(axis, tuple) else (axis,)
+    axes = _axes(name, x, axis)
     moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
     outer_axes = moved.shape[:x.ndim - len(axes)]
     length = math.prod(moved.shape[len(outer_axes):])
-    return reshape(moved, (*outer_axes, length)), tuple(a % x.ndim for a in axes)
+    return reshape(moved, (*outer_axes, length)), axes
 
 
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The product of all elements, or over the axes given. Zeros are no special case."""
-    x, axes = _joined(x, axis)  # (..., n)
+    x, axes = _joined("prod", x, axis)  # (..., n)
     if x.shape[-1] == 0:  # an empty product is 1; the empty sum keeps x on the tape
         x = 1 + sum_(x, -1, keepdims=True)
     while x.shape[-1] > 1:
@@ -2036,7 +2059,7 @@ def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 
 def cumprod(x: Any, axis: int | None = None) -> Tensor:
     """The running product along an axis; None flattens x first."""
-    y = reshape(x, -1) if axis is None else moveaxis(as_tensor(x), axis, -1)
+    y, _ = _joined("cumprod", x, axis)  # (..., n)
     step = 1
     while step < y.shape[-1]:
         y = concatenate([y[..., :step], y[..., step:] * y[..., :-step]], -1)
@@ -2057,18 +2080,30 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
 # ### Quantiles: which elements is one made of?
 #
 # A quantile lies between two neighbours in sorted order. NumPy tells where: the
-# quantile of the numbers 0, 1, ..., n - 1 is the place itself, say 2.5 for the middle
-# of the third and the fourth. Then the gradient goes to these two. (Of equal elements,
-# to those that the sorting put there.)
+# quantile of the numbers 0, 1, ..., n - 1 is the place itself. Take 40, 10, 80, 20 and
+# q = 0.75. Of 0, 1, 2, 3 that quantile is 2.25: so we are a quarter of the way from
+# place 2 of 10, 20, 40, 80 to place 3, at 0.75 * 40 + 0.25 * 80 = 50. And the gradient
+# goes to these two, in these parts:
+#
+#     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
+#     >>> y = np.quantile(x, 0.75)
+#     >>> print(y, *gradients(y, [x]))
+#     50.0 [0.75 0.   0.25 0.  ]
+#
+# (Of equal elements, it goes to those that the sorting put there.)
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
     """The numbers below which a part q of the elements lies; `method` as NumPy's."""
-    x, axes = _joined(x, axis)  # (..., n)
+    shape = np.shape(_value(x))
+    x, axes = _joined("quantile", x, axis)  # (..., n)
     n = x.shape[-1]
     if n == 0:
-        raise ValueError("quantile: there are no elements along the axis given")
-    place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
+        raise ValueError(f"quantile of {shape}: there are no elements along the axis given")
+    try:
+        place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
+    except ValueError as error:  # q is not within [0, 1], or there is no such method
+        raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
     below = np.floor(place).astype(int)
     above = np.ceil(place).astype(int)
     part = np.asarray(place - below, x.dtype)
@@ -2434,14 +2469,22 @@ def solve(a: Any, b: Any) -> Tensor:
 
 # A singular matrix has cofactors, though no inverse. To compute them by products needs
 # no division by zero, but many operations, and loses digits from n = 10 or so on.
+#
+# 1. By Cayley and Hamilton, A satisfies its own characteristic polynomial,
+#    `A^n + c_1 A^(n-1) + ... + c_n I = 0`, whose c_n is `(-1)^n det A`.
+# 2. Take one A out in front: `A B = -c_n I`, with `B = A^(n-1) + ... + c_(n-1) I`. So
+#    the adjugate, for which `A adj(A) = det(A) I`, is `(-1)^(n-1) B`.
+# 3. Horner's scheme builds B up from I, by `B <- A B + c_k I`; and Newton's identities
+#    give `c_k = -trace(A B) / k` on the way. Below, the sign turns at each step.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone (Faddeev and LeVerrier)."""
-    eye = adjugate = np.eye(a.shape[-1], dtype=a.dtype)
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    horner = eye
     for k in range(1, a.shape[-1]):
-        product = a @ adjugate
+        product = a @ horner
         traces = np.einsum("...ii->...", product)[..., None, None]
-        adjugate = traces / k * eye - product
-    return adjugate
+        horner = traces / k * eye - product
+    return horner
 
 
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
@@ -2667,7 +2710,17 @@ def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
     upper = _mT(_lower(a)) * (gr @ _mT(r) - _mT(q) @ gq)  # triu(M)
     left = gq + q @ (upper + _mT(upper))
+    _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
     return _mT(np.linalg.solve(r, _mT(left)))  # left R^-T
+
+
+def _refuse_dependent_columns(r: np.ndarray, longer: int) -> None:
+    """R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0."""
+    diagonal = np.abs(np.diagonal(r, axis1=-2, axis2=-1))  # (..., n)
+    largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
+    if np.any(diagonal <= longer * np.finfo(r.dtype).eps * largest):
+        raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
+                                    "(R has a 0 on its diagonal, up to rounding)")
 
 
 @primitive(_qr_rule)
@@ -2692,15 +2745,18 @@ def qr(a: Any, mode: str = "reduced") -> Any:
     return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
 
 
-# *pinv*: this one we take from Golub and Pereyra (1973), and `check_grad` is our proof.
-# As long as the rank of A stays the same, its pseudo-inverse P moves by three terms:
+# *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
+# symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra, 1973).
 #
-#     dP = -P dA P  +  P P^T dA^T (I - A P)  +  (I - P A) dA^T P^T P
+# 1. Differentiate `P = P A P`, and collect:
+#    `dP = -P dA P + dP (I - A P) + (I - P A) dP`.
+# 2. `P (I - A P) = 0`, so `dP (I - A P) = P d(A P)`. As A P is symmetric,
+#    `d(A P) = dP^T A^T + P^T dA^T`. Multiply by `I - A P`, which is its own square and
+#    turns A^T into 0: `dP (I - A P) = P P^T dA^T (I - A P)`.
+# 3. In the same way, `(I - P A) dP = (I - P A) dA^T P^T P`.
+# 4. Bring each over to g (a dA^T transposes what it receives). A receives
 #
-# (If A has an inverse, `A P = P A = I` leaves the first.) Bring each over to g; a dA^T
-# transposes what it receives, and `A P` and `P A` are symmetric:
-#
-#     -P^T g P^T  +  (I - A P) g^T P P^T  +  P^T P g^T (I - P A)
+#        -P^T g P^T  +  (I - A P) g^T P P^T  +  P^T P g^T (I - P A)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
@@ -3672,8 +3728,8 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    x, axes = _joined(x, axis)  # (..., n)
-    y = _norm_of_vectors(x, ord)
+    rows, axes = _joined("norm", x, axis)  # (..., n)
+    y = _norm_of_vectors(rows, ord)
     return expand_dims(y, axes) if keepdims else y
 
 

@@ -3740,6 +3740,16 @@ def test_equal_eigenvalues():
         assert not np.isfinite(of_vectors.numpy()).all()
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_qr_of_columns_that_depend_on_each_other_up_to_rounding(create_graph):
+    a = np.random.default_rng(0).normal(size=(4, 2))
+    x = Tensor(np.column_stack([a, a @ [0.3, 0.7]]))
+    r = np.linalg.qr(x)[1]
+    assert 0 < abs(r.data[2, 2]) < 1e-14  # nearly, but not exactly
+    with pytest.raises(np.linalg.LinAlgError, match="qr.*depend"):
+        r.sum().backward(create_graph=create_graph)
+
+
 @pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-5])
 def test_nearly_equal_eigenvalues_lose_as_many_digits_as_their_distance(gap):
     """The projector on the first two of three is smooth; that on the first alone turns by 1/gap."""
@@ -8949,6 +8959,13 @@ WRONG = [
     (lambda: np.linalg.qr(T(2, 3).T, mode="complete"), TypeError,
      "qr & (3, 2) & complete & reduced"),
     (lambda: np.linalg.qr(T(2, 3)[0]), TypeError, "qr & (3,)"),
+    (lambda: np.prod(T(2, 3), axis=3), IndexError, "prod & (2, 3) & 3"),
+    (lambda: np.prod(T(2, 3), axis=(0, 0)), ValueError, "prod & (2, 3) & (0, 0)"),
+    (lambda: np.cumprod(T(2, 3), axis=3), IndexError, "cumprod & (2, 3) & 3"),
+    (lambda: np.sort(T(2, 3), axis=3), IndexError, "sort & (2, 3) & 3"),
+    (lambda: np.quantile(T(2, 3), 0.5, axis=3), IndexError, "quantile & (2, 3) & 3"),
+    (lambda: np.quantile(T(2, 3), 1.5), ValueError, "quantile & (2, 3) & 1.5"),
+    (lambda: np.quantile(T(2, 3)[:0], 0.5), ValueError, "quantile & (0, 3)"),
     (lambda: np.linalg.lstsq(T(2, 3), np.ones(3)), ValueError, "lstsq & (2, 3), (3,)"),
     (lambda: np.linalg.norm(T(2, 3)[None], 1), ValueError, "norm & (1, 2, 3)"),
     (lambda: np.linalg.norm(T(2, 3), 3), ValueError, "norm & (2, 3) & 3 & nuc"),
