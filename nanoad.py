@@ -1275,7 +1275,7 @@ def _holds_tensor(a: Any) -> bool:
 #
 # What answers for which function is in one table, `_FUNCTIONS`, filled where the
 # operations stand. What has derivative zero wherever it has one (`np.sign`, `np.argmax`)
-# or asks for a shape gives a plain array (II.9). All else is a TypeError for a tracked
+# or asks for a shape gives a plain array (IV.9). All else is a TypeError for a tracked
 # Tensor: to convert it silently would cut the tape, and the gradient would be wrong. A
 # constant has no gradient to lose; it goes in as the array it holds.
 
@@ -3114,678 +3114,6 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
                          f"{t.shape}: they must agree")
     return value if value.dtype == t.dtype else astype(value, t.dtype)
 
-
-# ## II.9 NumPy's other names: what needs no new idea?
-#
-# Skip this section: it is for looking up, and nothing that you read elsewhere needs it.
-# NumPy has hundreds of functions, and nearly all of them are compositions of operations
-# that we have. So each is written here as such, with NumPy's own signature; its
-# derivatives follow. What NumPy code may use, by kind:
-#
-#     arithmetic      add subtract multiply divide remainder fmod divmod negative
-#                     positive square reciprocal power float_power
-#     exponentials    exp exp2 expm1 log log2 log10 log1p logaddexp logaddexp2
-#     roots           sqrt cbrt hypot
-#     angles          sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg
-#                     degrees radians
-#     hyperbolic      sinh cosh tanh arcsinh arccosh arctanh
-#     choosing        where maximum minimum fmax fmin absolute fabs clip heaviside
-#                     nan_to_num choose select piecewise sort partition
-#     of real input   real conjugate real_if_close copy full_like
-#     moving          roll flip fliplr flipud rot90 repeat tile resize delete insert
-#                     append take take_along_axis diag diagflat diagonal tril triu
-#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis matrix_transpose
-#                     squeeze expand_dims atleast_1d atleast_2d atleast_3d broadcast_to
-#                     broadcast_arrays meshgrid
-#     joining         concatenate stack hstack vstack row_stack dstack column_stack pad
-#     cutting         split array_split hsplit vsplit dsplit unstack
-#     reductions      sum mean average var std max amax min amin ptp prod trace nansum
-#                     nanmean median quantile percentile cov corrcoef trapezoid
-#     scans           cumsum cumprod diff ediff1d gradient
-#     products        matmul dot vdot inner outer einsum tensordot kron cross vecdot
-#                     matvec vecmat convolve correlate interp
-#     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
-#                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
-#
-# Comparisons, roundings and orders (`_WITHOUT_GRADIENT`) give plain arrays, and so does
-# histogram. All else is a TypeError: complex numbers, `fft`, `i0`, `unwrap`, `modf`,
-# `frexp`, `copysign`, the other nan functions, the methods of ufuncs (for
-# `np.add.reduce` there is np.sum), and what writes into an array (`put`, `copyto`,
-# `fill_diagonal`; np.where makes a new one).
-
-# These have derivative zero wherever it exists, or ask for a shape or an order, or
-# count, sort into bins and compare, which choose by the values alone.
-_WITHOUT_GRADIENT = {getattr(np, name) for name in """
-    sign floor ceil trunc rint fix round around floor_divide imag angle
-    isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
-    signbit equal not_equal less less_equal greater greater_equal
-    logical_and logical_or logical_not logical_xor
-    isclose allclose array_equal array_equiv isin any all
-    argmax argmin nanargmax nanargmin argsort argpartition argwhere lexsort searchsorted
-    nonzero flatnonzero count_nonzero digitize unique
-    shape ndim size zeros_like ones_like empty_like
-    result_type can_cast may_share_memory shares_memory
-    array2string array_repr array_str
-    """.split()} | {np.linalg.matrix_rank}
-
-
-# ### In one line
-#
-# Three helpers for rows: a reduction whose third argument is a dtype; shapes that NumPy
-# itself names; and moves of elements of several arrays, where what is moved are their
-# positions in all of them, laid end to end.
-def _with_dtype(op: Callable) -> Callable:
-    return lambda a, axis=None, dtype=None, **more: op(  # more: keepdims, and ddof of var
-        a if dtype is None else astype(a, dtype), axis, **more)
-
-
-def _at_least(function: Callable) -> Callable:
-    def answer(*arrays: Any) -> Any:
-        tensors = map(as_tensor, arrays)
-        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
-        return results[0] if len(results) == 1 else results
-
-    return answer
-
-
-def _moves_several(move: Callable, *operands: Any) -> Tensor:
-    tensors = _admit_together(*operands)
-    positions, count = [], 0
-    for t in tensors:
-        positions.append(np.arange(count, count + t.size).reshape(t.shape))
-        count += t.size
-    return concatenate(tensors, axis=None)[move(*positions)]
-
-
-def _nansum(a, axis=None, keepdims=False):
-    return sum_(where(np.isnan(a), 0, a), axis, keepdims)
-
-
-def _nanmean(a, axis=None, keepdims=False):
-    count = np.sum(~np.isnan(a), axis, dtype=a.dtype, keepdims=keepdims)
-    return _nansum(a, axis, keepdims) / count
-
-
-_FUNCTIONS.update({
-    # elements (all numbers here are real)
-    np.conjugate: identity, np.real: identity, np.real_if_close: identity,
-    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
-    np.square: lambda x: x * x,
-    np.reciprocal: lambda x: 1 / x,
-    np.float_power: lambda a, b: power(astype(a, np.float64), b),
-    np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
-    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:
-        clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
-    np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
-        where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
-    np.select: lambda condlist, choicelist, default=0: functools.reduce(
-        lambda rest, pair: where(*pair, rest),  # from the last condition to the first
-        reversed(list(zip(condlist, choicelist, strict=True))), default),
-    # shapes
-    np.transpose: lambda a, axes=None: transpose(a, axes),
-    np.ravel: lambda a: reshape(a, -1),
-    np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
-        reshape(a, newshape if shape is None else shape),
-    np.full_like: lambda a, fill_value, dtype=None:
-        broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
-    np.atleast_1d: _at_least(np.atleast_1d),
-    np.atleast_2d: _at_least(np.atleast_2d),
-    np.atleast_3d: _at_least(np.atleast_3d),
-    np.broadcast_arrays: lambda *arrays: tuple(
-        broadcast_to(t, np.broadcast_shapes(*map(np.shape, arrays)))
-        for t in _admit_together(*arrays)),
-    # moving
-    np.insert: lambda arr, obj, values, axis=None: _moves_several(
-        lambda a, v: np.insert(a, obj, v, axis), arr,
-        astype(values, np.asarray(_value(arr)).dtype)),
-    np.choose: lambda a, choices, *, mode="raise": _moves_several(
-        lambda *c: np.choose(_value(a), c, mode=mode), *choices),
-    # joining and cutting
-    np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
-    np.vstack: lambda tup: concatenate([np.atleast_2d(t) for t in _admit_together(*tup)]),
-    np.dstack: lambda tup:
-        concatenate([np.atleast_3d(t) for t in _admit_together(*tup)], 2),
-    np.column_stack: lambda tup: concatenate(
-        [t if t.ndim > 1 else reshape(t, (-1, 1)) for t in _admit_together(*tup)], 1),
-    np.split: lambda ary, indices_or_sections, axis=0:
-        split(ary, indices_or_sections, axis),
-    np.array_split: lambda ary, indices_or_sections, axis=0:
-        _cut(np.array_split, ary, indices_or_sections, axis),
-    np.hsplit: lambda ary, indices_or_sections:
-        split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1),
-    np.vsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 0),
-    np.dsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 2),
-    # reductions
-    np.sum: _with_dtype(sum_), np.prod: _with_dtype(prod), np.mean: _with_dtype(mean),
-    np.var: _with_dtype(var), np.std: _with_dtype(std),
-    np.cumsum: _with_dtype(cumsum), np.cumprod: _with_dtype(cumprod),
-    np.nansum: _with_dtype(_nansum), np.nanmean: _with_dtype(_nanmean),
-    np.max: lambda a, axis=None, *, keepdims=False: max_(a, axis, keepdims),
-    np.min: lambda a, axis=None, *, keepdims=False: min_(a, axis, keepdims),
-    np.ptp: lambda a, axis=None, *, keepdims=False:
-        max_(a, axis, keepdims) - min_(a, axis, keepdims),
-    np.percentile: lambda a, q, axis=None, *, method="linear", keepdims=False:
-        quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims),
-    # linear algebra
-    np.vdot: lambda a, b: matmul(*(reshape(t, -1) for t in _admit_together(a, b))),
-    np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO)[0],
-})
-_FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
-_FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
-
-for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
-    _moves(_move.__name__, _move)
-
-
-# ### Elements
-#
-# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
-# 0/0 at 0 and loses its digits nearby. There we add up its series, written as nested
-# products (Horner),
-#
-#     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
-#
-# of which ten terms give all digits of float64 for |x| < 1/2.
-def _sinc_slope(x: Any) -> Any:
-    is_near = np.abs(_value(x)) < 0.5
-    near = np.pi * np.where(is_near, x, 0)
-    far = np.where(is_near, 1, x)
-    series = 1.0
-    for k in range(10, 0, -1):
-        series = 1 - near * near / (2 * k * (2 * k + 3)) * series
-    return np.where(is_near, near * series * (-np.pi / 3),
-                    (np.cos(np.pi * far) - np.sinc(far)) / far)
-
-
-sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
-
-
-@_answers(np.nan_to_num)
-@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
-def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
-               neginf: float | None = None) -> Tensor:
-    """A copy of x with numbers for nan, inf and -inf, whose gradient is 0."""
-    return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
-
-
-@_answers(np.histogram)
-def _histogram(a, bins=10, range=None, density=None, weights=None):
-    if _tracked(weights):
-        raise TypeError("np.histogram: no derivative by its weights; use "
-                        "nanoad.scatter_add")
-    return np.histogram(_value(a), _value(bins), range, density, _value(weights))
-
-
-@_answers(np.piecewise)
-def _piecewise(x, condlist, funclist, *args, **kw):
-    """Each function gets its part of x only. Of several conditions the last counts."""
-    count = 1 if np.ndim(condlist) == np.ndim(x) else len(condlist)
-    masks = np.reshape(condlist, (count, *np.shape(x))).astype(bool)
-    if len(funclist) == count + 1:  # the last one is for the rest
-        masks = np.concatenate([masks, ~masks.any(axis=0, keepdims=True)])
-    if len(funclist) != len(masks):
-        raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
-
-    result = where(False, x, 0)  # zeros, made from x
-    for i, f in enumerate(funclist):
-        mask = masks[i] & ~masks[i + 1:].any(axis=0)
-        if mask.any():
-            value = f(x[mask], *args, **kw) if callable(f) else f
-            result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
-    return result
-
-
-# ### Moves and shapes
-@_answers(np.partition)
-def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
-              kind: str = "introselect") -> Tensor:
-    """x with element number `kth` where sorting would put it, as np.partition has it."""
-    order = np.argpartition(_value(x), kth, axis, kind)
-    return take_along_axis(x, order, axis)
-
-
-@_answers(np.hstack)
-def _hstack(tup):
-    tensors = [np.atleast_1d(t) for t in _admit_together(*tup)]
-    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
-
-
-@_answers(np.meshgrid)
-def _meshgrid(*xi, indexing="xy", sparse=False):
-    """One grid for each of the coordinates xi: grid i varies along axis i.
-
-    ("xy" exchanges the first two axes, and is what NumPy does if nothing is said.)
-    """
-    if indexing not in ("xy", "ij"):
-        raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
-    n = len(xi)
-    axes = [1, 0, *range(2, n)] if indexing == "xy" and n > 1 else range(n)
-    grids = []
-    for x, axis in zip(_admit_together(*xi), axes):
-        grids.append(reshape(x, (1,) * axis + (-1,) + (1,) * (n - 1 - axis)))
-    return tuple(grids) if sparse else np.broadcast_arrays(*grids)
-
-
-# ### Reductions and differences
-@_answers(np.median)
-def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The middle element, or the mean of the two in the middle."""
-    return quantile(x, 0.5, axis, keepdims=keepdims)
-
-
-@_answers(np.average)
-def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
-            returned: bool = False, *, keepdims: bool = False) -> Any:
-    """The mean, each element counted with its weight; with `returned`, (mean, sum of
-    weights).
-
-    The weights have the shape of x, or, for a single axis, its length.
-    """
-    if weights is None:
-        x = as_tensor(x)
-        weights = np.ones_like(x)
-    x, weights = _admit_together(x, weights)
-    if weights.shape != x.shape:
-        if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
-            raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
-                             f"shape {weights.shape} fit neither that nor the axis")
-        weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
-    total = sum_(weights, axis, keepdims)
-    if np.any(total == 0) and x.size:
-        raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")
-    y = sum_(x * weights, axis, keepdims) / total
-    return (y, total) if returned else y
-
-
-@_answers(np.diff)
-def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
-         append: Any = None) -> Tensor:
-    """The differences of neighbours along an axis, n times over, as by np.diff."""
-    if n < 0:
-        raise ValueError(f"diff: n must be at least 0, not {n}")
-    if n == 0:
-        return as_tensor(x)
-    pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
-    x = pieces[0 if prepend is None else 1]
-    if len(pieces) > 1:  # a number stands for a slice that is full of it
-        slice_shape = sum_(x, axis, keepdims=True).shape
-        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), slice_shape)
-                         for a in pieces], axis)
-    y = moveaxis(x, axis, 0)
-    for _ in range(n):
-        y = y[1:] - y[:-1]
-    return moveaxis(y, 0, axis)
-
-
-@_answers(np.ediff1d)
-def _ediff1d(ary, to_end=None, to_begin=None):
-    pieces = _admit_together(*(a for a in (to_begin, ary, to_end) if a is not None))
-    i = 0 if to_begin is None else 1
-    pieces[i] = diff(reshape(pieces[i], -1))
-    return concatenate(pieces, axis=None)
-
-
-@_answers(getattr(np, "trapezoid", None) or np.trapz)  # its name before NumPy 2
-def _trapezoid(y, x=None, dx=1.0, axis=-1):
-    """The integral of y over x by trapezoids, each its width times its mean height."""
-    if x is not None:
-        y, x = _admit_together(y, x)
-        dx = diff(x if x.ndim == 1 else moveaxis(x, axis, -1))
-    y = moveaxis(y, axis, -1)
-    return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
-
-
-# np.gradient takes the slope of a chord between two neighbours. In the middle of three
-# points it takes the mean of the two chords', the shorter one counted more. At an end
-# it takes that of the only chord. Or, with edge_order=2: a chord's slope is the mean of
-# the slopes at its two ends, as on a parabola, so `first = 2 chord - inner`.
-def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
-    f = moveaxis(f, axis, 0)  # (n, ...)
-    spacing = astype(spacing, f.dtype)
-    steps = diff(spacing) if spacing.ndim else broadcast_to(spacing, (len(f) - 1,))
-    steps = reshape(steps, (-1,) + (1,) * (f.ndim - 1))
-    chord = (f[1:] - f[:-1]) / steps  # (n - 1, ...)
-    before, after = steps[:-1], steps[1:]
-    inner = (chord[:-1] * after + chord[1:] * before) / (before + after)  # (n - 2, ...)
-    first, last = chord[:1], chord[-1:]
-    if edge_order == 2:
-        first, last = 2 * first - inner[:1], 2 * last - inner[-1:]
-    return moveaxis(concatenate([first, inner, last]), 0, axis)
-
-
-@_answers(np.gradient)
-def _gradient(f, *varargs, axis=None, edge_order=1):
-    """The slopes from neighbour to neighbour along each axis of f: no cotangents."""
-    f = as_tensor(f)
-    axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
-    spacings = varargs or (1.0,)
-    if len(spacings) == 1:
-        spacings = spacings * len(axes)
-    if len(spacings) != len(axes) or edge_order not in (1, 2):
-        raise TypeError(f"np.gradient: {len(varargs)} spacings for {len(axes)} axes, "
-                        f"and edge_order={edge_order} (1 or 2)")
-    if any(f.shape[a] < edge_order + 1 for a in axes):
-        raise ValueError(f"np.gradient of shape {f.shape}: needs {edge_order + 1} "
-                         "elements along each axis")
-    slopes = [_slope(f, h, a, edge_order) for h, a in zip(spacings, axes)]
-    return slopes[0] if len(slopes) == 1 else slopes
-
-
-@_answers(np.cov)
-def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
-    """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
-    def as_rows(a):
-        a = np.atleast_2d(astype(a, dtype))
-        return a.T if not rowvar and a.shape[0] != 1 else a
-
-    x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
-    ddof = int(not bias) if ddof is None else ddof
-    centred = x - mean(x, 1, keepdims=True)
-    return squeeze(centred @ centred.T / (x.shape[1] - ddof))
-
-
-@_answers(np.corrcoef)
-def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
-    c = _cov(x, y, rowvar, dtype=dtype)
-    if c.ndim == 0:
-        return c / c
-    spread = sqrt(diagonal(c))
-    return c / spread[:, None] / spread
-
-
-@_answers(np.interp)
-def _interp(x, xp, fp, left=None, right=None):
-    x, xp, fp = _admit_together(x, xp, fp)
-    if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
-        raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, "
-                         "given by two vectors of one length")
-    above = np.searchsorted(_value(xp), _value(x), side="right")
-    i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
-    slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
-    at_knot = (x == xp[i]) & ~np.isfinite(slope)
-    slope = np.where(at_knot, 0, slope)  # for inf times 0 is nan
-    y = fp[i] + slope * (x - xp[i])
-    y = np.where(x < xp[0], fp[0] if left is None else left, y)
-    return np.where(x > xp[-1], fp[-1] if right is None else right, y)
-
-
-# ### Products of vectors and matrices
-def bmm(a: Any, b: Any) -> Tensor:
-    """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
-    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
-        raise ValueError(f"bmm of {np.shape(a)}, {np.shape(b)}: needs (n, i, k) and (n, "
-                         "k, j), as many matrices in each; for all else there is matmul")
-    return matmul(a, b)
-
-
-@_answers(np.inner)
-def inner(a: Any, b: Any) -> Tensor:
-    """The inner products of the rows of a and b: the sum over the last axis of both."""
-    a, b = _admit_together(a, b)
-    return a * b if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
-
-
-@_answers(np.outer)
-def outer(a: Any, b: Any) -> Tensor:
-    """a_i * b_j for all elements of both: (a.size, b.size)."""
-    a, b = _admit_together(a, b)
-    return reshape(a, (-1, 1)) * reshape(b, -1)
-
-
-@_answers(np.tensordot)
-def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
-    """The products of a and b, added up over axes that they share.
-
-    These are the last of a and the first of b if `axes` says how many, else a pair of
-    lists. Those of a remain first, then those of b.
-    """
-    a, b = _admit_together(a, b)
-    if isinstance(axes, (int, np.integer)):
-        axes = range(a.ndim - axes, a.ndim), range(axes)
-    left, right = (np.ravel(one).astype(int).tolist() for one in axes)
-
-    of_a = list(range(a.ndim))  # a number for each axis; a common one is added up over
-    of_b = list(range(a.ndim, a.ndim + b.ndim))
-    try:
-        fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
-        for i, j in zip(left, right):
-            of_b[j] = of_a[i]
-    except IndexError:
-        fit = False
-    common = set(of_a) & set(of_b)
-    if not fit or len(common) < len(left):
-        raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
-                         "are not all there, each once, and of the same lengths; name "
-                         "pairs that are")
-    return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in common])
-
-
-@_answers(np.kron)
-def kron(a: Any, b: Any) -> Tensor:
-    """The Kronecker product: b in place of each element of a, multiplied by it."""
-    a, b = _admit_together(a, b)
-    a = expand_dims(a, tuple(range(1, 2 * a.ndim, 2)))  # (2, 3) -> (2, 1, 3, 1)
-    b = expand_dims(b, tuple(range(0, 2 * b.ndim, 2)))  # (5, 7) -> (1, 5, 1, 7)
-    y = a * b  # (2, 5, 3, 7)
-    return reshape(y, tuple(m * n for m, n in zip(y.shape[::2], y.shape[1::2])))
-
-
-@_answers(np.cross)
-def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
-          axis: int | None = None) -> Tensor:
-    """The cross products of vectors of length 3, which lie along the given axes."""
-    if axis is not None:
-        axisa = axisb = axisc = axis
-    a, b = _admit_together(a, b)
-    a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
-    if a.shape[-1] != 3 or b.shape[-1] != 3:
-        raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 "
-                         "along an axis (here moved last); append a zero to those of "
-                         "length 2")
-    later, last = [1, 2, 0], [2, 0, 1]
-    c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
-    return moveaxis(c, -1, axisc)
-
-
-# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
-# `sum_n g_n v_(n-k)`: the correlation of g with v, which is convolution with v reversed.
-@primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
-           lambda g, y, a, v: np.correlate(g, a, "valid"))
-def _convolve(a: Any, v: Any) -> Tensor:
-    return np.convolve(a, v)
-
-
-@_answers(np.convolve)
-def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
-    a, v = _admit_together(a, v)
-    if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
-        raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two "
-                         "vectors, and a mode 'full', 'same' or 'valid'")
-    short, long = sorted([len(a), len(v)])
-    middle = (short - 1) // 2
-    parts = {"full": slice(None), "same": slice(middle, middle + long),
-             "valid": slice(short - 1, long)}
-    return _convolve(a, v)[parts[mode]]
-
-
-@_answers(np.correlate)
-def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
-    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
-    a, v = _admit_together(a, v)
-    if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
-        return correlate(v, a, mode)[::-1]
-    return convolve(a, v[::-1], mode)
-
-
-# A product of many matrices costs least when it is begun at its thin end, as in
-# `(A (B v))`.
-@_answers(np.linalg.multi_dot)
-def _multi_dot(arrays):
-    arrays = _admit_together(*arrays)
-    rows, columns = arrays[0].shape[:-1], arrays[-1].shape[1:]  # () of a vector
-    if rows <= columns:
-        return functools.reduce(matmul, arrays)
-    return functools.reduce(lambda product, a: matmul(a, product), arrays[::-1])
-
-
-@_answers(np.linalg.matrix_power)
-def matrix_power(a: Any, n: int) -> Tensor:
-    """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
-    a = as_tensor(a)
-    if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not isinstance(n, (int, np.integer)):
-        raise ValueError(f"matrix_power of {a.shape}, {n!r}: needs square matrices "
-                         "and an integer")
-    if n < 0:
-        return matrix_power(inv(a), -n)
-    if n == 0:
-        return as_tensor(np.broadcast_to(np.eye(a.shape[-1], dtype=a.dtype), a.shape))
-    if n == 1:
-        return a
-    half = matrix_power(a, n // 2)
-    return half @ half @ a if n % 2 else half @ half
-
-
-@_answers(np.linalg.lstsq)
-def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
-    """(x, residuals, rank, singular values of a), where x makes these sums least:
-    (a @ x - b) ** 2 for each column of b. a is (m, n) and b (m,) or (m, k). The
-    residuals are the sums, if n is the rank and below m.
-    """
-    a, b = _admit_together(a, b)
-    if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
-        raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a "
-                         "vector (m,) or columns (m, k)")
-    m, n = a.shape
-    singular = svd(a, compute_uv=False)  # (min(m, n),)
-    if rcond is None:
-        rcond = np.finfo(singular.dtype).eps * max(m, n)
-    rank = int(np.sum(_value(singular) > rcond * np.max(_value(singular), initial=0)))
-
-    x = matmul(pinv(a, rcond), b)
-    errors = b - matmul(a, x)
-    residuals = np.sum(errors * errors, axis=0).reshape(-1)
-    return x, residuals if m > n == rank else residuals[:0], rank, singular
-
-
-# ### Norms
-#
-# The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is taken.
-@primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
-def _length(x: Any, axes: tuple) -> Tensor:
-    return np.sqrt(np.sum(x * x, axis=axes))
-
-
-def _norm_of_vectors(x: Any, ord: float) -> Any:
-    """The norm over the last axis."""
-    if not isinstance(ord, (int, float, np.number)):
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by "
-                         "numbers; those by name are of matrices, axis=(-2, -1)")
-    if ord == 2:
-        return _length(x, axes=(-1,))
-    if ord == 0:  # constant nearly everywhere
-        return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
-    if abs(ord) == np.inf:
-        return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
-    total = sum_(abs_(x) ** ord, -1)
-    is_zero = total == 0  # where a root's derivative is infinite
-    return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
-
-
-def _norm_of_matrices(x: Any, ord: Any) -> Any:
-    """The norm over the last two axes."""
-    if ord in ("fro", None):
-        return _length(x, axes=(-2, -1))
-    if ord not in ("nuc", 1, -1, 2, -2, np.inf, -np.inf):
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
-                         "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
-    if ord in ("nuc", 2, -2):
-        sizes = svd(x, compute_uv=False)
-    else:  # of its columns, or of its rows
-        sizes = sum_(abs_(x), -2 if abs(ord) == 1 else -1)
-    if ord == "nuc":
-        return sum_(sizes, -1)
-    return max_(sizes, -1) if ord > 0 else min_(sizes, -1)
-
-
-@_answers(np.linalg.norm)
-def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
-         keepdims: bool = False) -> Tensor:
-    """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
-    The root of a sum of squares has derivative 0 at 0, as in PyTorch; equal largest
-    ones share it.
-    """
-    x = as_tensor(x)
-    axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
-    if len(axes) == 1 or axis is None and ord is None:
-        ord = 2 if ord is None else ord
-        return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
-    if len(axes) != 2:
-        raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, "
-                         "a matrix two")
-    y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
-    return expand_dims(y, axes) if keepdims else y
-
-
-def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    rows, axes = _joined("norm", x, axis)  # (..., n)
-    y = _norm_of_vectors(rows, ord)
-    return expand_dims(y, axes) if keepdims else y
-
-
-@_answers(np.linalg.cond)
-def _cond(x, p=None):
-    if p in (None, 2):
-        singular = svd(x, compute_uv=False)
-        return singular[..., 0] / singular[..., -1]
-    return norm(x, p, (-2, -1)) * norm(inv(x), p, (-2, -1))
-
-
-# ### What some NumPys lack
-#
-# NumPy 2 added names, and has those of matrices in np.linalg as well, where they are
-# about the last two axes.
-def _matvec(x1, x2):
-    a, b = _admit_together(x1, x2)
-    return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
-
-
-def _vecmat(x1, x2):
-    a, b = _admit_together(x1, x2)
-    return matmul(a[..., None, :], b)[..., 0, :]
-
-
-def _vecdot(x1, x2, axis=-1):
-    a, b = _admit_together(x1, x2)
-    return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
-
-
-_NEWER = {
-    np: {
-        "row_stack": _FUNCTIONS[np.vstack],
-        "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
-        "matrix_transpose": lambda x: _mT(x),
-        "vecdot": _vecdot, "matvec": _matvec, "vecmat": _vecmat,
-    },
-    np.linalg: {
-        "matmul": matmul, "outer": outer, "tensordot": tensordot, "vecdot": _vecdot,
-        "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
-        "diagonal": lambda x, *, offset=0: diagonal(x, offset, -2, -1),
-        "trace": lambda x, *, offset=0: trace(x, offset, -2, -1),
-        "matrix_transpose": lambda x: _mT(x),
-        "svdvals": lambda x: svd(x, compute_uv=False),
-        "vector_norm": _vector_norm,
-        "matrix_norm": lambda x, *, keepdims=False, ord="fro":
-            norm(x, ord, (-2, -1), keepdims),
-    },
-}
-for _module, _answer_of in _NEWER.items():
-    for _key, _f in _answer_of.items():
-        _answers(getattr(_module, _key, None))(_f)
-
-for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
-    if _f.__qualname__[0] in "_<":  # such as <lambda>
-        _f.__qualname__ = f"np.{_function.__name__}"
 
 # # Part III. Networks
 #
@@ -8147,7 +7475,679 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
             grid[row, x] = "╭"
 
 
-# ## IV.9 Names: where is X?
+# ## IV.9 NumPy's other names: what needs no new idea?
+#
+# Skip this section: it is for looking up, and nothing that you read elsewhere needs it.
+# NumPy has hundreds of functions, and nearly all of them are compositions of operations
+# that we have. So each is written here as such, with NumPy's own signature; its
+# derivatives follow. What NumPy code may use, by kind:
+#
+#     arithmetic      add subtract multiply divide remainder fmod divmod negative
+#                     positive square reciprocal power float_power
+#     exponentials    exp exp2 expm1 log log2 log10 log1p logaddexp logaddexp2
+#     roots           sqrt cbrt hypot
+#     angles          sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg
+#                     degrees radians
+#     hyperbolic      sinh cosh tanh arcsinh arccosh arctanh
+#     choosing        where maximum minimum fmax fmin absolute fabs clip heaviside
+#                     nan_to_num choose select piecewise sort partition
+#     of real input   real conjugate real_if_close copy full_like
+#     moving          roll flip fliplr flipud rot90 repeat tile resize delete insert
+#                     append take take_along_axis diag diagflat diagonal tril triu
+#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis matrix_transpose
+#                     squeeze expand_dims atleast_1d atleast_2d atleast_3d broadcast_to
+#                     broadcast_arrays meshgrid
+#     joining         concatenate stack hstack vstack row_stack dstack column_stack pad
+#     cutting         split array_split hsplit vsplit dsplit unstack
+#     reductions      sum mean average var std max amax min amin ptp prod trace nansum
+#                     nanmean median quantile percentile cov corrcoef trapezoid
+#     scans           cumsum cumprod diff ediff1d gradient
+#     products        matmul dot vdot inner outer einsum tensordot kron cross vecdot
+#                     matvec vecmat convolve correlate interp
+#     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
+#                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
+#
+# Comparisons, roundings and orders (`_WITHOUT_GRADIENT`) give plain arrays, and so does
+# histogram. All else is a TypeError: complex numbers, `fft`, `i0`, `unwrap`, `modf`,
+# `frexp`, `copysign`, the other nan functions, the methods of ufuncs (for
+# `np.add.reduce` there is np.sum), and what writes into an array (`put`, `copyto`,
+# `fill_diagonal`; np.where makes a new one).
+
+# These have derivative zero wherever it exists, or ask for a shape or an order, or
+# count, sort into bins and compare, which choose by the values alone.
+_WITHOUT_GRADIENT = {getattr(np, name) for name in """
+    sign floor ceil trunc rint fix round around floor_divide imag angle
+    isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
+    signbit equal not_equal less less_equal greater greater_equal
+    logical_and logical_or logical_not logical_xor
+    isclose allclose array_equal array_equiv isin any all
+    argmax argmin nanargmax nanargmin argsort argpartition argwhere lexsort searchsorted
+    nonzero flatnonzero count_nonzero digitize unique
+    shape ndim size zeros_like ones_like empty_like
+    result_type can_cast may_share_memory shares_memory
+    array2string array_repr array_str
+    """.split()} | {np.linalg.matrix_rank}
+
+
+# ### In one line
+#
+# Three helpers for rows: a reduction whose third argument is a dtype; shapes that NumPy
+# itself names; and moves of elements of several arrays, where what is moved are their
+# positions in all of them, laid end to end.
+def _with_dtype(op: Callable) -> Callable:
+    return lambda a, axis=None, dtype=None, **more: op(  # more: keepdims, and ddof of var
+        a if dtype is None else astype(a, dtype), axis, **more)
+
+
+def _at_least(function: Callable) -> Callable:
+    def answer(*arrays: Any) -> Any:
+        tensors = map(as_tensor, arrays)
+        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
+        return results[0] if len(results) == 1 else results
+
+    return answer
+
+
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    tensors = _admit_together(*operands)
+    positions, count = [], 0
+    for t in tensors:
+        positions.append(np.arange(count, count + t.size).reshape(t.shape))
+        count += t.size
+    return concatenate(tensors, axis=None)[move(*positions)]
+
+
+def _nansum(a, axis=None, keepdims=False):
+    return sum_(where(np.isnan(a), 0, a), axis, keepdims)
+
+
+def _nanmean(a, axis=None, keepdims=False):
+    count = np.sum(~np.isnan(a), axis, dtype=a.dtype, keepdims=keepdims)
+    return _nansum(a, axis, keepdims) / count
+
+
+_FUNCTIONS.update({
+    # elements (all numbers here are real)
+    np.conjugate: identity, np.real: identity, np.real_if_close: identity,
+    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
+    np.square: lambda x: x * x,
+    np.reciprocal: lambda x: 1 / x,
+    np.float_power: lambda a, b: power(astype(a, np.float64), b),
+    np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
+    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:
+        clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
+    np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
+        where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
+    np.select: lambda condlist, choicelist, default=0: functools.reduce(
+        lambda rest, pair: where(*pair, rest),  # from the last condition to the first
+        reversed(list(zip(condlist, choicelist, strict=True))), default),
+    # shapes
+    np.transpose: lambda a, axes=None: transpose(a, axes),
+    np.ravel: lambda a: reshape(a, -1),
+    np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
+        reshape(a, newshape if shape is None else shape),
+    np.full_like: lambda a, fill_value, dtype=None:
+        broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
+    np.atleast_1d: _at_least(np.atleast_1d),
+    np.atleast_2d: _at_least(np.atleast_2d),
+    np.atleast_3d: _at_least(np.atleast_3d),
+    np.broadcast_arrays: lambda *arrays: tuple(
+        broadcast_to(t, np.broadcast_shapes(*map(np.shape, arrays)))
+        for t in _admit_together(*arrays)),
+    # moving
+    np.insert: lambda arr, obj, values, axis=None: _moves_several(
+        lambda a, v: np.insert(a, obj, v, axis), arr,
+        astype(values, np.asarray(_value(arr)).dtype)),
+    np.choose: lambda a, choices, *, mode="raise": _moves_several(
+        lambda *c: np.choose(_value(a), c, mode=mode), *choices),
+    # joining and cutting
+    np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
+    np.vstack: lambda tup: concatenate([np.atleast_2d(t) for t in _admit_together(*tup)]),
+    np.dstack: lambda tup:
+        concatenate([np.atleast_3d(t) for t in _admit_together(*tup)], 2),
+    np.column_stack: lambda tup: concatenate(
+        [t if t.ndim > 1 else reshape(t, (-1, 1)) for t in _admit_together(*tup)], 1),
+    np.split: lambda ary, indices_or_sections, axis=0:
+        split(ary, indices_or_sections, axis),
+    np.array_split: lambda ary, indices_or_sections, axis=0:
+        _cut(np.array_split, ary, indices_or_sections, axis),
+    np.hsplit: lambda ary, indices_or_sections:
+        split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1),
+    np.vsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 0),
+    np.dsplit: lambda ary, indices_or_sections: split(ary, indices_or_sections, 2),
+    # reductions
+    np.sum: _with_dtype(sum_), np.prod: _with_dtype(prod), np.mean: _with_dtype(mean),
+    np.var: _with_dtype(var), np.std: _with_dtype(std),
+    np.cumsum: _with_dtype(cumsum), np.cumprod: _with_dtype(cumprod),
+    np.nansum: _with_dtype(_nansum), np.nanmean: _with_dtype(_nanmean),
+    np.max: lambda a, axis=None, *, keepdims=False: max_(a, axis, keepdims),
+    np.min: lambda a, axis=None, *, keepdims=False: min_(a, axis, keepdims),
+    np.ptp: lambda a, axis=None, *, keepdims=False:
+        max_(a, axis, keepdims) - min_(a, axis, keepdims),
+    np.percentile: lambda a, q, axis=None, *, method="linear", keepdims=False:
+        quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims),
+    # linear algebra
+    np.vdot: lambda a, b: matmul(*(reshape(t, -1) for t in _admit_together(a, b))),
+    np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO)[0],
+})
+_FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
+_FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
+
+for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
+    _moves(_move.__name__, _move)
+
+
+# ### Elements
+#
+# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
+# 0/0 at 0 and loses its digits nearby. There we add up its series, written as nested
+# products (Horner),
+#
+#     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
+#
+# of which ten terms give all digits of float64 for |x| < 1/2.
+def _sinc_slope(x: Any) -> Any:
+    is_near = np.abs(_value(x)) < 0.5
+    near = np.pi * np.where(is_near, x, 0)
+    far = np.where(is_near, 1, x)
+    series = 1.0
+    for k in range(10, 0, -1):
+        series = 1 - near * near / (2 * k * (2 * k + 3)) * series
+    return np.where(is_near, near * series * (-np.pi / 3),
+                    (np.cos(np.pi * far) - np.sinc(far)) / far)
+
+
+sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
+
+
+@_answers(np.nan_to_num)
+@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
+def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
+               neginf: float | None = None) -> Tensor:
+    """A copy of x with numbers for nan, inf and -inf, whose gradient is 0."""
+    return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
+
+
+@_answers(np.histogram)
+def _histogram(a, bins=10, range=None, density=None, weights=None):
+    if _tracked(weights):
+        raise TypeError("np.histogram: no derivative by its weights; use "
+                        "nanoad.scatter_add")
+    return np.histogram(_value(a), _value(bins), range, density, _value(weights))
+
+
+@_answers(np.piecewise)
+def _piecewise(x, condlist, funclist, *args, **kw):
+    """Each function gets its part of x only. Of several conditions the last counts."""
+    count = 1 if np.ndim(condlist) == np.ndim(x) else len(condlist)
+    masks = np.reshape(condlist, (count, *np.shape(x))).astype(bool)
+    if len(funclist) == count + 1:  # the last one is for the rest
+        masks = np.concatenate([masks, ~masks.any(axis=0, keepdims=True)])
+    if len(funclist) != len(masks):
+        raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
+
+    result = where(False, x, 0)  # zeros, made from x
+    for i, f in enumerate(funclist):
+        mask = masks[i] & ~masks[i + 1:].any(axis=0)
+        if mask.any():
+            value = f(x[mask], *args, **kw) if callable(f) else f
+            result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
+    return result
+
+
+# ### Moves and shapes
+@_answers(np.partition)
+def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
+              kind: str = "introselect") -> Tensor:
+    """x with element number `kth` where sorting would put it, as np.partition has it."""
+    order = np.argpartition(_value(x), kth, axis, kind)
+    return take_along_axis(x, order, axis)
+
+
+@_answers(np.hstack)
+def _hstack(tup):
+    tensors = [np.atleast_1d(t) for t in _admit_together(*tup)]
+    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
+
+
+@_answers(np.meshgrid)
+def _meshgrid(*xi, indexing="xy", sparse=False):
+    """One grid for each of the coordinates xi: grid i varies along axis i.
+
+    ("xy" exchanges the first two axes, and is what NumPy does if nothing is said.)
+    """
+    if indexing not in ("xy", "ij"):
+        raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
+    n = len(xi)
+    axes = [1, 0, *range(2, n)] if indexing == "xy" and n > 1 else range(n)
+    grids = []
+    for x, axis in zip(_admit_together(*xi), axes):
+        grids.append(reshape(x, (1,) * axis + (-1,) + (1,) * (n - 1 - axis)))
+    return tuple(grids) if sparse else np.broadcast_arrays(*grids)
+
+
+# ### Reductions and differences
+@_answers(np.median)
+def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
+    """The middle element, or the mean of the two in the middle."""
+    return quantile(x, 0.5, axis, keepdims=keepdims)
+
+
+@_answers(np.average)
+def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
+            returned: bool = False, *, keepdims: bool = False) -> Any:
+    """The mean, each element counted with its weight; with `returned`, (mean, sum of
+    weights).
+
+    The weights have the shape of x, or, for a single axis, its length.
+    """
+    if weights is None:
+        x = as_tensor(x)
+        weights = np.ones_like(x)
+    x, weights = _admit_together(x, weights)
+    if weights.shape != x.shape:
+        if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
+            raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
+                             f"shape {weights.shape} fit neither that nor the axis")
+        weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
+    total = sum_(weights, axis, keepdims)
+    if np.any(total == 0) and x.size:
+        raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")
+    y = sum_(x * weights, axis, keepdims) / total
+    return (y, total) if returned else y
+
+
+@_answers(np.diff)
+def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
+         append: Any = None) -> Tensor:
+    """The differences of neighbours along an axis, n times over, as by np.diff."""
+    if n < 0:
+        raise ValueError(f"diff: n must be at least 0, not {n}")
+    if n == 0:
+        return as_tensor(x)
+    pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
+    x = pieces[0 if prepend is None else 1]
+    if len(pieces) > 1:  # a number stands for a slice that is full of it
+        slice_shape = sum_(x, axis, keepdims=True).shape
+        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), slice_shape)
+                         for a in pieces], axis)
+    y = moveaxis(x, axis, 0)
+    for _ in range(n):
+        y = y[1:] - y[:-1]
+    return moveaxis(y, 0, axis)
+
+
+@_answers(np.ediff1d)
+def _ediff1d(ary, to_end=None, to_begin=None):
+    pieces = _admit_together(*(a for a in (to_begin, ary, to_end) if a is not None))
+    i = 0 if to_begin is None else 1
+    pieces[i] = diff(reshape(pieces[i], -1))
+    return concatenate(pieces, axis=None)
+
+
+@_answers(getattr(np, "trapezoid", None) or np.trapz)  # its name before NumPy 2
+def _trapezoid(y, x=None, dx=1.0, axis=-1):
+    """The integral of y over x by trapezoids, each its width times its mean height."""
+    if x is not None:
+        y, x = _admit_together(y, x)
+        dx = diff(x if x.ndim == 1 else moveaxis(x, axis, -1))
+    y = moveaxis(y, axis, -1)
+    return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
+
+
+# np.gradient takes the slope of a chord between two neighbours. In the middle of three
+# points it takes the mean of the two chords', the shorter one counted more. At an end
+# it takes that of the only chord. Or, with edge_order=2: a chord's slope is the mean of
+# the slopes at its two ends, as on a parabola, so `first = 2 chord - inner`.
+def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
+    f = moveaxis(f, axis, 0)  # (n, ...)
+    spacing = astype(spacing, f.dtype)
+    steps = diff(spacing) if spacing.ndim else broadcast_to(spacing, (len(f) - 1,))
+    steps = reshape(steps, (-1,) + (1,) * (f.ndim - 1))
+    chord = (f[1:] - f[:-1]) / steps  # (n - 1, ...)
+    before, after = steps[:-1], steps[1:]
+    inner = (chord[:-1] * after + chord[1:] * before) / (before + after)  # (n - 2, ...)
+    first, last = chord[:1], chord[-1:]
+    if edge_order == 2:
+        first, last = 2 * first - inner[:1], 2 * last - inner[-1:]
+    return moveaxis(concatenate([first, inner, last]), 0, axis)
+
+
+@_answers(np.gradient)
+def _gradient(f, *varargs, axis=None, edge_order=1):
+    """The slopes from neighbour to neighbour along each axis of f: no cotangents."""
+    f = as_tensor(f)
+    axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
+    spacings = varargs or (1.0,)
+    if len(spacings) == 1:
+        spacings = spacings * len(axes)
+    if len(spacings) != len(axes) or edge_order not in (1, 2):
+        raise TypeError(f"np.gradient: {len(varargs)} spacings for {len(axes)} axes, "
+                        f"and edge_order={edge_order} (1 or 2)")
+    if any(f.shape[a] < edge_order + 1 for a in axes):
+        raise ValueError(f"np.gradient of shape {f.shape}: needs {edge_order + 1} "
+                         "elements along each axis")
+    slopes = [_slope(f, h, a, edge_order) for h, a in zip(spacings, axes)]
+    return slopes[0] if len(slopes) == 1 else slopes
+
+
+@_answers(np.cov)
+def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
+    """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
+    def as_rows(a):
+        a = np.atleast_2d(astype(a, dtype))
+        return a.T if not rowvar and a.shape[0] != 1 else a
+
+    x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
+    ddof = int(not bias) if ddof is None else ddof
+    centred = x - mean(x, 1, keepdims=True)
+    return squeeze(centred @ centred.T / (x.shape[1] - ddof))
+
+
+@_answers(np.corrcoef)
+def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
+    c = _cov(x, y, rowvar, dtype=dtype)
+    if c.ndim == 0:
+        return c / c
+    spread = sqrt(diagonal(c))
+    return c / spread[:, None] / spread
+
+
+@_answers(np.interp)
+def _interp(x, xp, fp, left=None, right=None):
+    x, xp, fp = _admit_together(x, xp, fp)
+    if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
+        raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, "
+                         "given by two vectors of one length")
+    above = np.searchsorted(_value(xp), _value(x), side="right")
+    i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
+    slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
+    at_knot = (x == xp[i]) & ~np.isfinite(slope)
+    slope = np.where(at_knot, 0, slope)  # for inf times 0 is nan
+    y = fp[i] + slope * (x - xp[i])
+    y = np.where(x < xp[0], fp[0] if left is None else left, y)
+    return np.where(x > xp[-1], fp[-1] if right is None else right, y)
+
+
+# ### Products of vectors and matrices
+def bmm(a: Any, b: Any) -> Tensor:
+    """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
+    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
+        raise ValueError(f"bmm of {np.shape(a)}, {np.shape(b)}: needs (n, i, k) and (n, "
+                         "k, j), as many matrices in each; for all else there is matmul")
+    return matmul(a, b)
+
+
+@_answers(np.inner)
+def inner(a: Any, b: Any) -> Tensor:
+    """The inner products of the rows of a and b: the sum over the last axis of both."""
+    a, b = _admit_together(a, b)
+    return a * b if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
+
+
+@_answers(np.outer)
+def outer(a: Any, b: Any) -> Tensor:
+    """a_i * b_j for all elements of both: (a.size, b.size)."""
+    a, b = _admit_together(a, b)
+    return reshape(a, (-1, 1)) * reshape(b, -1)
+
+
+@_answers(np.tensordot)
+def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
+    """The products of a and b, added up over axes that they share.
+
+    These are the last of a and the first of b if `axes` says how many, else a pair of
+    lists. Those of a remain first, then those of b.
+    """
+    a, b = _admit_together(a, b)
+    if isinstance(axes, (int, np.integer)):
+        axes = range(a.ndim - axes, a.ndim), range(axes)
+    left, right = (np.ravel(one).astype(int).tolist() for one in axes)
+
+    of_a = list(range(a.ndim))  # a number for each axis; a common one is added up over
+    of_b = list(range(a.ndim, a.ndim + b.ndim))
+    try:
+        fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
+        for i, j in zip(left, right):
+            of_b[j] = of_a[i]
+    except IndexError:
+        fit = False
+    common = set(of_a) & set(of_b)
+    if not fit or len(common) < len(left):
+        raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
+                         "are not all there, each once, and of the same lengths; name "
+                         "pairs that are")
+    return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in common])
+
+
+@_answers(np.kron)
+def kron(a: Any, b: Any) -> Tensor:
+    """The Kronecker product: b in place of each element of a, multiplied by it."""
+    a, b = _admit_together(a, b)
+    a = expand_dims(a, tuple(range(1, 2 * a.ndim, 2)))  # (2, 3) -> (2, 1, 3, 1)
+    b = expand_dims(b, tuple(range(0, 2 * b.ndim, 2)))  # (5, 7) -> (1, 5, 1, 7)
+    y = a * b  # (2, 5, 3, 7)
+    return reshape(y, tuple(m * n for m, n in zip(y.shape[::2], y.shape[1::2])))
+
+
+@_answers(np.cross)
+def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
+          axis: int | None = None) -> Tensor:
+    """The cross products of vectors of length 3, which lie along the given axes."""
+    if axis is not None:
+        axisa = axisb = axisc = axis
+    a, b = _admit_together(a, b)
+    a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
+    if a.shape[-1] != 3 or b.shape[-1] != 3:
+        raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 "
+                         "along an axis (here moved last); append a zero to those of "
+                         "length 2")
+    later, last = [1, 2, 0], [2, 0, 1]
+    c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
+    return moveaxis(c, -1, axisc)
+
+
+# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
+# `sum_n g_n v_(n-k)`: the correlation of g with v, which is convolution with v reversed.
+@primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
+           lambda g, y, a, v: np.correlate(g, a, "valid"))
+def _convolve(a: Any, v: Any) -> Tensor:
+    return np.convolve(a, v)
+
+
+@_answers(np.convolve)
+def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
+    """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
+    a, v = _admit_together(a, v)
+    if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
+        raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two "
+                         "vectors, and a mode 'full', 'same' or 'valid'")
+    short, long = sorted([len(a), len(v)])
+    middle = (short - 1) // 2
+    parts = {"full": slice(None), "same": slice(middle, middle + long),
+             "valid": slice(short - 1, long)}
+    return _convolve(a, v)[parts[mode]]
+
+
+@_answers(np.correlate)
+def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
+    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
+    a, v = _admit_together(a, v)
+    if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
+        return correlate(v, a, mode)[::-1]
+    return convolve(a, v[::-1], mode)
+
+
+# A product of many matrices costs least when it is begun at its thin end, as in
+# `(A (B v))`.
+@_answers(np.linalg.multi_dot)
+def _multi_dot(arrays):
+    arrays = _admit_together(*arrays)
+    rows, columns = arrays[0].shape[:-1], arrays[-1].shape[1:]  # () of a vector
+    if rows <= columns:
+        return functools.reduce(matmul, arrays)
+    return functools.reduce(lambda product, a: matmul(a, product), arrays[::-1])
+
+
+@_answers(np.linalg.matrix_power)
+def matrix_power(a: Any, n: int) -> Tensor:
+    """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
+    a = as_tensor(a)
+    if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not isinstance(n, (int, np.integer)):
+        raise ValueError(f"matrix_power of {a.shape}, {n!r}: needs square matrices "
+                         "and an integer")
+    if n < 0:
+        return matrix_power(inv(a), -n)
+    if n == 0:
+        return as_tensor(np.broadcast_to(np.eye(a.shape[-1], dtype=a.dtype), a.shape))
+    if n == 1:
+        return a
+    half = matrix_power(a, n // 2)
+    return half @ half @ a if n % 2 else half @ half
+
+
+@_answers(np.linalg.lstsq)
+def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
+    """(x, residuals, rank, singular values of a), where x makes these sums least:
+    (a @ x - b) ** 2 for each column of b. a is (m, n) and b (m,) or (m, k). The
+    residuals are the sums, if n is the rank and below m.
+    """
+    a, b = _admit_together(a, b)
+    if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
+        raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a "
+                         "vector (m,) or columns (m, k)")
+    m, n = a.shape
+    singular = svd(a, compute_uv=False)  # (min(m, n),)
+    if rcond is None:
+        rcond = np.finfo(singular.dtype).eps * max(m, n)
+    rank = int(np.sum(_value(singular) > rcond * np.max(_value(singular), initial=0)))
+
+    x = matmul(pinv(a, rcond), b)
+    errors = b - matmul(a, x)
+    residuals = np.sum(errors * errors, axis=0).reshape(-1)
+    return x, residuals if m > n == rank else residuals[:0], rank, singular
+
+
+# ### Norms
+#
+# The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is taken.
+@primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
+def _length(x: Any, axes: tuple) -> Tensor:
+    return np.sqrt(np.sum(x * x, axis=axes))
+
+
+def _norm_of_vectors(x: Any, ord: float) -> Any:
+    """The norm over the last axis."""
+    if not isinstance(ord, (int, float, np.number)):
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by "
+                         "numbers; those by name are of matrices, axis=(-2, -1)")
+    if ord == 2:
+        return _length(x, axes=(-1,))
+    if ord == 0:  # constant nearly everywhere
+        return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
+    if abs(ord) == np.inf:
+        return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
+    total = sum_(abs_(x) ** ord, -1)
+    is_zero = total == 0  # where a root's derivative is infinite
+    return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
+
+
+def _norm_of_matrices(x: Any, ord: Any) -> Any:
+    """The norm over the last two axes."""
+    if ord in ("fro", None):
+        return _length(x, axes=(-2, -1))
+    if ord not in ("nuc", 1, -1, 2, -2, np.inf, -np.inf):
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
+                         "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
+    if ord in ("nuc", 2, -2):
+        sizes = svd(x, compute_uv=False)
+    else:  # of its columns, or of its rows
+        sizes = sum_(abs_(x), -2 if abs(ord) == 1 else -1)
+    if ord == "nuc":
+        return sum_(sizes, -1)
+    return max_(sizes, -1) if ord > 0 else min_(sizes, -1)
+
+
+@_answers(np.linalg.norm)
+def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
+         keepdims: bool = False) -> Tensor:
+    """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
+    The root of a sum of squares has derivative 0 at 0, as in PyTorch; equal largest
+    ones share it.
+    """
+    x = as_tensor(x)
+    axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
+    if len(axes) == 1 or axis is None and ord is None:
+        ord = 2 if ord is None else ord
+        return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
+    if len(axes) != 2:
+        raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, "
+                         "a matrix two")
+    y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
+    return expand_dims(y, axes) if keepdims else y
+
+
+def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
+    rows, axes = _joined("norm", x, axis)  # (..., n)
+    y = _norm_of_vectors(rows, ord)
+    return expand_dims(y, axes) if keepdims else y
+
+
+@_answers(np.linalg.cond)
+def _cond(x, p=None):
+    if p in (None, 2):
+        singular = svd(x, compute_uv=False)
+        return singular[..., 0] / singular[..., -1]
+    return norm(x, p, (-2, -1)) * norm(inv(x), p, (-2, -1))
+
+
+# ### What some NumPys lack
+#
+# NumPy 2 added names, and has those of matrices in np.linalg as well, where they are
+# about the last two axes.
+def _matvec(x1, x2):
+    a, b = _admit_together(x1, x2)
+    return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
+
+
+def _vecmat(x1, x2):
+    a, b = _admit_together(x1, x2)
+    return matmul(a[..., None, :], b)[..., 0, :]
+
+
+def _vecdot(x1, x2, axis=-1):
+    a, b = _admit_together(x1, x2)
+    return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
+
+
+_NEWER = {
+    np: {
+        "row_stack": _FUNCTIONS[np.vstack],
+        "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+        "matrix_transpose": lambda x: _mT(x),
+        "vecdot": _vecdot, "matvec": _matvec, "vecmat": _vecmat,
+    },
+    np.linalg: {
+        "matmul": matmul, "outer": outer, "tensordot": tensordot, "vecdot": _vecdot,
+        "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+        "diagonal": lambda x, *, offset=0: diagonal(x, offset, -2, -1),
+        "trace": lambda x, *, offset=0: trace(x, offset, -2, -1),
+        "matrix_transpose": lambda x: _mT(x),
+        "svdvals": lambda x: svd(x, compute_uv=False),
+        "vector_norm": _vector_norm,
+        "matrix_norm": lambda x, *, keepdims=False, ord="fro":
+            norm(x, ord, (-2, -1), keepdims),
+    },
+}
+for _module, _answer_of in _NEWER.items():
+    for _key, _f in _answer_of.items():
+        _answers(getattr(_module, _key, None))(_f)
+
+for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
+    if _f.__qualname__[0] in "_<":  # such as <lambda>
+        _f.__qualname__ = f"np.{_function.__name__}"
+
+# ## IV.10 Names: where is X?
 #
 # This is the index of the file, by namespace and topic. All names are flat, and for
 # those who like them sorted there are modules too, `nanoad.nn` and its like, made here
@@ -8256,7 +8256,7 @@ __all__: list[str] = []
 _make_namespaces()
 _unquote_annotations()
 
-# ## IV.10 The tour: what can all this do?
+# ## IV.11 The tour: what can all this do?
 #
 # `python nanoad.py` shows it in a few seconds.
 _TOUR = r"""

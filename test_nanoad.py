@@ -44,8 +44,8 @@ Contents:
     IV.6 Data: downloads, loaders, tokenizer
     IV.7 Saving
     IV.8 Drawing
-    IV.9 Names: the file itself, its index, its signatures, its pointers
-    IV.10 Tour: it and all examples
+    IV.10 Names: the file itself, its index, its signatures, its pointers
+    IV.11 Tour: it and all examples
     Wrong calls
     README.md
     bench.py
@@ -8196,7 +8196,7 @@ def test_a_gap_in_a_line_is_not_bridged():
     assert [row[3:].ljust(5) for row in rows] == ["   ──", "──   "]
 
 
-# ## IV.9 Names
+# ## IV.10 Names
 #
 # People rename the file, vendor it, import it twice, run it under -O and where nothing can be
 # written.
@@ -8706,7 +8706,7 @@ def test_the_names_that_comments_speak_of_exist():
                 assert not unknown, f"line {line} speaks of {name}"
 
 
-# ## IV.10 Tour
+# ## IV.11 Tour
 
 
 def test_the_tour_runs():
