@@ -102,8 +102,9 @@ class Tensor:
         "label",          # a name, for pictures and messages
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
-        "_operands",      # what that was given by position; None once the tape was let go (I.5)
-        "_settings",      # what it was given by name, such as axis=0
+        "_operands",      # what that was given by position: its operands, and behind them
+                          # settings, if any; None once the tape was let go (I.5)
+        "_settings",      # what it was given by name: settings, such as axis=0
         # And five that wait for their time: a fast backward step (II.7), the watch over
         # writes (IV.1), what an earlier walk has met (IV.2), and Python's weak
         # references.
@@ -112,10 +113,10 @@ class Tensor:
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
                  dtype: Any = None) -> None:
-        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
+        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)  # (II.3)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
-            _fill(self, array, True, identity, (source,))  # still on the tape of its source
+            _fill(self, array, True, identity, (source,))  # (I.2) still on its source's tape
         else:
             _fill(self, array, requires_grad)
         self.label = label
@@ -127,15 +128,15 @@ class Tensor:
 
     @property
     def data(self) -> np.ndarray:
-        """The array, to read and to write (IV.1).
+        """The array, to read and to write.
 
         What is assigned to it has its shape and dtype, and is taken without a copy.
         """
-        return _hand_out(self)
+        return _hand_out(self)  # (IV.1)
 
     @data.setter
     def data(self, value: Any) -> None:
-        _replace_data(self, value)
+        _replace_data(self, value)  # (IV.1)
 
     def detach(self) -> Tensor:
         """The same array as a constant: nothing behind it will be differentiated."""
@@ -165,7 +166,7 @@ class Tensor:
         non-scalar without `grad`, or a `grad` of another shape; RuntimeError if there is
         no tape.
         """
-        _backward(self, grad, create_graph, retain_graph or retain_grads, retain_grads)
+        _backward(self, grad, create_graph, retain_graph or retain_grads, retain_grads)  # (I.5)
 
 
 Value = Tensor  # as it is called in Karpathy's micrograd
@@ -518,8 +519,10 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     while heap:
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
-        if t._op is None or (route is not None and t._time < route.horizon):
-            continue  # a leaf, or (E) beyond the horizon
+        if t._op is None:
+            continue  # a leaf
+        if route is not None and t._time < route.horizon:
+            continue  # an input of a checkpoint, to whose operands nobody goes (IV.2)
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue
@@ -527,7 +530,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
             if share is None:
                 continue
             data = a._data
-            if share.shape != data.shape or share.dtype != data.dtype or type(share) is Tensor:
+            if (share.shape != data.shape or share.dtype != data.dtype
+                    or (type(share) is Tensor and not create_graph)):
                 share = _fit(share, a, create_graph)  # (A)
             if a._op is None and not create_graph:
                 share = _unshared(share, g)  # (B)

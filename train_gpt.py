@@ -67,15 +67,15 @@ import nanoad  # noqa: E402
 SIZES = {
     "tiny": dict(
         embed_dim=64, num_heads=4, num_layers=4, block_size=32, dropout=0.0,
-        batch_size=32, steps=2000, lr=1e-2,
+        batch_size=32, steps=2100, lr=1e-2,
     ),
     "small": dict(
         embed_dim=128, num_heads=4, num_layers=4, block_size=128, dropout=0.0,
-        batch_size=8, steps=5200, lr=3e-3,
+        batch_size=8, steps=5200, lr=4.5e-3,
     ),
     "large": dict(
         embed_dim=192, num_heads=3, num_layers=4, block_size=256, dropout=0.1,
-        batch_size=8, steps=14000, lr=2e-3,
+        batch_size=8, steps=13500, lr=3e-3,
     ),
 }
 EVALUATIONS = 8  # per run; each reads the whole validation text, and saves a checkpoint

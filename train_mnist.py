@@ -135,6 +135,9 @@ def build_model(settings: dict, image_shape: tuple[int, int, int]) -> nanoad.Mod
         nanoad.BatchNorm2d(many),
         nanoad.ReLU(),
         nanoad.MaxPool2d(2),  # (N, many, H/4, W/4)
+        nanoad.Conv2d(many, many, kernel_size=3, padding=1),
+        nanoad.BatchNorm2d(many),
+        nanoad.ReLU(),
         nanoad.Flatten(),
         nanoad.Linear(many * (height // 4) * (width // 4), 10),
     )
