@@ -113,6 +113,9 @@ class Tensor:
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
                  dtype: Any = None) -> None:
+        if not isinstance(requires_grad, (bool, np.bool_)):
+            raise TypeError(f"Tensor: requires_grad is True or False, not {requires_grad!r:.40}; for a"
+                            " shape, give np.zeros(shape) as the data")
         source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)  # (II.3)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
@@ -8314,4 +8317,9 @@ def _tour() -> None:
 
 
 if __name__ == "__main__":
-    _tour()
+    sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
+    try:
+        _tour()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os._exit(1)

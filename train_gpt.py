@@ -348,7 +348,7 @@ def learn(options: argparse.Namespace) -> None:
         run.save(training)  # before the work: so we notice now if it cannot be written
         screen.show(
             f"{settings['size']}: {training.size:,} parameters, "
-            f"{len(data.text):,} characters, {settings['processes']} processes, "
+            f"{len(data.text):,} characters, {count_processes(settings['processes'])}, "
             f"step {training.step} of {settings['steps']}, into {run.folder}")
         train(run, training, data, screen)
         write_ending(run, training, data, options, screen)
@@ -449,6 +449,10 @@ def choose_processes(options: argparse.Namespace, most: int, batch_size: int, wh
     if processes > batch_size:
         raise Stop(f"--processes {processes}: there are only {batch_size} {what} in a batch to share")
     return processes
+
+
+def count_processes(number: int) -> str:
+    return f"{number} process" if number == 1 else f"{number} processes"
 
 
 class Stop(Exception):

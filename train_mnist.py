@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from train_gpt import (
     PROCESSES, Parser, Progress, Run, Screen, Stop, Training, check_least, choose_processes,
-    run_program,
+    count_processes, run_program,
 )
 import numpy as np
 import nanoad
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
         run.save(training)  # before the work: so we notice now if it cannot be written
         screen.show(
             f"{dataset}: {len(data.x):,} images, {training.size:,} parameters, "
-            f"{settings['processes']} processes, "
+            f"{count_processes(settings['processes'])}, "
             f"epoch {len(training.history)} of {settings['epochs']}, into {run.folder}")
 
         parallel = nanoad.DataParallel(
