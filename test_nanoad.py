@@ -3218,6 +3218,7 @@ def test_ties_and_corners():
     assert one(lambda x: F.max_pool2d(x.reshape(1, 1, 2, 2), 2).sum(),
                [1.0, 3.0, 3.0, 3.0]) == [[0.0, 1.0, 0.0, 0.0]]
     assert one(lambda x: F.clip(x, 0, 1).sum(), [0.0, 1.0, 2.0]) == [[1.0, 1.0, 0.0]]
+    assert one(lambda x: F.clip(x, 0, 1).sum(), [math.nan, 0.5]) == [[0.0, 1.0]]  # as torch.clamp
     for p in (0, 1, 2, 3):
         assert one(lambda x: (x ** p).sum(), [0.0]) == [[1.0 if p == 1 else 0.0]]
     assert one(lambda x: (x ** np.array([0.0, 1.0, 2.0])).sum(),
