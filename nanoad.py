@@ -1979,7 +1979,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
 
 
 def _interpolated(ordered: Tensor, place: Any) -> Tensor:
-    """What stands at each `place`, such as 2.25, of the last axis: (..., *place's shape)."""
+    """What stands at each `place`, such as 2.25, of the last axis: (..., *places)."""
     below = np.floor(place).astype(int)
     part = np.asarray(place - below, ordered.dtype)
     y = ordered[..., below]
@@ -2119,8 +2119,8 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
 #     3  dots stand for the axes left over       "...i,i->..."    ->  "Ai,i->A"
 #     4  a letter twice is the diagonal          "ii->i"          ->  "i->i"
 #     5  an axis of length 1 that meets a        "ij,jk->ik"      ->  "i,jk->ik"
-#        longer one (NumPy would stretch it)
-#        is dropped; of (2, 1) and (3, 4):
+#        longer one (NumPy would stretch it)     shapes (2, 1),
+#        is dropped                              (3, 4)
 #     6  a letter in one operand only is         "ij,jk->k"       ->  "j,jk->k"
 #        added up first
 #
@@ -2169,23 +2169,21 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
 
 # What follows are these steps. They only ever say something about letters.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
+_LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
-def _einsum_by_letters(*arguments: Any) -> tuple[str, list]:
-    """Step 1. Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", [a, b])."""
-    count = len(arguments) // 2
-    operands, lists = list(arguments[:2 * count:2]), arguments[1::2]
-    output = arguments[2 * count:]  # the last argument, if their number is odd
-    letters = {..., *range(len(_LETTERS))}
-
+def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
+    """Step 1. Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
+    operands, lists = arguments[:-1:2], arguments[1::2]
+    output = arguments[2 * len(lists):]  # the last argument, if their number is odd
     terms = []
-    for numbers in (*lists, *output):
-        if not isinstance(numbers, (list, tuple)) or not letters.issuperset(numbers):
-            raise TypeError("einsum: needs subscripts, a string such as 'ij,jk->ik', or "
-                            "a list of numbers from 0 to 51 after each operand; not "
-                            f"{str(numbers)[:50]}")
-        terms.append("".join("..." if n is ... else _LETTERS[n] for n in numbers))
-    return "->".join([",".join(terms[:count]), *terms[count:]]), operands
+    for numbers in lists + output:
+        if not isinstance(numbers, (list, tuple)) or not set(numbers) <= set(_LETTER_OF):
+            raise TypeError("einsum: needs a string such as 'ij,jk->ik', or a list of "
+                            "numbers from 0 to 51 after each operand")
+        terms.append("".join(_LETTER_OF[n] for n in numbers))
+    inputs = ",".join(terms[:len(lists)])
+    return "->".join([inputs, *terms[len(lists):]]), operands
 
 
 @functools.lru_cache(256)
@@ -2195,8 +2193,7 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
     terms = inputs.split(",")
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
-        raise ValueError(f"the subscripts are of {more} operands than the {len(shapes)} "
-                         "given")
+        raise ValueError(f"the subscripts are of {more} operands")
     if not arrow:  # as NumPy has it: the dots, then what occurs once, in order
         letters = inputs.replace(",", "").replace(".", "")
         once = [c for c in sorted(letters) if letters.count(c) == 1]
@@ -2208,7 +2205,7 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
             raise ValueError("subscripts are letters, ',', '->' and '...'")
         if len(term) != len(shape):
             many = "many" if len(term) > len(shape) else "few"
-            raise ValueError(f"too {many} subscripts for an operand of shape {shape}")
+            raise ValueError(f"too {many} subscripts for shape {shape}")
     if not set(output) <= set("".join(terms)) or len(set(output)) < len(output):
         raise ValueError("the output must name letters of the operands, each once")
     return tuple(terms), output
@@ -2219,37 +2216,33 @@ def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str
 
     As in broadcasting, it is the last of these axes that all operands share.
     """
-    left_over = [len(shape) - len(term.replace("...", ""))
-                 for term, shape in zip(terms, shapes)]
-    most = max(n if "..." in term else 0 for n, term in zip(left_over, terms))
+    counts = [max(0, len(shape) - len(term.replace("...", ""))) if "..." in term else 0
+              for term, shape in zip(terms, shapes)]
+    most = max(counts)
     if most and "..." not in output:
-        raise ValueError(f"the dots stand for {most} axes, and the output needs them "
-                         "too; to add up over these axes, give them letters")
+        raise ValueError("the output needs the dots, too; to add up over their axes, "
+                         "give them letters")
     free = [c for c in _LETTERS if c not in "".join(terms)]
     if most > len(free):
         raise ValueError("with its dots this takes more than 52 letters")
 
     dots = "".join(free[:most])
-    lettered = []
-    for term, n in zip(terms, left_over):
-        lettered.append(term.replace("...", dots[most - n:] if n > 0 else "", 1))
+    lettered = [term.replace("...", dots[most - n:], 1) for term, n in zip(terms, counts)]
     return lettered, output.replace("...", dots, 1)
 
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
     """Step 4: of a letter that occurs more than once in the term, the diagonal."""
     for letter in sorted(set(term)):
-        axes = [i for i, c in enumerate(term) if c == letter]
-        if len(axes) == 1:
-            continue
-        lengths = {x.shape[i] for i in axes}
-        if len(lengths) > 1:
-            raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                             f"not of sizes {sorted(lengths)}")
-        each = np.arange(x.shape[axes[0]])
-        x = np.moveaxis(x, axes, range(len(axes)))  # (n, n, ...)
-        x = x[(each,) * len(axes)]  # (n, ...)
-        term = letter + term.replace(letter, "")
+        while term.count(letter) > 1:
+            i = term.index(letter)
+            j = term.index(letter, i + 1)
+            lengths = x.shape[i], x.shape[j]
+            if lengths[0] != lengths[1]:
+                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
+                                 f"not of sizes {sorted(lengths)}")
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n)
+            term = term.replace(letter, "", 2) + letter
     return term, x
 
 
@@ -2517,7 +2510,8 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 # 5. `<M, P> = <U M V^T, dA>`: A receives `U M V^T`.
 # 6. If A is tall, dU also has a part outside of the space of U's columns,
 #    `(I - U U^T) dU = (I - U U^T) dA V S^-1`, as `dA V = dU S + U (dS - S dD)`. So A
-#    receives `(gU - U c) S^-1 V^T` besides. If A is wide, the same goes for V, transposed.
+#    receives `(gU - U c) S^-1 V^T` besides. If A is wide, the same goes for V,
+#    transposed.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
@@ -3002,10 +2996,10 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 
 # ## II.9 Arguments: what may be an operand?
 #
-# The rules above meet floating-point arrays and Python's numbers, and nothing else. What
-# of all that a user may give?
-#
-# Let a mask, as a list, be multiplied by a Tensor of float32:
+# The functions and the rules of this part only ever meet floating-point arrays and
+# Python's numbers. A user gives more than that: lists, masks, integers. So before an
+# operation computes, `_admit` makes of each argument what it may be. Let a mask, as a
+# list, be multiplied by a Tensor of float32:
 #
 #     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
 #     >>> y = mul([True, False], t)
@@ -3013,15 +3007,13 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     [0.5 0. ] float32 [1. 0.] float32 True
 #
 # 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints
-#    alone, with a Tensor among them, need nothing; but here is a list, and so `_admit`
-#    is called. It makes an array of the list, `[True False]`, and that floating-point,
-#    `[1. 0.]`.
+#    alone, with a Tensor among them, need nothing; but here is a list. `_admit` makes
+#    an array of it, `[True False]`, and that floating-point, `[1. 0.]`.
 # 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
 # 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
 # 4. t is tracked, so the result remembers `mul` and its operands: `[1. 0.]` and t.
 #
-# So it is step 1 that spares all functions and rules the question. What becomes of each
-# argument?
+# What becomes of each argument in step 1?
 #
 # - An operand given by name, as in `where(mask, a=t, b=0.0)`, is put in its place, for
 #   rules belong to positions.
@@ -3108,9 +3100,9 @@ def _admit_operand(name: str, a: Any) -> Any:
 
 
 def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
-    """The same with no integers or bools; and an array at least, if there are numbers only.
+    """The same without integers and bools, save at the places `exempt`.
 
-    The operands at the places `exempt` stay as they are.
+    If there are only Python's numbers, they become arrays.
     """
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
     floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
