@@ -205,7 +205,7 @@ def as_tensor(data: Any) -> Tensor:
         return data
     if _holds_tensor(data):
         return stack([as_tensor(item) for item in data])
-    return _wrap(_float_array(data))  # (both: II.1)
+    return _wrap(_float_array(data))  # (both: II.9)
 
 
 def _value(a: Any) -> Any:
@@ -277,7 +277,7 @@ def no_grad() -> contextlib.AbstractContextManager:
 #         tracked = any(_tracked(a) for a in operands)
 #         return remember(y, operation, operands) if tracked else constant(y)
 #
-# The real one, `_operation`, does this in four steps, and II.1 follows a call through
+# The real one, `_operation`, does this in four steps, and II.9 follows a call through
 # them. `primitive` makes an operation of a function and its rules.
 
 
@@ -310,7 +310,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     def operation(*args: Any, **settings: Any) -> Tensor:
         kinds = set(map(type, args))
         if settings or Tensor not in kinds or not kinds <= _PLAIN:
-            args, settings = _admit(operation, args, settings)  # 1. convert (II.1)
+            args, settings = _admit(operation, args, settings)  # 1. convert (II.9)
 
         arrays, tracked = [], False
         for a in args:  # 2. unpack the Tensors
@@ -327,7 +327,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
             if _OLD_NUMPY or y.dtype.kind != "f":
                 y = _settle_dtype(y, operation, arrays)  # (IV.4)
         except (ValueError, TypeError, IndexError) as error:
-            raise _explained(error, operation, arrays) from None  # (II.1)
+            raise _explained(error, operation, arrays) from None  # (II.9)
 
         if tracked and _mode.recording:  # 4. remember
             return _fill(Tensor.__new__(Tensor), y, True, operation, args, settings, pullback)
@@ -1119,157 +1119,6 @@ class _EachRule:
         return functools.partial(self.rule, i)
 
 
-# ### What happens when an operation is called?
-#
-# Let a mask, as a list, be multiplied by a Tensor of float32:
-#
-#     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
-#     >>> y = mul([True, False], t)
-#     >>> print(y, y.dtype, y._operands[0], y._operands[0].dtype, y._operands[1] is t)
-#     [0.5 0. ] float32 [1. 0.] float32 True
-#
-# 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints
-#    alone, with a Tensor among them, need nothing; but here is a list, and so `_admit`
-#    is called. It makes an array of the list, `[True False]`, and that floating-point,
-#    `[1. 0.]`.
-# 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
-# 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
-# 4. t is tracked, so the result remembers `mul` and its operands: `[1. 0.]` and t.
-#
-# Step 1 is there for step 3 and for the rules: they meet nothing but floating-point
-# arrays and Python's numbers, and need not ask. What becomes of each argument?
-#
-# - An operand given by name, as in `where(mask, a=t, b=0.0)`, is put in its place, for
-#   rules belong to positions.
-# - A list or tuple becomes an array, or a Tensor if it holds one.
-# - Integers and bools become floating-point. (A uint8 would wrap at 255, and its
-#   logarithm would be float16.) Alone they become float64; beside other operands, what
-#   NumPy would compute in: a mask beside float32 becomes float32, a list of integers
-#   float64.
-# - A Python number stays one, for it takes the dtype of what it meets; alone, it becomes
-#   an array.
-# - What follows the operands are settings. They have no derivative, and a Tensor that
-#   wants one is refused there.
-
-
-def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    """The arguments of an operation as its function and rules may have them."""
-    if settings:
-        args, settings = _put_in_place(operation, args, settings)
-
-    count = operation.operands
-    operands = [a if type(a) in _PLAIN else _admit_operand(operation, a) for a in args[:count]]
-    kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
-    if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
-        operands = _to_floating(operation, operands)
-
-    if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]
-        settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
-    return tuple(operands), settings
-
-
-def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    """Operands that were given by name become positional."""
-    operands, _ = _argument_names(operation)
-    settings = dict(settings)
-    for name in operands[len(args):]:
-        if name not in settings:
-            break
-        args = (*args, settings.pop(name))
-    return args, settings
-
-
-def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
-    """The names of its operands, and of its settings. (A function of C has none.)"""
-    code = getattr(inspect.unwrap(operation), "__code__", None)
-    if code is None:
-        return (), ()
-    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
-    count = min(operation.operands, code.co_argcount)
-    return names[:count], names[count:]
-
-
-def _admit_together(*operands: Any) -> list[Tensor]:
-    """The operands of a composition as Tensors, admitted as by one operation of them all.
-
-    (Alone, in a reshape say, a bool mask would become float64, and so would the float32
-    that it meets next. Any operation of any number of operands will do here.)
-    """
-    admitted = [_admit_operand(_concatenate, a) for a in operands]
-    return [as_tensor(a) for a in _to_floating(_concatenate, admitted)]
-
-
-def _admit_operand(operation: Callable, a: Any) -> Any:
-    """An operand as a Tensor, an array or a number; anything else as it is."""
-    if type(a) is np.ndarray or isinstance(a, (Tensor, int, float)) or a is None:
-        return a
-    if isinstance(a, (list, tuple)):
-        return as_tensor(a) if _holds_tensor(a) else np.asarray(a)
-    if isinstance(a, (np.matrix, np.ma.MaskedArray)):
-        raise TypeError(f"{operation.__name__}: a {type(a).__name__} has operators of its own, which"
-                        " a Tensor's are not; give np.asarray of it")
-    if type(a).__name__ == "Tensor" and hasattr(type(a), "__array_ufunc__"):
-        raise TypeError(f"{operation.__name__}: a Tensor of {type(a).__module__}, which is another copy"
-                        f" of nanoad than {__name__}; import one of them everywhere")
-    return np.asarray(a) if hasattr(a, "__array__") or isinstance(a, np.generic) else a
-
-
-def _to_floating(operation: Callable, operands: list) -> list:
-    """The same with no integers or bools; and an array at least, if there are numbers only."""
-    arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
-    floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
-    for i, a in enumerate(operands):
-        if operation.definition is None and operation.rules[i] is None:
-            continue  # an operand without a gradient, such as the condition of `where`
-        if isinstance(a, np.ndarray) and a.dtype.kind in "biu":
-            operands[i] = a.astype(np.result_type(a.dtype, *floats) if floats else np.float64)
-        elif not arrays and isinstance(a, (int, float)):
-            operands[i] = np.asarray(a, np.float64)
-    return operands
-
-
-def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
-    if _tracked(a):
-        if name is not None and name not in _argument_names(operation)[1]:
-            raise TypeError(_wrong_name(operation, name))
-        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given where a "
-                        "setting belongs (a shape, an axis, an eps, integers), and would get none; "
-                        "use .item() or .numpy()")
-    return _value(a)
-
-
-def _wrong_name(operation: Callable, name: str) -> str:
-    """What is said of a Tensor that was given by a name which is no setting's."""
-    names = ", ".join(_argument_names(operation)[0])
-    operands = f"are {names}, each once" if names else "have no names: give them by position"
-    return f"{operation.__name__}: has no place for an operand {name!r}; its operands {operands}"
-
-
-def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
-    """NumPy's error, which now says which operation failed, and on what."""
-    shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
-    kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
-    kind = next(kind for kind in kinds if isinstance(error, kind))
-    return kind(f"{operation.__name__} of {shapes}: {error}")
-
-
-# A Tensor, too, is made of what may be no floating-point array yet, or a list with
-# Tensors.
-
-
-def _float_array(data: Any) -> np.ndarray:
-    """`data` as a floating-point array, copied only if it must be."""
-    array = np.asarray(data)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
-    return array if array.dtype.kind == "f" else array.astype(np.float64)
-
-
-def _holds_tensor(a: Any) -> bool:
-    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
-
-
 # ## II.2 NumPy: how does `np.exp(t)` arrive here?
 #
 # NumPy asks an operand that is not its own before it computes. Its elementwise
@@ -1398,7 +1247,7 @@ def _raise(x: Any, p: Any) -> Any:
 
 
 def _less_one(x: Any, p: Any) -> Any:
-    """p - 1, but p where both are 0."""
+    """p - 1, but 0 where both are 0: there `p x ** (p - 1)` shall be 0 * 0 ** 0 = 0."""
     if isinstance(p, (int, float)) and p != 0:
         return p - 1
     return p - 1 + ((p == 0) & (x == 0))
@@ -1416,30 +1265,36 @@ log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
 log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
 log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
 
-def _distance(a: Any, b: Any) -> Any:
-    """hypot(a, b), but 1 at the origin, so that one can divide by it."""
-    r = np.hypot(a, b)
+
+# Roots and distances. At its kink, where both operands are 0, the slope of `hypot` is
+# taken as 0 / 1, as that of `abs` is 0 below.
+def _or_one(r: Any) -> Any:
+    """r, and 1 where it is 0, to divide by."""
     return np.where(r == 0, 1, r)
 
 
-
-# Roots and distances. At its kink, where both operands are 0, the slope of `hypot` is
-# taken as 0, as that of `abs` is below.
 sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
 cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
 hypot = _op("hypot", np.hypot,
-            lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
-            lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
+            lambda g, y, a, b: g * (a / _or_one(y)),
+            lambda g, y, a, b: g * (b / _or_one(y)))
 
-# Angles, and the hyperbolic functions. (`a*a + b*b` would overflow where `hypot` does
-# not.)
+# Angles, and the hyperbolic functions. The slope of arctan2 by a is `b / (a*a + b*b)`.
+# But that sum of squares overflows where the distance, its root, does not; so we divide
+# by the distance twice.
+def _over_distance_twice(c: Any, a: Any, b: Any) -> Any:
+    """c / (a*a + b*b), where c is a or b; and 0 at the origin."""
+    distance = _or_one(np.hypot(a, b))
+    return c / distance / distance
+
+
 tan = _op("tan", np.tan, lambda g, y, x: g * (1 + y * y))
 arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
 arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
 arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
 arctan2 = _op("arctan2", np.arctan2,
-              lambda g, y, a, b: g * (b / _distance(a, b) / _distance(a, b)),
-              lambda g, y, a, b: -g * (a / _distance(a, b) / _distance(a, b)))
+              lambda g, y, a, b: g * _over_distance_twice(b, a, b),
+              lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
 deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180))
 rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi))
 sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
@@ -1549,6 +1404,7 @@ minimum = _op("minimum", np.minimum, *_of_two)
 fmax = _op("fmax", np.fmax, *_of_two)
 fmin = _op("fmin", np.fmin, *_of_two)
 
+# Within the bounds x is y, and receives g; nan is never within (as in PyTorch).
 _clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds),
             lambda g, y, x, *bounds: _chosen(g, x == y))
 
@@ -1654,7 +1510,10 @@ take_along_axis = _moves("take_along_axis", _take_along_axis, answers=np.take_al
 # Sorting moves elements, too; their order tells which. (Equal elements stay in order.)
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
-    """A copy of x, sorted along an axis; None flattens it first. (So is `t.sort()`.)"""
+    """A copy of x, sorted along an axis; None flattens it first.
+
+    (`t.sort()` returns a copy, too, and leaves t alone, unlike ndarray's.)
+    """
     if axis is not None:
         _axes("sort", x, axis)
     order = np.argsort(_value(x), axis, kind or "stable")
@@ -1715,15 +1574,15 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 # ### Joined, cut, and framed: whose slice is it?
 #
 # Each operand of a concatenation receives the slice of g that lies where it was put.
-def _slice(x: Any, axis: int, start: int, n: int) -> Any:
-    """x[start:start + n] along an axis."""
+def _narrow(x: Any, axis: int, start: int, n: int) -> Any:
+    """x[start:start + n] along an axis, as torch.narrow."""
     before = (slice(None),) * (axis % x.ndim)
     return x[(*before, slice(start, start + n))]
 
 
 def _slice_of_operand(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
     start = sum(x.shape[axis] for x in xs[:i])
-    return _slice(g, axis, start, xs[i].shape[axis])
+    return _narrow(g, axis, start, xs[i].shape[axis])
 
 
 @primitive(each=_slice_of_operand)
@@ -1761,7 +1620,7 @@ def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
     except (ValueError, IndexError, ZeroDivisionError) as error:
         message = f"split of shape {x.shape} along axis {axis}: {error}"
         raise ValueError(message) from None
-    return [_slice(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
+    return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 
 # A frame of constants is taken off again. (A frame of x's own elements is a move.)
@@ -1835,13 +1694,13 @@ def _mean_rule(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False)
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
 def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
-    return _sum(x, axis, keepdims).astype(x.dtype, copy=False)
+    return _fast_sum(x, axis, keepdims).astype(x.dtype, copy=False)
 
 
 @primitive(_mean_rule)
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
-    total = _sum(x, axis, keepdims)
+    total = _fast_sum(x, axis, keepdims)
     return (total / _count(x, total)).astype(x.dtype, copy=False)
 
 
@@ -1867,11 +1726,13 @@ def _rows(x: Any) -> Any:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+# For these OpenBLAS 0.3.31 reads unwritten memory: sums are right, but NumPy may warn.
+_UNSAFE_ROW = 5
+
+
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
-    # (Rows of 5: there OpenBLAS 0.3.31 reads memory that nobody has written. The sum is
-    # right all the same, but NumPy may warn of an invalid value.)
-    if axis not in (-1, x.ndim - 1) or x.shape[-1] == 5:
+    if axis not in (-1, x.ndim - 1) or x.shape[-1] == _UNSAFE_ROW:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -1892,7 +1753,7 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     return rows.reshape(*x.shape[:-1], 1)
 
 
-def _sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
     """np.sum, fast for short rows of float32; and float16 is added up in float32."""
     if x.dtype == np.float16:
         return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
@@ -1979,7 +1840,7 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
     top = np.max(x, axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, x.dtype.type(0))  # -inf - -inf would be nan
     with np.errstate(divide="ignore"):  # log(0) = -inf is right for a row of -inf
-        y = np.log(_sum(np.exp(x - top), axis, keepdims=True)) + top
+        y = np.log(_fast_sum(np.exp(x - top), axis, keepdims=True)) + top
     return (y if keepdims else np.squeeze(y, axis)).astype(x.dtype, copy=False)
 
 
@@ -2075,13 +1936,13 @@ def cumprod(x: Any, axis: int | None = None) -> Tensor:
 
 
 @primitive(lambda g, y, x, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis))
-def _cumsum(x: Any, axis: int) -> Tensor:
+def _cumsum_along(x: Any, axis: int) -> Tensor:
     return np.cumsum(x, axis)
 
 
 def cumsum(x: Any, axis: int | None = None) -> Tensor:
     """The running sum along an axis; None flattens x first."""
-    return _cumsum(reshape(x, -1), 0) if axis is None else _cumsum(x, axis)
+    return _cumsum_along(reshape(x, -1), 0) if axis is None else _cumsum_along(x, axis)
 
 
 # ### Quantiles: which elements is one made of?
@@ -2111,22 +1972,27 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
         place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
     except ValueError as error:  # q is not within [0, 1], or there is no such method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
-    below = np.floor(place).astype(int)
-    above = np.ceil(place).astype(int)
-    part = np.asarray(place - below, x.dtype)
 
     ordered = sort(x, -1)
-    y = ordered[..., below]  # (..., *q's shape)
-    if part.any():
-        rest = np.asarray(1 - part, x.dtype)
-        between = y * rest + ordered[..., above] * part
-        y = where(part > 0, between, y)  # for an infinite element times 0 is nan
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
-    y = where(np.isnan(last), np.nan, y)  # a nan sorts last
-
+    y = where(np.isnan(last), np.nan, _interpolated(ordered, place))  # a nan sorts last
     if keepdims:
         y = expand_dims(y, axes)
     return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))
+
+
+def _interpolated(ordered: Tensor, place: Any) -> Tensor:
+    """What stands at each `place`, such as 2.25, of the last axis: (..., *places)."""
+    below = np.floor(place).astype(int)
+    part = np.asarray(place - below, ordered.dtype)
+    y = ordered[..., below]
+    if not part.any():
+        return y
+
+    rest = np.asarray(1 - part, ordered.dtype)
+    above = np.ceil(place).astype(int)
+    between = y * rest + ordered[..., above] * part
+    return where(part > 0, between, y)  # for an infinite element times 0 is nan
 
 
 # ## II.6 Linear algebra: why the transposes?
@@ -2256,8 +2122,8 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
 #     3  dots stand for the axes left over       "...i,i->..."    ->  "Ai,i->A"
 #     4  a letter twice is the diagonal          "ii->i"          ->  "i->i"
 #     5  an axis of length 1 that meets a        "ij,jk->ik"      ->  "i,jk->ik"
-#        longer one (NumPy would stretch it)
-#        is dropped; of (2, 1) and (3, 4):
+#        longer one (NumPy would stretch it)     shapes (2, 1),
+#        is dropped                              (3, 4)
 #     6  a letter in one operand only is         "ij,jk->k"       ->  "j,jk->k"
 #        added up first
 #
@@ -2306,23 +2172,21 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
 
 # What follows are these steps. They only ever say something about letters.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
+_LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
-def _einsum_by_letters(*arguments: Any) -> tuple[str, list]:
-    """Step 1. Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", [a, b])."""
-    count = len(arguments) // 2
-    operands, lists = list(arguments[:2 * count:2]), arguments[1::2]
-    output = arguments[2 * count:]  # the last argument, if their number is odd
-    letters = {..., *range(len(_LETTERS))}
-
+def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
+    """Step 1. Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
+    operands, lists = arguments[:-1:2], arguments[1::2]
+    output = arguments[2 * len(lists):]  # the last argument, if their number is odd
     terms = []
-    for numbers in (*lists, *output):
-        if not isinstance(numbers, (list, tuple)) or not letters.issuperset(numbers):
-            raise TypeError("einsum: needs subscripts, a string such as 'ij,jk->ik', or "
-                            "a list of numbers from 0 to 51 after each operand; not "
-                            f"{str(numbers)[:50]}")
-        terms.append("".join("..." if n is ... else _LETTERS[n] for n in numbers))
-    return "->".join([",".join(terms[:count]), *terms[count:]]), operands
+    for numbers in lists + output:
+        if not isinstance(numbers, (list, tuple)) or not set(numbers) <= set(_LETTER_OF):
+            raise TypeError("einsum: needs a string such as 'ij,jk->ik', or a list of "
+                            "numbers from 0 to 51 after each operand")
+        terms.append("".join(_LETTER_OF[n] for n in numbers))
+    inputs = ",".join(terms[:len(lists)])
+    return "->".join([inputs, *terms[len(lists):]]), operands
 
 
 @functools.lru_cache(256)
@@ -2332,8 +2196,7 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
     terms = inputs.split(",")
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
-        raise ValueError(f"the subscripts are of {more} operands than the {len(shapes)} "
-                         "given")
+        raise ValueError(f"the subscripts are of {more} operands")
     if not arrow:  # as NumPy has it: the dots, then what occurs once, in order
         letters = inputs.replace(",", "").replace(".", "")
         once = [c for c in sorted(letters) if letters.count(c) == 1]
@@ -2345,7 +2208,7 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
             raise ValueError("subscripts are letters, ',', '->' and '...'")
         if len(term) != len(shape):
             many = "many" if len(term) > len(shape) else "few"
-            raise ValueError(f"too {many} subscripts for an operand of shape {shape}")
+            raise ValueError(f"too {many} subscripts for shape {shape}")
     if not set(output) <= set("".join(terms)) or len(set(output)) < len(output):
         raise ValueError("the output must name letters of the operands, each once")
     return tuple(terms), output
@@ -2356,37 +2219,33 @@ def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str
 
     As in broadcasting, it is the last of these axes that all operands share.
     """
-    left_over = [len(shape) - len(term.replace("...", ""))
-                 for term, shape in zip(terms, shapes)]
-    most = max(n if "..." in term else 0 for n, term in zip(left_over, terms))
+    counts = [max(0, len(shape) - len(term.replace("...", ""))) if "..." in term else 0
+              for term, shape in zip(terms, shapes)]
+    most = max(counts)
     if most and "..." not in output:
-        raise ValueError(f"the dots stand for {most} axes, and the output needs them "
-                         "too; to add up over these axes, give them letters")
+        raise ValueError("the output needs the dots, too; to add up over their axes, "
+                         "give them letters")
     free = [c for c in _LETTERS if c not in "".join(terms)]
     if most > len(free):
         raise ValueError("with its dots this takes more than 52 letters")
 
     dots = "".join(free[:most])
-    lettered = []
-    for term, n in zip(terms, left_over):
-        lettered.append(term.replace("...", dots[most - n:] if n > 0 else "", 1))
+    lettered = [term.replace("...", dots[most - n:], 1) for term, n in zip(terms, counts)]
     return lettered, output.replace("...", dots, 1)
 
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
     """Step 4: of a letter that occurs more than once in the term, the diagonal."""
     for letter in sorted(set(term)):
-        axes = [i for i, c in enumerate(term) if c == letter]
-        if len(axes) == 1:
-            continue
-        lengths = {x.shape[i] for i in axes}
-        if len(lengths) > 1:
-            raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                             f"not of sizes {sorted(lengths)}")
-        each = np.arange(x.shape[axes[0]])
-        x = np.moveaxis(x, axes, range(len(axes)))  # (n, n, ...)
-        x = x[(each,) * len(axes)]  # (n, ...)
-        term = letter + term.replace(letter, "")
+        while term.count(letter) > 1:
+            i = term.index(letter)
+            j = term.index(letter, i + 1)
+            lengths = x.shape[i], x.shape[j]
+            if lengths[0] != lengths[1]:
+                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
+                                 f"not of sizes {sorted(lengths)}")
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n)
+            term = term.replace(letter, "", 2) + letter
     return term, x
 
 
@@ -2482,7 +2341,9 @@ def solve(a: Any, b: Any) -> Tensor:
 # 2. Take one A out in front: `A B = -c_n I`, with `B = A^(n-1) + ... + c_(n-1) I`. So
 #    the adjugate, for which `A adj(A) = det(A) I`, is `(-1)^(n-1) B`.
 # 3. Horner's scheme builds B up from I, by `B <- A B + c_k I`; and Newton's identities
-#    give `c_k = -trace(A B) / k` on the way. Below, the sign turns at each step.
+#    give `c_k = -trace(A B) / k` on the way.
+# 4. With `H = (-1)^k B` after step k, the signs are gone:
+#    `H <- trace(A H)/k I - A H`, and at the end H is the adjugate.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone (Faddeev and LeVerrier)."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -2538,7 +2399,7 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 # 2. Multiply by L^-1 from the left and by L^-T from the right, and write `X = L^-1 dL`:
 #    `L^-1 dA L^-T = X + X^T`. With L and dL, X is lower triangular.
 # 3. So `X = low(L^-1 dA L^-T)`, and `dL = L X`.
-# 4. In `<g, dL>` bring over to g what stands before dA: first L, then tril, then the
+# 4. In `<g, dL>` bring over to g what stands before dA: first L, then low, then the
 #    rest. A receives `L^-T low(L^T g) L^-1`; and as dA is symmetric, the symmetric part
 #    of that will do.
 #
@@ -2546,7 +2407,7 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 # one half in each triangle, as in PyTorch, and counts for both together: use it where A
 # is symmetric however it moves, as `x @ x.T` is.
 def _lower(a: Any) -> np.ndarray:
-    """What tril multiplies by: 1 below the diagonal, 1/2 on it, 0 above."""
+    """What `low` multiplies by: 1 below the diagonal, 1/2 on it, 0 above."""
     n = a.shape[-1]
     return np.tril(np.ones((n, n), a.dtype)) - np.eye(n, dtype=a.dtype) / 2
 
@@ -2651,8 +2512,9 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #    `s_i (d_ij - d_ji) / gap_ij`. Their sum is M, off the diagonal; on it, M is gs.
 # 5. `<M, P> = <U M V^T, dA>`: A receives `U M V^T`.
 # 6. If A is tall, dU also has a part outside of the space of U's columns,
-#    `(I - U U^T) dU = (I - U U^T) dA V S^-1`, as `dA V = dU S + U (...)`. So A receives
-#    `(gU - U c) S^-1 V^T` besides. If A is wide, the same goes for V, transposed.
+#    `(I - U U^T) dU = (I - U U^T) dA V S^-1`, as `dA V = dU S + U (dS - S dD)`. So A
+#    receives `(gU - U c) S^-1 V^T` besides. If A is wide, the same goes for V,
+#    transposed.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
@@ -2704,10 +2566,10 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #    is upper triangular: `dA R^-1 = dQ + Q X`.
 # 2. Multiply by Q^T from the left, too. With `P = Q^T dA R^-1`, that is
 #    `P = Q^T dQ + X`, of which `Q^T dQ` is antisymmetric: `P + P^T = X + X^T`.
-# 3. So X is the upper triangle with half of the diagonal, `X = triu(P + P^T)`. And then
-#    `dR = X R`, and by step 1, `dQ = dA R^-1 - Q X`.
+# 3. So `X = up(P + P^T)`, where `up` is the partner of `low`: the upper triangle with
+#    half of the diagonal. And then `dR = X R`, and by step 1, `dQ = dA R^-1 - Q X`.
 # 4. `<gQ, dQ> + <gR, dR>` is `<gQ, dA R^-1> + <M, X>` with `M = gR R^T - Q^T gQ`.
-# 5. `<M, X> = <triu(M), P + P^T> = <N, P>`, with N for `triu(M) + triu(M)^T`; and P is
+# 5. `<M, X> = <up(M), P + P^T> = <N, P>`, with N for `up(M) + up(M)^T`; and P is
 #    made of dA R^-1. Together, `<gQ + Q N, dA R^-1>`: A receives `(gQ + Q N) R^-T`.
 #
 # A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
@@ -2715,7 +2577,7 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
-    upper = _mT(_lower(a)) * (gr @ _mT(r) - _mT(q) @ gq)  # triu(M)
+    upper = _mT(_lower(a)) * (gr @ _mT(r) - _mT(q) @ gq)  # up(M)
     left = gq + q @ (upper + _mT(upper))
     _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
     return _mT(np.linalg.solve(r, _mT(left)))  # left R^-T
@@ -2845,12 +2707,16 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
     """The same, from a new tape of the definition, which ends at stand-ins for the operands."""
-    rest = t._operands[len(wanted):]
-    stand_ins = [identity(a) if due else a for a, due in zip(t._operands, wanted)]
-    y = t._op.definition(*stand_ins, *rest, **t._settings)
-    inputs = [a for a, due in zip(stand_ins, wanted) if due]
-    shares = iter(_gradients([(y, g)], inputs, create_graph=True, retain_graph=True))
-    return [next(shares) if due else None for due in wanted]
+    arguments = list(t._operands)
+    places = [i for i, due in enumerate(wanted) if due]
+    for i in places:
+        arguments[i] = identity(arguments[i])
+    y = t._op.definition(*arguments, **t._settings)
+
+    inputs = [arguments[i] for i in places]
+    shares = _gradients([(y, g)], inputs, create_graph=True, retain_graph=True)
+    share_of = dict(zip(places, shares))
+    return [share_of.get(i) for i in range(len(wanted))]
 
 
 # ### What NumPy is slow at
@@ -2881,27 +2747,36 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 #
 # And float16 needs care for another reason: beyond 65,504 it is infinite, and a sum of
 # squares is soon there. Kernels and losses compute it in float32, and round the result.
-def _in_float32(f: Callable) -> Callable:
-    """Let f compute float16 operands in float32; if all were that, so is the result.
+def _widened(operands: tuple) -> tuple[Sequence, bool]:
+    """The operands with float32 for float16, and whether the result is to be float16."""
+    dtypes = [getattr(a, "dtype", None) for a in operands]
+    if np.float16 not in dtypes:
+        return operands, False
 
-    Operands are positional. f is a kernel, which returns (result, pullback), or array
-    code.
-    """
+    wide = [a.astype(np.float32) if dtype == np.float16 else a
+            for a, dtype in zip(operands, dtypes)]
+    return wide, np.float32 not in dtypes and np.float64 not in dtypes
+
+
+def _in_float32(f: Callable) -> Callable:
+    """Let array code compute its float16 operands, which are positional, in float32."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
-        dtypes = [getattr(a, "dtype", None) for a in operands]
-        if np.float16 not in dtypes:
-            return f(*operands, **settings)
+        operands, is_half = _widened(operands)
+        y = f(*operands, **settings)
+        return y.astype(np.float16) if is_half else y
 
-        widened = [a.astype(np.float32) if dtype == np.float16 else a
-                   for a, dtype in zip(operands, dtypes)]
-        result = f(*widened, **settings)
-        if np.float32 in dtypes or np.float64 in dtypes:
-            return result
-        if not isinstance(result, tuple):
-            return result.astype(np.float16)
+    return wide
 
-        y, pullback = result
+
+def _kernel_in_float32(kernel: Callable) -> Callable:
+    """The same for a kernel, which returns its pullback, too."""
+    @functools.wraps(kernel)
+    def wide(*operands: Any, **settings: Any) -> tuple:
+        operands, is_half = _widened(operands)
+        y, pullback = kernel(*operands, **settings)
+        if not is_half:
+            return y, pullback
 
         def wide_pullback(g: np.ndarray, wanted: list) -> Sequence:
             return pullback(g.astype(np.float32), wanted)
@@ -2943,8 +2818,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p, and works in place, since new arrays would drive the block out of
-# the cache.
+# The kernel keeps p, and works in place, but for one new block, `1 - p`: with more of
+# them the cache would overflow.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -3122,6 +2997,170 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     return value if value.dtype == t.dtype else astype(value, t.dtype)
 
 
+# ## II.9 Arguments: what may be an operand?
+#
+# The functions and the rules of this part only ever meet floating-point arrays and
+# Python's numbers. A user gives more than that: lists, masks, integers. So before an
+# operation computes, `_admit` makes of each argument what it may be. Let a mask, as a
+# list, be multiplied by a Tensor of float32:
+#
+#     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
+#     >>> y = mul([True, False], t)
+#     >>> print(y, y.dtype, y._operands[0], y._operands[0].dtype, y._operands[1] is t)
+#     [0.5 0. ] float32 [1. 0.] float32 True
+#
+# 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints
+#    alone, with a Tensor among them, need nothing; but here is a list. `_admit` makes
+#    an array of it, `[True False]`, and that floating-point, `[1. 0.]`.
+# 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
+# 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
+# 4. t is tracked, so the result remembers `mul` and its operands: `[1. 0.]` and t.
+#
+# What becomes of each argument in step 1?
+#
+# - An operand given by name, as in `where(mask, a=t, b=0.0)`, is put in its place, for
+#   rules belong to positions.
+# - A list or tuple becomes an array, or a Tensor if it holds one.
+# - Integers and bools become floating-point. (A uint8 would wrap at 255, and its
+#   logarithm would be float16.) Alone they become float64; beside other operands, what
+#   NumPy would compute in: a mask beside float32 becomes float32, a list of integers
+#   float64.
+# - A Python number stays one, for it takes the dtype of what it meets; alone, it becomes
+#   an array.
+# - What follows the operands are settings. They have no derivative, and a Tensor that
+#   wants one is refused there.
+
+
+def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """The arguments of an operation as its function and rules may have them."""
+    if settings:
+        args, settings = _put_in_place(operation, args, settings)
+
+    count = operation.operands
+    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)
+                for a in args[:count]]
+    kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
+    if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
+        operands = _to_floating(operands, _without_gradient(operation, len(operands)))
+
+    if len(args) > count or settings:
+        operands += [_admit_setting(operation, a) for a in args[count:]]
+        settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
+    return tuple(operands), settings
+
+
+def _without_gradient(operation: Callable, count: int) -> list[int]:
+    """Which of its operands have no gradient, such as the condition of `where`."""
+    if operation.definition is not None:  # a fused operation: every operand has one
+        return []
+    return [i for i in range(count) if operation.rules[i] is None]
+
+
+def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """Operands that were given by name become positional."""
+    operands, _ = _argument_names(operation)
+    settings = dict(settings)
+    for name in operands[len(args):]:
+        if name not in settings:
+            break
+        args = (*args, settings.pop(name))
+    return args, settings
+
+
+def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
+    """The names of its operands, and of its settings. (A function of C has none.)"""
+    code = getattr(inspect.unwrap(operation), "__code__", None)
+    if code is None:
+        return (), ()
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    count = min(operation.operands, code.co_argcount)
+    return names[:count], names[count:]
+
+
+def _admit_together(*operands: Any) -> list[Tensor]:
+    """The operands of a composition as Tensors, admitted as by one operation of them all.
+
+    (Alone, in a reshape say, a bool mask would become float64, and so would the float32
+    that it meets next.)
+    """
+    admitted = [_admit_operand("an operand", a) for a in operands]
+    return [as_tensor(a) for a in _to_floating(admitted)]
+
+
+def _admit_operand(name: str, a: Any) -> Any:
+    """An operand as a Tensor, an array or a number; anything else as it is."""
+    if type(a) is np.ndarray or isinstance(a, (Tensor, int, float)) or a is None:
+        return a
+    if isinstance(a, (list, tuple)):
+        return as_tensor(a) if _holds_tensor(a) else np.asarray(a)
+    if isinstance(a, (np.matrix, np.ma.MaskedArray)):
+        raise TypeError(f"{name}: a {type(a).__name__} has operators of its own, which a Tensor's "
+                        "are not; give np.asarray of it")
+    if type(a).__name__ == "Tensor" and hasattr(type(a), "__array_ufunc__"):
+        raise TypeError(f"{name}: a Tensor of {type(a).__module__}, which is another copy of "
+                        f"nanoad than {__name__}; import one of them everywhere")
+    return np.asarray(a) if hasattr(a, "__array__") or isinstance(a, np.generic) else a
+
+
+def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
+    """The same without integers and bools, save at the places `exempt`.
+
+    If there are only Python's numbers, they become arrays.
+    """
+    arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
+    floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
+    floating = []
+    for i, a in enumerate(operands):
+        if i not in exempt:
+            if isinstance(a, np.ndarray) and a.dtype.kind in "biu":
+                a = a.astype(np.result_type(a.dtype, *floats) if floats else np.float64)
+            elif not arrays and isinstance(a, (int, float)):
+                a = np.asarray(a, np.float64)
+        floating.append(a)
+    return floating
+
+
+def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
+    if _tracked(a):
+        if name is not None and name not in _argument_names(operation)[1]:
+            raise TypeError(_wrong_name(operation, name))
+        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given where a "
+                        "setting belongs (a shape, an axis, an eps, integers), and would get none; "
+                        "use .item() or .numpy()")
+    return _value(a)
+
+
+def _wrong_name(operation: Callable, name: str) -> str:
+    """What is said of a Tensor that was given by a name which is no setting's."""
+    names = ", ".join(_argument_names(operation)[0])
+    operands = f"are {names}, each once" if names else "have no names: give them by position"
+    return f"{operation.__name__}: has no place for an operand {name!r}; its operands {operands}"
+
+
+def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
+    """NumPy's error, which now says which operation failed, and on what."""
+    shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
+    kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
+    kind = next(kind for kind in kinds if isinstance(error, kind))
+    return kind(f"{operation.__name__} of {shapes}: {error}")
+
+
+# A Tensor, too, is made of what may be no floating-point array yet, or a list with
+# Tensors.
+
+
+def _float_array(data: Any) -> np.ndarray:
+    """`data` as a floating-point array, copied only if it must be."""
+    array = np.asarray(data)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
+def _holds_tensor(a: Any) -> bool:
+    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
+
+
 # # Part III. Networks
 #
 # ## III.1 Losses: how wrong is a prediction?
@@ -3199,7 +3238,7 @@ def _check_classes(logits: np.ndarray, targets: Any) -> None:
 
 
 @fused(_cross_entropy_definition, operands=1)
-@_in_float32
+@_kernel_in_float32
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
 
@@ -4456,7 +4495,7 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 
 
 @fused(_conv2d_definition, operands=3)
-@_in_float32
+@_kernel_in_float32
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
            padding: Any = 0) -> Tensor:
     """The weighted sums over windows, as in PyTorch: (N, C, H, W) -> (N, O, oh, ow).
@@ -4552,7 +4591,7 @@ def _avg_pool2d_definition(x, kernel_size, stride=None):
 
 
 @fused(_avg_pool2d_definition, operands=1)
-@_in_float32
+@_kernel_in_float32
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The mean of each window, (N, C, H, W) -> (N, C, oh, ow).
 
@@ -4618,7 +4657,7 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
 # the two ways in which a row can move without moving xhat: all numbers up, or all
 # further from their mean.
 @fused(_layer_norm_definition, operands=3)
-@_in_float32
+@_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Each row along the last axis, (..., n), less its mean and over its deviation.
 
@@ -4728,10 +4767,16 @@ def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
 # **Memory.** Several passes go over one *slab* while it is in the cache, and then over
 # the next (see PASSES). A slab is some channels in the first layout, some images in the
 # second. As with `_blocks`, what is a piece of `x` is called `x_`.
+#
+# What has one entry per channel, (C,) or (C, B), is cut along with the channels. But a
+# slab of some images has all channels, and so it comes with the whole array, the same
+# for every slab. A sum per channel is right in both cases if it starts at 0 and each
+# slab *adds* its share to its piece, `sum_ += ...`.
 def _slabs(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces, of about a block, of arrays (A, C, B), (C, B), (C, 1) and (C,).
 
-    The first is (A, C, B). All pieces are views.
+    The first is (A, C, B). All pieces are views: what is written or added to a piece
+    is in the array.
     """
     a, c, b = arrays[0].shape
     by_image = a > 1
@@ -4740,6 +4785,7 @@ def _slabs(*arrays: np.ndarray) -> Iterator[list]:
     for i in range(0, length, step):
         images = slice(i, i + step) if by_image else slice(None)
         channels = slice(None) if by_image else slice(i, i + step)
+        # Channels are the second axis of three, and the first of one or two.
         yield [x[images, channels] if x.ndim == 3 else x[channels] for x in arrays]
 
 
@@ -4774,7 +4820,7 @@ def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
 
 
 @fused(_batch_norm_definition, operands=3)
-@_in_float32
+@_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
     x = x.astype(np.result_type(x, weight, bias), copy=False)
@@ -4782,8 +4828,8 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     images = _by_channel(x, batch_last)  # (A, C, B)
     n = images.size // len(weight)
 
-    y = np.empty_like(images)
-    rounded_mean, error, variance = _centre(images, y)  # y holds c
+    c = np.empty_like(images)
+    rounded_mean, error, variance = _centre(images, c)
     mean = rounded_mean + error
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
@@ -4792,6 +4838,7 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
     scale = inverse * weight
     shift = bias - error * scale
+    y = c  # from here on
     for y_, scale_, shift_ in _slabs(y, _spread(scale, y), _spread(shift, y)):
         y_ *= scale_
         y_ += shift_
@@ -4810,18 +4857,19 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 def _batch_norm_back(g, images, mean, inverse, scale):
     """The gradients by images, weight and bias."""
     n = images.size // len(mean)
-    dx = np.empty_like(images)
+    c = np.empty_like(images)
     sum_g = np.zeros_like(mean)  # (C,)
     sum_gc = np.zeros_like(mean)
 
-    arrays = images, g, dx, _spread(mean, images), sum_g, sum_gc
+    arrays = images, g, c, _spread(mean, images), sum_g, sum_gc
     for x_, g_, c_, mean_, sum_g_, sum_gc_ in _slabs(*arrays):
-        np.subtract(x_, mean_, out=c_)  # dx holds c
+        np.subtract(x_, mean_, out=c_)
         sum_g_ += np.einsum("acb->c", g_)
         sum_gc_ += np.einsum("acb,acb->c", g_, c_)
 
     per_channel = -sum_gc * inverse * inverse / n, sum_g / n, scale
     spread = [_spread(numbers, images) for numbers in per_channel]
+    dx = c  # from here on
     for dx_, g_, slope_, mean_g_, scale_ in _slabs(dx, g, *spread):
         dx_ *= slope_
         dx_ += g_
@@ -4959,7 +5007,7 @@ def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
 
 
 @fused(_attention_definition, operands=3)
-@_in_float32
+@_kernel_in_float32
 def scaled_dot_product_attention(q: Any, k: Any, v: Any,
                                  is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, for q (..., T, D), k (..., S, D) and v (..., S, Dv).
@@ -5002,7 +5050,7 @@ def _causal_self_attention_definition(qkv, num_heads):
 
 
 @fused(_causal_self_attention_definition, operands=1)
-@_in_float32
+@_kernel_in_float32
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
 

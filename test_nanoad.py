@@ -27,6 +27,7 @@ Contents:
     II.6 Linear algebra: einsum, np.linalg, programs that use them
     II.7 Fused: kernels and their definitions
     II.8 Methods
+    II.9 Arguments: by name, as settings
     III.1 Losses
     III.2 Modules: state_dict, train and eval, dtypes, layers
     III.3 Optimizers: their formulas, schedules, clipping
@@ -1334,50 +1335,6 @@ def test_check_grad_needs_something_to_differentiate_by():
     for wrong in (dict(order=0), dict()):
         with pytest.raises(ValueError, match="order"):
             nanoad.check_grad(lambda x: x * x, 3.0 if wrong else 3, **wrong)
-
-
-def test_settings_by_keyword_only_reach_an_operation_of_ones_own():
-    @nanoad.primitive(lambda g, y, x, *, n=1: g * n)
-    def times(x, *, n=1):
-        return x * n
-
-    x = Tensor(2.0)
-    for y in (times(x, n=3), times(x=x, n=3), times(x=x, n=as_tensor(3.0))):
-        close(y, 6.0)
-        close(gradients(y, [x])[0], 3.0)
-    with pytest.raises(TypeError, match="times.*setting"):
-        times(x, n=Tensor(3.0))
-
-
-def test_a_tensor_as_a_setting_is_refused():
-    x = Tensor(np.ones((2, 3)))
-    with pytest.raises(TypeError, match="setting"):
-        F.layer_norm(x, np.ones(3), np.zeros(3), Tensor(1e-5))
-    close(F.layer_norm(x, np.ones(3), np.zeros(3), as_tensor(1e-5)), np.zeros((2, 3)))
-
-
-def test_operands_by_name_and_lists():
-    x, w = Tensor(np.ones((2, 3))), Tensor(np.ones((4, 3)))
-    F.linear(x, bias=None, weight=w).sum().backward()
-    close(w.grad, np.full((4, 3), 2.0))
-    close(F.mul([1.0, 2.0], [x[0, 0], 3.0]), [1.0, 6.0])
-    close(F.exp(0), 1.0)
-    close(F.exp([0, 1]), np.exp([0.0, 1.0]))
-
-
-@pytest.mark.parametrize("call, unknown, known", [
-    (lambda t: F.add(a=t, b=2), "a", "by position"),
-    (lambda t: F.add(t, other=t), "other", "by position"),
-    (lambda t: F.exp(x=t), "x", "by position"),
-    (lambda t: F.softmax(a=t), "a", "operands are x,"),
-    (lambda t: F.where(condition=True, x=t, y=2.0), "x", "operands are condition, a, b,"),
-    (lambda t: F.linear(t, weight=t, scale=t), "scale", "operands are x, weight, bias,"),
-    (lambda t: F.gelu(t, x=t), "x", "operands are x, each once"),
-], ids="add add-other exp softmax where linear gelu".split())
-def test_an_operand_by_an_unknown_name_is_told_the_right_ones(call, unknown, known):
-    with pytest.raises(TypeError, match=f"operand '{unknown}'.*{known}") as raised:
-        call(Tensor(np.eye(2)))
-    assert "setting" not in str(raised.value)
 
 
 def test_a_pullback_may_know_no_gradient_for_an_operand():
@@ -3218,6 +3175,7 @@ def test_ties_and_corners():
     assert one(lambda x: F.max_pool2d(x.reshape(1, 1, 2, 2), 2).sum(),
                [1.0, 3.0, 3.0, 3.0]) == [[0.0, 1.0, 0.0, 0.0]]
     assert one(lambda x: F.clip(x, 0, 1).sum(), [0.0, 1.0, 2.0]) == [[1.0, 1.0, 0.0]]
+    assert one(lambda x: F.clip(x, 0, 1).sum(), [math.nan, 0.5]) == [[0.0, 1.0]]  # as torch.clamp
     for p in (0, 1, 2, 3):
         assert one(lambda x: (x ** p).sum(), [0.0]) == [[1.0 if p == 1 else 0.0]]
     assert one(lambda x: (x ** np.array([0.0, 1.0, 2.0])).sum(),
@@ -4147,6 +4105,53 @@ def test_methods_and_operators():
 def test_flatten_says_which_axes_there_are(wrong):
     with pytest.raises(ValueError, match="flatten of shape .2, 3, 2.: there are no axes"):
         Tensor(np.ones((2, 3, 2))).flatten(*wrong)
+
+
+# ## II.9 Arguments
+
+
+def test_settings_by_keyword_only_reach_an_operation_of_ones_own():
+    @nanoad.primitive(lambda g, y, x, *, n=1: g * n)
+    def times(x, *, n=1):
+        return x * n
+
+    x = Tensor(2.0)
+    for y in (times(x, n=3), times(x=x, n=3), times(x=x, n=as_tensor(3.0))):
+        close(y, 6.0)
+        close(gradients(y, [x])[0], 3.0)
+    with pytest.raises(TypeError, match="times.*setting"):
+        times(x, n=Tensor(3.0))
+
+
+def test_a_tensor_as_a_setting_is_refused():
+    x = Tensor(np.ones((2, 3)))
+    with pytest.raises(TypeError, match="setting"):
+        F.layer_norm(x, np.ones(3), np.zeros(3), Tensor(1e-5))
+    close(F.layer_norm(x, np.ones(3), np.zeros(3), as_tensor(1e-5)), np.zeros((2, 3)))
+
+
+def test_operands_by_name_and_lists():
+    x, w = Tensor(np.ones((2, 3))), Tensor(np.ones((4, 3)))
+    F.linear(x, bias=None, weight=w).sum().backward()
+    close(w.grad, np.full((4, 3), 2.0))
+    close(F.mul([1.0, 2.0], [x[0, 0], 3.0]), [1.0, 6.0])
+    close(F.exp(0), 1.0)
+    close(F.exp([0, 1]), np.exp([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("call, unknown, known", [
+    (lambda t: F.add(a=t, b=2), "a", "by position"),
+    (lambda t: F.add(t, other=t), "other", "by position"),
+    (lambda t: F.exp(x=t), "x", "by position"),
+    (lambda t: F.softmax(a=t), "a", "operands are x,"),
+    (lambda t: F.where(condition=True, x=t, y=2.0), "x", "operands are condition, a, b,"),
+    (lambda t: F.linear(t, weight=t, scale=t), "scale", "operands are x, weight, bias,"),
+    (lambda t: F.gelu(t, x=t), "x", "operands are x, each once"),
+], ids="add add-other exp softmax where linear gelu".split())
+def test_an_operand_by_an_unknown_name_is_told_the_right_ones(call, unknown, known):
+    with pytest.raises(TypeError, match=f"operand '{unknown}'.*{known}") as raised:
+        call(Tensor(np.eye(2)))
+    assert "setting" not in str(raised.value)
 
 
 # ## III.1 Losses
