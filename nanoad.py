@@ -19,7 +19,8 @@ The file has four parts, and whoever stops early has something whole:
     II   the rule book   operations on arrays, their derivatives; how to add one, and make it fast
     III  networks        losses, modules, optimizers, convolution, attention, a GPT; many cores
     IV   the craft       what a good tool needs and the idea does not: the watch over writes,
-                         memory, data, saving, drawing; an index of all names; a tour
+                         memory, nests, the machine, workers, data, saving, drawing; NumPy's
+                         other names; an index of all names; a tour
 
 You need NumPy, calculus, and no other file. `python nanoad.py` gives the tour. (After
 the imports, which are Python's own and NumPy, the essay begins.)
@@ -650,12 +651,13 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
-    met = output._sources = set()  # (IV.2)
+    met = set()  # the times of the leaves
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
                 met.add(t._time)
                 _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
+    output._sources = met  # (IV.2) of a whole walk, not of one that failed
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -921,6 +923,8 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
         >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
         [1. 9.] [ 2. 60.]
     """
+    if not primals:
+        raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
     run = _Run("vjp", f, _map_tree(_copied, primals))  # whoever calls may write to them later
     outputs = _outputs("vjp", _flatten(run.output)[0])
 
@@ -1301,7 +1305,7 @@ sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
 cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
 tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
 arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
-arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / np.sqrt((x - 1) * (x + 1)))
+arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
 arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
 
 # `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does
@@ -2824,11 +2828,13 @@ _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
 
+@_in_float32
 def _gelu_definition(x):
     return 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x))))
 
 
 @fused(_gelu_definition, operands=1)
+@_kernel_in_float32
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
     x = _dense(x)
@@ -5317,9 +5323,11 @@ class GPT(Module):
 
     def _write(self, ids: np.ndarray, count: int, temperature: float,
                top_k: int | None) -> Iterator[np.ndarray]:
-        next_logits = _choose_reader(self, batch=len(ids))  # see III.8
+        next_logits = _choose_reader(self, batch=len(ids))  # (III.8)
+        modules = self.modules()
         for _ in range(count):
-            logits = next_logits(ids)  # (B, V)
+            with _evaluating(modules):
+                logits = next_logits(ids)  # (B, V)
             new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
             ids = np.concatenate([ids, new], axis=1)
             yield new[:, 0]
@@ -5348,16 +5356,17 @@ class GPT(Module):
 # new, and is read anew.
 #
 # The reader repeats the lines of GPT.forward, Block.forward and
-# MultiHeadAttention.forward, with three differences: it writes no tape, so it is for
-# `generate` alone; it drops nothing; and at the end of the last block, only the last
-# position goes on. So a network with other blocks, or whose attention is not causal,
+# MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
+# `generate` alone; and at the end of the last block, only the last position goes on.
+# (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
+# do.) So a network with other blocks, or whose attention is not causal,
 # is read the plain way instead. (One with another GPT.forward is refused, for that may
 # return anything.)
 
 
 def _choose_reader(gpt: GPT, batch: int) -> Callable:
     """The function from ids (B, T) to the logits (B, V) of what may come next."""
-    if type(gpt).forward is not GPT.forward:
+    if not _computes(gpt, GPT.forward):
         raise TypeError("generate: reads as GPT.forward does, but "
                         f"{type(gpt).__name__} has a forward of its own; write a "
                         "generate to go with it")
@@ -5368,21 +5377,33 @@ def _choose_reader(gpt: GPT, batch: int) -> Callable:
 
 def _can_be_cached(block: Module) -> bool:
     """Whether it computes what `_Reader` does: the forward methods above, causally."""
-    if type(block).forward is not Block.forward:
+    if not _computes(block, Block.forward):
         return False
-    attn = block.attn
-    return type(attn).forward is MultiHeadAttention.forward and attn.is_causal
+    return _computes(block.attn, MultiHeadAttention.forward) and block.attn.is_causal
+
+
+def _computes(module: Module, forward: Callable) -> bool:
+    """Whether to call the module is to call this method."""
+    is_called = type(module).__call__ is Module.__call__
+    return is_called and getattr(module.forward, "__func__", None) is forward
 
 
 @no_grad()
 def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, T), without dropout."""
-    training = {module: module.training for module in gpt.modules()}
-    gpt.eval()
+    """The logits (B, V) of what follows `ids` (B, T)."""
+    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[Module]) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode; afterwards each in its own."""
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
     try:
-        return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
+        yield
     finally:
-        for module, was_training in training.items():
+        for module, was_training in zip(modules, training):
             module.training = was_training
 
 
@@ -5520,6 +5541,7 @@ class _Job(NamedTuple):
     arrays: tuple  # the share's rows of each array
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
+    tracked: list[bool]  # which parameters are, now (one may be frozen, and thaw)
     state: tuple[list, list] | None  # the module's training flags and constants
 
 
@@ -5527,9 +5549,11 @@ class DataParallel:
     """Share every batch among forked processes; each computes a part of the gradient.
 
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
-      `training` flags and what else it saves (running statistics and other constants:
-      III.2) go along with each batch, so that all processes have the parent's; what a
-      worker makes of its own is forgotten.
+      `training` flags, which parameters are frozen, and what else it saves (running
+      statistics and other constants: III.2) go along with each batch, so that all
+      processes have the parent's; what a worker makes of its own is forgotten. Of other
+      changes (a number among the attributes, a layer put in place of another) workers
+      know nothing: then make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
       a scalar Tensor. Any function will do, also a lambda. It runs in all processes:
       what it changes, other than the arrays above, it changes in the process that it
@@ -5626,6 +5650,9 @@ class DataParallel:
         """End the workers, and move the parameters back into memory of this process."""
         self._team.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("DataParallel: cannot be copied or pickled, for it has processes")
+
     def __enter__(self) -> DataParallel:
         return self
 
@@ -5637,6 +5664,9 @@ class DataParallel:
         """The answers of all shares; the parent's own gradient goes into `pieces`."""
         if self._team.is_closed:
             raise RuntimeError("DataParallel: this one is closed")
+        if os.getpid() != self._team.parent:
+            raise RuntimeError("DataParallel: this process is a fork of the one that made "
+                               "it, and would talk to the same workers; make another")
         first, *others = self._cut(kind, arrays, stream)
         busy = self._team.workers[:len(others)]
         try:
@@ -5663,9 +5693,10 @@ class DataParallel:
             raise ValueError("DataParallel: needs arrays with equally many rows, "
                              f"not {shapes}")
 
+        tracked = [p.requires_grad for p in self._params]
         state = self._module_state()
         shares = zip(*[np.array_split(a, self.processes) for a in arrays])
-        return [_Job(kind, share, len(share[0]) / lengths[0], stream, state)
+        return [_Job(kind, share, len(share[0]) / lengths[0], stream, tracked, state)
                 for share in shares if len(share[0]) > 0]
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
@@ -5689,6 +5720,8 @@ class DataParallel:
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job; a gradient goes into `pieces`."""
         if share > 0:
+            for p, is_tracked in zip(self._params, job.tracked):
+                p.requires_grad = is_tracked
             self._take_state(job.state)
         before = _mode.rng
         manual_seed((*job.stream, share))
@@ -5919,8 +5952,10 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it
     closes over (a module's parameters) gets gradients too. Random numbers are drawn
     again alike; other effects of f, such as those on batch norm's running statistics,
-    happen twice.
+    happen twice. RuntimeError if f, run again, gives something else.
     """
+    if not callable(f) or not args:
+        raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
     random_state = _mode.rng.bit_generator.state
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])
@@ -5939,11 +5974,23 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     """What the operands of a checkpoint receive."""
     began = next(_clock)
     again = t._pullback()
+    _require_same(again, t)
     inputs = [a for a, due in zip(t._operands, wanted) if due]
     route = _find_route([again], inputs, horizon=began)
     slopes = _gradients([(again, g)], inputs, create_graph, create_graph, route)
     shares = dict(zip(inputs, slopes))
     return [shares.get(a) for a in t._operands]  # None where nothing is due
+
+
+def _require_same(again: Any, t: Tensor) -> None:
+    """RuntimeError if the second run gave something else, but for rounding."""
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)
+    same = np.shape(again) == t.shape and np.allclose(
+        _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if not same:
+        raise RuntimeError("checkpoint: f gave another result when it was run again for the "
+                           "backward pass; has something that it uses changed, such as a "
+                           "module's training flag?")
 
 
 # So it is an operation, with any number of operands.
@@ -5973,7 +6020,7 @@ def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
     return _require_operands(t)
 
 
-# ## IV.3 Nests: what if an argument is a dict of lists?
+# ## IV.3 Arguments of transforms: what if one is a dict of lists?
 #
 # What a function is differentiated by may be nested dicts, lists and tuples of arrays,
 # as the parameters of a model are. The gradient is built alike:
@@ -6037,20 +6084,6 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     return items, rebuild
 
 
-def _fresh_input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
-    array = np.asarray(_value(x))
-    if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
-        raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which has "
-                        "no derivative; make it floating-point, as in 3.0")
-    return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
-
-
-def _copied(x: Any) -> Any:
-    """A copy, still on the tape of x if that is on one."""
-    return _copy(x) if _tracked(x) else np.array(_value(x))
-
-
 # A cotangent is built like the result that it belongs to, and a tangent like its
 # argument. To pair them, walk through both nests at once, dicts by key. (What stands
 # beside two results, say, may be [1.0, 1.0]: so the nest that is wanted decides what is
@@ -6087,6 +6120,49 @@ def _outline(tree: Any) -> str:
     return str(_map_tree(lambda item: np.shape(_value(item)), tree))
 
 
+# ### Before and after a walk: what does a transform ask of its caller?
+#
+# In the order of a run (I.7): which arguments, and each as a fresh input; what the
+# function returned; the cotangents that a walk starts with.
+def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
+    """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"{name}: the arguments are a tuple, one entry each, such as (x,)")
+    one = isinstance(argnums, (int, np.integer))
+    positions = list(range(len(args))) if argnums is None else np.ravel(argnums).tolist()
+    if not all(isinstance(i, int) for i in positions):
+        raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
+    if any(i not in range(-len(args), len(args)) for i in positions):
+        raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
+                         "are counted from 0")
+    positions = [i % len(args) for i in positions]
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"{name}: argnums={argnums} names an argument twice")
+
+    def put_back(chosen: Any) -> list:
+        arguments = list(args)
+        for i, argument in zip(positions, [chosen] if one else chosen):
+            arguments[i] = argument
+        return arguments
+
+    chosen = args[positions[0]] if one else tuple(args[i] for i in positions)
+    return chosen, put_back
+
+
+def _fresh_input(name: str, x: Any) -> Tensor:
+    """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
+    array = np.asarray(_value(x))
+    if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
+        raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which has "
+                        "no derivative; make it floating-point, as in 3.0")
+    return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
+
+
+def _copied(x: Any) -> Any:
+    """A copy, still on the tape of x if that is on one."""
+    return _copy(x) if _tracked(x) else np.array(_value(x))
+
+
 def _outputs(name: str, items: Iterable) -> list[Tensor]:
     """What a function returned, as Tensors; a plain number or array counts as a constant."""
     tensors = []
@@ -6096,9 +6172,20 @@ def _outputs(name: str, items: Iterable) -> list[Tensor]:
                             f"and not a {type(item).__name__} ({str(item)[:40]})")
         if not isinstance(item, Tensor):
             warnings.warn(f"{name}: the function returned a plain {type(item).__name__}, so its "
-                          "derivative is zero; was a Tensor converted on the way?", stacklevel=4)
+                          "derivative is zero; was a Tensor converted on the way?",
+                          stacklevel=_level_of_caller())
         tensors.append(as_tensor(item))
     return tensors
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` by which a warning points to whoever called into this file."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == _seed.__code__.co_filename:
+        level += 1
+        frame = frame.f_back
+    return level
 
 
 def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
@@ -6148,32 +6235,6 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
             raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a constant, of which "
                                "no tape is written; make it by Tensor(...), outside no_grad()")
     return inputs
-
-
-def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
-    """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(f"{name}: the arguments are a tuple, one entry each, such as (x,)")
-    one = isinstance(argnums, (int, np.integer))
-    positions = list(range(len(args))) if argnums is None else np.ravel(argnums).tolist()
-    if not all(isinstance(i, int) for i in positions):
-        raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
-    if any(i not in range(-len(args), len(args)) for i in positions):
-        raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
-                         "are counted from 0")
-    positions = [i % len(args) for i in positions]
-    if len(set(positions)) < len(positions):
-        raise ValueError(f"{name}: argnums={argnums} names an argument twice")
-
-    def put_back(chosen: Any) -> list:
-        arguments = list(args)
-        for i, argument in zip(positions, [chosen] if one else chosen):
-            arguments[i] = argument
-        return arguments
-
-    chosen = args[positions[0]] if one else tuple(args[i] for i in positions)
-    return chosen, put_back
-
 
 # ## IV.4 The machine: what had to be measured?
 #
@@ -6361,6 +6422,7 @@ class _Team:
 
     def __init__(self, params: list, layout: _Layout, processes: int,
                  compute: Callable) -> None:
+        self.parent = os.getpid()
         self.workers: list[_Worker] = []  # number k computes share k + 1
         self.is_closed = False
         self._params = params
@@ -7532,7 +7594,8 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.9 NumPy's other names: what needs no new idea?
 #
-# Skip this section: it is for looking up, and nothing that you read elsewhere needs it.
+# Skip this section: it is for looking up, and what you read elsewhere can be read
+# without it. (It runs with it: here stands which operation answers for np.sum.)
 # NumPy has hundreds of functions, and nearly all of them are compositions of operations
 # that we have. So each is written here as such, with NumPy's own signature; its
 # derivatives follow. What NumPy code may use, by kind:
@@ -7805,6 +7868,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
             raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
                              f"shape {weights.shape} fit neither that nor the axis")
         weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
+    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # then add up
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
         raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")

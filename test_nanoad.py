@@ -5550,6 +5550,39 @@ def test_generate_reads_a_network_of_other_blocks_as_forward_does(what):
     assert not np.allclose(cached, model(start).numpy()[:, -1], atol=1e-3)
 
 
+@pytest.mark.parametrize("what", ["forward", "__call__"])
+def test_generate_sees_a_method_that_was_replaced(what):
+    """On the instance, or by a `__call__` of its own."""
+    manual_seed(0)
+    model = nn.GPT(11, 16, 4, 2, 8)
+    block = model.blocks[1]
+    if what == "forward":
+        block.forward = lambda x: nn.Block.forward(block, x)[..., ::-1]
+    else:
+        block.__class__ = type("Called", (nn.Block,), {
+            "__call__": lambda self, x: nn.Block.__call__(self, x)[..., ::-1]})
+    for p in model.parameters():
+        p.data *= 4
+    start = np.array([[1, 2, 3]])
+    best = model(start).numpy()[:, -1].argmax(-1)
+    assert model.generate(start, 1, top_k=1)[0, -1] == best
+    cached = nanoad._Reader(model, batch=1).next_logits(start)
+    assert cached.argmax(-1) != best  # the test can tell
+
+
+def test_generate_drops_nothing_wherever_dropout_stands():
+    manual_seed(0)
+    model = nn.GPT(11, 16, 4, 2, 8)
+    model.blocks[0].mlp = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.9))
+    for p in model.parameters():
+        p.data *= 4
+    model.eval()
+    calm = model.generate([[1, 2, 3]], 12, top_k=1)
+    model.train()
+    assert np.array_equal(model.generate([[1, 2, 3]], 12, top_k=1), calm)
+    assert all(m.training for m in model.modules())
+
+
 def test_blocks_may_share_their_weights():
     """The same block twice, as in ALBERT: each place has a cache of its own."""
     manual_seed(0)
@@ -5610,6 +5643,40 @@ def in_a_new_process(code, *arguments, timeout=60, **env):
     done = run_python("-W", "error", "-c", program, *arguments, timeout=timeout, env=env)
     assert done.stderr == ""
     return done.stdout
+
+
+@forks
+def test_workers_know_who_is_frozen_and_a_fork_may_not_use_them():
+    for processes in (1, 2):
+        manual_seed(0)
+        model = nn.MLP(2, [8, 1])
+        x, y = nanoad.make_moons(16)
+        with DataParallel(model, lambda x, y: F.binary_cross_entropy_with_logits(model(x), y),
+                          processes=processes) as parallel:
+            weight = model.parameters()[0]
+            weight.requires_grad = False
+            parallel(x, y)
+            assert weight.grad is None
+            weight.requires_grad = True
+            parallel(x, y)
+            F.binary_cross_entropy_with_logits(model(x), y)
+            slopes = gradients(F.binary_cross_entropy_with_logits(model(x), y), [weight])
+            close(weight.grad, slopes[0], rtol=1e-5, atol=1e-7)
+            with pytest.raises(TypeError, match="cannot be copied"):
+                copy.deepcopy(parallel)
+
+    assert in_a_new_process("""
+        model, loss, x, y = small_task()
+        with DataParallel(model, loss, processes=2) as parallel:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    parallel(x, y)
+                except RuntimeError as error:
+                    os._exit(0 if "is a fork" in str(error) else 1)
+                os._exit(2)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """) == "0\n"
 
 
 PROCESSES = [1, pytest.param(2, marks=forks), pytest.param(3, marks=forks),
@@ -7084,6 +7151,69 @@ def test_checkpoint_draws_the_same_random_numbers_again():
     manual_seed(3)
     F.dropout(x, 0.5)
     close(F.dropout(np.ones(4), 0.5), after)  # the stream goes on as if f had run once
+
+
+@pytest.mark.parametrize("what", ["a number it uses", "its module's training flag"])
+def test_a_checkpoint_whose_second_run_gives_something_else_is_told(what):
+    model, factor = nn.Dropout(0.5), [2.0]
+    y = checkpoint(lambda x: model(x) * factor[0], Tensor(np.ones(100)))
+    if what == "a number it uses":
+        factor[0] = 5.0
+    else:
+        model.eval()
+    with pytest.raises(RuntimeError, match="checkpoint: f gave another result"):
+        y.sum().backward()
+
+
+def test_checkpoint_and_vjp_are_called_with_the_arguments():
+    for transform in (checkpoint, vjp):
+        with pytest.raises(TypeError, match=rf"{transform.__name__}\(f, x\)"):
+            transform(np.sin)
+
+
+def test_a_warning_of_a_plain_result_points_to_the_caller():
+    calls = [lambda: grad(lambda x: 3.0)(1.0), lambda: value_and_grad(lambda x: 3.0)(1.0),
+             lambda: hvp(lambda x: 3.0, (1.0,), (1.0,)), lambda: vjp(lambda x: 3.0, 1.0)]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            call()
+        assert told and told[0].filename == __file__
+
+
+def test_average_adds_up_weights_in_the_dtype_of_the_result():
+    x = np.arange(70.0)
+    weights = np.full(70, 1000, np.float16)  # whose sum is beyond float16
+    close(np.average(Tensor(x), weights=weights), np.average(x, weights=weights))
+    x, weights = np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.2, 0.3], np.float32)
+    close(np.average(Tensor(x), weights=weights), np.average(x, weights=weights), rtol=1e-12)
+
+
+def test_gelu_and_arccosh_of_large_float16():
+    x = Tensor(np.array([100, -100, 60000], np.float16))
+    F.gelu(x).backward(np.ones(3, np.float16))
+    assert x.grad.tolist() == [1, 0, 1]
+    slope = grad(lambda x: np.arccosh(x).sum())(np.array([300], np.float16))
+    close(slope, np.array([1 / math.sqrt(300 ** 2 - 1)]), rtol=1e-3)
+
+
+def test_a_backward_that_failed_does_not_count_as_one_that_met_all():
+    """`_sources` (IV.2) tells what a let-go tape was made of."""
+    x = Tensor(3.0)
+    y = x * x
+    y.backward()
+    with pytest.raises(RuntimeError, match="let go"):
+        y.backward()
+    with pytest.raises(RuntimeError, match="let go"):
+        gradients(y * x, [x])
+
+    x, w = Tensor(3.0), Tensor(2.0)
+    y = (x * x) * (w * w)
+    w.data[...] = 7
+    with pytest.raises(RuntimeError, match="was changed"):
+        y.backward()
+    with pytest.raises(RuntimeError):
+        gradients(y * 1.0, [x])
 
 
 def test_checkpoint_keeps_no_intermediate_results():
@@ -9009,6 +9139,10 @@ WRONG = [
      "bias & 5 output & (3,)"),
     (lambda: F.conv2d(IMAGE, np.ones((5, 2, 5, 5))), ValueError,
      "window of (5, 5) & (4, 4)"),
+    (lambda: F.conv2d(IMAGE, np.ones((5, 2, 1, 5))), ValueError,
+     "window of (1, 5) & (4, 4)"),
+    (lambda: F.conv2d(IMAGE, np.ones((5, 2, 5, 1))), ValueError,
+     "window of (5, 1) & (4, 4)"),
     (lambda: F.conv2d(IMAGE, np.ones((5, 2, 2, 2)), padding=-1), ValueError,
      "at least 0 & -1"),
     (lambda: F.conv2d(IMAGE, np.ones((5, 2, 2, 2)), padding="full"), ValueError,
