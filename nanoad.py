@@ -7901,7 +7901,7 @@ def _ediff1d(ary, to_end=None, to_begin=None):
     pieces = _admit_together(*(a for a in (to_begin, ary, to_end) if a is not None))
     i = 0 if to_begin is None else 1
     pieces[i] = diff(reshape(pieces[i], -1))
-    return concatenate([astype(piece, pieces[i].dtype) for piece in pieces], axis=None)
+    return concatenate(pieces, axis=None)
 
 
 @_answers(getattr(np, "trapezoid", None) or np.trapz)  # its name before NumPy 2
