@@ -107,7 +107,7 @@ class Tensor:
                           # settings, if any; None once the tape was let go (I.5)
         "_settings",      # what it was given by name: settings, such as axis=0
         # And five that wait for their time: a fast backward step (II.7), the watch over
-        # writes (IV.1), what an earlier walk has met (IV.2), and Python's weak
+        # writes (IV.1), what an earlier walk has met (IV.3), and Python's weak
         # references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
@@ -318,7 +318,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
             if isinstance(a, Tensor):
                 tracked = tracked or a.requires_grad
                 if a._checksum is not None:
-                    _compare_checksum(a)  # for somebody has the array in hand (IV.1)
+                    _renew_checksum(a)  # for somebody has the array in hand (IV.1)
                 a = a._data
             arrays.append(a)
 
@@ -630,7 +630,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
         if t._time not in found:
             found[t._time] = t
             if t._time >= horizon:
-                to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.2)
+                to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.3)
 
     times = {t._time for t in inputs}
     for moment in sorted(found):  # operands before results
@@ -651,13 +651,13 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
-    met = set()  # the times of the leaves
+    met = set()  # the times of the tensors that kept what they received
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
                 met.add(t._time)
                 _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
-    output._sources = met  # (IV.2) of a whole walk, not of one that failed
+    output._sources = met  # (IV.3) of a whole walk, not of one that failed
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -828,12 +828,17 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
 
     @functools.wraps(f)
     def function(*args: Any, **kwargs: Any) -> tuple:
-        run = _Run("grad", f, args, kwargs, argnums)
-        scalar = _first_of_pair(run.output) if has_aux else run.output
-        slopes = run.pull(_outputs("grad", [scalar]), [None], run.recorded)
-        return run.value, run.rebuild(slopes)
+        return _value_and_slopes("value_and_grad", f, args, kwargs, argnums, has_aux)
 
     return function
+
+
+def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argnums: Any,
+                      has_aux: bool) -> tuple:
+    run = _Run(name, f, args, kwargs, argnums)
+    scalar = _first_of_pair(name, run.output) if has_aux else run.output
+    slopes = run.pull(_outputs(name, [scalar]), [None], run.recorded)
+    return run.value, run.rebuild(slopes)
 
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
@@ -849,11 +854,11 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
         False True
     """
-    both = value_and_grad(f, argnums, has_aux, argnum=argnum)
+    argnums = argnums if argnum is None else argnum
 
     @functools.wraps(f)
     def function(*args: Any, **kwargs: Any) -> Any:
-        value, slope = both(*args, **kwargs)
+        value, slope = _value_and_slopes("grad", f, args, kwargs, argnums, has_aux)
         return (slope, value[1]) if has_aux else slope
 
     return function
@@ -5791,7 +5796,8 @@ def _constants(module: Module) -> list:
 #
 # NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
 # handed out (`t.data`), and compared whenever its elements are read: by an operation, or
-# by a walk that needs them as they were. `t._checksum` is None as long as nobody outside
+# by a walk that needs them as they were. (That is what touching `p.data` costs: from then
+# on, each operation on p reads p once more, for a crc32.) `t._checksum` is None as long as nobody outside
 # has the array. `t._written` is the time of the last write that is known of, and a tensor
 # made after that time has seen what was written. (Of a constant, of a raw array that is
 # an operand, and of a view such as `t.detach()` or `t.T`, nothing is known: who writes
@@ -5801,13 +5807,13 @@ def _constants(module: Module) -> list:
 def _hand_out(t: Tensor) -> np.ndarray:
     """The array of `t`, for somebody who may write to it."""
     if t.requires_grad:
-        _compare_checksum(t)
+        _renew_checksum(t)
     t._data = np.asarray(t._data)  # of a NumPy scalar, which nobody can write to
     return t._data
 
 
-def _compare_checksum(t: Tensor) -> None:
-    """Note a write if the array is not what it was."""
+def _renew_checksum(t: Tensor) -> None:
+    """Take the checksum, and note a write if it is not what it was."""
     now = zlib.crc32(np.ascontiguousarray(t._data))
     if t._checksum not in (None, now):
         _note_write(t)
@@ -5826,7 +5832,7 @@ def _note_write(t: Tensor) -> None:
 def _check_unwritten(t: Tensor, result: Tensor) -> None:
     """Raise if `t` was written to since the operation that made `result` of it (or made it)."""
     if t._checksum is not None:
-        _compare_checksum(t)
+        _renew_checksum(t)
     if t._written > result._time:
         raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
                            "changed between forward and backward; call backward first, then write")
@@ -6005,22 +6011,10 @@ def _generator_at(state: dict) -> np.random.Generator:
     return generator
 
 
-# *A tape that was let go* cannot be searched (I.5). But a function that is differentiated
-# by x may use a tensor that has seen a `backward` of its own, and the answer is known if
-# that met no part of x: the time of each leaf that it came to is in `_sources`.
-
-
-def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
-    they were let go, and may have been made of one."""
-    if t._operands is None and t._sources is not None:
-        older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
-        if all(x._op is None and x._time not in t._sources for x in older):
-            return ()
-    return _require_operands(t)
-
-
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
+#
+# First nests, which are taken apart and put together; then what a transform asks of its
+# arguments, of what the function returns and of cotangents, before it walks.
 #
 # What a function is differentiated by may be nested dicts, lists and tuples of arrays,
 # as the parameters of a model are. The gradient is built alike:
@@ -6123,7 +6117,8 @@ def _outline(tree: Any) -> str:
 # ### Before and after a walk: what does a transform ask of its caller?
 #
 # In the order of a run (I.7): which arguments, and each as a fresh input; what the
-# function returned; the cotangents that a walk starts with.
+# function returned; the cotangents that a walk starts with; and, for an input, whether a
+# walk can come to it at all.
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
     """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
     if not isinstance(args, (tuple, list)):
@@ -6211,9 +6206,9 @@ def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_gr
     return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
 
 
-def _first_of_pair(output: Any) -> Any:
+def _first_of_pair(name: str, output: Any) -> Any:
     if not (isinstance(output, tuple) and len(output) == 2):
-        raise TypeError("grad: with has_aux=True the function must return (scalar, aux), not "
+        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, aux), not "
                         f"{type(output).__name__}")
     return output[0]
 
@@ -6235,6 +6230,23 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
             raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a constant, of which "
                                "no tape is written; make it by Tensor(...), outside no_grad()")
     return inputs
+
+
+# *A tape that was let go* cannot be searched for the inputs (I.5). But a function that is
+# differentiated by x may use a tensor that has seen a `backward` of its own, and the
+# answer is known if that met no part of x. Whom it met is in `_sources`: the time of each
+# leaf, and with `retain_grads` of every tensor.
+
+
+def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
+    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
+    they were let go, and may have been made of one."""
+    if t._operands is None and t._sources is not None:
+        older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
+        if all(x._op is None and x._time not in t._sources for x in older):
+            return ()
+    return _require_operands(t)
+
 
 # ## IV.4 The machine: what had to be measured?
 #
