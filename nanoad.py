@@ -1365,12 +1365,18 @@ def astype(x: Any, dtype: Any) -> Tensor:
 @primitive(lambda g, y, x, mask: _chosen(g, mask))
 def _chosen(x: Any, mask: Any) -> Tensor:
     """x where the bool array `mask`, which broadcasts to x, holds; else 0."""
-    if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
-        return np.where(mask, x, x.dtype.type(0))
     y = np.empty_like(x)
-    bits = f"i{x.dtype.itemsize}"
-    np.multiply(x.view(bits), np.asarray(mask).view("i1"), out=y.view(bits))
+    _write_chosen(y, x, mask)
     return y
+
+
+def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
+    """The same, written to `out`, an array of the shape and dtype of x."""
+    if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
+        out[...] = np.where(mask, x, 0)
+        return
+    bits = f"i{x.dtype.itemsize}"
+    np.multiply(x.view(bits), np.asarray(mask).view("i1"), out=out.view(bits))
 
 
 @_answers(np.where)
@@ -3414,8 +3420,11 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 # for a part of the training: a plain Tensor would then count as a constant, and a
 # Parameter is listed still, so that the optimizer has it when it thaws.
 #
-# Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So its
-# state_dict is ours too, in both directions.
+# Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
+# state_dict of such layers goes in both directions. There are two exceptions: PyTorch's
+# BatchNorm2d also counts batches (num_batches_tracked, which `strict=False` passes over);
+# and what is `qkv.weight` and `proj.weight` in our MultiHeadAttention is `in_proj_weight`
+# and `out_proj.weight` in its own.
 
 class Parameter(Tensor):
     """A Tensor that its module trains, and lists even while it is frozen."""
@@ -4095,11 +4104,12 @@ class Optimizer:
 
         # Adam's rule asks how many steps a parameter has made. So neighbours that have
         # made equally many move together; most often, these are all there are.
-        counts = np.where(has_gradient, self.steps, 0)  # 0: it stays
-        changes = np.flatnonzero(np.diff(counts)) + 1
-        for first, end in itertools.pairwise([0, *changes.tolist(), len(counts)]):
-            if counts[first] > 0:
-                self._move(first, end, int(counts[first]))
+        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
+        numbers = range(len(counts))
+        for count, neighbours in itertools.groupby(numbers, key=counts.__getitem__):
+            together = list(neighbours)
+            if count > 0:
+                self._move(together[0], together[-1] + 1, count)
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
@@ -4536,7 +4546,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _batch_last(g).reshape(y.shape)  # (O, oh ow N)
-        dx = dweight = None
+        dx = dweight = dbias = None
         if wanted[0]:
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
@@ -4544,7 +4554,9 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         if wanted[1]:  # columns are made again: to keep them would take kh kw times x
             dweight = (columns() @ g.T).T  # is g @ columns^T (see PRODUCTS)
             dweight = dweight.reshape(weight.shape)
-        return dx, dweight, _row_sum(g)[:, 0]
+        if bias is not None and wanted[2]:
+            dbias = _row_sum(g)[:, 0]
+        return dx, dweight, dbias
 
     return _batch_first(y.reshape(o, *shape[2:])), pullback
 
@@ -4572,14 +4584,13 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
     # Backward, the positions in a window are asked one after another: in which windows,
     # of those not yet claimed, is the largest element here? There the image receives g,
-    # and nothing elsewhere. That is the product of g and the bools `chosen`, written to
-    # its place in one pass, if no other window adds to that place and if g is finite
-    # (0 times inf would be nan); and else `where`, which takes more passes.
+    # and nothing elsewhere (II.3). Where windows overlap, that is added to what the place
+    # has received from others.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
-        by_product = apart and np.isfinite(np.sum(g))
         dx = np.zeros_like(x)
+        share = np.empty_like(y)
         unclaimed = np.ones_like(y, bool)  # (N, C, oh, ow)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
@@ -4587,10 +4598,11 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
                 chosen |= np.isnan(view)  # for nan == nan is False
             chosen &= unclaimed
             unclaimed ^= chosen
-            if by_product:
-                np.multiply(g, chosen, out=target)
+            if apart:
+                _write_chosen(target, g, chosen)
             else:
-                target += np.where(chosen, g, 0)
+                _write_chosen(share, g, chosen)
+                target += share
         return (dx,)
 
     return y, pullback
@@ -6328,7 +6340,10 @@ def _openblas() -> tuple[Callable, Callable] | None:
 # and gets it again page by page: 70,000 pages in a step of a GPT of width 256, 16,000
 # if it may keep what it has, and half of the time of a CNN's step. So while training,
 # it keeps (mallopt(3)) what was freed, and takes blocks of up to 32 MiB, the most it
-# can, from there. When the last optimizer is gone, all is given back.
+# can, from there. When the last optimizer is gone, all is given back, and it keeps no
+# more than by its own rule, twice the size from which blocks are the system's. That size
+# stays. For glibc raises it by itself, to the largest block that it has seen freed; but
+# not once mallopt was called, and from its first 128 KiB on every array would be new.
 _trainers: set[int] = set()
 
 def _keep_freed_memory(trainer: Any) -> None:
@@ -6345,7 +6360,7 @@ def _give_back(trainer: int) -> None:
     """After the last trainer's end, give back what is kept, and keep no more."""
     _trainers.discard(trainer)
     if not _trainers:
-        _glibc().mallopt(-1, 1 << 26)  # as it chooses itself, beside blocks of 32 MiB
+        _glibc().mallopt(-1, 1 << 26)  # 2 * 32 MiB
         _glibc().malloc_trim(0)
 
 
@@ -7007,7 +7022,7 @@ def save(path: str | os.PathLike, state: Any) -> None:
     description = json.dumps(_describe(state, "", arrays))
     members = {"nanoad": np.frombuffer(description.encode(), np.uint8), **arrays}
 
-    content = _pack(members)[:-64]
+    content = _pack(members)[:-64]  # without the last 64 bytes, kept free for the digest
     content += _sha256(content).encode()
     target = os.path.realpath(os.fsdecode(path))  # of a link, what it points at
     _write_whole(target, content)
