@@ -107,7 +107,7 @@ class Tensor:
                           # settings, if any; None once the tape was let go (I.5)
         "_settings",      # what it was given by name: settings, such as axis=0
         # And five that wait for their time: a fast backward step (II.7), the watch over
-        # writes (IV.1), what an earlier walk has met (IV.2), and Python's weak
+        # writes (IV.1), what an earlier walk has met (IV.3), and Python's weak
         # references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
@@ -318,7 +318,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
             if isinstance(a, Tensor):
                 tracked = tracked or a.requires_grad
                 if a._checksum is not None:
-                    _compare_checksum(a)  # for somebody has the array in hand (IV.1)
+                    _renew_checksum(a)  # for somebody has the array in hand (IV.1)
                 a = a._data
             arrays.append(a)
 
@@ -630,7 +630,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
         if t._time not in found:
             found[t._time] = t
             if t._time >= horizon:
-                to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.2)
+                to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.3)
 
     times = {t._time for t in inputs}
     for moment in sorted(found):  # operands before results
@@ -651,13 +651,13 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
-    met = set()  # the times of the leaves
+    met = set()  # the times of the tensors that kept what they received
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
                 met.add(t._time)
                 _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
-    output._sources = met  # (IV.2) of a whole walk, not of one that failed
+    output._sources = met  # (IV.3) of a whole walk, not of one that failed
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -828,12 +828,17 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
 
     @functools.wraps(f)
     def function(*args: Any, **kwargs: Any) -> tuple:
-        run = _Run("grad", f, args, kwargs, argnums)
-        scalar = _first_of_pair(run.output) if has_aux else run.output
-        slopes = run.pull(_outputs("grad", [scalar]), [None], run.recorded)
-        return run.value, run.rebuild(slopes)
+        return _value_and_slopes("value_and_grad", f, args, kwargs, argnums, has_aux)
 
     return function
+
+
+def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argnums: Any,
+                      has_aux: bool) -> tuple:
+    run = _Run(name, f, args, kwargs, argnums)
+    scalar = _first_of_pair(name, run.output) if has_aux else run.output
+    slopes = run.pull(_outputs(name, [scalar]), [None], run.recorded)
+    return run.value, run.rebuild(slopes)
 
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
@@ -849,11 +854,11 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
         False True
     """
-    both = value_and_grad(f, argnums, has_aux, argnum=argnum)
+    argnums = argnums if argnum is None else argnum
 
     @functools.wraps(f)
     def function(*args: Any, **kwargs: Any) -> Any:
-        value, slope = both(*args, **kwargs)
+        value, slope = _value_and_slopes("grad", f, args, kwargs, argnums, has_aux)
         return (slope, value[1]) if has_aux else slope
 
     return function
@@ -1360,12 +1365,18 @@ def astype(x: Any, dtype: Any) -> Tensor:
 @primitive(lambda g, y, x, mask: _chosen(g, mask))
 def _chosen(x: Any, mask: Any) -> Tensor:
     """x where the bool array `mask`, which broadcasts to x, holds; else 0."""
-    if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
-        return np.where(mask, x, x.dtype.type(0))
     y = np.empty_like(x)
-    bits = f"i{x.dtype.itemsize}"
-    np.multiply(x.view(bits), np.asarray(mask).view("i1"), out=y.view(bits))
+    _write_chosen(y, x, mask)
     return y
+
+
+def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
+    """The same, written to `out`, an array of the shape and dtype of x."""
+    if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
+        out[...] = np.where(mask, x, 0)
+        return
+    bits = f"i{x.dtype.itemsize}"
+    np.multiply(x.view(bits), np.asarray(mask).view("i1"), out=out.view(bits))
 
 
 @_answers(np.where)
@@ -3409,8 +3420,11 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 # for a part of the training: a plain Tensor would then count as a constant, and a
 # Parameter is listed still, so that the optimizer has it when it thaws.
 #
-# Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So its
-# state_dict is ours too, in both directions.
+# Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
+# state_dict of such layers goes in both directions. There are two exceptions: PyTorch's
+# BatchNorm2d also counts batches (num_batches_tracked, which `strict=False` passes over);
+# and what is `qkv.weight` and `proj.weight` in our MultiHeadAttention is `in_proj_weight`
+# and `out_proj.weight` in its own.
 
 class Parameter(Tensor):
     """A Tensor that its module trains, and lists even while it is frozen."""
@@ -4090,11 +4104,12 @@ class Optimizer:
 
         # Adam's rule asks how many steps a parameter has made. So neighbours that have
         # made equally many move together; most often, these are all there are.
-        counts = np.where(has_gradient, self.steps, 0)  # 0: it stays
-        changes = np.flatnonzero(np.diff(counts)) + 1
-        for first, end in itertools.pairwise([0, *changes.tolist(), len(counts)]):
-            if counts[first] > 0:
-                self._move(first, end, int(counts[first]))
+        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
+        numbers = range(len(counts))
+        for count, neighbours in itertools.groupby(numbers, key=counts.__getitem__):
+            together = list(neighbours)
+            if count > 0:
+                self._move(together[0], together[-1] + 1, count)
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
@@ -4531,7 +4546,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _batch_last(g).reshape(y.shape)  # (O, oh ow N)
-        dx = dweight = None
+        dx = dweight = dbias = None
         if wanted[0]:
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
@@ -4539,7 +4554,9 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         if wanted[1]:  # columns are made again: to keep them would take kh kw times x
             dweight = (columns() @ g.T).T  # is g @ columns^T (see PRODUCTS)
             dweight = dweight.reshape(weight.shape)
-        return dx, dweight, _row_sum(g)[:, 0]
+        if bias is not None and wanted[2]:
+            dbias = _row_sum(g)[:, 0]
+        return dx, dweight, dbias
 
     return _batch_first(y.reshape(o, *shape[2:])), pullback
 
@@ -4567,14 +4584,13 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
     # Backward, the positions in a window are asked one after another: in which windows,
     # of those not yet claimed, is the largest element here? There the image receives g,
-    # and nothing elsewhere. That is the product of g and the bools `chosen`, written to
-    # its place in one pass, if no other window adds to that place and if g is finite
-    # (0 times inf would be nan); and else `where`, which takes more passes.
+    # and nothing elsewhere (II.3). Where windows overlap, that is added to what the place
+    # has received from others.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
-        by_product = apart and np.isfinite(np.sum(g))
         dx = np.zeros_like(x)
+        share = np.empty_like(y)
         unclaimed = np.ones_like(y, bool)  # (N, C, oh, ow)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
@@ -4582,10 +4598,11 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
                 chosen |= np.isnan(view)  # for nan == nan is False
             chosen &= unclaimed
             unclaimed ^= chosen
-            if by_product:
-                np.multiply(g, chosen, out=target)
+            if apart:
+                _write_chosen(target, g, chosen)
             else:
-                target += np.where(chosen, g, 0)
+                _write_chosen(share, g, chosen)
+                target += share
         return (dx,)
 
     return y, pullback
@@ -5791,7 +5808,8 @@ def _constants(module: Module) -> list:
 #
 # NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
 # handed out (`t.data`), and compared whenever its elements are read: by an operation, or
-# by a walk that needs them as they were. `t._checksum` is None as long as nobody outside
+# by a walk that needs them as they were. (That is what touching `p.data` costs: from then
+# on, each operation on p reads p once more, for a crc32.) `t._checksum` is None as long as nobody outside
 # has the array. `t._written` is the time of the last write that is known of, and a tensor
 # made after that time has seen what was written. (Of a constant, of a raw array that is
 # an operand, and of a view such as `t.detach()` or `t.T`, nothing is known: who writes
@@ -5801,13 +5819,13 @@ def _constants(module: Module) -> list:
 def _hand_out(t: Tensor) -> np.ndarray:
     """The array of `t`, for somebody who may write to it."""
     if t.requires_grad:
-        _compare_checksum(t)
+        _renew_checksum(t)
     t._data = np.asarray(t._data)  # of a NumPy scalar, which nobody can write to
     return t._data
 
 
-def _compare_checksum(t: Tensor) -> None:
-    """Note a write if the array is not what it was."""
+def _renew_checksum(t: Tensor) -> None:
+    """Take the checksum, and note a write if it is not what it was."""
     now = zlib.crc32(np.ascontiguousarray(t._data))
     if t._checksum not in (None, now):
         _note_write(t)
@@ -5826,7 +5844,7 @@ def _note_write(t: Tensor) -> None:
 def _check_unwritten(t: Tensor, result: Tensor) -> None:
     """Raise if `t` was written to since the operation that made `result` of it (or made it)."""
     if t._checksum is not None:
-        _compare_checksum(t)
+        _renew_checksum(t)
     if t._written > result._time:
         raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
                            "changed between forward and backward; call backward first, then write")
@@ -6005,22 +6023,10 @@ def _generator_at(state: dict) -> np.random.Generator:
     return generator
 
 
-# *A tape that was let go* cannot be searched (I.5). But a function that is differentiated
-# by x may use a tensor that has seen a `backward` of its own, and the answer is known if
-# that met no part of x: the time of each leaf that it came to is in `_sources`.
-
-
-def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
-    they were let go, and may have been made of one."""
-    if t._operands is None and t._sources is not None:
-        older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
-        if all(x._op is None and x._time not in t._sources for x in older):
-            return ()
-    return _require_operands(t)
-
-
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
+#
+# First nests, which are taken apart and put together; then what a transform asks of its
+# arguments, of what the function returns and of cotangents, before it walks.
 #
 # What a function is differentiated by may be nested dicts, lists and tuples of arrays,
 # as the parameters of a model are. The gradient is built alike:
@@ -6123,7 +6129,8 @@ def _outline(tree: Any) -> str:
 # ### Before and after a walk: what does a transform ask of its caller?
 #
 # In the order of a run (I.7): which arguments, and each as a fresh input; what the
-# function returned; the cotangents that a walk starts with.
+# function returned; the cotangents that a walk starts with; and, for an input, whether a
+# walk can come to it at all.
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
     """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
     if not isinstance(args, (tuple, list)):
@@ -6211,9 +6218,9 @@ def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_gr
     return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
 
 
-def _first_of_pair(output: Any) -> Any:
+def _first_of_pair(name: str, output: Any) -> Any:
     if not (isinstance(output, tuple) and len(output) == 2):
-        raise TypeError("grad: with has_aux=True the function must return (scalar, aux), not "
+        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, aux), not "
                         f"{type(output).__name__}")
     return output[0]
 
@@ -6235,6 +6242,23 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
             raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a constant, of which "
                                "no tape is written; make it by Tensor(...), outside no_grad()")
     return inputs
+
+
+# *A tape that was let go* cannot be searched for the inputs (I.5). But a function that is
+# differentiated by x may use a tensor that has seen a `backward` of its own, and the
+# answer is known if that met no part of x. Whom it met is in `_sources`: the time of each
+# leaf, and with `retain_grads` of every tensor.
+
+
+def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
+    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
+    they were let go, and may have been made of one."""
+    if t._operands is None and t._sources is not None:
+        older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
+        if all(x._op is None and x._time not in t._sources for x in older):
+            return ()
+    return _require_operands(t)
+
 
 # ## IV.4 The machine: what had to be measured?
 #
@@ -6316,7 +6340,10 @@ def _openblas() -> tuple[Callable, Callable] | None:
 # and gets it again page by page: 70,000 pages in a step of a GPT of width 256, 16,000
 # if it may keep what it has, and half of the time of a CNN's step. So while training,
 # it keeps (mallopt(3)) what was freed, and takes blocks of up to 32 MiB, the most it
-# can, from there. When the last optimizer is gone, all is given back.
+# can, from there. When the last optimizer is gone, all is given back, and it keeps no
+# more than by its own rule, twice the size from which blocks are the system's. That size
+# stays. For glibc raises it by itself, to the largest block that it has seen freed; but
+# not once mallopt was called, and from its first 128 KiB on every array would be new.
 _trainers: set[int] = set()
 
 def _keep_freed_memory(trainer: Any) -> None:
@@ -6333,7 +6360,7 @@ def _give_back(trainer: int) -> None:
     """After the last trainer's end, give back what is kept, and keep no more."""
     _trainers.discard(trainer)
     if not _trainers:
-        _glibc().mallopt(-1, 1 << 26)  # as it chooses itself, beside blocks of 32 MiB
+        _glibc().mallopt(-1, 1 << 26)  # 2 * 32 MiB
         _glibc().malloc_trim(0)
 
 
@@ -6995,7 +7022,7 @@ def save(path: str | os.PathLike, state: Any) -> None:
     description = json.dumps(_describe(state, "", arrays))
     members = {"nanoad": np.frombuffer(description.encode(), np.uint8), **arrays}
 
-    content = _pack(members)[:-64]
+    content = _pack(members)[:-64]  # without the last 64 bytes, kept free for the digest
     content += _sha256(content).encode()
     target = os.path.realpath(os.fsdecode(path))  # of a link, what it points at
     _write_whole(target, content)

@@ -7198,7 +7198,7 @@ def test_gelu_and_arccosh_of_large_float16():
 
 
 def test_a_backward_that_failed_does_not_count_as_one_that_met_all():
-    """`_sources` (IV.2) tells what a let-go tape was made of."""
+    """`_sources` (IV.3) tells what a let-go tape was made of."""
     x = Tensor(3.0)
     y = x * x
     y.backward()
@@ -7333,6 +7333,15 @@ def test_argnums():
     close(jacobian(lambda a, b: a * b, argnum=1)(np.ones(2), np.ones(2)), np.eye(2))
     close(hessian(f, argnum=0)(2.0, 3.0), 6.0)
     grad(lambda x, n: x * n)(2.0, 3)  # an integer is fine where nobody differentiates by it
+
+
+def test_messages_name_the_transform_that_was_called():
+    for name, transform in [("grad", grad), ("value_and_grad", value_and_grad)]:
+        for f, x, options in [(lambda x: x, 3, {}), (lambda x: "no", 3.0, {}),
+                              (lambda x: x, np.ones(2), {}),
+                              (lambda x: x, 3.0, dict(has_aux=True))]:
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+                transform(f, **options)(x)
 
 
 def test_trees_are_paired_by_key():
