@@ -1304,8 +1304,8 @@ arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
 arctan2 = _op("arctan2", np.arctan2,
               lambda g, y, a, b: g * _over_distance_twice(b, a, b),
               lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
-deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180))
-rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi))
+deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
+rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
 sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
 cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
 tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
@@ -1391,7 +1391,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 
 
 # At a kink any slope between the two sides is right: abs and relu take 0 there.
-abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x))
+abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
 relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
            lambda g, y, x: _chosen(g, y != 0),  # not x > 0, so that nan hands g on
            doc="max(x, 0), element by element.")
@@ -2630,7 +2630,8 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 
 
 # *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
-# symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra, 1973).
+# symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra,
+# 1973).
 #
 # 1. Differentiate `P = P A P`, and collect:
 #    `dP = -P dA P + dP (I - A P) + (I - P A) dP`.
@@ -3421,10 +3422,10 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 # Parameter is listed still, so that the optimizer has it when it thaws.
 #
 # Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
-# state_dict of such layers goes in both directions. There are two exceptions: PyTorch's
-# BatchNorm2d also counts batches (num_batches_tracked, which `strict=False` passes over);
-# and what is `qkv.weight` and `proj.weight` in our MultiHeadAttention is `in_proj_weight`
-# and `out_proj.weight` in its own.
+# state_dict goes in both directions, with two exceptions. PyTorch's BatchNorm2d also
+# counts batches (num_batches_tracked; `strict=False` passes over it). And what is
+# qkv.weight and proj.weight in our MultiHeadAttention is in_proj_weight and
+# out_proj.weight in its own.
 
 class Parameter(Tensor):
     """A Tensor that its module trains, and lists even while it is frozen."""
@@ -4522,8 +4523,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     """The weighted sums over windows, as in PyTorch: (N, C, H, W) -> (N, O, oh, ow).
 
     The weight is (O, C, kh, kw) and the bias (O,). `padding` zeros are put around the
-    images; "same" keeps their size (for stride 1). Raises ValueError for shapes that do
-    not fit.
+    images; "same" keeps their size (for stride 1). ValueError if shapes do not fit.
     """
     _check_conv2d(x, weight, bias)
     n, c, h, w = x.shape
@@ -4552,8 +4552,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
         if wanted[1]:  # columns are made again: to keep them would take kh kw times x
-            dweight = (columns() @ g.T).T  # is g @ columns^T (see PRODUCTS)
-            dweight = dweight.reshape(weight.shape)
+            dweight = (columns() @ g.T).T.reshape(weight.shape)  # g @ columns^T (see PRODUCTS)
         if bias is not None and wanted[2]:
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
@@ -5807,13 +5806,13 @@ def _constants(module: Module) -> list:
 #     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
 #
 # NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
-# handed out (`t.data`), and compared whenever its elements are read: by an operation, or
-# by a walk that needs them as they were. (That is what touching `p.data` costs: from then
-# on, each operation on p reads p once more, for a crc32.) `t._checksum` is None as long as nobody outside
-# has the array. `t._written` is the time of the last write that is known of, and a tensor
-# made after that time has seen what was written. (Of a constant, of a raw array that is
-# an operand, and of a view such as `t.detach()` or `t.T`, nothing is known: who writes
-# there gets another gradient.)
+# handed out (`t.data`), and compared whenever its elements are read: by an operation,
+# or by a walk that needs them as they were. (That is what touching `p.data` costs: from
+# then on, each operation on p reads p once more, for a crc32.) `t._checksum` is None as
+# long as nobody outside has the array. `t._written` is the time of the last write that
+# is known of, and a tensor made after that time has seen what was written. (Of a
+# constant, of a raw array that is an operand, and of a view such as `t.detach()` or
+# `t.T`, nothing is known: who writes there gets another gradient.)
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
@@ -7621,8 +7620,12 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.9 NumPy's other names: what needs no new idea?
 #
-# Skip this section: it is for looking up, and what you read elsewhere can be read
-# without it. (It runs with it: here stands which operation answers for np.sum.)
+# Skip this section: it is for looking up. To read the rest of the file, all you need is
+# to know what NumPy's functions do. To *run*, the rest needs what is written here: rules
+# call np.sum and others, of Tensors when they write a tape (I.6), and what answers must
+# take NumPy's arguments, which are not always those of our operation; the protocol asks
+# `_WITHOUT_GRADIENT` (II.2); and `dot` calls `tensordot` (II.6).
+#
 # NumPy has hundreds of functions, and nearly all of them are compositions of operations
 # that we have. So each is written here as such, with NumPy's own signature; its
 # derivatives follow. What NumPy code may use, by kind:
@@ -7676,9 +7679,8 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 
 # ### In one line
 #
-# Three helpers for rows: a reduction whose third argument is a dtype; shapes that NumPy
-# itself names; and moves of elements of several arrays, where what is moved are their
-# positions in all of them, laid end to end.
+# First the helpers for rows: a reduction whose third argument is a dtype, and shapes that
+# NumPy itself names.
 def _with_dtype(op: Callable) -> Callable:
     return lambda a, axis=None, dtype=None, **more: op(  # more: keepdims, and ddof of var
         a if dtype is None else astype(a, dtype), axis, **more)
@@ -7693,15 +7695,6 @@ def _at_least(function: Callable) -> Callable:
     return answer
 
 
-def _moves_several(move: Callable, *operands: Any) -> Tensor:
-    tensors = _admit_together(*operands)
-    positions, count = [], 0
-    for t in tensors:
-        positions.append(np.arange(count, count + t.size).reshape(t.shape))
-        count += t.size
-    return concatenate(tensors, axis=None)[move(*positions)]
-
-
 def _nansum(a, axis=None, keepdims=False):
     return sum_(where(np.isnan(a), 0, a), axis, keepdims)
 
@@ -7714,7 +7707,6 @@ def _nanmean(a, axis=None, keepdims=False):
 _FUNCTIONS.update({
     # elements (all numbers here are real)
     np.conjugate: identity, np.real: identity, np.real_if_close: identity,
-    np.fabs: abs_, np.degrees: rad2deg, np.radians: deg2rad,
     np.square: lambda x: x * x,
     np.reciprocal: lambda x: 1 / x,
     np.float_power: lambda a, b: power(astype(a, np.float64), b),
@@ -7723,9 +7715,6 @@ _FUNCTIONS.update({
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
-    np.select: lambda condlist, choicelist, default=0: functools.reduce(
-        lambda rest, pair: where(*pair, rest),  # from the last condition to the first
-        reversed(list(zip(condlist, choicelist, strict=True))), default),
     # shapes
     np.transpose: lambda a, axes=None: transpose(a, axes),
     np.ravel: lambda a: reshape(a, -1),
@@ -7736,15 +7725,11 @@ _FUNCTIONS.update({
     np.atleast_1d: _at_least(np.atleast_1d),
     np.atleast_2d: _at_least(np.atleast_2d),
     np.atleast_3d: _at_least(np.atleast_3d),
-    np.broadcast_arrays: lambda *arrays: tuple(
-        broadcast_to(t, np.broadcast_shapes(*map(np.shape, arrays)))
-        for t in _admit_together(*arrays)),
     # moving
-    np.insert: lambda arr, obj, values, axis=None: _moves_several(
-        lambda a, v: np.insert(a, obj, v, axis), arr,
-        astype(values, np.asarray(_value(arr)).dtype)),
-    np.choose: lambda a, choices, *, mode="raise": _moves_several(
-        lambda *c: np.choose(_value(a), c, mode=mode), *choices),
+    np.fliplr: _moves("fliplr", np.fliplr), np.flipud: _moves("flipud", np.flipud),
+    np.diagflat: _moves("diagflat", np.diagflat),
+    np.rollaxis: _moves("rollaxis", np.rollaxis),
+    np.delete: _moves("delete", np.delete), np.resize: _moves("resize", np.resize),
     # joining and cutting
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
     np.vstack: lambda tup: concatenate([np.atleast_2d(t) for t in _admit_together(*tup)]),
@@ -7777,9 +7762,6 @@ _FUNCTIONS.update({
 })
 _FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
 _FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
-
-for _move in (np.fliplr, np.flipud, np.diagflat, np.delete, np.resize, np.rollaxis):
-    _moves(_move.__name__, _move)
 
 
 # ### Elements
@@ -7821,6 +7803,15 @@ def _histogram(a, bins=10, range=None, density=None, weights=None):
     return np.histogram(_value(a), _value(bins), range, density, _value(weights))
 
 
+@_answers(np.select)
+def _select(condlist, choicelist, default=0):
+    """The choice of the first condition that holds: so the last is asked first."""
+    result = default
+    for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
+        result = where(condition, choice, result)
+    return result
+
+
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
     """Each function gets its part of x only. Of several conditions the last counts."""
@@ -7831,7 +7822,7 @@ def _piecewise(x, condlist, funclist, *args, **kw):
     if len(funclist) != len(masks):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
 
-    result = where(False, x, 0)  # zeros, made from x
+    result = where(False, x, 0)  # zeros, tied to x
     for i, f in enumerate(funclist):
         mask = masks[i] & ~masks[i + 1:].any(axis=0)
         if mask.any():
@@ -7847,6 +7838,33 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
     """x with element number `kth` where sorting would put it, as np.partition has it."""
     order = np.argpartition(_value(x), kth, axis, kind)
     return take_along_axis(x, order, axis)
+
+
+# To move elements of several arrays, lay them end to end, and move their positions there.
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    tensors = _admit_together(*operands)
+    positions, count = [], 0
+    for t in tensors:
+        positions.append(np.arange(count, count + t.size).reshape(t.shape))
+        count += t.size
+    return concatenate(tensors, axis=None)[move(*positions)]
+
+
+@_answers(np.insert)
+def _insert(arr, obj, values, axis=None):
+    values = astype(values, np.asarray(_value(arr)).dtype)
+    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
+
+
+@_answers(np.choose)
+def _choose(a, choices, *, mode="raise"):
+    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
+
+
+@_answers(np.broadcast_arrays)
+def _broadcast_arrays(*arrays):
+    shape = np.broadcast_shapes(*map(np.shape, arrays))
+    return tuple(broadcast_to(t, shape) for t in _admit_together(*arrays))
 
 
 @_answers(np.hstack)
