@@ -1139,10 +1139,11 @@ class _EachRule:
 #     (True, True)
 #
 # What answers for which function is in one table, `_FUNCTIONS`, filled where the
-# operations stand. What has derivative zero wherever it has one (`np.sign`, `np.argmax`)
-# or asks for a shape gives a plain array (IV.9). All else is a TypeError for a tracked
-# Tensor: to convert it silently would cut the tape, and the gradient would be wrong. A
-# constant has no gradient to lose; it goes in as the array it holds.
+# operations stand; IV.9 adds the rest. What has derivative zero wherever it has one
+# (`np.sign`, `np.argmax`) or asks for a shape gives a plain array (IV.9). All else is a
+# TypeError for a tracked Tensor: to convert it silently would cut the tape, and the
+# gradient would be wrong. A constant has no gradient to lose; it goes in as the array
+# it holds.
 
 
 def _answers(*functions: Callable | None) -> Callable:
