@@ -290,7 +290,8 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     Tensors alike; it returns a new array, `g` itself or a view. None stands for an
     operand without a gradient. What follows the operands, or is given by name, are
     settings, such as an axis. An operation on any number of operands gives one rule
-    for all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds one.)
+    for all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an
+    operation.)
     """
     def decorate(forward: Callable) -> Callable:
         count = sys.maxsize if each else len(rules)
@@ -448,7 +449,8 @@ Tensor.__neg__ = neg
 #
 # That is reverse-mode differentiation. Each operation is visited once, and its rules cost
 # about what it cost itself: so, however many inputs there are, the walk costs a small
-# multiple of the forward pass. That one fact is why neural networks can be trained.
+# multiple of the forward pass. That one fact is why neural networks can be trained. (An
+# exception is `x[i]`, a free view, whose cotangent is as large as x.)
 #
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
 # younger than t*. When t is the youngest that waits, all that used it has been taken
@@ -596,11 +598,12 @@ def _require_operands(t: Tensor) -> tuple:
 #
 #     k:1     x:2     y:3 = k * x     w:4 = sin(k)     z:5 = y * w
 #
-# First we go from z back to all that it was made of, which is 5, 4, 3, 2 and 1, but no
-# further than the *horizon*: the oldest input, x. What is older, as k is, was not made of
-# x, and nothing behind it was. (That k was met is noted, as `older`; I.7 needs it.) Then
-# we go forwards through what was found. On the route are the inputs, here 2, and all
-# that has an operand on the route: 3 has x, and 5 has y; but 4 has none.
+# First we go from z back to all that it was made of, which is 5, 4, 3, 2 and 1, but not
+# behind the *horizon*: the oldest input, x. What is older, as k is, was not made of x,
+# and nothing behind it was. It is met and noted, as `older`, and not gone on from. (So
+# are the operands of x itself, if it has any: by them I.7 sees that somebody else may
+# ask.) Then we go forwards through what was found. On the route are the inputs, here 2,
+# and all that has an operand on the route: 3 has x, and 5 has y; but 4 has none.
 #
 #     >>> k, x = Tensor(1.0, label="k"), Tensor(2.0)
 #     >>> y, w = k * x, np.sin(k)
@@ -707,8 +710,9 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #
 # `create_graph` decides which, in two lines of `_pull_by_rules` (I.2). The result `y`,
 # too, is then the Tensor, so the derivative of a rule that uses it goes on through y.
-# There is no second set of rules that could be wrong. Here is `x * x * x`, three times
-# over:
+# There is no second set of rules that could be wrong. (A fused operation has a fast way
+# back beside its rules; its second derivative takes the rules again: II.7.) Here is `x
+# * x * x`, three times over:
 #
 #     >>> x = Tensor(2.0)
 #     >>> y = x * x * x
@@ -745,11 +749,12 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #
 # Engines that mark "the variable we differentiate by" with a flag on the values have
 # answered 3, taking the inner result for a constant, or 5, moving x and y together in
-# the inner function. (It is called perturbation confusion: Siskind and Pearlmutter,
-# 2005.) Here it has no room. Every call makes *new* tensors for its own arguments and
-# asks for the derivative by *those objects*. `x` is another, older than `y`: it lies
-# beyond the inner walk's horizon, which sends it nothing. But the inner result was
-# computed from `x`, so the outer walk meets `x` there like any other operand.
+# the inner function (2 + 3, the slope of x * y by both). (It is called perturbation
+# confusion: Siskind and Pearlmutter, 2005.) Here it has no room. Every call makes *new*
+# tensors for its own arguments and asks for the derivative by *those objects*. `x` is
+# another, older than `y`: it lies beyond the inner walk's horizon, which sends it
+# nothing. But the inner result was computed from `x`, so the outer walk meets `x` there
+# like any other operand.
 #
 # What does the real one add? First, *a tape only when somebody can ask*. The inner
 # gradient above must be recorded, since the outer one asks about x. In a single
@@ -1243,7 +1248,7 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = 0 the exponent is kept
+# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is kept
 # at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where x is
 # 0 and p is not negative.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
@@ -1385,7 +1390,7 @@ def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
            lambda g, y, c, a, b: _chosen(g, c),
            lambda g, y, c, a, b: _chosen(g, np.logical_not(c)))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the bool array `condition` holds, else b. It has no gradient."""
+    """a where the bool array `condition` holds, else b. The condition has no gradient."""
     if np.asarray(condition).dtype.kind != "b":
         raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
@@ -1730,10 +1735,9 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 #
 # It starts anew for every row, which for rows of 64 numbers is most of its time. But
 # the sum of a row is also its product with ones, `[3 4 5] @ [1 1 1] = 12`, for which
-# there is BLAS. That rounds off more than np.sum, which adds in pairs; so float64, long
-# rows and sums over a whole array are left to np.sum. (The largest of each row is faster
-# by `reduceat`. np.dot lets other Python threads run meanwhile; `@` does so only if its
-# *result* is large.)
+# there is BLAS. That rounds off more than np.sum, which adds in pairs; so where anybody
+# may ask for a sum, float64, long rows and whole arrays are left to np.sum
+# (`_fast_sum`). And the largest of each row is faster by `reduceat`.
 _ones = functools.lru_cache(16)(np.ones)
 
 
@@ -2759,8 +2763,9 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 #   full speed; an einsum of two operands seldom does. Of `A @ B^T` and `(B @ A^T)^T`,
 #   which are equal, OpenBLAS is up to twice as fast at the one whose product has more
 #   rows.
-# - SCATTER. `np.add.at` adds element by element: the gradient of 1,024 rows of an
-#   embedding takes 440 us, and 90 us as a product with one-hot rows.
+# - SCATTER. To add rows where several have one place, NumPy goes element by element
+#   (II.4): the gradient of 1,024 rows of an embedding takes several times as long as a
+#   product with one-hot rows.
 #
 # And float16 needs care for another reason: beyond 65,504 it is infinite, and a sum of
 # squares is soon there. Kernels and losses compute it in float32, and round the result.
@@ -3429,12 +3434,15 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 # out_proj.weight in its own.
 
 class Parameter(Tensor):
-    """A Tensor that its module trains, and lists even while it is frozen."""
+    """A Tensor that its module trains, and lists even while it is frozen.
+
+    Its dtype is that of the data: beside layers, which are float32, give float32.
+    """
 
     __slots__ = ()
 
 
-_PLAIN.add(Parameter)  # operations need not look at it twice (I.2)
+_PLAIN.add(Parameter)  # beside a Tensor it needs no conversion (I.2)
 
 
 def _is_trained(value: Any) -> bool:
@@ -3481,6 +3489,13 @@ class Module:
         name = type(self).__name__
         raise NotImplementedError(f"{name} has no forward method; write one in the "
                                   "class, `def forward(self, x): ...`")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An array may not take a parameter's place, and end its training in silence."""
+        if isinstance(value, np.ndarray) and _is_trained(getattr(self, name, None)):
+            raise TypeError(f"{type(self).__name__}.{name} is a parameter, and an array would "
+                            f"not be trained; write .{name}.data = ... or assign a Tensor")
+        super().__setattr__(name, value)
 
     def _contents(self, prefix: str = "",
                   above: tuple = ()) -> Iterator[tuple[str, Any]]:
@@ -4486,7 +4501,7 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 
 
 # The kernel does the same, with one change of layout. A slice of an image has short
-# lines, of some ten pixels, and NumPy is slow at those (see LOOPS). A batch has a
+# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). A batch has a
 # hundred images, so the kernel keeps them with the batch last in memory, (C, H, W, N),
 # and shows them as (N, C, H, W) through a transposed view. Elementwise operations keep
 # the order in memory, so from layer to layer nothing is moved. The product is
@@ -4553,7 +4568,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
         if wanted[1]:  # columns are made again: to keep them would take kh kw times x
-            dweight = (columns() @ g.T).T.reshape(weight.shape)  # g @ columns^T (see PRODUCTS)
+            dweight = (columns() @ g.T).T.reshape(weight.shape)  # g @ columns^T (see PRODUCTS, II.7)
         if bias is not None and wanted[2]:
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
@@ -4788,8 +4803,8 @@ def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
 
 
 # **Memory.** Several passes go over one *slab* while it is in the cache, and then over
-# the next (see PASSES). A slab is some channels in the first layout, some images in the
-# second. As with `_blocks`, what is a piece of `x` is called `x_`.
+# the next (see PASSES, II.7). A slab is some channels in the first layout, some images
+# in the second. As with `_blocks`, what is a piece of `x` is called `x_`.
 #
 # What has one entry per channel, (C,) or (C, B), is cut along with the channels. But a
 # slab of some images has all channels, and so it comes with the whole array, the same
@@ -4815,7 +4830,7 @@ def _slabs(*arrays: np.ndarray) -> Iterator[list]:
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
     """One number per channel, (C,), to broadcast with x, (A, C, B): (C, 1) or (C, B).
 
-    The latter is for images after one another, whose lines B are short (see LOOPS).
+    The latter is for images after one another, whose lines B are short (see LOOPS, II.7).
     """
     a, _, b = x.shape
     column = numbers[:, None]
@@ -5004,7 +5019,7 @@ def _attention_definition(q, k, v, is_causal=False):
 def _attend(q, k, v, is_causal, out=None):
     """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
-    p = q @ np.multiply(_mT(k), scale, order="C")  # the scores (see PRODUCTS)
+    p = q @ np.multiply(_mT(k), scale, order="C")  # the scores (see PRODUCTS, II.7)
     if _is_moderate(p):
         if is_causal:
             p += _minus_infinity_ahead(p.shape[-2:], p.dtype)
@@ -5106,7 +5121,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
 #
 # How does a network read a letter? It looks up that letter's row in a table. That is
 # the product of the table with a one-hot row, which has a 1 at the letter's number; and
-# for the backward pass of a small vocabulary we really do multiply (see SCATTER).
+# for the backward pass of a small vocabulary we really do multiply (see SCATTER, II.7).
 def _lookup_definition(weight, ids):
     return weight[ids]
 
@@ -6189,7 +6204,8 @@ def _level_of_caller() -> int:
     """The `stacklevel` by which a warning points to whoever called into this file."""
     level = 1
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename == _seed.__code__.co_filename:
+    here = frame.f_code.co_filename
+    while frame.f_back is not None and frame.f_code.co_filename == here:
         level += 1
         frame = frame.f_back
     return level

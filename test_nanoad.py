@@ -5003,6 +5003,16 @@ def test_parameters_side_by_side_are_updated_in_place_others_copied_with_the_sam
     assert flat[[0, 1, 9]].tolist() == [0, 1, 9]
 
 
+def test_an_array_in_a_parameters_place_is_refused():
+    layer = nn.Linear(3, 4)
+    with pytest.raises(TypeError, match="Linear.weight is a parameter"):
+        layer.weight = np.zeros((4, 3))
+    layer.weight = Tensor(np.zeros((4, 3), np.float32))
+    layer.mask = np.ones(3)
+    layer.mask = np.zeros(3)
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+
+
 def test_an_optimizer_of_ones_own():
     class SignDescent(nanoad.Optimizer):
         def _update(self, step, x, g):

@@ -67,7 +67,7 @@ import nanoad  # noqa: E402
 SIZES = {
     "tiny": dict(
         embed_dim=64, num_heads=4, num_layers=4, block_size=32, dropout=0.0,
-        batch_size=32, steps=2100, lr=1e-2,
+        batch_size=32, steps=2350, lr=1e-2,
     ),
     "small": dict(
         embed_dim=128, num_heads=4, num_layers=4, block_size=128, dropout=0.0,
