@@ -35,7 +35,7 @@ import nanoad
 # to `reach` pixels, and `mirrored` with that probability (a mirrored digit is no digit).
 
 DATASETS = {
-    "mnist": dict(epochs=13, batch_size=128, lr=1e-2, width=8, reach=1, mirrored=0.0),
+    "mnist": dict(epochs=10, batch_size=128, lr=1e-2, width=8, reach=1, mirrored=0.0),
     "cifar10": dict(epochs=15, batch_size=128, lr=5e-3, width=32, reach=4, mirrored=0.5),
 }
 NAMES = {
