@@ -1144,8 +1144,8 @@ class _EachRule:
 #     (True, True)
 #
 # What answers for which function is in one table, `_FUNCTIONS`, filled where the
-# operations stand; IV.9 adds the rest. What has derivative zero wherever it has one
-# (`np.sign`, `np.argmax`) or asks for a shape gives a plain array (IV.9). All else is a
+# operations stand; IV.10 adds the rest. What has derivative zero wherever it has one
+# (`np.sign`, `np.argmax`) or asks for a shape gives a plain array (IV.10). All else is a
 # TypeError for a tracked Tensor: to convert it silently would cut the tape, and the
 # gradient would be wrong. A constant has no gradient to lose; it goes in as the array
 # it holds.
@@ -7245,27 +7245,22 @@ class _Row(NamedTuple):
     again: bool  # it stands in an earlier row already, with its operands
 
 
-def _tape_rows(tensor: Tensor) -> Iterator[_Row]:
-    """The rows of a tape, each operation before its operands.
+def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iterator[_Row]:
+    """The rows of a tape, each operation before its operands, as they are asked for.
 
-    What is still to be told waits on a stack. So all below the first operand comes
-    before the second, and a deep tape needs no recursion.
+    (So 200 rows are at most 200 calls deep, however deep the tape is.)
     """
-    seen = set()
-    waiting = [(tensor, None, "")]
-    while waiting:
-        node, result, branch = waiting.pop()
-        again = id(node) in seen
-        seen.add(id(node))
-        yield _Row(node, result, branch, again)
+    again = id(node) in seen
+    seen.add(id(node))
+    yield _Row(node, result, branch, again)
+    if again:
+        return
 
-        if not again:
-            below = branch.replace("├─", "│ ").replace("└─", "  ")
-            fork = "└─ "
-            for operand in reversed(_operands_of(node)):
-                if not _is_number(operand):  # numbers are told by `_call`
-                    waiting.append((operand, node, below + fork))
-                    fork = "├─ "
+    below = branch.replace("├─", "│ ").replace("└─", "  ")
+    operands = [a for a in _operands_of(node) if not _is_number(a)]
+    for i, operand in enumerate(operands, start=1):
+        fork = "└─ " if i == len(operands) else "├─ "
+        yield from _tape_rows(operand, node, below + fork, seen)
 
 
 def _operands_of(node: Any) -> list:
@@ -7277,14 +7272,15 @@ def _operands_of(node: Any) -> list:
 
 
 def _is_number(operand: Any) -> bool:
+    """Whether it has no row, but stands in the operation's name: `power(·, 2)`."""
     return not isinstance(operand, Tensor) and np.ndim(operand) == 0
 
 
-# Four kinds of nodes are told apart: results of an operation; parameters, which are
-# leaves that a module trains, and are called by their names in it if it is at hand;
-# other leaves; and constants, which receive no gradient.
+# What is told of a node? First its kind: the result of an operation; a parameter, which
+# is a leaf that a module trains; another leaf; or a constant, which receives no
+# gradient. Then its name, and its value and gradient. (`names` has the parameters' names
+# in a module, by the id of the Tensor.)
 def _kind(node: Any, names: dict[int, str]) -> str:
-    """The kind of a node; `names` has those of parameters, by the id of the Tensor."""
     if not _tracked(node):
         return "constant"
     if node._op is not None:
@@ -7294,49 +7290,37 @@ def _kind(node: Any, names: dict[int, str]) -> str:
 
 def _label(node: Any, names: dict[int, str]) -> str:
     """What the user or the module calls a node, or nothing."""
-    label = node.label if isinstance(node, Tensor) else ""
-    return label or names.get(id(node), "")
+    return getattr(node, "label", "") or names.get(id(node), "")
 
 
 def _name(node: Any, names: dict[int, str]) -> str:
-    """The label of a node, and the operation that made it."""
+    """The label of a node, and the operation that made it: `loss = power(·, 2)`."""
     label = _label(node, names)
     if _kind(node, names) != "operation":
         return label
-    return f"{label} = {_call(node)}" if label else _call(node)
-
-
-def _call(result: Tensor) -> str:
-    """The operation's name, with those operands that are numbers: `power(·, 2)`."""
-    name = result._op.__name__
-    operands = _operands_of(result)
-    if not any(map(_is_number, operands)):
-        return name
-    places = [f"{float(a):.5g}" if _is_number(a) else "·" for a in operands]
-    return f"{name}({', '.join(places)})"
-
-
-def _summary(array: Any) -> str:
-    """The one element of an array, or else its type and shape."""
-    array = np.asarray(array)
-    if array.size == 1:
-        return f"{array.item():.5g}"
-    return f"{array.dtype}{list(array.shape)}"
+    operation = node._op.__name__
+    operands = _operands_of(node)
+    if any(map(_is_number, operands)):
+        places = [f"{float(a):.5g}" if _is_number(a) else "·" for a in operands]
+        operation += f"({', '.join(places)})"
+    return f"{label} = {operation}" if label else operation
 
 
 def _facts(node: Any) -> list[str]:
-    """The value or size of a node, and its gradient, if it has one."""
-    if not isinstance(node, Tensor):
-        return [_summary(node)]
-    facts = [_summary(node._data)]
-    if node.grad is not None:
-        g = node.grad._data
-        if g.size == 1:
-            facts.append(f"grad {g.item():.5g}")
-        else:
-            facts.append(f"grad norm {np.linalg.norm(g):.5g}")
-    if node._op is not None and node._operands is None:
-        facts.append("let go by backward")
+    """The value of a node, or its dtype and shape, and its gradient, if it has one."""
+    array = np.asarray(_value(node))
+    if array.size == 1:
+        facts = [f"{array.item():.5g}"]
+    else:
+        facts = [f"{array.dtype}{list(array.shape)}"]
+
+    if isinstance(node, Tensor):
+        if node.grad is not None:
+            g = node.grad._data
+            size = f"{g.item():.5g}" if g.size == 1 else f"norm {np.linalg.norm(g):.5g}"
+            facts.append(f"grad {size}")
+        if node._op is not None and node._operands is None:
+            facts.append("let go by backward")
     return facts
 
 
@@ -7368,13 +7352,12 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
         raise TypeError(f"draw: needs a Tensor, not a {type(tensor).__name__}")
     if rankdir not in ("TB", "BT", "LR", "RL"):
         raise ValueError(f"draw: rankdir is 'TB', 'BT', 'LR' or 'RL', not {rankdir!r}")
-    names = {}
-    if model is not None:
-        if not isinstance(model, Module):
-            raise TypeError(f"draw: model must be a Module, not {type(model).__name__}")
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if not isinstance(model, Module | None):
+        raise TypeError(f"draw: model must be a Module, not {type(model).__name__}")
+    parameters = model.named_parameters() if model is not None else []
+    names = {id(parameter): name for name, parameter in parameters}
 
-    walk = _tape_rows(tensor)
+    walk = _tape_rows(tensor, result=None, branch="", seen=set())
     rows = list(itertools.islice(walk, 200))
     note = "... 200 lines are enough" if next(walk, None) else ""
     if format == "text":
@@ -7444,9 +7427,9 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
     return graph
 
 
-# ### Curves in characters
+# ## IV.9 Plot: does the loss fall?
 #
-# What one wants to see most is whether the loss falls. A terminal can show that, too:
+# A terminal can show that, in characters:
 #
 #     >>> training = (range(5), [4, 2, 1, 1, 1])
 #     >>> validation = ([2, 4], [2, 2])
@@ -7465,12 +7448,11 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #
 # 1. The axis of steps is cut into columns, one for each character, and a curve becomes
 #    a number for each: the mean of its values there (`_column_means`).
-# 2. The first curve is to be a line. So where a column holds no step, it is given what a
-#    straight line between its neighbours has there (`_fill_between`).
+# 2. The first curve is to be a line. So a column between two steps, which holds none, is
+#    given what a straight line between these has there (`_fill_between`).
 # 3. The axis of values is cut into rows, and each number is rounded to one
-#    (`_draw_curves`).
-# 4. The line gets corners where it comes from another row (`_draw_line`). The other
-#    curves are marks.
+#    (`_draw_curves`). The other curves are marks there, and done.
+# 4. The line gets corners where it comes from another row (`_draw_line`).
 _MARKS = "ox+*#"  # of the second curve and so on; a terminal without Unicode has them
 
 
@@ -7558,12 +7540,13 @@ def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
     span = last - first or 1  # (of a single step)
 
     means = []
-    for steps, values in curves.values():
+    for i, (steps, values) in enumerate(curves.values()):
         # The first step lies in the middle of the first column, the last of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
         mean = _column_means(column_of, values, columns)
-        is_line = len(means) == 0
-        means.append(_fill_between(mean, np.unique(column_of)) if is_line else mean)
+        if i == 0:  # the line
+            mean = _fill_between(mean, occupied=np.unique(column_of))
+        means.append(mean)
     return first, last, means
 
 
@@ -7572,20 +7555,18 @@ def _column_means(column_of: np.ndarray, values: np.ndarray, columns: int) -> np
 
     Value i belongs to column `column_of[i]`.
     """
+    is_finite = np.isfinite(values)
     means = np.full(columns, np.nan)
-    for column in np.unique(column_of):
-        inside = values[column_of == column]
-        inside = inside[np.isfinite(inside)]
-        if inside.size:
-            means[column] = inside.mean()
+    for column in np.unique(column_of[is_finite]):
+        means[column] = values[is_finite & (column_of == column)].mean()
     return means
 
 
 def _fill_between(means: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """The same, with a straight line over the columns between those `occupied` by steps.
+    """The means, with a straight line between the columns that are `occupied` by steps.
 
-    Where all values of an occupied column are nan, its mean is, and so is what np.interp
-    gives on both sides of it: a gap stays a gap, and is not bridged.
+    If an occupied column has only values that are nan, its mean is nan, and so is the
+    line on both sides of it: a gap stays a gap, and is not bridged.
 
         >>> nan = np.nan
         >>> print(_fill_between(np.array([1.0, nan, 3.0, nan, nan]), np.array([0, 2, 4])))
@@ -7635,7 +7616,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
             grid[row, x] = "╭"
 
 
-# ## IV.9 NumPy's other names: what needs no new idea?
+# ## IV.10 NumPy's other names: what needs no new idea?
 #
 # Skip this section: it is for looking up. To read the rest of the file, all you need is
 # to know what NumPy's functions do. To *run*, the rest needs what is written here: rules
@@ -8328,7 +8309,7 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
     if _f.__qualname__[0] in "_<":  # such as <lambda>
         _f.__qualname__ = f"np.{_function.__name__}"
 
-# ## IV.10 Names: where is X?
+# ## IV.11 Names: where is X?
 #
 # This is the index of the file, by namespace and topic. All names are flat, and for
 # those who like them sorted there are modules too, `nanoad.nn` and its like, made here
@@ -8437,7 +8418,7 @@ __all__: list[str] = []
 _make_namespaces()
 _unquote_annotations()
 
-# ## IV.11 The tour: what can all this do?
+# ## IV.12 The tour: what can all this do?
 #
 # `python nanoad.py` shows it in a few seconds.
 _TOUR = r"""

@@ -45,8 +45,9 @@ Contents:
     IV.6 Data: downloads, loaders, tokenizer
     IV.7 Saving
     IV.8 Drawing
-    IV.10 Names: the file itself, its index, its signatures, its pointers
-    IV.11 Tour: it and all examples
+    IV.9 Plot
+    IV.11 Names: the file itself, its index, its signatures, its pointers
+    IV.12 Tour: it and all examples
     Wrong calls
     README.md
     bench.py
@@ -8263,7 +8264,7 @@ def test_draw_refuses_what_it_does_not_know():
         nanoad.draw(Tensor(1.0), format="text", model=[])
 
 
-# ### Curves in characters
+# ## IV.9 Plot
 
 
 def test_plot_draws_a_curve_and_survives_what_is_not_finite():
@@ -8350,7 +8351,7 @@ def test_a_gap_in_a_line_is_not_bridged():
     assert [row[3:].ljust(5) for row in rows] == ["   ──", "──   "]
 
 
-# ## IV.10 Names
+# ## IV.11 Names
 #
 # People rename the file, vendor it, import it twice, run it under -O and where nothing can be
 # written.
@@ -8860,7 +8861,7 @@ def test_the_names_that_comments_speak_of_exist():
                 assert not unknown, f"line {line} speaks of {name}"
 
 
-# ## IV.11 Tour
+# ## IV.12 Tour
 
 
 def test_the_tour_runs():
