@@ -7618,15 +7618,46 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.10 NumPy's other names: what needs no new idea?
 #
-# Skip this section: it is for looking up. To read the rest of the file, all you need is
-# to know what NumPy's functions do. To *run*, the rest needs what is written here: rules
-# call np.sum and others, of Tensors when they write a tape (I.6), and what answers must
-# take NumPy's arguments, which are not always those of our operation; the protocol asks
-# `_WITHOUT_GRADIENT` (II.2); and `dot` calls `tensordot` (II.6).
+# NumPy has hundreds of functions. To each one that meets a Tensor there is one of four
+# kinds of answer.
 #
-# NumPy has hundreds of functions, and nearly all of them are compositions of operations
-# that we have. So each is written here as such, with NumPy's own signature; its
-# derivatives follow. What NumPy code may use, by kind:
+# 1. Nearly all are *compositions* of operations that we have. So each is written as
+#    such, with NumPy's own signature; its derivatives follow. np.ptp, the range of the
+#    values, is a maximum minus a minimum:
+#
+#        >>> t = Tensor([4.0, 1.0, 2.0])
+#        >>> y = np.ptp(t)
+#        >>> print(y, y._op is sub, *gradients(y, [t]))
+#        3.0 True [ 1. -1.  0.]
+#
+# 2. A few have a *rule* of their own, where a composition would not do: np.sinc is
+#    `sin(u) / u` with `u = pi x`, at 0 a 0/0. Its second derivative there is -pi^2/3:
+#
+#        >>> print(f"{grad(grad(np.sinc))(0.0):.8f} {-np.pi ** 2 / 3:.8f}")
+#        -3.28986813 -3.28986813
+#
+# 3. Those whose derivative is zero wherever they have one, or that ask for a shape or an
+#    order (`_WITHOUT_GRADIENT`), give *plain values*.
+#
+#        >>> np.floor(t / 3), np.argsort(t)
+#        (array([1., 0., 0.]), array([1, 2, 0]))
+#
+# 4. All else is *refused*, by a TypeError: complex numbers, `fft`, `i0`, `unwrap`,
+#    `modf`, `frexp`, `copysign`, the other nan functions, the methods of ufuncs, and what
+#    writes into an array (`put`, `copyto`, `fill_diagonal`). Where there is another way,
+#    the message says which.
+#
+#        >>> np.add.reduce(t)  # doctest: +ELLIPSIS
+#        Traceback (most recent call last):
+#        TypeError: numpy.add.reduce: nanoad has no derivative for this; use np.sum, ...
+#
+# **A reader may stop here and go on with IV.11**: the rest is for looking up. (The file
+# needs it to run. Rules call np.sum and others, of Tensors when they write a tape: I.6.
+# The protocol asks `_WITHOUT_GRADIENT`: II.2. And `dot` calls `tensordot`: II.6.)
+#
+# ### Tables
+#
+# Compositions and rules, which NumPy code may use, by kind:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
 #                     positive square reciprocal power float_power
@@ -7653,14 +7684,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
 #                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
 #
-# Comparisons, roundings and orders (`_WITHOUT_GRADIENT`) give plain arrays, and so does
-# histogram. All else is a TypeError: complex numbers, `fft`, `i0`, `unwrap`, `modf`,
-# `frexp`, `copysign`, the other nan functions, the methods of ufuncs (for
-# `np.add.reduce` there is np.sum), and what writes into an array (`put`, `copyto`,
-# `fill_diagonal`; np.where makes a new one).
-
-# These have derivative zero wherever it exists, or ask for a shape or an order, or
-# count, sort into bins and compare, which choose by the values alone.
+# Plain values: also np.histogram gives some. These round, compare, count, or ask:
 _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     sign floor ceil trunc rint fix round around floor_divide imag angle
     isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
@@ -7675,17 +7699,18 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     """.split()} | {np.linalg.matrix_rank}
 
 
-# ### In one line
-#
-# First the helpers for rows: a reduction whose third argument is a dtype, and shapes that
-# NumPy itself names.
+# Compositions of one line follow below these helpers.
 def _with_dtype(op: Callable) -> Callable:
-    return lambda a, axis=None, dtype=None, **more: op(  # more: keepdims, and ddof of var
-        a if dtype is None else astype(a, dtype), axis, **more)
+    """A reduction as NumPy calls it: its third argument is the dtype to compute in."""
+    def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
+        return op(a if dtype is None else astype(a, dtype), axis, **more)
+
+    return answer
 
 
 def _at_least(function: Callable) -> Callable:
-    def answer(*arrays: Any) -> Any:
+    """np.atleast_1d or its like, of one array or several: a reshape, to its shape."""
+    def answer(*arrays):
         tensors = map(as_tensor, arrays)
         results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
         return results[0] if len(results) == 1 else results
@@ -7723,11 +7748,6 @@ _FUNCTIONS.update({
     np.atleast_1d: _at_least(np.atleast_1d),
     np.atleast_2d: _at_least(np.atleast_2d),
     np.atleast_3d: _at_least(np.atleast_3d),
-    # moving
-    np.fliplr: _moves("fliplr", np.fliplr), np.flipud: _moves("flipud", np.flipud),
-    np.diagflat: _moves("diagflat", np.diagflat),
-    np.rollaxis: _moves("rollaxis", np.rollaxis),
-    np.delete: _moves("delete", np.delete), np.resize: _moves("resize", np.resize),
     # joining and cutting
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
     np.vstack: lambda tup: concatenate([np.atleast_2d(t) for t in _admit_together(*tup)]),
@@ -7760,6 +7780,9 @@ _FUNCTIONS.update({
 })
 _FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
 _FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
+
+for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize):
+    _moves(_f.__name__, _f)  # (which enters it in the table)
 
 
 # ### Elements
@@ -7803,7 +7826,7 @@ def _histogram(a, bins=10, range=None, density=None, weights=None):
 
 @_answers(np.select)
 def _select(condlist, choicelist, default=0):
-    """The choice of the first condition that holds: so the last is asked first."""
+    """The choice of the first condition that holds; so that one has the last word."""
     result = default
     for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
         result = where(condition, choice, result)
@@ -7812,7 +7835,7 @@ def _select(condlist, choicelist, default=0):
 
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
-    """Each function gets its part of x only. Of several conditions the last counts."""
+    """Each function gets only those x for which its condition is the last that holds."""
     count = 1 if np.ndim(condlist) == np.ndim(x) else len(condlist)
     masks = np.reshape(condlist, (count, *np.shape(x))).astype(bool)
     if len(funclist) == count + 1:  # the last one is for the rest
@@ -7838,10 +7861,12 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
     return take_along_axis(x, order, axis)
 
 
-# To move elements of several arrays, lay them end to end, and move their positions there.
+# To move elements of several arrays, lay them end to end, and ask `move` what it does to
+# their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
 def _moves_several(move: Callable, *operands: Any) -> Tensor:
     tensors = _admit_together(*operands)
-    positions, count = [], 0
+    positions = []
+    count = 0
     for t in tensors:
         positions.append(np.arange(count, count + t.size).reshape(t.shape))
         count += t.size
@@ -7873,10 +7898,7 @@ def _hstack(tup):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """One grid for each of the coordinates xi: grid i varies along axis i.
-
-    ("xy" exchanges the first two axes, and is what NumPy does if nothing is said.)
-    """
+    """A grid for each coordinate; number i varies along axis i ("xy" swaps 0 and 1)."""
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
     n = len(xi)
@@ -7897,8 +7919,7 @@ def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> T
 @_answers(np.average)
 def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
             returned: bool = False, *, keepdims: bool = False) -> Any:
-    """The mean, each element counted with its weight; with `returned`, (mean, sum of
-    weights).
+    """The mean, each element counted with its weight; `returned`: and their sum.
 
     The weights have the shape of x, or, for a single axis, its length.
     """
@@ -7911,7 +7932,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
             raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
                              f"shape {weights.shape} fit neither that nor the axis")
         weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
-    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # then add up
+    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
         raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")
@@ -7929,9 +7950,9 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
         return as_tensor(x)
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
-    if len(pieces) > 1:  # a number stands for a slice that is full of it
-        slice_shape = sum_(x, axis, keepdims=True).shape
-        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), slice_shape)
+    if len(pieces) > 1:
+        one_slice = np.sum(_value(x), axis, keepdims=True).shape  # a number fills one
+        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), one_slice)
                          for a in pieces], axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
@@ -7957,10 +7978,10 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
     return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
 
 
-# np.gradient takes the slope of a chord between two neighbours. In the middle of three
-# points it takes the mean of the two chords', the shorter one counted more. At an end
-# it takes that of the only chord. Or, with edge_order=2: a chord's slope is the mean of
-# the slopes at its two ends, as on a parabola, so `first = 2 chord - inner`.
+# np.gradient joins neighbouring points by chords. The slope at a point is the mean of its
+# two chords', the shorter one counted more; at an end, that of its only chord. Or, with
+# edge_order=2: on a parabola a chord has the mean of the slopes at its two ends. So
+# `chord = (first + inner) / 2`, and `first = 2 chord - inner`.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -7977,7 +7998,7 @@ def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
 
 @_answers(np.gradient)
 def _gradient(f, *varargs, axis=None, edge_order=1):
-    """The slopes from neighbour to neighbour along each axis of f: no cotangents."""
+    """The slopes from neighbour to neighbour along each axis of f (no derivative of f)."""
     f = as_tensor(f)
     axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
     spacings = varargs or (1.0,)
@@ -8008,6 +8029,7 @@ def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
 
 @_answers(np.corrcoef)
 def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
+    """The covariances of the variables, each divided by its standard deviation."""
     c = _cov(x, y, rowvar, dtype=dtype)
     if c.ndim == 0:
         return c / c
@@ -8017,6 +8039,7 @@ def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
 
 @_answers(np.interp)
 def _interp(x, xp, fp, left=None, right=None):
+    """At each x, the line through its two neighbouring points (xp, fp)."""
     x, xp, fp = _admit_together(x, xp, fp)
     if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
         raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, "
@@ -8024,8 +8047,8 @@ def _interp(x, xp, fp, left=None, right=None):
     above = np.searchsorted(_value(xp), _value(x), side="right")
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
-    at_knot = (x == xp[i]) & ~np.isfinite(slope)
-    slope = np.where(at_knot, 0, slope)  # for inf times 0 is nan
+    at_point = (x == xp[i]) & ~np.isfinite(slope)
+    slope = np.where(at_point, 0, slope)  # for inf times 0 is nan
     y = fp[i] + slope * (x - xp[i])
     y = np.where(x < xp[0], fp[0] if left is None else left, y)
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
@@ -8042,7 +8065,7 @@ def bmm(a: Any, b: Any) -> Tensor:
 
 @_answers(np.inner)
 def inner(a: Any, b: Any) -> Tensor:
-    """The inner products of the rows of a and b: the sum over the last axis of both."""
+    """The products of a and b, added up over the last axis of both."""
     a, b = _admit_together(a, b)
     return a * b if 0 in (a.ndim, b.ndim) else tensordot(a, b, (-1, -1))
 
@@ -8058,15 +8081,15 @@ def outer(a: Any, b: Any) -> Tensor:
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     """The products of a and b, added up over axes that they share.
 
-    These are the last of a and the first of b if `axes` says how many, else a pair of
-    lists. Those of a remain first, then those of b.
+    `axes` says how many (the last of a, the first of b), or is a pair of lists. What
+    remains of a comes first, then what remains of b.
     """
     a, b = _admit_together(a, b)
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
 
-    of_a = list(range(a.ndim))  # a number for each axis; a common one is added up over
+    of_a = list(range(a.ndim))  # einsum's numbers; it adds up over the common ones
     of_b = list(range(a.ndim, a.ndim + b.ndim))
     try:
         fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
@@ -8170,9 +8193,10 @@ def matrix_power(a: Any, n: int) -> Tensor:
 
 @_answers(np.linalg.lstsq)
 def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
-    """(x, residuals, rank, singular values of a), where x makes these sums least:
-    (a @ x - b) ** 2 for each column of b. a is (m, n) and b (m,) or (m, k). The
-    residuals are the sums, if n is the rank and below m.
+    """The x for which `sum((a @ x - b) ** 2)` is least, for each column of b.
+
+    a is (m, n), b (m,) or (m, k). Returns (x, residuals, rank, singular values of a).
+    The residuals are those sums, if n is the rank and below m; else there are none.
     """
     a, b = _admit_together(a, b)
     if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
@@ -8192,7 +8216,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
 
 # ### Norms
 #
-# The length of a vector has the derivative `x / |x|`. At 0, its kink, 0 is taken.
+# The length of a vector has the derivative `x / |x|`; at 0, its kink, 0 is taken.
 @primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
 def _length(x: Any, axes: tuple) -> Tensor:
     return np.sqrt(np.sum(x * x, axis=axes))
@@ -8223,7 +8247,7 @@ def _norm_of_matrices(x: Any, ord: Any) -> Any:
                          "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
-    else:  # of its columns, or of its rows
+    else:  # sums of columns, or of rows
         sizes = sum_(abs_(x), -2 if abs(ord) == 1 else -1)
     if ord == "nuc":
         return sum_(sizes, -1)
@@ -8234,8 +8258,9 @@ def _norm_of_matrices(x: Any, ord: Any) -> Any:
 def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
          keepdims: bool = False) -> Tensor:
     """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
-    The root of a sum of squares has derivative 0 at 0, as in PyTorch; equal largest
-    ones share it.
+
+    At its kink, 0, the length has derivative 0, as in PyTorch. Equal largest elements
+    share theirs.
     """
     x = as_tensor(x)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
@@ -8400,14 +8425,10 @@ class _Hint(str):
 
 
 def _unquote_annotations() -> None:
-    """Put a `_Hint` in place of each annotation of public functions and all methods."""
+    """Put a `_Hint` in place of each annotation of functions and methods."""
     hint = functools.cache(_Hint)  # most of them are alike, and this is done at import
-    for name, value in list(globals().items()):
-        if isinstance(value, type):
-            functions = vars(value).values()
-        else:
-            functions = [value] if name[0] != "_" else []
-        for f in functions:
+    for value in list(globals().values()):
+        for f in vars(value).values() if isinstance(value, type) else [value]:
             f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
             if isinstance(f, types.FunctionType) and f.__module__ == __name__:
                 for argument, annotation in f.__annotations__.items():
