@@ -6687,10 +6687,6 @@ class DataLoader:
     drops a short last batch. `transform(x_batch, rng)` returns what takes x_batch's
     place (augmentation); batches are copies, so it may write in place. Raises ValueError
     for lengths that differ, or a batch_size below 1.
-
-        >>> loader = DataLoader(np.zeros((10, 2)), np.zeros(10), batch_size=4)
-        >>> [len(x) for x, y in loader]
-        [4, 4, 2]
     """
 
     def __init__(self, x: Any, y: Any, batch_size: int = 32, shuffle: bool = False,
@@ -6794,13 +6790,15 @@ def make_moons(n_samples: int = 100,
 # ### Which bytes are believed?
 #
 # A network trained on half a file still learns something, and nobody suspects the file.
-# Hence one rule: **bytes are believed only after their SHA-256 has been compared**,
-# whether they came from the disk or from a mirror. It is that of the *unpacked*
-# content, because two gzip files of one text may differ in every byte. (CIFAR-10's
-# archive has one source, and counts as it is.)
+# Hence one rule for all data sets: **bytes are believed only after their SHA-256 has
+# been compared**, whether they came from the disk or from a mirror. Then nothing else
+# need be checked, no header and no shape. It is the SHA-256 of the *unpacked* content,
+# because two gzip files of one text may differ in every byte. (CIFAR-10's archive has
+# one source, and counts as it is.)
 #
-# For each file, by its place under the data folder: its mirrors, and its content's size
-# and digest.
+# `_content` looks in the data folder, `_download` at the mirrors, `_verified` compares.
+# What they know of a file, by its place under the data folder: its mirrors, and its
+# content's size and digest.
 _MNIST = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
     "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
@@ -6809,7 +6807,6 @@ _SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/{}",
 )
-_CIFAR10 = ("https://www.cs.toronto.edu/~kriz/{}",)
 
 _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "tinyshakespeare/input.txt": (
@@ -6828,7 +6825,7 @@ _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
         _MNIST, 10_008,
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
     "cifar10/cifar-10-binary.tar.gz": (
-        _CIFAR10, 170_052_171,
+        ("https://www.cs.toronto.edu/~kriz/{}",), 170_052_171,
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
 }
 
@@ -6857,9 +6854,7 @@ def _content(name: str) -> bytes:
             except ValueError as error:
                 print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
 
-    # What comes is stored unpacked, under the name tried first: so no damaged file is
-    # in its way.
-    return _download(name, path)
+    return _download(name, path)  # stored under the name tried first, so it is found
 
 
 def _verified(raw: bytes, place: str, name: str) -> bytes:
@@ -6902,9 +6897,8 @@ def _download(name: str, path: str) -> bytes:
                   "or set NANOAD_DATA to a folder that has it.")
 
 
-# A mirror may be silent for ten seconds, and after the first ten must average 10 kB/s:
-# a time-out on each read alone would let a server that sends one byte at a time hold us
-# for days.
+# A time-out on each read alone would let a server that sends one byte at a time hold us
+# for days. So after the first ten seconds a mirror must average 10 kB/s, too.
 _TIMEOUT = 10.0
 _SLOWEST = 10_000
 
@@ -6931,8 +6925,7 @@ def _fetch(url: str, size: int) -> bytes:
     return bytes(received)
 
 
-# What the digest vouches for needs no further check, so each loader only takes its
-# format apart.
+# ### Three formats
 def _of_split(split: str, **choices: Any) -> Any:
     """What is meant by "train" or "test"."""
     if split not in choices:
@@ -7009,9 +7002,13 @@ def load_tinyshakespeare() -> str:
 #     (3, array([1., 2.]), ('a', None))
 #
 # So the file is an .npz, a zip archive of arrays. Each array of the state is a member,
-# named by its dotted path, and all the rest is a text in JSON, in the member `nanoad`.
-# Nothing is pickled, for a pickle is a program, and a checkpoint may come from a
-# stranger.
+# named by its dotted path. All the rest, with the arrays' names, is a text in JSON, in
+# the member `nanoad`. Nothing is pickled, for a pickle is a program, and a checkpoint may
+# come from a stranger. What JSON lacks is written as a list that begins with its kind:
+#
+#     >>> arrays = {}
+#     >>> _describe({"step": 3, "pair": ("a", np.eye(2))}, "", arrays), list(arrays)
+#     ({'step': 3, 'pair': ['tuple', 'a', ['array', 'pair.1']]}, ['pair.1'])
 #
 # The naive way, `np.savez(path, **arrays)`, fails in two ways, and each gets one care:
 #
@@ -7038,7 +7035,7 @@ def save(path: str | os.PathLike, state: Any) -> None:
     description = json.dumps(_describe(state, "", arrays))
     members = {"nanoad": np.frombuffer(description.encode(), np.uint8), **arrays}
 
-    content = _pack(members)[:-64]  # without the last 64 bytes, kept free for the digest
+    content = _pack(members)
     content += _sha256(content).encode()
     target = os.path.realpath(os.fsdecode(path))  # of a link, what it points at
     _write_whole(target, content)
@@ -7047,8 +7044,8 @@ def save(path: str | os.PathLike, state: Any) -> None:
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     """What JSON stores for the part of a state at `path`. Its arrays go into `arrays`.
 
-    A dict stays a dict, and a plain value itself. What JSON does not have is a list that
-    begins with its kind: ["list", ...], ["tuple", ...] or ["array", member].
+    A dict stays a dict, and a plain value itself; else it is a list ["list", ...],
+    ["tuple", ...] or ["array", member].
     """
     where = path or "the state"
 
@@ -7086,8 +7083,7 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
 def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
     """A name for the array at `path`, which will do for an unpacked file, too.
 
-    Two paths may spell one name (`a.b` is a key, or b in a); the later gets a `_` at its
-    end.
+    Two paths may spell one name (`a.b` is a key, or b in a); the later one gets a `_`.
     """
     name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in path)
     name = name[:200] or "array"
@@ -7097,17 +7093,17 @@ def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
 
 
 def _pack(members: dict[str, np.ndarray]) -> bytes:
-    """The archive of these arrays; it ends in the stamp, and 64 bytes for the digest."""
+    """The archive of these arrays, all but the digest, which are its last 64 bytes."""
     import zipfile  # here and in `_unpack`, for it is slow to load
 
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.comment = _STAMP + bytes(64)
+        archive.comment = _STAMP + bytes(64)  # its length stands before it
         for name, array in members.items():
             info = zipfile.ZipInfo(name + ".npy")  # undated: equal states, equal files
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
-    return file.getvalue()
+    return file.getvalue()[:-64]
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -7123,8 +7119,7 @@ def load(path: str | os.PathLike) -> Any:
     digest = _sha256(memoryview(raw)[:-64])
     if not raw.endswith(_STAMP + digest.encode()):
         raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or "
-                         "something else; load takes a file that nanoad.save has "
-                         "written")
+                         "something else; load takes what nanoad.save has written")
     try:
         arrays = _unpack(raw)
         description = json.loads(arrays["nanoad"].tobytes())
@@ -7141,8 +7136,8 @@ def _unpack(raw: bytes) -> dict[str, np.ndarray]:
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         members = archive.infolist()
-        # We store and never compress. So together the members are smaller than the
-        # file, and no few bytes that somebody made up can fill the memory.
+        # We never compress, so the members are smaller than the file: no few bytes that
+        # somebody made up can fill the memory.
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("a member is compressed")
         if sum(member.file_size for member in members) > len(raw):
@@ -7218,17 +7213,20 @@ def _sync_folder(path: str) -> None:
 
 # ## IV.8 Drawing: what does a tape look like?
 #
-# Here is the one of `y = x * w`, after a walk that left the gradients. Each operation
-# stands over its operands:
+# Here is that of `x w + 3 x`, after a walk that left the gradients. Each operation stands
+# over its operands; what occurs twice is numbered, and told once:
 #
 #     >>> x = Tensor(2.0, label="x")
-#     >>> w = Tensor(3.0, label="w")
-#     >>> y = x * w
+#     >>> w = Tensor(5.0, label="w")
+#     >>> y = x * w + 3 * x
 #     >>> y.backward(retain_grads=True)
 #     >>> print(draw(y, format="text"))
-#     mul  6  grad 1
-#     ├─ x  2  grad 3
-#     └─ w  3  grad 2
+#     add  16  grad 1
+#     ├─ mul  10  grad 1
+#     │  ├─ x  2  grad 8  [1]
+#     │  └─ w  5  grad 2
+#     └─ mul(3, ·)  6  grad 1
+#        └─ x [1] above
 #
 # As a picture (`draw(y)`, by the package graphviz) it is turned over, as one writes it
 # down: leaves above, the result below. Both are made of the same rows, one for each
@@ -7335,12 +7333,6 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
     "BT", "LR" or "RL". Backward lets the tape go: draw before, or give it
     `retain_grads=True`. Raises TypeError if `tensor` or `model` is something else.
 
-        >>> a = Tensor(2.0, label="a")
-        >>> print(draw(a * 3 + a, format="text"))
-        add  8
-        ├─ mul(·, 3)  6
-        │  └─ a  2  [1]
-        └─ a [1] above
         >>> layer = Linear(2, 3)
         >>> print(draw(layer(np.ones((4, 2))), format="text", model=layer))
         linear  float32[4, 3]
@@ -7453,9 +7445,6 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 # 3. The axis of values is cut into rows, and each number is rounded to one
 #    (`_draw_curves`). The other curves are marks there, and done.
 # 4. The line gets corners where it comes from another row (`_draw_line`).
-_MARKS = "ox+*#"  # of the second curve and so on; a terminal without Unicode has them
-
-
 def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
          xlabel: str = "") -> str:
     """Curves in `height` rows of at most `width` characters, as a str.
@@ -7465,12 +7454,6 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
     `title` stands over it; `xlabel` names the axis of steps, which is drawn only then.
     Nan and inf leave a gap. Raises ValueError if steps and values differ in length, or
     for a width or height below 1.
-
-        >>> print(plot([4, 2, 1, 1, 2], width=26, height=4))
-        4 ┤─╮
-        3 ┤ ╰─╮
-        2 ┤   ╰─╮      ╭─
-        1 ┤     ╰──────╯
     """
     _positive("plot", width=width, height=height)
     curves = _curves(values)
@@ -7499,9 +7482,8 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
 
 
 def _between(first: float, label: str, last: float, width: int) -> str:
-    """What stands under the axis of steps: its ends, and its name in the middle."""
-    left = f"{first:.6g}"
-    right = f"{last:.6g}"
+    """The ends of an axis, and its label in the middle."""
+    left, right = f"{first:.6g}", f"{last:.6g}"
     room = max(width - len(left) - len(right), 0)
     return f"{left}{label:^{room}}{right}"
 
@@ -7528,8 +7510,8 @@ def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _mark(i: int) -> str:
-    """What curve i is drawn with."""
-    return "──" if i == 0 else _MARKS[(i - 1) % len(_MARKS)]
+    """What curve i is drawn with: a line, or a mark that every terminal has."""
+    return "──" if i == 0 else "ox+*#"[(i - 1) % 5]
 
 
 def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
@@ -7898,15 +7880,13 @@ def _hstack(tup):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """A grid for each coordinate; number i varies along axis i ("xy" swaps 0 and 1)."""
+    """Moves of the coordinates xi: NumPy is asked where their positions go."""
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
-    n = len(xi)
-    axes = [1, 0, *range(2, n)] if indexing == "xy" and n > 1 else range(n)
-    grids = []
-    for x, axis in zip(_admit_together(*xi), axes):
-        grids.append(reshape(x, (1,) * axis + (-1,) + (1,) * (n - 1 - axis)))
-    return tuple(grids) if sparse else np.broadcast_arrays(*grids)
+    tensors = _admit_together(*xi)
+    positions = [np.arange(t.size) for t in tensors]
+    grids = np.meshgrid(*positions, indexing=indexing, sparse=sparse)
+    return tuple(reshape(t, -1)[grid] for t, grid in zip(tensors, grids))
 
 
 # ### Reductions and differences
