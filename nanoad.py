@@ -7198,13 +7198,9 @@ def _write_whole(path: str, content: bytes) -> None:
     finally:  # after an error, or Ctrl-C; else there is nothing left to remove
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-    _sync_folder(os.path.dirname(path))
 
-
-def _sync_folder(path: str) -> None:
-    """Force a folder's list of names to the disk, where the system can do that."""
-    with contextlib.suppress(OSError):
-        folder = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # not every system can do this with a folder
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -7386,11 +7382,6 @@ _STYLES = {
     "constant": {"shape": "plaintext", "fontcolor": "#707070"},
 }
 _FONT = {"fontname": "Helvetica", "fontsize": "11"}
-_LOOKS = {
-    "graph": {"ranksep": "0.3", "nodesep": "0.2"},
-    "node": {"height": "0.3", "margin": "0.12,0.06", "color": "#404040"},
-    "edge": {"color": "#707070", "arrowsize": "0.6"},
-}
 
 
 def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
@@ -7403,9 +7394,9 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
                           "nanoad[viz]), unless format is 'text'") from None
 
     graph = graphviz.Digraph(format=format)
-    graph.attr("graph", rankdir=rankdir, label=note, **_FONT, **_LOOKS["graph"])
-    graph.attr("node", **_FONT, **_LOOKS["node"])
-    graph.attr("edge", **_LOOKS["edge"])
+    graph.attr("graph", rankdir=rankdir, label=note, ranksep="0.3", nodesep="0.2", **_FONT)
+    graph.attr("node", height="0.3", margin="0.12,0.06", color="#404040", **_FONT)
+    graph.attr("edge", color="#707070", arrowsize="0.6")
     for row in rows:
         key = str(id(row.node))
         kind = _kind(row.node, names)
@@ -7441,7 +7432,7 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 # 1. The axis of steps is cut into columns, one for each character, and a curve becomes
 #    a number for each: the mean of its values there (`_column_means`).
 # 2. The first curve is to be a line. So a column between two steps, which holds none, is
-#    given what a straight line between these has there (`_fill_between`).
+#    given what a straight line between these has there (`_by_column`).
 # 3. The axis of values is cut into rows, and each number is rounded to one
 #    (`_draw_curves`). The other curves are marks there, and done.
 # 4. The line gets corners where it comes from another row (`_draw_line`).
@@ -7476,16 +7467,11 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
     for tick, row in zip(ticks, _draw_curves(means, low, high, height)):
         lines.append(f"{tick:>{margin}} ┤{row}")
     if xlabel:
+        left, right = f"{first:.6g}", f"{last:.6g}"
+        room = max(columns - len(left) - len(right), 0)
         lines.append(" " * margin + " └" + "─" * columns)
-        lines.append(indent + _between(first, xlabel, last, columns))
+        lines.append(f"{indent}{left}{xlabel:^{room}}{right}")
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _between(first: float, label: str, last: float, width: int) -> str:
-    """The ends of an axis, and its label in the middle."""
-    left, right = f"{first:.6g}", f"{last:.6g}"
-    room = max(width - len(left) - len(right), 0)
-    return f"{left}{label:^{room}}{right}"
 
 
 def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -7521,13 +7507,17 @@ def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
     first, last = every_step.min(), every_step.max()
     span = last - first or 1  # (of a single step)
 
+    beyond = {"left": np.nan, "right": np.nan}  # the line begins and ends with its steps
     means = []
     for i, (steps, values) in enumerate(curves.values()):
         # The first step lies in the middle of the first column, the last of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
         mean = _column_means(column_of, values, columns)
-        if i == 0:  # the line
-            mean = _fill_between(mean, occupied=np.unique(column_of))
+        if i == 0:
+            # Where a column's values all are nan, so is its mean, and so are the lines
+            # to its neighbours: a gap is not bridged.
+            occupied = np.unique(column_of)
+            mean = np.interp(np.arange(columns), occupied, mean[occupied], **beyond)
         means.append(mean)
     return first, last, means
 
@@ -7542,20 +7532,6 @@ def _column_means(column_of: np.ndarray, values: np.ndarray, columns: int) -> np
     for column in np.unique(column_of[is_finite]):
         means[column] = values[is_finite & (column_of == column)].mean()
     return means
-
-
-def _fill_between(means: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """The means, with a straight line between the columns that are `occupied` by steps.
-
-    If an occupied column has only values that are nan, its mean is nan, and so is the
-    line on both sides of it: a gap stays a gap, and is not bridged.
-
-        >>> nan = np.nan
-        >>> print(_fill_between(np.array([1.0, nan, 3.0, nan, nan]), np.array([0, 2, 4])))
-        [ 1.  2.  3. nan nan]
-    """
-    beyond = {"left": np.nan, "right": np.nan}  # no line before the first step
-    return np.interp(np.arange(len(means)), occupied, means[occupied], **beyond)
 
 
 def _draw_curves(means: list[np.ndarray], low: float, high: float,
@@ -7666,7 +7642,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
 #                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
 #
-# Plain values: also np.histogram gives some. These round, compare, count, or ask:
+# Plain values, for these round, compare, count or ask (np.histogram gives some, too):
 _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     sign floor ceil trunc rint fix round around floor_divide imag angle
     isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
@@ -7681,7 +7657,9 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     """.split()} | {np.linalg.matrix_rank}
 
 
-# Compositions of one line follow below these helpers.
+# ### In one line
+#
+# First the helpers of rows.
 def _with_dtype(op: Callable) -> Callable:
     """A reduction as NumPy calls it: its third argument is the dtype to compute in."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
@@ -8277,11 +8255,6 @@ def _matvec(x1, x2):
     return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
 
 
-def _vecmat(x1, x2):
-    a, b = _admit_together(x1, x2)
-    return matmul(a[..., None, :], b)[..., 0, :]
-
-
 def _vecdot(x1, x2, axis=-1):
     a, b = _admit_together(x1, x2)
     return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
@@ -8292,7 +8265,8 @@ _NEWER = {
         "row_stack": _FUNCTIONS[np.vstack],
         "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
         "matrix_transpose": lambda x: _mT(x),
-        "vecdot": _vecdot, "matvec": _matvec, "vecmat": _vecmat,
+        "vecdot": _vecdot, "matvec": _matvec,
+        "vecmat": lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1),
     },
     np.linalg: {
         "matmul": matmul, "outer": outer, "tensordot": tensordot, "vecdot": _vecdot,
