@@ -1248,9 +1248,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is kept
-# at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where x is
-# 0 and p is not negative.
+# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is
+# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
+# x is 0 and p is not negative.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -6735,7 +6735,7 @@ class CharTokenizer:
     def __init__(self, text: str) -> None:
         if not text:
             raise ValueError("CharTokenizer: the text is empty; give one that has every "
-                             "character to be numbered, such as the training text")
+                             "character to be numbered")
         self.chars = "".join(sorted(set(text)))
         self.vocab_size = len(self.chars)
         self._ids = {char: i for i, char in enumerate(self.chars)}
@@ -6755,14 +6755,12 @@ class CharTokenizer:
         """The text of a 1-d sequence of ids; ValueError for an unknown one."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError("CharTokenizer: ids must be 1-d integers, got "
-                             f"{ids.dtype}{ids.shape}; of a batch, decode one row at a "
-                             "time")
+            raise ValueError(f"CharTokenizer: ids must be 1-d integers, not {ids.dtype}"
+                             f"{ids.shape}; of a batch, decode one row at a time")
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
-            raise ValueError(f"CharTokenizer: id {outside[0]} is outside "
-                             f"0..{self.vocab_size - 1}; decode takes the ids that "
-                             "encode gives")
+            raise ValueError(f"CharTokenizer: id {outside[0]} is outside 0.."
+                             f"{self.vocab_size - 1}; decode takes what encode gives")
         return "".join(map(self.chars.__getitem__, ids.tolist()))
 
 
@@ -7322,8 +7320,7 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
          model: Module | None = None) -> Any:
     """Draw the tape of `tensor`: operations, leaves, parameters and constants.
 
-    Each is shown with its label, its value or shape, and its gradient, if it has one;
-    parameters of `model` with their names in it. Returns a `graphviz.Digraph`, which a
+    Parameters of `model` have their names in it. Returns a `graphviz.Digraph`, which a
     notebook shows (ImportError without that package), or for `format="text"` a str.
     `rankdir` is the picture's direction from leaves to result: "TB" (top to bottom),
     "BT", "LR" or "RL". Backward lets the tape go: draw before, or give it
@@ -7576,8 +7573,8 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.10 NumPy's other names: what needs no new idea?
 #
-# NumPy has hundreds of functions. To each one that meets a Tensor there is one of four
-# kinds of answer.
+# NumPy has hundreds of functions. One that meets a Tensor gets one of four kinds of
+# answer.
 #
 # 1. Nearly all are *compositions* of operations that we have. So each is written as
 #    such, with NumPy's own signature; its derivatives follow. np.ptp, the range of the
@@ -7779,8 +7776,7 @@ def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None
 @_answers(np.histogram)
 def _histogram(a, bins=10, range=None, density=None, weights=None):
     if _tracked(weights):
-        raise TypeError("np.histogram: no derivative by its weights; use "
-                        "nanoad.scatter_add")
+        raise TypeError("np.histogram: no derivative by its weights; use scatter_add")
     return np.histogram(_value(a), _value(bins), range, density, _value(weights))
 
 
@@ -7877,7 +7873,7 @@ def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> T
 @_answers(np.average)
 def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
             returned: bool = False, *, keepdims: bool = False) -> Any:
-    """The mean, each element counted with its weight; `returned`: and their sum.
+    """The mean by weights; if `returned`, the pair (mean, sum of weights).
 
     The weights have the shape of x, or, for a single axis, its length.
     """
@@ -7956,7 +7952,7 @@ def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
 
 @_answers(np.gradient)
 def _gradient(f, *varargs, axis=None, edge_order=1):
-    """The slopes from neighbour to neighbour along each axis of f (no derivative of f)."""
+    """The slopes of the samples f along each of its axes, from neighbour to neighbour."""
     f = as_tensor(f)
     axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
     spacings = varargs or (1.0,)
@@ -7987,7 +7983,7 @@ def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
 
 @_answers(np.corrcoef)
 def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
-    """The covariances of the variables, each divided by its standard deviation."""
+    """The covariances, divided by the standard deviations of both variables."""
     c = _cov(x, y, rowvar, dtype=dtype)
     if c.ndim == 0:
         return c / c
