@@ -7431,7 +7431,7 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 # 2. The first curve is to be a line. So a column between two steps, which holds none, is
 #    given what a straight line between these has there (`_by_column`).
 # 3. The axis of values is cut into rows, and each number is rounded to one
-#    (`_draw_curves`). The other curves are marks there, and done.
+#    (`_draw_curves`). A curve of marks is done then.
 # 4. The line gets corners where it comes from another row (`_draw_line`).
 def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
          xlabel: str = "") -> str:
