@@ -2723,21 +2723,26 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
     if create_graph:
         return _pull_by_definition(t, g, wanted)
     shares = t._pullback(g, wanted)
-    return [share if due else None for share, due in zip(shares, wanted)]
+    return [share if is_wanted else None for share, is_wanted in zip(shares, wanted)]
+
+
+# "By the definition" means to compute the result once more, by other operations, and to
+# walk the new tape back to the operands. Each place has to receive its own share, even
+# in f(x, x), or in f(x, 2 * x), where one operand was made of the other. So every
+# operand is replaced by an `identity` of it: a new tensor, met nowhere else, at which
+# the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
-    """The same, from a new tape of the definition, which ends at stand-ins for the operands."""
-    arguments = list(t._operands)
-    places = [i for i, due in enumerate(wanted) if due]
-    for i in places:
-        arguments[i] = identity(arguments[i])
+    arguments = list(t._operands)  # and, behind them, settings
+    for i, is_wanted in enumerate(wanted):
+        if is_wanted:
+            arguments[i] = identity(arguments[i])
     y = t._op.definition(*arguments, **t._settings)
 
-    inputs = [arguments[i] for i in places]
-    shares = _gradients([(y, g)], inputs, create_graph=True, retain_graph=True)
-    share_of = dict(zip(places, shares))
-    return [share_of.get(i) for i in range(len(wanted))]
+    inputs = [a for a, is_wanted in zip(arguments, wanted) if is_wanted]
+    shares = iter(_gradients([(y, g)], inputs, create_graph=True, retain_graph=True))
+    return [next(shares) if is_wanted else None for is_wanted in wanted]
 
 
 # ### What NumPy is slow at
@@ -2768,7 +2773,8 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 #   product with one-hot rows.
 #
 # And float16 needs care for another reason: beyond 65,504 it is infinite, and a sum of
-# squares is soon there. Kernels and losses compute it in float32, and round the result.
+# squares is soon there. So kernels, their definitions and the losses compute in float32,
+# and round the result to float16, unless a wider operand makes it wider.
 def _widened(operands: tuple) -> tuple[Sequence, bool]:
     """The operands with float32 for float16, and whether the result is to be float16."""
     dtypes = [getattr(a, "dtype", None) for a in operands]
@@ -2781,7 +2787,7 @@ def _widened(operands: tuple) -> tuple[Sequence, bool]:
 
 
 def _in_float32(f: Callable) -> Callable:
-    """Let array code compute its float16 operands, which are positional, in float32."""
+    """Let `f`, whose operands are positional, compute in float32 what is float16."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
         operands, is_half = _widened(operands)
@@ -2808,22 +2814,21 @@ def _kernel_in_float32(kernel: Callable) -> Callable:
     return wide
 
 
-# *In blocks.* gelu, below, takes a dozen passes over an array. Arithmetic is quick, and
-# memory is what one waits for; so all passes go over one block while it is in the
-# processor's cache, and then over the next.
+# *In blocks.* gelu, below, takes a dozen passes (see PASSES) over an array. So all of
+# them go over one block while it is in the processor's cache, and then over the next.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of dense arrays with the same layout in memory, as flat views."""
-    flat = [a.ravel(order="K") for a in arrays]
+    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
 
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """x, with its axes in memory in the order of `like` and no gaps; copied only if it must be."""
-    out = np.empty_like(x if like is None else like)
+    """x without gaps in memory, its axes in the order of `like`; copied only if it must be."""
+    out = np.empty_like(x if like is None else like)  # keeps that order, and has no gaps
     if x.strides == out.strides:
         return x
     out[...] = x
@@ -2840,8 +2845,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p, and works in place, but for one new block, `1 - p`: with more of
-# them the cache would overflow.
+# The kernel keeps p for the way back. All else it computes in the arrays that it returns,
+# but for one new block, `1 - p`: more would drive the others out of the cache.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2885,58 +2890,14 @@ def gelu(x: Any) -> Tensor:
 
 # ## II.8 Methods: what else can a Tensor do?
 #
-# What ndarray does by an operator or a method, a Tensor does by the same name. These
-# become operators, as the first ones did in I.2. A ufunc among them needs wrapping: as
-# an attribute of a class it would not be handed `self`, as functions of Python's are.
-def _as_method(function: Callable) -> Callable:
-    def method(self: Tensor, other: Any) -> Any:
-        return function(self, other)
-
-    return method
-
-
-for _name, _f in dict(pow=power, matmul=matmul, mod=mod, floordiv=np.floor_divide,
-                      divmod=np.divmod).items():
-    setattr(Tensor, f"__{_name}__", _as_method(_f))
-    setattr(Tensor, f"__r{_name}__", _reflected(_f))
-
-
-# Comparisons give plain bool arrays. (Set one by one, they leave `__hash__` as it is:
-# tensors that are equal in value are still two.)
-def _comparison(name: str) -> Callable:
-    def compare(self: Tensor, other: Any) -> np.ndarray:
-        return getattr(np.asarray(self._data), name)(_value(other))
-
-    return compare
-
-
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
-    setattr(Tensor, _name, _comparison(_name))
-
-
-# The rest makes of a tensor an array, a number or a text. What knows nothing of the tape
-# must not get a number unnoticed: `math.sin(x)` asks x for a plain float, and returns
-# one. So while a transform runs your function, `float(t)` and `int(t)` are errors for a
-# `t` that was made from the transform's inputs. (`t.item()` says that one means it, and
-# `bool(t)` only chooses a branch.)
-def _refuse_inside_transform(t: Tensor) -> None:
-    for run in _mode.runs:
-        if t.requires_grad and t._time in _find_route([t], run.inputs).times:
-            raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
-                            "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
-                            "function, as in np.sin(t), or t.item() if no derivative is wanted")
-
-
-def _float(self: Tensor) -> float:
-    _refuse_inside_transform(self)
-    return float(self.item())
-
-
-def _int(self: Tensor) -> int:
-    _refuse_inside_transform(self)
-    return int(self.item())
-
-
+# What ndarray does by a method or an operator, a Tensor does by the same name. Most of
+# that stands above: a function whose first argument is the tensor is a method as it is.
+#
+#     >>> t = Tensor([1.0, 2.0, 4.0])
+#     >>> print(t.sum(), t // 2, t > 1)
+#     7.0 [0. 1. 2.] [False  True  True]
+#
+# Three new ones give what is no Tensor.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. ValueError if there is not exactly one."""
     if self.size != 1:
@@ -2955,6 +2916,68 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
+_METHODS = [
+    _item, _tolist, _numpy,
+    # element by element (II.3)
+    abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
+    # moving elements (II.4)
+    reshape, transpose, swapaxes, squeeze, flatten, repeat, take, diagonal, sort,
+    # reductions (II.5) and products (II.6)
+    sum_, mean, var, std, max_, min_, prod, cumsum, cumprod, trace, dot,
+    # NumPy's own, which come back to us (II.2)
+    np.ravel, np.argmax, np.argmin, np.argsort, np.round, np.nonzero, np.any, np.all,
+]
+for _f in _METHODS:
+    setattr(Tensor, _f.__name__.strip("_"), _f)
+Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
+Tensor.mT = property(_mT, doc="The last two axes exchanged.")
+
+# The other operators, as the first ones in I.2.
+for _name, _f in dict(
+    pow=power, matmul=matmul, mod=mod,
+    # (A ufunc itself, as an attribute of a class, would not be given self.)
+    floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
+).items():
+    setattr(Tensor, f"__{_name}__", _f)
+    setattr(Tensor, f"__r{_name}__", _reflected(_f))
+
+
+# Comparisons give plain bool arrays. (Set one by one, they leave `__hash__` as it is:
+# tensors that are equal in value are still two.)
+def _comparison(name: str) -> Callable:
+    def compare(self: Tensor, other: Any) -> np.ndarray:
+        return getattr(np.asarray(self._data), name)(_value(other))
+
+    return compare
+
+
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Tensor, _name, _comparison(_name))
+
+
+# And what Python's own functions and brackets ask for. `math.sin(x)` asks x for a plain
+# float, and returns one: it knows nothing of the tape. So while a transform runs your
+# function, `float(t)` and `int(t)` are errors for a `t` that was made from the
+# transform's inputs. (`t.item()` says that one means it, and `bool(t)` only chooses a
+# branch.)
+def _refuse_inside_transform(t: Tensor) -> None:
+    for run in _mode.runs:
+        if t.requires_grad and t._time in _find_route([t], run.inputs).times:
+            raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
+                            "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
+                            "function, as in np.sin(t), or t.item() if no derivative is wanted")
+
+
+def _float(self: Tensor) -> float:
+    _refuse_inside_transform(self)
+    return float(self.item())
+
+
+def _int(self: Tensor) -> int:
+    _refuse_inside_transform(self)
+    return int(self.item())
+
+
 def _repr(self: Tensor) -> str:
     values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
     shape = f", shape={self.shape}" if "..." in values else ""
@@ -2962,47 +2985,20 @@ def _repr(self: Tensor) -> str:
     return f"Tensor({values}{shape}, dtype={self.dtype}{label})"
 
 
-def _str(self: Tensor) -> str:
-    return str(self._data)
-
-
-def _format(self: Tensor, spec: str) -> str:
-    return format(self.item(), spec) if spec else str(self)
-
-
-def _bool(self: Tensor) -> bool:
-    return bool(self._data)
-
-
-def _len(self: Tensor) -> int:
-    return len(self._data)
-
-
-def _iter(self: Tensor) -> Iterator[Tensor]:
-    return (self[i] for i in range(len(self)))
-
-
 def _setitem(self: Tensor, index: Any, value: Any) -> None:
     raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
 
 
-_METHODS = dict(
-    item=_item, tolist=_tolist, numpy=_numpy, copy=_copy, abs=abs_, exp=exp, log=log, sqrt=sqrt,
-    sin=sin, cos=cos, tanh=tanh, sigmoid=sigmoid, relu=relu, clip=clip, astype=astype,
-    reshape=reshape, transpose=transpose, swapaxes=swapaxes, squeeze=squeeze, flatten=flatten,
-    repeat=repeat, take=take, diagonal=diagonal, sort=sort, sum=sum_, mean=mean, var=var, std=std,
-    max=max_, min=min_, prod=prod, cumsum=cumsum, cumprod=cumprod, trace=trace, dot=dot,
-    # NumPy's own, called as methods, come back as in II.2:
-    ravel=np.ravel, argmax=np.argmax, argmin=np.argmin, argsort=np.argsort, round=np.round,
-    nonzero=np.nonzero, any=np.any, all=np.all,
-    __pos__=identity, __abs__=abs_, __getitem__=getitem, __setitem__=_setitem, __float__=_float,
-    __int__=_int, __bool__=_bool, __len__=_len, __iter__=_iter, __repr__=_repr, __str__=_str,
-    __format__=_format,
-)
-for _name, _f in _METHODS.items():
-    setattr(Tensor, _name, _f)
-Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
-Tensor.mT = property(_mT, doc="The last two axes exchanged.")
+for _name, _f in dict(
+    pos=identity, abs=abs_, getitem=getitem, setitem=_setitem, float=_float, int=_int,
+    repr=_repr,
+    str=lambda t: str(t._data),
+    format=lambda t, spec: format(t.item(), spec) if spec else str(t),
+    bool=lambda t: bool(t._data),
+    len=lambda t: len(t._data),
+    iter=lambda t: (t[i] for i in range(len(t))),
+).items():
+    setattr(Tensor, f"__{_name}__", _f)
 
 
 # A gradient may also be set by hand, as in `t.grad = 0.0`; a number stands for an array
@@ -3024,71 +3020,59 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 # ## II.9 Arguments: what may be an operand?
 #
 # The functions and the rules of this part only ever meet floating-point arrays and
-# Python's numbers. A user gives more than that: lists, masks, integers. So before an
-# operation computes, `_admit` makes of each argument what it may be. Let a mask, as a
-# list, be multiplied by a Tensor of float32:
+# Python's numbers. A user gives more than that: lists, masks, integers, and all of it
+# by name. Let us follow such a call:
 #
 #     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
-#     >>> y = mul([True, False], t)
-#     >>> print(y, y.dtype, y._operands[0], y._operands[0].dtype, y._operands[1] is t)
-#     [0.5 0. ] float32 [1. 0.] float32 True
+#     >>> y = where([True, False], b=np.array([7, 7]), a=t)  # t, or else 7
+#     >>> print(y)
+#     [0.5 7. ]
 #
-# 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints
-#    alone, with a Tensor among them, need nothing; but here is a list. `_admit` makes
-#    an array of it, `[True False]`, and that floating-point, `[1. 0.]`.
-# 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
-# 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
-# 4. t is tracked, so the result remembers `mul` and its operands: `[1. 0.]` and t.
+# 1. `_operation` (I.2) looks at the arguments. Tensors, floats and ints alone, with a
+#    Tensor among them, could go in as they are. But here are names, a list and an
+#    array; so `_admit` puts the operands into their order, makes an array of the list,
+#    and floating-point numbers of the integers:
 #
-# What becomes of each argument in step 1?
+#        >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
+#        >>> print(args[0], args[1] is t, args[2], settings)
+#        [ True False] True [7. 7.] {}
 #
-# - An operand given by name, as in `where(mask, a=t, b=0.0)`, is put in its place, for
-#   rules belong to positions.
-# - A list or tuple becomes an array, or a Tensor if it holds one.
-# - Integers and bools become floating-point. (A uint8 would wrap at 255, and its
-#   logarithm would be float16.) Alone they become float64; beside other operands, what
-#   NumPy would compute in: a mask beside float32 becomes float32, a list of integers
-#   float64.
-# - A Python number stays one, for it takes the dtype of what it meets; alone, it becomes
-#   an array.
-# - What follows the operands are settings. They have no derivative, and a Tensor that
-#   wants one is refused there.
+# 2. The Tensor is unpacked. The arrays are now `[True False]`, `[0.5 0.25]`, `[7. 7.]`.
+# 3. The function computes `np.where` of these. If it had failed, `_explained` would say
+#    where, and on what shapes.
+# 4. t is tracked, so the result remembers `where` and `args`.
+#
+# All of this section is step 1, and it has four parts, with an example above each.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation as its function and rules may have them."""
     if settings:
-        args, settings = _put_in_place(operation, args, settings)
+        args, settings = _put_in_place(operation, args, settings)  # (A)
 
     count = operation.operands
-    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)
+    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)  # (B)
                 for a in args[:count]]
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
-        operands = _to_floating(operands, _without_gradient(operation, len(operands)))
+        exempt = [i for i in range(len(operands))  # as where's condition; no fused one has any
+                  if operation.rules and operation.rules[i] is None]
+        operands = _to_floating(operands, exempt)  # (C)
 
     if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]
+        operands += [_admit_setting(operation, a) for a in args[count:]]  # (D)
         settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
     return tuple(operands), settings
 
 
-def _without_gradient(operation: Callable, count: int) -> list[int]:
-    """Which of its operands have no gradient, such as the condition of `where`."""
-    if operation.definition is not None:  # a fused operation: every operand has one
-        return []
-    return [i for i in range(count) if operation.rules[i] is None]
-
-
-def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    """Operands that were given by name become positional."""
-    operands, _ = _argument_names(operation)
-    settings = dict(settings)
-    for name in operands[len(args):]:
-        if name not in settings:
-            break
-        args = (*args, settings.pop(name))
-    return args, settings
+# **A.** Operands that are given by name become positional, for rules belong to
+# positions. Whatever else has a name is a setting. The names are those of the function
+# that computes:
+#
+#     >>> _argument_names(where), _argument_names(sum_)
+#     ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
+#     >>> _put_in_place(sum_, (), dict(axis=0, x=t))[0] == (t,)
+#     True
 
 
 def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
@@ -3101,14 +3085,22 @@ def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
     return names[:count], names[count:]
 
 
-def _admit_together(*operands: Any) -> list[Tensor]:
-    """The operands of a composition as Tensors, admitted as by one operation of them all.
+def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    operands, _ = _argument_names(operation)
+    settings = dict(settings)
+    for name in operands[len(args):]:
+        if name not in settings:
+            break
+        args = (*args, settings.pop(name))
+    return args, settings
 
-    (Alone, in a reshape say, a bool mask would become float64, and so would the float32
-    that it meets next.)
-    """
-    admitted = [_admit_operand("an operand", a) for a in operands]
-    return [as_tensor(a) for a in _to_floating(admitted)]
+
+# **B.** Each operand by itself: a list or tuple becomes an array, or a Tensor if it holds
+# one. Numbers of Python's stay, for they take the dtype of what they meet; and what no
+# one here knows stays, too, for the function to refuse.
+#
+#     >>> print(_admit_operand("mul", (1, 2)), type(_admit_operand("mul", [t, t])).__name__)
+#     [1 2] Tensor
 
 
 def _admit_operand(name: str, a: Any) -> Any:
@@ -3126,11 +3118,25 @@ def _admit_operand(name: str, a: Any) -> Any:
     return np.asarray(a) if hasattr(a, "__array__") or isinstance(a, np.generic) else a
 
 
-def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
-    """The same without integers and bools, save at the places `exempt`.
+def _holds_tensor(a: Any) -> bool:
+    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
-    If there are only Python's numbers, they become arrays.
-    """
+
+# **C.** All operands together: integers and bools become floating-point. (A uint8 would
+# wrap at 255, and its logarithm would be float16.) To which type? Beside floating-point
+# arrays to what NumPy would compute in, and without any to float64; so a mask beside
+# float32 leaves the result float32. If there are only numbers of Python's, they become
+# arrays here.
+#
+#     >>> mask, counts = np.array([True, False]), np.array([7, 7])
+#     >>> [a.dtype.name for a in _to_floating([t, mask, counts])]
+#     ['float32', 'float32', 'float64']
+#     >>> _to_floating([t, 2])[1], _to_floating([3, 2])[1]
+#     (2, array(2.))
+
+
+def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
+    """The operands without integers and bools, save at the places `exempt`."""
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
     floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
     floating = []
@@ -3142,6 +3148,21 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
                 a = np.asarray(a, np.float64)
         floating.append(a)
     return floating
+
+
+# A function of several operations admits its operands together, too, before the first of
+# them. For a reshape, say, would make float64 of a bool mask that it meets alone; and
+# then of the float32 beside which it was to stand.
+
+
+def _admit_together(*operands: Any) -> list[Tensor]:
+    """The operands as Tensors, admitted as by one operation of them all."""
+    admitted = [_admit_operand("an operand", a) for a in operands]
+    return [as_tensor(a) for a in _to_floating(admitted)]
+
+
+# **D.** What follows the operands are settings. They have no derivative: a constant goes
+# in as its array, and a Tensor that wants a derivative is refused there.
 
 
 def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
@@ -3161,6 +3182,9 @@ def _wrong_name(operation: Callable, name: str) -> str:
     return f"{operation.__name__}: has no place for an operand {name!r}; its operands {operands}"
 
 
+# Step 3 may fail. The error keeps its kind, and says more.
+
+
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
     """NumPy's error, which now says which operation failed, and on what."""
     shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
@@ -3169,8 +3193,7 @@ def _explained(error: Exception, operation: Callable, arrays: list) -> Exception
     return kind(f"{operation.__name__} of {shapes}: {error}")
 
 
-# A Tensor, too, is made of what may be no floating-point array yet, or a list with
-# Tensors.
+# And what is to become a Tensor (I.1) is converted by itself.
 
 
 def _float_array(data: Any) -> np.ndarray:
@@ -3179,10 +3202,6 @@ def _float_array(data: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
     return array if array.dtype.kind == "f" else array.astype(np.float64)
-
-
-def _holds_tensor(a: Any) -> bool:
-    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
 
 # # Part III. Networks
