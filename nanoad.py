@@ -3042,7 +3042,7 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #    where, and on what shapes.
 # 4. t is tracked, so the result remembers `where` and `args`.
 #
-# All of this section is step 1, and it has four parts, with an example above each.
+# The rest of this section is step 1, in four parts.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
@@ -3096,8 +3096,8 @@ def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tup
 
 
 # **B.** Each operand by itself: a list or tuple becomes an array, or a Tensor if it holds
-# one. Numbers of Python's stay, for they take the dtype of what they meet; and what no
-# one here knows stays, too, for the function to refuse.
+# one. Numbers of Python's stay, for they take the dtype of what they meet. What is none
+# of these stays, too, and the function will refuse it.
 #
 #     >>> print(_admit_operand("mul", (1, 2)), type(_admit_operand("mul", [t, t])).__name__)
 #     [1 2] Tensor
@@ -3237,10 +3237,9 @@ def _float_array(data: Any) -> np.ndarray:
 # 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
 #    have been. Of the mean of N rows it is that over N.
 #
-# One thing is wrong with the naive code: exp(1000) is infinite. As softmax does not
-# change if all scores of a row go down by the same number, the largest is taken from
-# them first. And step 1 needs no logarithm of a small probability, which may have
-# become 0.
+# The naive code fails for large scores: exp(1000) is infinite. The loss does not change
+# if all scores of a row go down by the same number, so the largest is taken from them
+# first. And step 1 needs no logarithm of a small probability, which may have become 0.
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
@@ -3291,18 +3290,18 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     _check_classes(logits, targets)
     n, classes = logits.shape
     hit = np.arange(n), _whole_numbers("targets", targets, classes)
-    p = logits - _row_max(logits)  # (N, C)
-    picked = p[hit]  # (N,)
-    np.exp(p, out=p)
-    total = _row_sum(p)  # (N, 1); the softmax is p / total
+    x = logits - _row_max(logits)  # (N, C)
+    right = x[hit]  # (N,)
+    e = np.exp(x, out=x)
+    total = _row_sum(e)  # (N, 1); the softmax is e / total
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        share = np.asarray(g / n, p.dtype)
-        dx = p * (share / total)
-        dx[hit] -= share
+        share = np.asarray(g / n, e.dtype)  # of each row
+        dx = e * (share / total)  # (N, C), share * softmax
+        dx[hit] -= share  # less share * one_hot
         return (dx,)
 
-    return np.mean(np.log(total[:, 0]) - picked), pullback
+    return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
 
 
 # The other losses are the mean of a formula, element by element. They do not broadcast: a
@@ -3342,10 +3341,12 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# Who has no scores, but probabilities p, can have the same loss, with two cares for a p
-# of 0 or 1. The logarithm of 0 is held at -100, as in PyTorch. And a rule of its own
-# keeps the slope `(p - t) / (p (1 - p))` there, with a denominator of at least 1e-12:
-# that of the held logarithm would be 0, and what is most wrong would not learn.
+# Who has no scores, but probabilities p, can have the same loss,
+# `-t log(p) - (1 - t) log(1 - p)`, with two cares for a p of 0 or 1. The logarithm of 0
+# is held at -100, as in PyTorch. But there the slope of the held logarithm is 0, and
+# what is most wrong would not learn. So a rule of its own says what the slope is
+# elsewhere, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a denominator of
+# at least 1e-12.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
@@ -3436,15 +3437,25 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | ------------------------------- | ------- | ----- | ------------------------- |
 #     | a Parameter, or a tracked leaf  | yes     | yes   | a weight                  |
 #     | a constant Tensor, an ndarray   | no      | yes   | batch norm's running mean |
+#     | a tracked result                | no      | no    | the last hidden state     |
 #     | a number, a text, a function    | no      | no    | a setting                 |
-#     | what an operation returned      | no      | no    | the last hidden state     |
 #
-# Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`. A
-# network whose numbers stay as they were, without a word, costs an evening before
-# anyone suspects it. Who wants to keep a Tensor and not to train it keeps a constant,
-# `t.detach()`. What, then, is a Parameter for? To be frozen, by `requires_grad=False`,
-# for a part of the training: a plain Tensor would then count as a constant, and a
-# Parameter is listed still, so that the optimizer has it when it thaws.
+# A result is tracked if an operation made it of what is tracked; without a tape, as
+# inside no_grad(), it is a constant like others, and saved:
+#
+#     >>> model.last = model(np.zeros((5, 2)))
+#     >>> "last" in model.state_dict()
+#     False
+#     >>> model.last = no_grad()(model)(np.zeros((5, 2)))
+#     >>> "last" in model.state_dict(), "last" in dict(model.named_parameters())
+#     (True, False)
+#
+# Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`; and
+# a network that silently does not learn costs an evening. Who wants to keep a Tensor
+# and not to train it keeps a constant, `t.detach()`. What, then, is a Parameter for? To
+# be frozen, by `requires_grad=False`, for a part of the training: a plain Tensor would
+# then count as a constant, and a Parameter is listed still, so that the optimizer has
+# it when it thaws.
 #
 # Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
 # state_dict goes in both directions, with two exceptions. PyTorch's BatchNorm2d also
@@ -3493,9 +3504,8 @@ def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, types.GeneratorType):
             raise TypeError(f"{name} is a generator, which is read but once; make it a "
                             "list")
-        elif isinstance(value, (set, frozenset)):
-            if any(isinstance(item, Module) for item in value):
-                raise TypeError(f"{name} is a set, which has no order; make it a list")
+        elif isinstance(value, (set, frozenset)) and any(isinstance(a, Module) for a in value):
+            raise TypeError(f"{name} is a set, which has no order; make it a list")
 
 
 class Module:
@@ -3608,7 +3618,9 @@ class Module:
     def astype(self, dtype: Any) -> Self:
         """Convert parameters and constants in place, say to float64; returns self.
 
-        Integers and bools, such as a table of indices, stay so. Gradients are forgotten.
+        Tensors, lists and dicts stay the same objects; arrays and tuples, which cannot
+        change their type or items, are replaced. Integers and bools, such as a table of
+        indices, stay so. Gradients are forgotten.
         """
         dtype = np.dtype(dtype)
         if dtype.kind != "f":
@@ -3625,8 +3637,7 @@ class Module:
             return value
 
         for module in self.modules():
-            for name, value in vars(module).items():
-                vars(module)[name] = _map_tree(convert, value)
+            _replace_items(convert, vars(module))
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -3674,10 +3685,24 @@ def _brief(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
+def _replace_items(f: Callable, nest: Any) -> Any:
+    """`nest` with f(item) for each item, lists and dicts in place. What is no nest is an item."""
+    if isinstance(nest, tuple):
+        items = [_replace_items(f, item) for item in nest]
+        return nest._make(items) if hasattr(nest, "_make") else tuple(items)  # a namedtuple
+    if not isinstance(nest, (list, dict)):
+        return f(nest)
+
+    pairs = nest.items() if isinstance(nest, dict) else enumerate(nest)
+    for key, item in list(pairs):
+        nest[key] = _replace_items(f, item)
+    return nest
+
+
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
     """Copy an array into what a module saves."""
     if isinstance(target, Tensor):
-        target._data = np.asarray(target._data)  # for a scalar cannot be written to
+        target._data = np.asarray(target._data)  # a 0-d result may be a scalar of NumPy's
         _note_write(target)
     _value(target)[...] = array
 
@@ -3700,15 +3725,12 @@ def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict
     for name in current:
         if name not in state:
             continue
-        new = np.asarray(_value(state[name]))
-        shape = np.shape(current[name])
-        dtype = np.result_type(_value(current[name]))
-        if new.shape != shape:
-            raise ValueError(f"{what}: {name} has shape {new.shape}, not {shape}")
-        if not np.can_cast(new.dtype, dtype, casting="same_kind"):
-            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become "
-                            f"{dtype}")
-        fitting[name] = new.astype(dtype, copy=False)
+        old, new = np.asarray(_value(current[name])), np.asarray(_value(state[name]))
+        if new.shape != old.shape:
+            raise ValueError(f"{what}: {name} has shape {new.shape}, not {old.shape}")
+        if not np.can_cast(new.dtype, old.dtype, casting="same_kind"):
+            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become {old.dtype}")
+        fitting[name] = new.astype(old.dtype, copy=False)
     return fitting
 
 
@@ -3769,8 +3791,8 @@ class Conv2d(Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Any,
                  stride: Any = 1, padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
-        height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (see III.4)
-        _pair(stride, "Conv2d: stride")
+        height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (III.4)
+        _pair(stride, "Conv2d: stride")  # this and the next only check
         _around(padding, (height, width), stride, "Conv2d: padding")
         self.stride = stride
         self.padding = padding

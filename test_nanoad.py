@@ -4594,6 +4594,22 @@ def test_astype_reaches_lists_and_leaves_integers_alone():
     assert net.astype(np.float64).weight.grad is None
 
 
+def test_astype_leaves_lists_and_dicts_where_they_are():
+    Pair = collections.namedtuple("Pair", "scale seen")
+    net = nn.Module()
+    net.table = collections.OrderedDict(a=nn.Linear(2, 1), b=[Tensor(1.0), np.zeros(4)])
+    net.found = collections.defaultdict(list, {3: [np.ones(2)]})
+    net.pair = Pair(Tensor(1.0), np.ones(1))
+    table, items, found = net.table, net.table["b"], net.found
+    net.alias = items
+    net.astype(np.float32)
+    assert net.table is table and list(table) == ["a", "b"]
+    assert net.alias is items is table["b"]
+    assert net.found is found and found[4] == []
+    assert type(net.pair) is Pair
+    assert {array.dtype for array in net.state_dict().values()} == {np.dtype(np.float32)}
+
+
 def test_how_arguments_reach_forward():
     net = Attributes().astype(np.float32)
     x = A(2, 2)
