@@ -1248,9 +1248,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is kept
-# at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where x is
-# 0 and p is not negative.
+# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is
+# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
+# x is 0 and p is not negative.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -3055,7 +3055,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
                 for a in args[:count]]
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
-        exempt = [i for i in range(len(operands))  # as where's condition; no fused one has any
+        exempt = [i for i in range(len(operands))  # such as where's condition
                   if operation.rules and operation.rules[i] is None]
         operands = _to_floating(operands, exempt)  # (C)
 
@@ -3166,20 +3166,16 @@ def _admit_together(*operands: Any) -> list[Tensor]:
 
 
 def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
-    if _tracked(a):
-        if name is not None and name not in _argument_names(operation)[1]:
-            raise TypeError(_wrong_name(operation, name))
+    if not _tracked(a):
+        return _value(a)
+    names, settings = _argument_names(operation)
+    if name is None or name in settings:
         raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given where a "
                         "setting belongs (a shape, an axis, an eps, integers), and would get none; "
                         "use .item() or .numpy()")
-    return _value(a)
-
-
-def _wrong_name(operation: Callable, name: str) -> str:
-    """What is said of a Tensor that was given by a name which is no setting's."""
-    names = ", ".join(_argument_names(operation)[0])
-    operands = f"are {names}, each once" if names else "have no names: give them by position"
-    return f"{operation.__name__}: has no place for an operand {name!r}; its operands {operands}"
+    known = f"are {', '.join(names)}, each once" if names else "have no names: give by position"
+    raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; its operands "
+                    f"{known}")
 
 
 # Step 3 may fail. The error keeps its kind, and says more.
@@ -3251,16 +3247,12 @@ def _cross_entropy_definition(logits, targets):
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
     """`ids` as an integer array with all elements in 0..count-1, or else an error."""
-    if isinstance(ids, Tensor):
-        raise TypeError(f"{what} must be a plain array of integers, which a Tensor does "
-                        "not hold; write t.data.astype(int)")
-    ids = np.asarray(ids)
+    ids = np.asarray(_value(ids))
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; "
-                        "if they are whole, write ids.astype(int)")
+        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; if they "
+                        "are whole, write .astype(int), and of a Tensor .data.astype(int)")
     if ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, "
-                         f"not {ids.min()} to {ids.max()}")
+        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
     return ids
 
 
@@ -3273,8 +3265,7 @@ def _check_classes(logits: np.ndarray, targets: Any) -> None:
         raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and "
                          "(B, T) write logits.reshape(-1, C) and targets.reshape(-1)")
     if shape != logits.shape[:1]:
-        raise ValueError("needs one target for each row of logits (N, C), "
-                         f"not targets {shape}")
+        raise ValueError(f"needs one target for each row of logits (N, C), not targets {shape}")
     if len(logits) == 0:
         raise ValueError("there are no rows, and so there is no mean")
 
@@ -3313,9 +3304,8 @@ def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) ->
     prediction = as_tensor(prediction)
     target = as_tensor(target)
     if prediction.shape != target.shape:
-        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the "
-                         f"target {target.shape}; reshape one, for a loss does not "
-                         "broadcast")
+        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the target "
+                         f"{target.shape}; reshape one, for a loss does not broadcast")
     if prediction.size == 0:
         raise ValueError(f"{name}: there are no elements, and so there is no mean")
     return mean(formula(prediction, target.astype(prediction.dtype)))
@@ -3365,19 +3355,16 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
-        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; "
-                         "for scores of any size there is "
-                         "binary_cross_entropy_with_logits")
-    return _mean_loss(probability, target, name="binary_cross_entropy",
-                      formula=_log_loss)
+        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; for scores "
+                         "of any size there is binary_cross_entropy_with_logits")
+    return _mean_loss(probability, target, name="binary_cross_entropy", formula=_log_loss)
 
 
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
     target = as_tensor(target)
     if not np.all((target == 1) | (target == -1)):
-        raise ValueError("hinge_loss: the targets must be -1 or 1; "
-                         "of 0 and 1 make 2 * t - 1")
+        raise ValueError("hinge_loss: the targets must be -1 or 1; of 0 and 1 make 2 * t - 1")
     return _mean_loss(prediction, target, name="hinge_loss",
                       formula=lambda p, t: relu(1 - t * p))
 
@@ -3399,9 +3386,9 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     >>> print(model(np.zeros((5, 2))).shape)  # five points, an answer for each
 #     (5,)
 #
-# There they are ordinary attributes of ordinary objects. A layer of your own is a class
-# with an `__init__` that sets the attributes and a `forward` that computes with them.
-# This one gives each column of its input a factor, for training to find:
+# A layer of your own is a class with an `__init__` that sets attributes and a `forward`
+# that computes with them. This one gives each column of its input a factor, for
+# training to find:
 #
 #     >>> class Scale(Module):
 #     ...     def __init__(self, columns):
@@ -3440,22 +3427,24 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | a tracked result                | no      | no    | the last hidden state     |
 #     | a number, a text, a function    | no      | no    | a setting                 |
 #
-# A result is tracked if an operation made it of what is tracked; without a tape, as
-# inside no_grad(), it is a constant like others, and saved:
+# A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
+# constant like others, and saved:
 #
 #     >>> model.last = model(np.zeros((5, 2)))
 #     >>> "last" in model.state_dict()
 #     False
-#     >>> model.last = no_grad()(model)(np.zeros((5, 2)))
+#     >>> with no_grad():
+#     ...     model.last = model(np.zeros((5, 2)))
+#     ...
 #     >>> "last" in model.state_dict(), "last" in dict(model.named_parameters())
 #     (True, False)
 #
 # Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`; and
-# a network that silently does not learn costs an evening. Who wants to keep a Tensor
-# and not to train it keeps a constant, `t.detach()`. What, then, is a Parameter for? To
-# be frozen, by `requires_grad=False`, for a part of the training: a plain Tensor would
-# then count as a constant, and a Parameter is listed still, so that the optimizer has
-# it when it thaws.
+# a network that silently does not learn costs an evening. What is to be kept and not
+# trained is a constant, `t.detach()`. What, then, is a Parameter for? To be frozen, by
+# `requires_grad=False`, for a part of the training: a plain Tensor would then count as
+# a constant, and a Parameter is listed still, so that the optimizer has it when it
+# thaws.
 #
 # Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
 # state_dict goes in both directions, with two exceptions. PyTorch's BatchNorm2d also
@@ -3502,9 +3491,9 @@ def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, (list, tuple, dict)):
             yield from _held(value, f"{name}.")
         elif isinstance(value, types.GeneratorType):
-            raise TypeError(f"{name} is a generator, which is read but once; make it a "
-                            "list")
-        elif isinstance(value, (set, frozenset)) and any(isinstance(a, Module) for a in value):
+            raise TypeError(f"{name} is a generator, which is read but once; make it a list")
+        elif isinstance(value, (set, frozenset)) and any(
+                isinstance(item, Module) for item in value):
             raise TypeError(f"{name} is a set, which has no order; make it a list")
 
 
@@ -3515,9 +3504,8 @@ class Module:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes. Each class writes its own; call the module."""
-        name = type(self).__name__
-        raise NotImplementedError(f"{name} has no forward method; write one in the "
-                                  "class, `def forward(self, x): ...`")
+        raise NotImplementedError(f"{type(self).__name__} has no forward method; write one in "
+                                  "the class, `def forward(self, x): ...`")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An array may not take a parameter's place, and end its training in silence."""
@@ -3526,8 +3514,7 @@ class Module:
                             f"not be trained; write .{name}.data = ... or assign a Tensor")
         super().__setattr__(name, value)
 
-    def _contents(self, prefix: str = "",
-                  above: tuple = ()) -> Iterator[tuple[str, Any]]:
+    def _contents(self, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
         """(dotted name, value) of what this module and all below it hold.
 
         What occurs twice comes twice, under both names. But no module comes again
@@ -3563,8 +3550,8 @@ class Module:
         """Run `forward`, on arrays in the dtype of the parameters.
 
         So float64 data does not make a float32 network compute in float64. A list is
-        stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
-        1).
+        stacked to one array or Tensor; a tuple stays, for it may be a setting, as in
+        `axis=(0, 1)`.
         """
         args = [self._convert(self._stack(a)) for a in args]
         kwargs = {name: self._convert(a) for name, a in kwargs.items()}
@@ -3624,8 +3611,8 @@ class Module:
         """
         dtype = np.dtype(dtype)
         if dtype.kind != "f":
-            raise TypeError("Module.astype: parameters are floating-point numbers, and "
-                            f"cannot become {dtype}; use float32 or float64")
+            raise TypeError("Module.astype: parameters are floating-point numbers, and cannot "
+                            f"become {dtype}; use float32 or float64")
 
         def convert(value: Any) -> Any:
             if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -3657,8 +3644,7 @@ class Module:
 
     def _children(self) -> list[tuple[str, Any]]:
         """What `repr` shows below this module: (name, module) pairs."""
-        return [(name, value) for name, value in _held(self)
-                if isinstance(value, Module)]
+        return [(name, value) for name, value in _held(self) if isinstance(value, Module)]
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
@@ -3686,10 +3672,10 @@ def _brief(value: Any) -> str:
 
 
 def _replace_items(f: Callable, nest: Any) -> Any:
-    """`nest` with f(item) for each item, lists and dicts in place. What is no nest is an item."""
+    """`nest` with f(item) in place of each item; a list or dict remains the same object."""
     if isinstance(nest, tuple):
         items = [_replace_items(f, item) for item in nest]
-        return nest._make(items) if hasattr(nest, "_make") else tuple(items)  # a namedtuple
+        return nest._make(items) if hasattr(nest, "_make") else tuple(items)  # (a namedtuple)
     if not isinstance(nest, (list, dict)):
         return f(nest)
 
@@ -3725,7 +3711,8 @@ def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict
     for name in current:
         if name not in state:
             continue
-        old, new = np.asarray(_value(current[name])), np.asarray(_value(state[name]))
+        old = np.asarray(_value(current[name]))
+        new = np.asarray(_value(state[name]))
         if new.shape != old.shape:
             raise ValueError(f"{what}: {name} has shape {new.shape}, not {old.shape}")
         if not np.can_cast(new.dtype, old.dtype, casting="same_kind"):
@@ -3735,10 +3722,7 @@ def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict
 
 
 def manual_seed(seed: int | Sequence[int]) -> None:
-    """Seed this thread's initialization, dropout, shuffling and sampling.
-
-    The seed is a number, or several.
-    """
+    """Seed this thread's initialization, dropout, shuffling and sampling."""
     _mode.rng = np.random.default_rng(seed)
 
 
@@ -3807,10 +3791,9 @@ class Conv2d(Module):
 
 
 class _Pool2d(Module):
-    """What the two pools have in common.
+    """What the two pools share: sizes are numbers, or pairs for height and width.
 
-    Sizes are numbers, or pairs for height and width. Windows lie side by side, unless
-    there is a stride.
+    Windows lie side by side, unless there is a stride.
     """
 
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
@@ -3823,7 +3806,7 @@ class _Pool2d(Module):
 
 
 class MaxPool2d(_Pool2d):
-    """`max_pool2d`: the largest element of each window, of a size or (height, width)."""
+    """`max_pool2d`: the largest element of each window."""
 
     def forward(self, x: Any) -> Tensor:
         """(N, C, H, W) -> (N, C, oh, ow)."""
@@ -3831,7 +3814,7 @@ class MaxPool2d(_Pool2d):
 
 
 class AvgPool2d(_Pool2d):
-    """`avg_pool2d`: the mean of each window, of a size or (height, width)."""
+    """`avg_pool2d`: the mean of each window."""
 
     def forward(self, x: Any) -> Tensor:
         """(N, C, H, W) -> (N, C, oh, ow)."""
@@ -3876,8 +3859,7 @@ class Embedding(Module):
     """A table with a row for each of `num_embeddings` integers, at first of N(0, 1)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        _positive("Embedding", num_embeddings=num_embeddings,
-                  embedding_dim=embedding_dim)
+        _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         shape = (num_embeddings, embedding_dim)
         self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
 
@@ -3979,8 +3961,7 @@ class Sequential(Module):
         for i, layer in enumerate(layers):
             if isinstance(layer, type):
                 name = layer.__name__
-                raise TypeError(f"Sequential: layer {i} is the class {name}; write "
-                                f"{name}(...)")
+                raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
             if not callable(layer):
                 raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, "
                                 "but layers are modules or functions: "
@@ -4033,8 +4014,7 @@ class MLP(Sequential):
 
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
         if isinstance(nouts, (int, np.integer)):
-            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not "
-                            f"{nouts}")
+            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not {nouts}")
         sizes = [nin, *nouts]
         _positive("MLP", layers=len(sizes) - 1)
 
