@@ -2960,22 +2960,13 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
 # function, `float(t)` and `int(t)` are errors for a `t` that was made from the
 # transform's inputs. (`t.item()` says that one means it, and `bool(t)` only chooses a
 # branch.)
-def _refuse_inside_transform(t: Tensor) -> None:
+def _plain_number(t: Tensor) -> float:
     for run in _mode.runs:
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
             raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
                             "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
                             "function, as in np.sin(t), or t.item() if no derivative is wanted")
-
-
-def _float(self: Tensor) -> float:
-    _refuse_inside_transform(self)
-    return float(self.item())
-
-
-def _int(self: Tensor) -> int:
-    _refuse_inside_transform(self)
-    return int(self.item())
+    return t.item()
 
 
 def _repr(self: Tensor) -> str:
@@ -2990,10 +2981,11 @@ def _setitem(self: Tensor, index: Any, value: Any) -> None:
 
 
 for _name, _f in dict(
-    pos=identity, abs=abs_, getitem=getitem, setitem=_setitem, float=_float, int=_int,
-    repr=_repr,
+    pos=identity, abs=abs_, getitem=getitem, setitem=_setitem, repr=_repr,
     str=lambda t: str(t._data),
     format=lambda t, spec: format(t.item(), spec) if spec else str(t),
+    float=lambda t: float(_plain_number(t)),
+    int=lambda t: int(_plain_number(t)),
     bool=lambda t: bool(t._data),
     len=lambda t: len(t._data),
     iter=lambda t: (t[i] for i in range(len(t))),
