@@ -106,21 +106,18 @@ class Tensor:
         "_operands",      # what that was given by position: its operands, and behind them
                           # settings, if any; None once the tape was let go (I.5)
         "_settings",      # what it was given by name: settings, such as axis=0
-        # And five that wait for their time: a fast backward step (II.7), the watch over
-        # writes (IV.1), what an earlier walk has met (IV.3), and Python's weak
-        # references.
+        # The rest can wait: for the fast way back (II.7), the watch over writes (IV.1),
+        # what an earlier walk has met (IV.3), and Python's weak references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
                  dtype: Any = None) -> None:
-        if not isinstance(requires_grad, (bool, np.bool_)):
-            raise TypeError(f"Tensor: requires_grad is True or False, not {requires_grad!r:.40}; for a"
-                            " shape, give np.zeros(shape) as the data")
-        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)  # (II.3)
+        _require_flag("Tensor: requires_grad", requires_grad)  # (II.9)
+        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
-            _fill(self, array, True, identity, (source,))  # (I.2) still on its source's tape
+            _fill(self, array, True, identity, (source,))  # a result, by an operation (I.2)
         else:
             _fill(self, array, requires_grad)
         self.label = label
@@ -525,22 +522,16 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     while heap:
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
-        if t._op is None:
-            continue  # a leaf
-        if route is not None and t._time < route.horizon:
-            continue  # an input of a checkpoint, to whose operands nobody goes (IV.2)
+        if t._op is None or (route is not None and t._time <= route.horizon):
+            continue  # a leaf; or a tensor behind which nobody has anything to look for (E)
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue
-        for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
+        shares = t._op.pull(t, g, wanted, create_graph)
+        for a, share in zip(t._operands, shares):
             if share is None:
                 continue
-            data = a._data
-            if (share.shape != data.shape or share.dtype != data.dtype
-                    or (type(share) is Tensor and not create_graph)):
-                share = _fit(share, a, create_graph)  # (A)
-            if a._op is None and not create_graph:
-                share = _unshared(share, g)  # (B)
+            share = _fit(share, a, g, create_graph)  # (A, B)
             if a._time in waiting:
                 share = waiting[a._time][1] + share
             else:
@@ -564,22 +555,25 @@ def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
 
 
 # **A.** A cotangent has its tensor's shape and dtype, whatever a rule returns.
+#
+# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
+# have one array for their gradients: whoever wrote to one would change the other. So a
+# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
 
 
-def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
+def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
+    """What a rule returned, given `g`, as the operand `t` may receive it."""
     if isinstance(share, Tensor) and not create_graph:
         share = share._data  # a rule may call operations of ours
     if share.shape != t._data.shape:
         share = unbroadcast(share, t._data.shape)
     if share.dtype != t._data.dtype:
         share = share.astype(t._data.dtype)
+    if t._op is None and not create_graph:
+        share = _unshared(share, g)
     return share
 
 
-# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
-# have one array for their gradients: whoever wrote to one would change the other. So a
-# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
-#
 # **C.** What a tensor was made of is dropped when the walk has passed it, so memory falls
 # as we go. Who comes back for more is told:
 
@@ -600,9 +594,9 @@ def _require_operands(t: Tensor) -> tuple:
 #
 # First we go from z back to all that it was made of, which is 5, 4, 3, 2 and 1, but not
 # behind the *horizon*: the oldest input, x. What is older, as k is, was not made of x,
-# and nothing behind it was. It is met and noted, as `older`, and not gone on from. (So
-# are the operands of x itself, if it has any: by them I.7 sees that somebody else may
-# ask.) Then we go forwards through what was found. On the route are the inputs, here 2,
+# and nothing behind it was. It is met and noted, as `older`, and not gone on from. (The
+# operands of x itself, if it has any, are met and noted as well: I.7 needs to know.)
+# Then we go forwards through what was found. On the route are the inputs, here 2,
 # and all that has an operand on the route: 3 has x, and 5 has y; but 4 has none.
 #
 #     >>> k, x = Tensor(1.0, label="k"), Tensor(2.0)
@@ -617,7 +611,7 @@ class _Route(NamedTuple):
     """Which way a walk has to go."""
 
     times: set[int]      # of all tensors on the route
-    horizon: int         # what is older than this moment is not walked on from
+    horizon: int         # the time of the oldest input, behind which no walk goes
     older: list[Tensor]  # tracked tensors beyond the horizon that had a part in the outputs
 
 
@@ -756,18 +750,29 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # nothing. But the inner result was computed from `x`, so the outer walk meets `x` there
 # like any other operand.
 #
-# What does the real one add? First, *a tape only when somebody can ask*. The inner
-# gradient above must be recorded, since the outer one asks about x. In a single
-# `grad(f)(3.0)` nobody can: so the walk runs on bare ndarrays, and the gradient is a
-# constant. How do we know? By the search for the route. In the example it starts at the
-# inner result and meets, by their times,
+# What does the real one add? First, *a tape only when somebody can ask*. The naive one
+# records every walk. But of a single `grad(f)(3.0)` nobody can ask for a second
+# derivative: so the walk should run on bare ndarrays, and the gradient be a constant.
 #
-#     3   x * y, the result
-#     2   the inner input y: the horizon
-#     1   the outer input x: tracked, older than the horizon, and it had a part in 3
+# How do we know? Whoever asks later will ask by a tensor that exists already, and had a
+# part in the result: a tracked one, older than our input. The search for the route has
+# met those, and calls them `older` (I.5). Look into `grad(grad(f))(3.0)`, for an f that
+# returns `x * x`:
 #
-# so somebody may ask about x. (What f makes inside, and keeps to itself, is younger, and
-# nobody's business.) With one input and one output, then, a run of f by a transform is
+#     time                                      the search of the inner run
+#     1   the outer run's input, 3.0            older than the horizon: somebody may ask
+#     2   the inner run's input, made of 1      the horizon, whose operands are looked at
+#     3   2 * 2, the result of f                here it begins
+#
+# The outer `grad` gave its input 1 to the inner one, whose input 2 is therefore a copy,
+# tied to 1 by `identity` (I.1). So the inner walk is recorded. Its result is a Tensor,
+# made of 2 by the rules of `mul`, and 2 was made of 1: the outer walk goes back that way.
+# Its own search finds nothing that is older than 1. So it runs on bare arrays.
+#
+# (A parameter of a network that f reads is older, too: its trainer may ask. Where nobody
+# will, call `grad(f)` inside `no_grad()`, and nothing is recorded.)
+#
+# With one input and one output, then, a run of f by a transform is
 #
 #     x = a new Tensor, tied to the argument if that is tracked
 #     y = f(x)
@@ -3190,6 +3195,12 @@ def _float_array(data: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
     return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
+def _require_flag(what: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{what} is True or False, not {value!r:.40}; for a shape, give "
+                        "np.zeros(shape) as the data")
 
 
 # # Part III. Networks
