@@ -1274,8 +1274,8 @@ def astype(x: Any, dtype: Any) -> Tensor:
 
 # ### One word each: where would calculus alone go wrong?
 #
-# *Remainders.* `a - b floor(a/b)` moves with a; and floor(a/b), constant between its
-# jumps, is what stands beside b. (fmod rounds toward zero.)
+# *Remainders.* `a - b floor(a/b)` moves with a, and by b its slope is -floor(a/b), which
+# is constant between its jumps. (fmod rounds toward zero.)
 mod = _op("mod", np.remainder,
           lambda g, y, a, b: g,
           lambda g, y, a, b: -g * (a // b))
@@ -1363,10 +1363,10 @@ logaddexp2 = _op("logaddexp2", np.logaddexp2,
 #     >>> print(x.grad)
 #     [0. 1.]
 #
-# `np.where(mask, g, 0)` would do, but takes seven times as long as a product when the
-# mask is irregular, for the processor cannot guess its jumps. So we do multiply: not
-# the numbers, but their *bits*, read as integers. Times 1, all bits stay as they are;
-# times 0, they become the bits of 0.0; and an integer knows no infinity.
+# The naive `np.where(mask, g, 0)` takes seven times as long as a product when the mask is
+# irregular, for the processor cannot guess its jumps. So we do multiply: not the numbers,
+# but their *bits*, read as integers. Times 1, all bits stay; times 0, they become the
+# bits of 0.0; and an integer knows no infinity.
 #
 #     >>> bits = np.array([np.inf, 1.5]).view(np.int64)
 #     >>> print((bits * np.array([False, True])).view(np.float64))
@@ -1407,9 +1407,9 @@ relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to sa
            doc="max(x, 0), element by element.")
 
 
-# The larger of two operands receives all of g; where they tie, each receives half. An
-# operand receives g where the *other* is not the result, which is also right for nan,
-# since nan equals nothing:
+# The larger of two operands receives all of g; where they tie, each receives half. The
+# rule asks whether the *other* is not the result, which is also right for nan, since nan
+# equals nothing:
 #
 #                a      b      y      a receives   b receives
 #     maximum    5      3      5      g            0
@@ -1452,17 +1452,17 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #     [2. 0. 1.]
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
-# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`. NumPy
-# has it as `np.add.at`, but slow; the fast one is `np.bincount`, which counts how often
-# each of 0, 1, 2, ... occurs, and with weights adds these up instead. Here 5 and 6 go to
-# place 0, and 7 to place 2:
+# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
+# is `np.add.at`, and slow. `np.bincount` does it fast: it counts how often each of 0, 1,
+# 2, ... occurs, or, with weights, adds those up. Here 5 and 6 go to place 0, and 7 to
+# place 2:
 #
 #     >>> print(np.bincount([0, 0, 2], weights=[5.0, 6.0, 7.0]))
 #     [11.  0.  7.]
 #
-# Where x has several axes, its elements are numbered, and the index taken of the numbers
-# tells the places. An index of numbers and slices, or a mask, names no element twice:
-# there `out[index] = x` will do.
+# Where there are several axes, the elements are numbered, and the same index, of the
+# numbers, tells the places. An index of numbers and slices, or a mask, names no element
+# twice: there `out[index] = x` will do.
 getitem = _op("getitem", lambda x, index: x[index],
               lambda g, y, x, index: scatter_add(g, index, x.shape),
               doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1480,7 +1480,8 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
         np.add.at(out, index, x)
         return out
 
-    places = np.arange(out.size).reshape(shape)[index]
+    numbers = np.arange(out.size).reshape(shape)
+    places = numbers[index]
     weights = np.broadcast_to(x, places.shape)
     sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64
     return sums.reshape(shape).astype(x.dtype)
@@ -1652,8 +1653,7 @@ def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
     try:
         pieces = cut(np.arange(x.shape[axis]), where_to_cut)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        message = f"split of shape {x.shape} along axis {axis}: {error}"
-        raise ValueError(message) from None
+        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
     return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 
@@ -1748,8 +1748,6 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 # ### Spread and extremes: what of equal elements?
 #
 # The variance is the mean square of `x - mean(x)`, and written so it needs no rule.
-# Where all elements are equal it is 0, and the slope of its root, the standard
-# deviation, is infinite; and where several are the largest, one g is for all of them.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
@@ -1841,10 +1839,9 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 
 # ### Products and running sums: what of zeros?
 #
-# The derivative of a product by one element is the product of all others. To divide by
-# the element is no way to leave it out: it may be 0. So a product is taken by halves,
-# the first half times the second, until one element is left; `mul` knows the rest, to
-# all orders:
+# The derivative of a product by one element is the product of all others. That is not
+# `y / x`, for the element may be 0. So a product is taken by halves, the first half times
+# the second, until one element is left; `mul` knows the rest, to all orders:
 #
 #     [2 3 0 5]  ->  [2*0 3*5] = [0 15]  ->  [0*15] = [0]
 #
@@ -1891,9 +1888,8 @@ def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]
     x = as_tensor(x)
     axes = _axes(name, x, axis)
     moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
-    outer_axes = moved.shape[:x.ndim - len(axes)]
-    length = math.prod(moved.shape[len(outer_axes):])
-    return reshape(moved, (*outer_axes, length)), axes
+    outer = x.ndim - len(axes)  # so many axes stay
+    return reshape(moved, (*moved.shape[:outer], math.prod(moved.shape[outer:]))), axes
 
 
 def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
