@@ -1229,16 +1229,12 @@ Tensor.__array__ = _array
 #
 # Here an element of the result depends on one element of each operand. So a rule is `g`
 # times the derivative that every table of calculus has, and this section is such a
-# table. Where the derivative is simpler in terms of the result `y`, the rule uses that:
+# table; `y` is used where it makes the derivative simpler, as in `1 - y * y` for tanh.
+# (A row also answers for the NumPy function that it computes by.)
 #
-#     >>> y = np.tanh(0.5)
-#     >>> print(grad(np.tanh)(0.5).item() == 1 - y * y)
-#     True
-#
-# First come the rows that are no more than that. Two formulas are written with care:
+# First come the rows that are no more than that. (Two formulas are written with care:
 # `(1 - x) * (1 + x)` is 1 - x^2, which near 1 would lose its digits, and `hypot(1, x)`
-# is the root of 1 + x^2, which would overflow. (A row also answers for the NumPy
-# function that it computes by.)
+# is the root of 1 + x^2, which would overflow; arccosh has a bit of both.)
 exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
 expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
@@ -1312,9 +1308,8 @@ power = _op("power", _raise,
 
 # *Distance and angle.* The slopes of `hypot`, the distance of (a, b) from the origin,
 # are a and b divided by it; at the origin, a kink, they are taken as 0. Those of
-# arctan2, the angle, are `b / (a*a + b*b)` by a, and `-a / (a*a + b*b)` by b. But that
-# sum of squares overflows where the distance, its root, does not; so we divide by the
-# distance twice.
+# arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum of
+# squares overflows where its root, the distance, does not: we divide by this twice.
 def _or_one(r: Any) -> Any:
     """r, and 1 where it is 0, to divide by."""
     return np.where(r == 0, 1, r)
@@ -1521,14 +1516,6 @@ def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callab
     return _np_op(name, move, send_back, answers=answers)
 
 
-def _take(a, indices, axis=None, *, mode="raise"):  # np.take has `out`, too
-    return np.take(a, indices, axis, mode=mode)
-
-
-def _take_along_axis(arr, indices, axis=-1):  # before NumPy 2.3 the axis has no default
-    return np.take_along_axis(arr, indices, axis)
-
-
 roll = _moves("roll", np.roll)
 flip = _moves("flip", np.flip)
 rot90 = _moves("rot90", np.rot90)
@@ -1538,17 +1525,18 @@ diag = _moves("diag", np.diag)
 diagonal = _moves("diagonal", np.diagonal)
 tril = _moves("tril", np.tril)
 triu = _moves("triu", np.triu)
-take = _moves("take", _take, answers=np.take)
-take_along_axis = _moves("take_along_axis", _take_along_axis, answers=np.take_along_axis)
+take = _moves("take",  # without the `out` of np.take
+              lambda a, indices, axis=None, *, mode="raise":
+              np.take(a, indices, axis, mode=mode), answers=np.take)
+take_along_axis = _moves("take_along_axis",  # with NumPy 2.3's default for the axis
+                         lambda arr, indices, axis=-1:
+                         np.take_along_axis(arr, indices, axis), answers=np.take_along_axis)
 
 
 # Sorting moves elements, too; their order tells which. (Equal elements stay in order.)
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
-    """A copy of x, sorted along an axis; None flattens it first.
-
-    (`t.sort()` returns a copy, too, and leaves t alone, unlike ndarray's.)
-    """
+    """A copy of x (also as `t.sort()`), sorted along an axis; None flattens it first."""
     if axis is not None:
         _axes("sort", x, axis)  # which raises an error that names the shape
     order = np.argsort(_value(x), axis, kind or "stable")
@@ -1672,11 +1660,10 @@ _pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_widt
 @_answers(np.pad)
 def pad(x: Any, pad_width: Any, mode: str = "constant", *,
         constant_values: float = 0) -> Tensor:
-    """x in a frame of zeros: as wide as a number, (before, after), a pair per axis, or
-    {axis: pair}.
+    """x in a frame of zeros, or of other `constant_values`.
 
-    The frame may be of other `constant_values`; or of elements of x, by np.pad's modes
-    "edge", "reflect", "symmetric" and "wrap".
+    It is as wide as a number, (before, after), a pair per axis, or {axis: pair}. By
+    np.pad's modes "edge", "reflect", "symmetric" and "wrap" it is of elements of x.
     """
     if isinstance(pad_width, dict):
         pairs = np.zeros((np.ndim(x), 2), int)
@@ -1911,15 +1898,13 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 # Two neighbours in sorted order. NumPy tells which: the quantile of the numbers 0, 1,
 # ..., n - 1 is the place itself. Take 40, 10, 80, 20 and q = 0.75. Of 0, 1, 2, 3 that
 # quantile is 2.25: so we are a quarter of the way from place 2 of 10, 20, 40, 80 to
-# place 3, at 0.75 * 40 + 0.25 * 80 = 50. And the gradient goes to these two, in these
-# parts:
+# place 3, at 0.75 * 40 + 0.25 * 80 = 50. And g goes to these two, in these parts:
 #
 #     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
 #     >>> y = np.quantile(x, 0.75)
 #     >>> print(y, *gradients(y, [x]))
 #     50.0 [0.75 0.   0.25 0.  ]
 #
-# (Of equal elements, it goes to those that the sorting put there.)
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
