@@ -1979,7 +1979,7 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
 
 
 def _is_moderate(x: np.ndarray) -> bool:
-    """Whether |x| <= 40: as e^40 is 1e18, softmax needs no maxima. (Not if one is nan.)"""
+    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (Not if one is nan.)"""
     if x.dtype == np.float16:  # e^12 is too much for it
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
