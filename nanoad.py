@@ -1270,8 +1270,8 @@ def astype(x: Any, dtype: Any) -> Tensor:
 
 # ### One word each: where would calculus alone go wrong?
 #
-# *Remainders.* `a - b floor(a/b)` moves with a, and by b its slope is -floor(a/b), which
-# is constant between its jumps. (fmod rounds toward zero.)
+# *Remainders.* `a - b floor(a/b)` moves with a, and by b its slope is -floor(a/b),
+# which is constant between its jumps. (fmod rounds toward zero.)
 mod = _op("mod", np.remainder,
           lambda g, y, a, b: g,
           lambda g, y, a, b: -g * (a // b))
@@ -1328,8 +1328,8 @@ arctan2 = _op("arctan2", np.arctan2,
               lambda g, y, a, b: g * _over_distance_twice(b, a, b),
               lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
 
-# *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is
-# the same and does not. The slopes, with what they are found from:
+# *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0)
+# is the same and does not. The slopes, with what they are found from:
 #
 #     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
 #     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
@@ -1358,10 +1358,10 @@ logaddexp2 = _op("logaddexp2", np.logaddexp2,
 #     >>> print(x.grad)
 #     [0. 1.]
 #
-# The naive `np.where(mask, g, 0)` takes seven times as long as a product when the mask is
-# irregular, for the processor cannot guess its jumps. So we do multiply: not the numbers,
-# but their *bits*, read as integers. Times 1, all bits stay; times 0, they become the
-# bits of 0.0; and an integer knows no infinity.
+# The naive `np.where(mask, g, 0)` takes seven times as long as a product when the mask
+# is irregular, for the processor cannot guess its jumps. So we do multiply: not the
+# numbers, but their *bits*, read as integers. Times 1, all bits stay; times 0, they
+# become the bits of 0.0; and an integer knows no infinity.
 #
 #     >>> bits = np.array([np.inf, 1.5]).view(np.int64)
 #     >>> print((bits * np.array([False, True])).view(np.float64))
@@ -1403,8 +1403,8 @@ relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to sa
 
 
 # The larger of two operands receives all of g; where they tie, each receives half. The
-# rule asks whether the *other* is not the result, which is also right for nan, since nan
-# equals nothing:
+# rule asks whether the *other* is not the result, which is also right for nan, since
+# nan equals nothing:
 #
 #                a      b      y      a receives   b receives
 #     maximum    5      3      5      g            0
@@ -1448,9 +1448,9 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
 # rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
-# is `np.add.at`, and slow. `np.bincount` does it fast: it counts how often each of 0, 1,
-# 2, ... occurs, or, with weights, adds those up. Here 5 and 6 go to place 0, and 7 to
-# place 2:
+# is `np.add.at`, and slow. `np.bincount` does it fast: it counts how often each of 0,
+# 1, 2, ... occurs, or, with weights, adds those up. Here 5 and 6 go to place 0, and 7
+# to place 2:
 #
 #     >>> print(np.bincount([0, 0, 2], weights=[5.0, 6.0, 7.0]))
 #     [11.  0.  7.]
@@ -1696,8 +1696,9 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 #     >>> print(x.grad[0], x.grad[3])
 #     [1. 2. 3.] [1. 2. 3.]
 #
-# Stretching and sum are each other's rule, as with indexing. A mean of n hands everybody
-# an n-th of g. (`_fast_sum` is np.sum in less time, and stands at the section's end.)
+# Stretching and sum are each other's rule, as with indexing. A mean of n hands
+# everybody an n-th of g. (`_fast_sum` is np.sum in less time, and stands at the
+# section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
     """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
@@ -1827,8 +1828,8 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 # ### Products and running sums: what of zeros?
 #
 # The derivative of a product by one element is the product of all others. That is not
-# `y / x`, for the element may be 0. So a product is taken by halves, the first half times
-# the second, until one element is left; `mul` knows the rest, to all orders:
+# `y / x`, for the element may be 0. So a product is taken by halves, the first half
+# times the second, until one element is left; `mul` knows the rest, to all orders:
 #
 #     [2 3 0 5]  ->  [2*0 3*5] = [0 15]  ->  [0*15] = [0]
 #
@@ -1943,8 +1944,8 @@ def _interpolated(ordered: Tensor, place: Any) -> Tensor:
 
 # ### The same in less time
 #
-# These are np.sum, np.max and the sum of `a * b`, with another way for short rows (ROWS,
-# II.7), and the naive one where that does not fit.
+# These are np.sum, np.max and the sum of `a * b`, with another way for short rows
+# (ROWS, II.7), and the naive one where that does not fit.
 _ones = functools.lru_cache(16)(np.ones)
 
 
