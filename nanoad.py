@@ -1234,18 +1234,49 @@ Tensor.__array__ = _array
 #
 # Here an element of the result depends on one element of each operand. So a rule is `g`
 # times the derivative that every table of calculus has, and this section is such a
-# table. Where the derivative is simpler in terms of the result, it is said so:
+# table; `y` is used where it makes the derivative simpler, as in `1 - y * y` for tanh.
+# (A row also answers for the NumPy function that it computes by.)
 #
-#     >>> y = np.tanh(0.5)
-#     >>> print(grad(np.tanh)(0.5).item() == 1 - y * y)
-#     True
-#
-# A row also answers for the NumPy function that it computes by. Skim the rows, and read
-# the comments: they are where the calculus alone would divide by zero, overflow, or
-# lose digits.
+# First come the rows that are no more than that. (Two formulas are written with care:
+# `(1 - x) * (1 + x)` is 1 - x^2, which near 1 would lose its digits, and `hypot(1, x)`
+# is the root of 1 + x^2, which would overflow; arccosh has a bit of both.)
+exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
+expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
+log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
+log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
+log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
+sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
+cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
 
-# A remainder, `a - b floor(a/b)`, moves with a; and floor(a/b) is constant between its
-# jumps. (fmod rounds toward zero.)
+tan = _op("tan", np.tan, lambda g, y, x: g * (1 + y * y))
+arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
+arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
+arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
+rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
+
+sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
+cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
+tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
+arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
+arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
+arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
+
+_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
+
+
+@primitive(lambda g, y, x, dtype: g)
+def astype(x: Any, dtype: Any) -> Tensor:
+    """x as another floating-point type; the gradient is converted back (by the walk)."""
+    if np.dtype(dtype).kind != "f":
+        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
+    return x.astype(dtype)
+
+
+# ### One word each: where would calculus alone go wrong?
+#
+# *Remainders.* `a - b floor(a/b)` moves with a, and by b its slope is -floor(a/b),
+# which is constant between its jumps. (fmod rounds toward zero.)
 mod = _op("mod", np.remainder,
           lambda g, y, a, b: g,
           lambda g, y, a, b: -g * (a // b))
@@ -1253,9 +1284,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is
-# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
-# x is 0 and p is not negative.
+# *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
+# x = 0 the first would be 0 * 0 ** -1 for p = 0, which is nan, and the second has the
+# logarithm of 0. Both are taken as 0 there (the second unless p is negative).
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -1266,68 +1297,47 @@ def _raise(x: Any, p: Any) -> Any:
     return x ** p
 
 
-def _less_one(x: Any, p: Any) -> Any:
-    """p - 1, but 0 where both are 0: there `p x ** (p - 1)` shall be 0 * 0 ** 0 = 0."""
+def _power_slope(x: Any, p: Any) -> Any:
+    """p x ** (p - 1); but where both are 0 the exponent is 0, for 0 * 0 ** 0 = 0."""
     if isinstance(p, (int, float)) and p != 0:
-        return p - 1
-    return p - 1 + ((p == 0) & (x == 0))
+        return p * _raise(x, p - 1)
+    return p * x ** (p - 1 + ((p == 0) & (x == 0)))
 
 
 power = _op("power", _raise,
-            lambda g, y, x, p: g * (p * _raise(x, _less_one(x, p))),
+            lambda g, y, x, p: g * _power_slope(x, p),
             lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
             answers=np.power)
 
-# Exponentials and logarithms.
-exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
-expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
-log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
-log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
-log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
 
-
-# Roots and distances. At its kink, where both operands are 0, the slope of `hypot` is
-# taken as 0 / 1, as that of `abs` is 0 below.
+# *Distance and angle.* The slopes of `hypot`, the distance of (a, b) from the origin,
+# are a and b divided by it; at the origin, a kink, they are taken as 0. Those of
+# arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum of
+# squares overflows where its root, the distance, does not: we divide by this twice.
 def _or_one(r: Any) -> Any:
     """r, and 1 where it is 0, to divide by."""
     return np.where(r == 0, 1, r)
 
 
-sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
-cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
-hypot = _op("hypot", np.hypot,
-            lambda g, y, a, b: g * (a / _or_one(y)),
-            lambda g, y, a, b: g * (b / _or_one(y)))
-
-# Angles, and the hyperbolic functions. The slope of arctan2 by a is `b / (a*a + b*b)`.
-# But that sum of squares overflows where the distance, its root, does not; so we divide
-# by the distance twice.
 def _over_distance_twice(c: Any, a: Any, b: Any) -> Any:
     """c / (a*a + b*b), where c is a or b; and 0 at the origin."""
     distance = _or_one(np.hypot(a, b))
     return c / distance / distance
 
 
-tan = _op("tan", np.tan, lambda g, y, x: g * (1 + y * y))
-arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
-arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
-arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+hypot = _op("hypot", np.hypot,
+            lambda g, y, a, b: g * (a / _or_one(y)),
+            lambda g, y, a, b: g * (b / _or_one(y)))
 arctan2 = _op("arctan2", np.arctan2,
               lambda g, y, a, b: g * _over_distance_twice(b, a, b),
               lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
-deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
-rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
-sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
-cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
-tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
-arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
-arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
-arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
 
-# `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does
-# not. The slope of softplus is sigmoid(x), or `1 - e^-y`, since `e^y = 1 + e^x`; that
-# of sigmoid is `e^-x y^2 = y (1 - y)`, since `1/y = 1 + e^-x`. That of logaddexp by a is
-# `e^a / (e^a + e^b) = 1 / (1 + e^(b - a))`, which is sigmoid(a - b).
+# *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0)
+# is the same and does not. The slopes, with what they are found from:
+#
+#     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
+#     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
+#     logaddexp   e^y = e^a + e^b      e^a / (e^a + e^b)  =  sigmoid(a - b), by a
 softplus = _op("softplus", lambda x: np.logaddexp(x, 0),
                lambda g, y, x: -g * np.expm1(-y),
                doc="log(1 + exp(x)), without overflow.")
@@ -1341,18 +1351,6 @@ logaddexp2 = _op("logaddexp2", np.logaddexp2,
                  lambda g, y, a, b: g * sigmoid((a - b) * math.log(2)),
                  lambda g, y, a, b: g * sigmoid((b - a) * math.log(2)))
 
-# A copy, and a change of dtype.
-_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
-
-
-@primitive(lambda g, y, x, dtype: g)
-def astype(x: Any, dtype: Any) -> Tensor:
-    """x as another floating-point type; the gradient is converted back (by the walk)."""
-    if np.dtype(dtype).kind != "f":
-        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
-    return x.astype(dtype)
-
-
 # ### Choosing: why not multiply by a mask?
 #
 # What chooses between elements passes the cotangent to the chosen ones and 0 to the
@@ -1364,10 +1362,10 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #     >>> print(x.grad)
 #     [0. 1.]
 #
-# `np.where(mask, g, 0)` would do, but takes seven times as long as a product when the
-# mask is irregular, for the processor cannot guess its jumps. So we do multiply: not
-# the numbers, but their *bits*, read as integers. Times 1, all bits stay as they are;
-# times 0, they become the bits of 0.0; and an integer knows no infinity.
+# The naive `np.where(mask, g, 0)` takes seven times as long as a product when the mask
+# is irregular, for the processor cannot guess its jumps. So we do multiply: not the
+# numbers, but their *bits*, read as integers. Times 1, all bits stay; times 0, they
+# become the bits of 0.0; and an integer knows no infinity.
 #
 #     >>> bits = np.array([np.inf, 1.5]).view(np.int64)
 #     >>> print((bits * np.array([False, True])).view(np.float64))
@@ -1408,9 +1406,9 @@ relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to sa
            doc="max(x, 0), element by element.")
 
 
-# The larger of two operands receives all of g; where they tie, each receives half. An
-# operand receives g where the *other* is not the result, which is also right for nan,
-# since nan equals nothing:
+# The larger of two operands receives all of g; where they tie, each receives half. The
+# rule asks whether the *other* is not the result, which is also right for nan, since
+# nan equals nothing:
 #
 #                a      b      y      a receives   b receives
 #     maximum    5      3      5      g            0
@@ -1423,8 +1421,7 @@ def _to_the_chosen(g: Any, y: Any, mine: Any, other: Any) -> Any:
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
-_of_two = (lambda g, y, a, b: _to_the_chosen(g, y, a, b),
-           lambda g, y, a, b: _to_the_chosen(g, y, b, a))
+_of_two = _to_the_chosen, lambda g, y, a, b: _to_the_chosen(g, y, b, a)
 maximum = _op("maximum", np.maximum, *_of_two)
 minimum = _op("minimum", np.minimum, *_of_two)
 fmax = _op("fmax", np.fmax, *_of_two)
@@ -1453,10 +1450,18 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #     >>> print(x.grad)
 #     [2. 0. 1.]
 #
-# Indexing takes elements out, scatter-add puts them back, and each is the other's rule.
-# A basic index (numbers and slices) or a mask names no element twice, and is written to
-# directly. For the others there is `np.add.at`, but it is slow; numbering the elements
-# and counting the numbers with weights does the same and is fast.
+# Indexing takes elements out, *scatter-add* puts them back, and each is the other's
+# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
+# is `np.add.at`, and slow. `np.bincount` does it fast: it counts how often each of 0,
+# 1, 2, ... occurs, or, with weights, adds those up. Here 5 and 6 go to place 0, and 7
+# to place 2:
+#
+#     >>> print(np.bincount([0, 0, 2], weights=[5.0, 6.0, 7.0]))
+#     [11.  0.  7.]
+#
+# Where there are several axes, the elements are numbered, and the same index, of the
+# numbers, tells the places. An index of numbers and slices, or a mask, names no element
+# twice: there `out[index] = x` will do.
 getitem = _op("getitem", lambda x, index: x[index],
               lambda g, y, x, index: scatter_add(g, index, x.shape),
               doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1474,9 +1479,10 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
         np.add.at(out, index, x)
         return out
 
-    numbers = np.arange(out.size).reshape(shape)[index]
-    weights = np.broadcast_to(x, numbers.shape)
-    sums = np.bincount(numbers.ravel(), weights.ravel(), out.size)  # float64
+    numbers = np.arange(out.size).reshape(shape)
+    places = numbers[index]
+    weights = np.broadcast_to(x, places.shape)
+    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64
     return sums.reshape(shape).astype(x.dtype)
 
 
@@ -1489,12 +1495,14 @@ def _names_none_twice(index: Any) -> bool:
     return all(isinstance(entry, basic) for entry in entries)
 
 
-# Whatever else only moves or repeats elements needs no rule of its own. Let NumPy loose
-# on the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
-# each element came from, so we know where to send its cotangent. What was filled with
-# zeros came from position 0.
+# ### Any move: where did each element come from?
 #
-#     >>> print(np.tril(np.arange(1, 5).reshape(2, 2)))  # tril: of 1, 3 and 4
+# Whatever else only moves or repeats elements needs no rule of its own. Let NumPy do it
+# to the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
+# each element came from: there its cotangent goes. A zero that was filled in came from
+# position 0, which is cut off at the end.
+#
+#     >>> print(np.tril(np.array([[1, 2], [3, 4]])))
 #     [[1 0]
 #      [3 4]]
 #
@@ -1512,14 +1520,6 @@ def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callab
     return _np_op(name, move, send_back, answers=answers)
 
 
-def _take(a, indices, axis=None, *, mode="raise"):  # np.take has `out`, too
-    return np.take(a, indices, axis, mode=mode)
-
-
-def _take_along_axis(arr, indices, axis=-1):  # before NumPy 2.3 the axis has no default
-    return np.take_along_axis(arr, indices, axis)
-
-
 roll = _moves("roll", np.roll)
 flip = _moves("flip", np.flip)
 rot90 = _moves("rot90", np.rot90)
@@ -1529,29 +1529,29 @@ diag = _moves("diag", np.diag)
 diagonal = _moves("diagonal", np.diagonal)
 tril = _moves("tril", np.tril)
 triu = _moves("triu", np.triu)
-take = _moves("take", _take, answers=np.take)
-take_along_axis = _moves("take_along_axis", _take_along_axis, answers=np.take_along_axis)
+take = _moves("take",  # without the `out` of np.take
+              lambda a, indices, axis=None, *, mode="raise":
+              np.take(a, indices, axis, mode=mode), answers=np.take)
+take_along_axis = _moves("take_along_axis",  # with NumPy 2.3's default for the axis
+                         lambda arr, indices, axis=-1:
+                         np.take_along_axis(arr, indices, axis), answers=np.take_along_axis)
 
 
 # Sorting moves elements, too; their order tells which. (Equal elements stay in order.)
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
-    """A copy of x, sorted along an axis; None flattens it first.
-
-    (`t.sort()` returns a copy, too, and leaves t alone, unlike ndarray's.)
-    """
+    """A copy of x (also as `t.sort()`), sorted along an axis; None flattens it first."""
     if axis is not None:
-        _axes("sort", x, axis)
+        _axes("sort", x, axis)  # which raises an error that names the shape
     order = np.argsort(_value(x), axis, kind or "stable")
     return take_along_axis(x, order, axis)
 
 
 # ### The same elements in another shape: what undoes a view?
 #
-# NumPy does these without touching an element: the results are views of the same
-# memory. So their rules had better not count positions, and need not, for what undoes
-# them is of the same kind: another shape, and for a permutation of the axes its
-# inverse, which is its argsort.
+# Another view. NumPy does these without touching an element, and their rules should
+# not, either, so they count no positions: a shape is undone by the shape of x, and an
+# order of the axes, such as (2, 0, 1), by its argsort, (1, 2, 0).
 def _in_the_shape_of_x(g: Any, y: Any, x: Any, *_: Any, **__: Any) -> Any:
     return g.reshape(x.shape)
 
@@ -1599,7 +1599,8 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 
 # ### Joined, cut, and framed: whose slice is it?
 #
-# Each operand of a concatenation receives the slice of g that lies where it was put.
+# Each operand of a concatenation receives the slice of g that lies where it was put:
+# operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`.
 def _narrow(x: Any, axis: int, start: int, n: int) -> Any:
     """x[start:start + n] along an axis, as torch.narrow."""
     before = (slice(None),) * (axis % x.ndim)
@@ -1644,8 +1645,7 @@ def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
     try:
         pieces = cut(np.arange(x.shape[axis]), where_to_cut)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        message = f"split of shape {x.shape} along axis {axis}: {error}"
-        raise ValueError(message) from None
+        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
     return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 
@@ -1664,11 +1664,10 @@ _pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_widt
 @_answers(np.pad)
 def pad(x: Any, pad_width: Any, mode: str = "constant", *,
         constant_values: float = 0) -> Tensor:
-    """x in a frame of zeros: as wide as a number, (before, after), a pair per axis, or
-    {axis: pair}.
+    """x in a frame of zeros, or of other `constant_values`.
 
-    The frame may be of other `constant_values`; or of elements of x, by np.pad's modes
-    "edge", "reflect", "symmetric" and "wrap".
+    It is as wide as a number, (before, after), a pair per axis, or {axis: pair}. By
+    np.pad's modes "edge", "reflect", "symmetric" and "wrap" it is of elements of x.
     """
     if isinstance(pad_width, dict):
         pairs = np.zeros((np.ndim(x), 2), int)
@@ -1685,19 +1684,25 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 
 # ## II.5 Reductions: what does a sum hand back?
 #
-# Take x of shape (4, 3) and `y = sum(x, axis=0)`, of shape (3,). Move one element
-# `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by `g[j] * dx`. So `x[i, j]`
-# receives `g[j]`, whatever i is: a sum hands its cotangent, as it is, to everything it
-# added up.
+# Its cotangent, as it is, to everything it added up. Take x of shape (4, 3) and
+# `y = sum(x, axis=0)`, of shape (3,). Move one element `x[i, j]` by `dx`: `y[j]` moves
+# by the same `dx`, and L by `g[j] * dx`. So `x[i, j]` receives `g[j]`, whatever i is.
+# In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), and is
+# stretched along it, (4, 3):
 #
+#     >>> @primitive(lambda g, y, x, axis:
+#     ...            np.broadcast_to(np.expand_dims(g, axis), x.shape))
+#     ... def naive_sum(x, axis):
+#     ...     return np.sum(x, axis)
+#     ...
 #     >>> x = Tensor(np.ones((4, 3)))
-#     >>> x.sum(axis=0).backward([1.0, 2.0, 3.0])
+#     >>> naive_sum(x, 0).backward([1.0, 2.0, 3.0])
 #     >>> print(x.grad[0], x.grad[3])
 #     [1. 2. 3.] [1. 2. 3.]
 #
-# In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is
-# `_restore`, and is stretched along it, (4, 3). Stretching and sum are each other's
-# rule, as with indexing. A mean of n hands everybody an n-th of g.
+# Stretching and sum are each other's rule, as with indexing. A mean of n hands
+# everybody an n-th of g. (`_fast_sum` is np.sum in less time, and stands at the
+# section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
     """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
@@ -1712,18 +1717,14 @@ def _count(x: Any, y: Any) -> int:
     return x.size // max(1, y.size)
 
 
-def _mean_rule(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    n = max(1, _count(x, y))  # if there are none, none receives anything
-    return _stretch(g / n, x, axis)
-
-
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
 def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
     return _fast_sum(x, axis, keepdims).astype(x.dtype, copy=False)
 
 
-@primitive(_mean_rule)
+@primitive(lambda g, y, x, axis=None, keepdims=False:
+           _stretch(g / max(1, _count(x, y)), x, axis))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
     total = _fast_sum(x, axis, keepdims)
@@ -1736,75 +1737,9 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
     return sum_(diagonal(x, offset, axis1, axis2), -1)
 
 
-# ### Sums of short rows: where is `np.sum` slow?
+# ### Spread and extremes: what of equal elements?
 #
-# It starts anew for every row, which for rows of 64 numbers is most of its time. But
-# the sum of a row is also its product with ones, `[3 4 5] @ [1 1 1] = 12`, for which
-# there is BLAS. That rounds off more than np.sum, which adds in pairs; so where anybody
-# may ask for a sum, float64, long rows and whole arrays are left to np.sum
-# (`_fast_sum`). And the largest of each row is faster by `reduceat`.
-_ones = functools.lru_cache(16)(np.ones)
-
-
-def _rows(x: Any) -> Any:
-    """x with all axes but the last joined into one."""
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-# For these OpenBLAS 0.3.31 reads unwritten memory: sums are right, but NumPy may warn.
-_UNSAFE_ROW = 5
-
-
-def _row_sum(x: Any, axis: Any = -1) -> Any:
-    """sum(x, axis, keepdims=True), in array code."""
-    if axis not in (-1, x.ndim - 1) or x.shape[-1] == _UNSAFE_ROW:
-        return np.sum(x, axis=axis, keepdims=True)
-    return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
-
-
-def _row_dot(a: Any, b: Any, axis: Any = -1) -> Any:
-    """sum(a * b, axis, keepdims=True), in array code."""
-    if axis not in (-1, a.ndim - 1):
-        return np.sum(a * b, axis=axis, keepdims=True)
-    return np.einsum("...i,...i->...", a, b)[..., None]
-
-
-def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
-    """max(x, axis, keepdims=True)."""
-    if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
-        return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
-    starts = np.arange(0, x.size, x.shape[-1])
-    rows = np.maximum.reduceat(x.reshape(-1), starts)
-    return rows.reshape(*x.shape[:-1], 1)
-
-
-def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
-    """np.sum, fast for short rows of float32; and float16 is added up in float32."""
-    if x.dtype == np.float16:
-        return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
-
-    n = _last_axes(x, axis) if x.dtype == np.float32 else 0
-    length = math.prod(x.shape[x.ndim - n:])
-    if n == 0 or length > 4096:
-        return np.sum(x, axis=axis, keepdims=keepdims)
-
-    outer_axes = x.shape[:-n]
-    sums = _row_sum(x.reshape(*outer_axes, length))  # (..., 1)
-    return sums.reshape(outer_axes + (1,) * n if keepdims else outer_axes)
-
-
-def _last_axes(x: np.ndarray, axis: Any) -> int:
-    """How many axes `axis` names, if they are the last ones and not all; else 0."""
-    if axis is None:
-        return 0
-    named = axis if isinstance(axis, tuple) else (axis,)
-    axes = sorted(a + x.ndim if a < 0 else a for a in named)
-    n = len(axes)
-    return n if n < x.ndim and axes == list(range(x.ndim - n, x.ndim)) else 0
-
-
-# ### Spread and extremes: what of a tie?
-#
+# The variance is the mean square of `x - mean(x)`, and written so it needs no rule.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
@@ -1829,9 +1764,8 @@ def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
 
 
-# The largest element passes its cotangent on; several that tie share it evenly. A nan
-# counts as the largest, and the smallest, and leaves no element of its row a gradient
-# that is a number.
+# The largest element passes its cotangent on; several that tie share it evenly. Where
+# one is nan, so is the result, and each element that it was taken of receives nan.
 def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
@@ -1855,9 +1789,10 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 
 # ### Softmax: how do large exponentials add up?
 #
-# They overflow. So the largest is subtracted first, and nothing exceeds exp(0) = 1.
-# logsumexp adds it back at the end; in softmax it cancels. The derivative of logsumexp
-# is `exp(x) / sum(exp(x))`, the softmax, which is exp(x - y).
+# They overflow: in float32, e^89 is infinite. But in `softmax(x) = e^x / sum(e^x)` a
+# number that is subtracted from all of x cancels. Let it be the largest, and nothing
+# exceeds e^0 = 1. `logsumexp`, the logarithm of the sum, adds it back at the end; its
+# derivative is the softmax, which is `e^(x - y)`.
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
@@ -1873,18 +1808,8 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
 #
 #     sum_i g_i y_i (1[i=j] - y_j)  =  y_j g_j - y_j sum_i g_i y_i
 #
-# or `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
-#
-# To find the largest of each row is slow, and seldom needed. The extremes of *all*
-# elements are found quickly. If they lie within 40 of 0, their exponentials lie between
-# 1e-18 and 1e18, far from the limits of float32, and nothing has to be subtracted.
-def _is_moderate(x: np.ndarray) -> bool:
-    """Whether the exponentials of x can be added up as they are. (Not if one is nan.)"""
-    if x.dtype == np.float16:  # e^12 is too much for it
-        return False
-    return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
-
-
+# or `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`. (The helpers
+# for rows are sums and maxima with keepdims=True, in less time, and stand at the end.)
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
@@ -1906,37 +1831,19 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 
 # ### Products and running sums: what of zeros?
 #
-# The derivative of a product by one element is the product of all others. To divide by
-# the element is no way to leave it out: it may be 0. So a product is taken by halves,
-# the first half times the second, until one element is left; `mul` knows the rest, to
-# all orders. A running product takes log2(n) steps, too: first each element is
-# multiplied with its neighbour, then with the one 2 before it, 4 before it (Hillis and
-# Steele, 1986). A running sum hands each element's cotangent to all before it: that is
-# a running sum from the end.
-def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
-    """The numbers, from 0 on, of the axes named; None means all. Errors say `name`."""
-    numbers = range(x.ndim)
-    if axis is None:
-        return tuple(numbers)
-    try:
-        axes = tuple(numbers[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
-    except IndexError:
-        raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"{name} of {x.shape}: axis {axis} names an axis twice")
-    return axes
-
-
-def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
-    """x with the axes named joined into one, which is the last; and their numbers."""
-    x = as_tensor(x)
-    axes = _axes(name, x, axis)
-    moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
-    outer_axes = moved.shape[:x.ndim - len(axes)]
-    length = math.prod(moved.shape[len(outer_axes):])
-    return reshape(moved, (*outer_axes, length)), axes
-
-
+# The derivative of a product by one element is the product of all others. That is not
+# `y / x`, for the element may be 0. So a product is taken by halves, the first half
+# times the second, until one element is left; `mul` knows the rest, to all orders:
+#
+#     [2 3 0 5]  ->  [2*0 3*5] = [0 15]  ->  [0*15] = [0]
+#
+# A running product takes log2(n) steps, too: each element is multiplied with the one
+# before it, then with the one 2 before it, 4 before it (Hillis and Steele, 1986):
+#
+#     [a b c d]  ->  [a ab bc cd]  ->  [a ab abc abcd]
+#
+# A running sum hands each element's cotangent to all before it: that is a running sum
+# from the end.
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The product of all elements, or over the axes given. Zeros are no special case."""
     x, axes = _joined("prod", x, axis)  # (..., n)
@@ -1960,30 +1867,49 @@ def cumprod(x: Any, axis: int | None = None) -> Tensor:
     return y if axis is None else moveaxis(y, -1, axis)
 
 
-@primitive(lambda g, y, x, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis))
-def _cumsum_along(x: Any, axis: int) -> Tensor:
+@primitive(lambda g, y, x, axis=None:
+           np.flip(np.cumsum(np.flip(g, axis), axis), axis).reshape(x.shape))
+def cumsum(x: Any, axis: int | None = None) -> Tensor:
+    """The running sum along an axis; None flattens x first."""
     return np.cumsum(x, axis)
 
 
-def cumsum(x: Any, axis: int | None = None) -> Tensor:
-    """The running sum along an axis; None flattens x first."""
-    return _cumsum_along(reshape(x, -1), 0) if axis is None else _cumsum_along(x, axis)
+# These, and the quantiles below, know one axis: so several are first joined into one.
+def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
+    """x with the axes named joined into one, which is the last; and their numbers."""
+    x = as_tensor(x)
+    axes = _axes(name, x, axis)
+    moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
+    outer = x.ndim - len(axes)  # so many axes stay
+    return reshape(moved, (*moved.shape[:outer], math.prod(moved.shape[outer:]))), axes
+
+
+def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
+    """The numbers, from 0 on, of the axes named; None means all. Errors say `name`."""
+    numbers = range(x.ndim)
+    if axis is None:
+        return tuple(numbers)
+    try:
+        axes = tuple(numbers[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+    except IndexError:
+        raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{name} of {x.shape}: axis {axis} names an axis twice")
+    return axes
 
 
 # ### Quantiles: which elements is one made of?
 #
-# A quantile lies between two neighbours in sorted order. NumPy tells where: the
-# quantile of the numbers 0, 1, ..., n - 1 is the place itself. Take 40, 10, 80, 20 and
-# q = 0.75. Of 0, 1, 2, 3 that quantile is 2.25: so we are a quarter of the way from
-# place 2 of 10, 20, 40, 80 to place 3, at 0.75 * 40 + 0.25 * 80 = 50. And the gradient
-# goes to these two, in these parts:
+# Two neighbours in sorted order. NumPy tells which: the quantile of the numbers 0, 1,
+# ..., n - 1 is the place itself. Take 40, 10, 80, 20 and q = 0.75. Of 0, 1, 2, 3 that
+# quantile is 2.25: so we are a quarter of the way from place 2 of 10, 20, 40, 80 to
+# place 3, at 0.75 * 40 + 0.25 * 80 = 50. And g goes to these two, in these parts:
 #
 #     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
 #     >>> y = np.quantile(x, 0.75)
 #     >>> print(y, *gradients(y, [x]))
 #     50.0 [0.75 0.   0.25 0.  ]
 #
-# (Of equal elements, it goes to those that the sorting put there.)
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
@@ -2018,6 +1944,75 @@ def _interpolated(ordered: Tensor, place: Any) -> Tensor:
     above = np.ceil(place).astype(int)
     between = y * rest + ordered[..., above] * part
     return where(part > 0, between, y)  # for an infinite element times 0 is nan
+
+
+# ### The same in less time
+#
+# These are np.sum, np.max and the sum of `a * b`, with another way for short rows
+# (ROWS, II.7), and the naive one where that does not fit.
+_ones = functools.lru_cache(16)(np.ones)
+
+
+def _rows(x: Any) -> Any:
+    """x with all axes but the last joined into one."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _row_sum(x: Any, axis: Any = -1) -> Any:
+    """sum(x, axis, keepdims=True), in array code."""
+    n = x.shape[-1]
+    unsafe = n == 5  # there OpenBLAS 0.3.31 reads unwritten memory, and NumPy may warn
+    if axis not in (-1, x.ndim - 1) or unsafe:
+        return np.sum(x, axis=axis, keepdims=True)
+    return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
+
+
+def _row_dot(a: Any, b: Any, axis: Any = -1) -> Any:
+    """sum(a * b, axis, keepdims=True), in array code."""
+    if axis not in (-1, a.ndim - 1):
+        return np.sum(a * b, axis=axis, keepdims=True)
+    return np.einsum("...i,...i->...", a, b)[..., None]
+
+
+def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
+    """max(x, axis, keepdims=True)."""
+    if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
+        return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
+    starts = np.arange(0, x.size, x.shape[-1])
+    rows = np.maximum.reduceat(x.reshape(-1), starts)
+    return rows.reshape(*x.shape[:-1], 1)
+
+
+def _is_moderate(x: np.ndarray) -> bool:
+    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (Not if one is nan.)"""
+    if x.dtype == np.float16:  # e^12 is too much for it
+        return False
+    return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
+
+
+def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+    """np.sum, fast for short rows of float32; float16 is added up in float32."""
+    if x.dtype == np.float16:
+        return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
+
+    n = _last_axes(x, axis) if x.dtype == np.float32 else 0
+    length = math.prod(x.shape[x.ndim - n:])
+    if n == 0 or length > 4096:  # with more, a product would round off too much
+        return np.sum(x, axis=axis, keepdims=keepdims)
+
+    outer_axes = x.shape[:-n]
+    sums = _row_sum(x.reshape(*outer_axes, length))  # (..., 1)
+    return sums.reshape(outer_axes + (1,) * n if keepdims else outer_axes)
+
+
+def _last_axes(x: np.ndarray, axis: Any) -> int:
+    """How many axes `axis` names, if they are the last ones and not all; else 0."""
+    if axis is None:
+        return 0
+    named = axis if isinstance(axis, tuple) else (axis,)
+    from_the_end = sorted(a if a < 0 else a - x.ndim for a in named)
+    n = len(named)
+    return n if n < x.ndim and from_the_end == list(range(-n, 0)) else 0
 
 
 # ## II.6 Linear algebra: why the transposes?
@@ -2758,10 +2753,11 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 # (Sapphire Rapids), with NumPy 2.4.
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
-#   take 78 us by `sum(axis=1)`, and 9 us as a product with a vector of ones
-#   (`_row_sum`); the maxima take 330 us, and 200 us by reduceat (`_row_max`). The
-#   maximum of the whole array takes 9 us. Inner products of rows are fast as
-#   `np.einsum("ij,ij->i", a, b)`.
+#   take 78 us by `sum(axis=1)`, and 9 us as a product with ones, `[3 4 5] @ [1 1 1] = 12`
+#   (`_row_sum`, II.5), which rounds off more than np.sum, for that adds in pairs. The
+#   maxima take 330 us, and 200 us by reduceat (`_row_max`); the maximum of the whole
+#   array takes 9 us, and often is enough (`_is_moderate`). Inner products of rows are
+#   fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
 #   pays for each that it begins. So the longest axis should lie last: adding (128, 16,
 #   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
