@@ -2036,7 +2036,7 @@ def _mT(a: Any) -> Any:
 
 
 def _with_shape(x: Any) -> Any:
-    """x if it has a shape, else a Tensor of it. (The operation settles an array's dtype.)"""
+    """x if it has a shape, else a Tensor. (An operation settles the dtype of arrays.)"""
     if isinstance(x, np.generic):
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -2137,24 +2137,22 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# The rule takes for granted that all is said by letters; that a letter is one axis of an
-# operand, and one length in all of them; and that each letter of A is in the output or
-# in another operand, too: else the loop backwards would not know how far it runs. NumPy
-# allows more than that, so `einsum` first brings what it is given into this form. What
-# it does to operands is `diagonal` and `sum`, which have their own rules.
+# The rule takes for granted that all is said by letters, that no letter is twice in one
+# operand, and that each axis of A has a partner, of its letter and its length, in the
+# output or in another operand: else the loop backwards would not know how far it runs.
+# NumPy allows more, so `einsum` first brings what it is given into this form. (Steps 4
+# and 5 touch the operands, by operations that have their own rules.)
 #
-#     1  numbers become letters              a, [0, 1], [1]   ->  "AB->B"
-#     2  no arrow: keep what occurs once     "ij,jk"          ->  "ij,jk->ik"
-#     3  dots become letters                 "...i,i->..."    ->  "Ai,i->A"
-#     4  a letter twice: the diagonal        "ii->i"          ->  "i->i"
-#     5  an axis of length 1 that NumPy      "ij,jk->ik" of   ->  "i1,jk->ik"
-#        would stretch is called 1           (2, 1), (3, 4)
-#     6  a 1, and a letter without           "i1,jk->ik"      ->  "i,k->ik"
-#        partner, is added up
+#     1  numbers become letters              a, [0, 1], [1]      ->  "AB->B"
+#     2  no arrow: keep what occurs once     "ij,jk"             ->  "ij,jk->ik"
+#     3  dots become letters                 "...i,i->..."       ->  "Ai,i->A"
+#     4  a letter twice: the diagonal        "ii->i"             ->  "i->i"
+#     5  no partner: added up                "ij,jk->k"          ->  "j,jk->k"
+#        (an axis of 1 that NumPy would      "ij,jk->ik" of      ->  "i,k->ik"
+#        stretch is no partner of a longer)  (2, 1), (3, 4)
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
-    """np.einsum, as `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b,
-    [1])`.
+    """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
 
     Dots, repeated letters and stretched axes mean what they mean to NumPy. A good order
     of the products is always chosen (`optimize`). ValueError if letters and shapes do
@@ -2167,20 +2165,20 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     try:
         terms, output = _einsum_terms(subscripts, shapes)  # steps 2 and 3
         factors = list(map(_einsum_diagonal, terms, operands))  # step 4
-        terms = _einsum_ones(factors)  # step 5
+        places = _einsum_places(factors, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
         raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
 
-    letters = "".join(terms) + output
-    partners = {c for c in letters if letters.count(c) > 1} - {"1"}
-    operands = [x for _, x in factors]
-    for i, term in enumerate(terms):  # step 6
-        alone = tuple(axis for axis, c in enumerate(term) if c not in partners)
-        if alone:
-            operands[i] = np.sum(operands[i], axis=alone)
-            terms[i] = "".join(c for c in term if c in partners)
-    return _einsum(*operands, subscripts=",".join(terms) + "->" + output)
+    for i, (term, x) in enumerate(factors):  # step 5
+        partners = [places.count(place) - 1 for place in zip(term, x.shape)]
+        if 0 in partners:
+            alone = tuple(axis for axis, n in enumerate(partners) if n == 0)
+            kept = "".join(c for c, n in zip(term, partners) if n > 0)
+            factors[i] = kept, np.sum(x, axis=alone)
+
+    inputs = ",".join(term for term, _ in factors)
+    return _einsum(*(x for _, x in factors), subscripts=f"{inputs}->{output}")
 
 
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
@@ -2263,21 +2261,17 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
     return term, x
 
 
-def _einsum_ones(factors: list[tuple[str, Any]]) -> list[str]:
-    """Step 5: the terms, in which an axis of length 1 that meets a longer one is "1"."""
-    sizes: dict[str, int] = {}  # of each letter the one length, apart from 1, that it has
+def _einsum_places(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, int]]:
+    """For step 5: each axis of operands and output, as its letter and its length."""
+    places: list[tuple[str, int]] = []
     for term, x in factors:
-        for letter, n in zip(term, x.shape):
-            size = sizes.get(letter, 1)
-            if n not in (1, size) and size != 1:
-                raise ValueError(f"axes of sizes {size} and {n} both are {letter!r}")
-            sizes[letter] = n if size == 1 else size
+        places += zip(term, x.shape)
 
-    terms = []
-    for term, x in factors:
-        names = [c if n == sizes[c] else "1" for c, n in zip(term, x.shape)]
-        terms.append("".join(names))
-    return terms
+    sizes: dict[str, int] = {}  # of each letter the one size, apart from 1
+    for letter, n in places:
+        if n != 1 and n != sizes.setdefault(letter, n):
+            raise ValueError(f"axes of sizes {sizes[letter]} and {n} both are {letter!r}")
+    return places + [(letter, sizes.get(letter, 1)) for letter in output]
 
 
 # ### Inverse and determinant: how is a rule of matrices found?
@@ -2338,11 +2332,9 @@ def solve(a: Any, b: Any) -> Tensor:
 #
 # *log det* is that, divided by the determinant: A receives `g A^-T`.
 #
-#     >>> a = np.array([[2.0, 1.0], [4.0, 4.0]])
-#     >>> print(grad(np.linalg.det)(a), grad(lambda a: np.linalg.slogdet(a)[1])(a))
-#     [[ 4. -4.]
-#      [-1.  2.]] [[ 1.   -1.  ]
-#      [-0.25  0.5 ]]
+#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
+#     [[ 5. -4.]
+#      [-1.  2.]]
 #
 # A singular matrix has cofactors, too, though no inverse. Their transpose, the
 # adjugate, is what a recursion arrives at (Faddeev and LeVerrier):
@@ -2355,15 +2347,13 @@ def solve(a: Any, b: Any) -> Tensor:
 #     [[ 2. -1.]
 #      [-4.  2.]]
 #
-# Being products alone, it never divides by zero; but these are many, and lose digits
-# from n = 10 or so on. Why it is right:
+# It never divides by zero; but its products are many, and lose digits from n = 10 or so
+# on. Why it is right:
 #
 #     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
 #     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
-#     3  as c_n = (-1)^n det A      adj(A) = (-1)^(n-1) B,  for A adj(A) = det(A) I
-#     4  Horner builds up B         B <- A B + c_k I,  beginning with I
-#     5  Newton's identities        c_k = -trace(A B) / k
-#     6  with H = (-1)^k B          H <- trace(A H) / k I - A H,  and ends as adj(A)
+#     3  Horner (c_k is Newton's)   B <- A B + c_k I, from I on,  c_k = -trace(A B) / k
+#     4  as c_n = (-1)^n det A      H = (-1)^k B ends as adj(A), for A adj(A) = det(A) I
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -2384,9 +2374,8 @@ def _det_rule(g: Any, y: Any, a: Any) -> Any:
 det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
 
 
-# What has several results is one operation all the same: they are packed into one
-# array, and cut apart by indexing, whose rule we have. They are returned as NumPy
-# returns them.
+# What has several results packs them into one array, to be one operation; they are cut
+# apart by indexing, whose rule we have, and returned as NumPy returns them.
 @functools.cache
 def _result_type(function: Callable) -> Callable:
     """NumPy's own namedtuple for what `function` returns."""
@@ -2409,11 +2398,9 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #
 # Here A is a product of factors of a certain kind: triangular, or with orthonormal
 # columns. Differentiate `A = ...`, and the kind of each factor says which part of the
-# equation moves it.
-#
-# Of triangular factors, the equation gives `X + X^T` with X lower triangular. To get X
-# back, `low` takes the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X.
-# As it only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
+# equation moves it. Where that part is `X + X^T` with a lower triangular X, `low` takes
+# the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X. As it only scales
+# elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 # *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
 #
@@ -2425,9 +2412,9 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #     6  then the rest              A receives L^-T low(L^T g) L^-1
 #     7  as dA is symmetric         or the symmetric part of that
 #
-# NumPy reads one triangle of a matrix that it takes for symmetric. Its cotangent has
-# one half in each triangle, as in PyTorch, and counts for both together: use it where A
-# is symmetric however it moves, as `x @ x.T` is.
+# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
+# each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
+# as `x @ x.T` does.
 def _low(x: Any) -> Any:
     """The lower triangle of x, with half of its diagonal."""
     n = x.shape[-1]
@@ -2469,10 +2456,9 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
 #     9  A receives                 V M V^T, or its symmetric part
 #
-# Where two eigenvalues are equal, their eigenvectors may be any that span the same
-# plane, and have no derivative: the division by 0 says so, by inf or nan. Where they
-# are nearly equal, it has lost as many digits as w_j - w_i has. (0 / 0 is 0 here: so
-# what is made of eigenvalues alone has its first derivative everywhere.)
+# Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
+# 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
+# w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, and 0 where both are 0."""
     return a / np.where((a == 0) & (b == 0), 1, b)
@@ -2519,9 +2505,9 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #     7  s_i (4) + s_j (5)          dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
 #                                   with gap_ij = s_j^2 - s_i^2
 #
-# (In 5, dC_ji is -dC_ij.) For a square A the loss moves by `<c, dC> + <gs, ds> +
-# <d, dD>`, with `c = U^T gU` and `d = V^T gV`. By step 6, P_ij is in two terms of
-# `<c, dC>`, those of dC_ij and of dC_ji:
+# (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
+# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. P_ij is in two
+# terms of `<c, dC>`: by step 6 in dC_ij, and by step 6 with i and j exchanged in dC_ji:
 #
 #     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
 #     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
