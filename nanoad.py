@@ -2027,9 +2027,10 @@ def _interpolated(ordered: Tensor, place: Any) -> Tensor:
 #     [[30. 50.]] [[10. 20.]]
 #
 # The first page, down to `linear`, is easy, and all that the networks of part III need.
-# Of einsum read the rule, and skip the six steps before it. Then see how `inv` comes to
-# its rule: all that follows comes to its own in the same way, by numbered steps to which
-# the code points. Follow one with a pencil, and leave the others until you need them.
+# Of einsum read the rule, and skip the five steps that prepare its operands. Then see
+# how `inv` comes to its rule. All that follows does it in the same way, in numbered
+# steps to which the code points: follow one with a pencil, and leave the others until
+# you need them.
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
@@ -2140,8 +2141,9 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
 # The rule takes for granted that all is said by letters, that no letter is twice in one
 # operand, and that each axis of A has a partner, of its letter and its length, in the
 # output or in another operand: else the loop backwards would not know how far it runs.
-# NumPy allows more, so `einsum` first brings what it is given into this form. (Steps 4
-# and 5 touch the operands, by operations that have their own rules.)
+# NumPy allows more, so `einsum` first brings what it is given into this form. Steps 4
+# and 5 touch the operands, by operations that have their own rules. (If two axes of 1
+# remain beside longer ones, NumPy stretches them, and the walk adds up: I.4.)
 #
 #     1  numbers become letters              a, [0, 1], [1]      ->  "AB->B"
 #     2  no arrow: keep what occurs once     "ij,jk"             ->  "ij,jk->ik"
@@ -2256,7 +2258,7 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
             if x.shape[i] != x.shape[j]:
                 raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
                                  f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
-            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n)
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
             term = term.replace(letter, "", 2) + letter
     return term, x
 
@@ -2289,7 +2291,7 @@ def _einsum_places(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
 #     1  A Y = I moves by           dA Y + A dY = 0
 #     2  times Y from the left      dY = -Y dA Y
 #     3  A receives                 -Y^T g Y^T
-inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),
+inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
           doc="The inverse of each matrix. LinAlgError if one is singular.")
 
 
@@ -2318,15 +2320,14 @@ def solve(a: Any, b: Any) -> Tensor:
     columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
-                         "(..., n, n) and a vector (n,) or columns (..., n, k); for others there "
-                         "is lstsq")
+                         "(..., n, n) and a vector (n,) or columns (..., n, k); else lstsq")
     x = _solve(a, columns)
     return x[..., 0] if vectors else x
 
 
-# *det*, with the cofactors C_ij, in which nothing of row i occurs:
+# *det*, with the cofactors C_ij:
 #
-#     1  expand along row i         det A = sum_j A_ij C_ij
+#     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
 #     2  so A receives              g C
 #     3  and by Cramer              C = det(A) A^-T
 #
@@ -2353,7 +2354,7 @@ def solve(a: Any, b: Any) -> Tensor:
 #     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
 #     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
 #     3  Horner (c_k is Newton's)   B <- A B + c_k I, from I on,  c_k = -trace(A B) / k
-#     4  as c_n = (-1)^n det A      H = (-1)^k B ends as adj(A), for A adj(A) = det(A) I
+#     4  H = (-1)^k B; at the end   A H = (-1)^n c_n I = det(A) I, so H is the adjugate
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -2428,9 +2429,7 @@ def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
     return (ga + _mT(ga)) / 2  # step 7
 
 
-@primitive(_cholesky_rule)
-def _cholesky(a: Any) -> Tensor:
-    return np.linalg.cholesky(a)
+_cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
 
 
 @_answers(np.linalg.cholesky)
