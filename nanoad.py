@@ -2025,17 +2025,19 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 #     >>> (A @ B).backward(grad=[[10.0]])
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
+#
+# The first page, down to `linear`, is easy, and all that the networks of part III need.
+# Of einsum read the rule, and skip the five steps that prepare its operands. Then see
+# how `inv` comes to its rule. All that follows does it in the same way, in numbered
+# steps to which the code points: follow one with a pencil, and leave the others until
+# you need them.
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
 
 
 def _with_shape(x: Any) -> Any:
-    """x as it is if it has a shape, else a Tensor of it.
-
-    (as_tensor would make float64 of a bool mask. An array that stays one takes its
-    dtype from what it meets, as in every operation.)
-    """
+    """x if it has a shape, else a Tensor. (An operation settles the dtype of arrays.)"""
     if isinstance(x, np.generic):
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -2059,11 +2061,11 @@ def matmul(a: Any, b: Any) -> Tensor:
         raise ValueError(f"matmul of {a.shape}, {b.shape}: a's last axis must be as "
                          "long as b's last but one (a vector's only one); for a number use *")
 
-    if rank_b == 1:
+    if rank_b == 1:  # (..., k), (k,): b is a column
         return _matmul(_rows(a), np.expand_dims(b, 1)).reshape(a.shape[:-1])
-    if rank_b == 2 and rank_a != 2:
+    if rank_b == 2 and rank_a != 2:  # (..., k), (k, n)
         return _matmul(_rows(a), b).reshape(a.shape[:-1] + b.shape[1:])
-    if rank_a == 1:
+    if rank_a == 1:  # (k,), (..., k, n): a is a row
         return _matmul(np.expand_dims(a, 0), b).squeeze(-2)
     return _matmul(a, b)
 
@@ -2113,9 +2115,14 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 #
 #     for all i, j, k:    gA[i, j] += g[i, k] * B[j, k]
 #
-# This loop is an einsum as well, "ik,jk->ij" of g and B. The letters of A and of the
-# output have changed places, and g stands where A stood. That is the whole rule,
-# whatever the letters, and for any number of operands:
+# This loop is an einsum as well, "ik,jk->ij" of g and B: g stands where A stood, and
+# the letters of A and of the output have changed places. That is the whole rule,
+# whatever the letters, and for any number of operands. With the numbers from above,
+# where `A[0, 1]` receives `10 * 5`:
+#
+#     >>> A, B, g = np.array([[1.0, 2.0]]), np.array([[3.0], [5.0]]), np.array([[10.0]])
+#     >>> print(_einsum_rule(0, g, A @ B, A, B, subscripts="ij,jk->ik"))
+#     [[30. 50.]]
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
@@ -2131,35 +2138,23 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# Two things are assumed. A letter stands for one axis of an operand, and for one length
-# in all of them. And each letter of A is in the output or in another operand, too: else
-# the loop backwards would not know how far it runs. NumPy allows more than that, so
-# `einsum` first brings what it is given into this form, in six steps. Those that touch
-# the operands are other operations, whose rules we have.
+# The rule takes for granted that all is said by letters, that no letter is twice in one
+# operand, and that each axis of A has a partner, of its letter and its length, in the
+# output or in another operand: else the loop backwards would not know how far it runs.
+# NumPy allows more, so `einsum` first brings what it is given into this form. Steps 4
+# and 5 touch the operands, by operations that have their own rules. (If two axes of 1
+# remain beside longer ones, NumPy stretches them, and the walk adds up: I.4.)
 #
-#     1  numbers instead of letters              a, [0, 1], [1]   ->  "AB->B"
-#     2  no arrow: what occurs once is kept      "ij,jk"          ->  "ij,jk->ik"
-#     3  dots stand for the axes left over       "...i,i->..."    ->  "Ai,i->A"
-#     4  a letter twice is the diagonal          "ii->i"          ->  "i->i"
-#     5  an axis of length 1 that meets a        "ij,jk->ik"      ->  "i,jk->ik"
-#        longer one (NumPy would stretch it)     shapes (2, 1),
-#        is dropped                              (3, 4)
-#     6  a letter in one operand only is         "ij,jk->k"       ->  "j,jk->k"
-#        added up first
-#
-# In this example 2, 4 and 6 have work to do:
-#
-#     >>> x, y = Tensor([[1.0, 2.0], [3.0, 4.0]]), Tensor([5.0, 7.0])
-#     >>> product = einsum("ii,j", x, y)
-#     >>> print(product)
-#     [25. 35.]
-#     >>> print(product._settings["subscripts"], *gradients(product.sum(), [x, y]))
-#     ,j->j [[12.  0.]
-#      [ 0. 12.]] [5. 5.]
+#     1  numbers become letters              a, [0, 1], [1]      ->  "AB->B"
+#     2  no arrow: keep what occurs once     "ij,jk"             ->  "ij,jk->ik"
+#     3  dots become letters                 "...i,i->..."       ->  "Ai,i->A"
+#     4  a letter twice: the diagonal        "ii->i"             ->  "i->i"
+#     5  no partner: added up                "ij,jk->k"          ->  "j,jk->k"
+#        (an axis of 1 that NumPy would      "ij,jk->ik" of      ->  "i,k->ik"
+#        stretch is no partner of a longer)  (2, 1), (3, 4)
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
-    """np.einsum, as `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b,
-    [1])`.
+    """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
 
     Dots, repeated letters and stretched axes mean what they mean to NumPy. A good order
     of the products is always chosen (`optimize`). ValueError if letters and shapes do
@@ -2172,25 +2167,22 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     try:
         terms, output = _einsum_terms(subscripts, shapes)  # steps 2 and 3
         factors = list(map(_einsum_diagonal, terms, operands))  # step 4
-        sizes = _einsum_sizes(factors)
+        places = _einsum_places(factors, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
         raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
 
-    for i, (term, x) in enumerate(factors):  # step 5 (the sum over one element drops it)
-        stretched = [c for c, n in zip(term, x.shape) if n != sizes[c]]
-        factors[i] = _einsum_sum(term, x, stretched)
-
-    letters = "".join(term for term, _ in factors) + output
-    for i, (term, x) in enumerate(factors):  # step 6
-        alone = [c for c in term if letters.count(c) == 1]
-        factors[i] = _einsum_sum(term, x, alone)
+    for i, (term, x) in enumerate(factors):  # step 5
+        partners = [places.count(place) - 1 for place in zip(term, x.shape)]
+        if 0 in partners:
+            alone = tuple(axis for axis, n in enumerate(partners) if n == 0)
+            kept = "".join(c for c, n in zip(term, partners) if n > 0)
+            factors[i] = kept, np.sum(x, axis=alone)
 
     inputs = ",".join(term for term, _ in factors)
     return _einsum(*(x for _, x in factors), subscripts=f"{inputs}->{output}")
 
 
-# What follows are these steps. They only ever say something about letters.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
@@ -2211,7 +2203,7 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
 
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """Steps 2 and 3: the letters of each operand, and of the output; all is explicit."""
+    """Steps 2 and 3: the letters of each operand, and of the output."""
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(shapes):
@@ -2235,13 +2227,16 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 
 
 def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str], str]:
-    """Step 3: letters for the axes that an operand's own letters leave over.
+    """Step 3: new letters for the axes that an operand's own letters leave over.
 
-    As in broadcasting, it is the last of these axes that all operands share.
+    As in broadcasting, operands share the last of these axes, here the one called B:
+
+        >>> _einsum_dots(["...i", "i..."], "...", [(2, 5, 3), (3, 5)])
+        (['ABi', 'iB'], 'AB')
     """
-    counts = [max(0, len(shape) - len(term.replace("...", ""))) if "..." in term else 0
-              for term, shape in zip(terms, shapes)]
-    most = max(counts)
+    counts = [len(shape) - len(term.replace("...", "")) if "..." in term else 0
+              for term, shape in zip(terms, shapes)]  # here [2, 1]
+    most = max(0, *counts)
     if most and "..." not in output:
         raise ValueError("the output needs the dots, too; to add up over their axes, "
                          "give them letters")
@@ -2256,81 +2251,59 @@ def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
     """Step 4: of a letter that occurs more than once in the term, the diagonal."""
-    for letter in sorted(set(term)):
+    for letter in term:
         while term.count(letter) > 1:
             i = term.index(letter)
             j = term.index(letter, i + 1)
-            lengths = x.shape[i], x.shape[j]
-            if lengths[0] != lengths[1]:
+            if x.shape[i] != x.shape[j]:
                 raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                                 f"not of sizes {sorted(lengths)}")
-            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n)
+                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
             term = term.replace(letter, "", 2) + letter
     return term, x
 
 
-def _einsum_sizes(factors: list[tuple[str, Any]]) -> dict[str, int]:
-    """How long the axis of each letter is: the one size, apart from 1, that it has."""
-    sizes: dict[str, int] = {}
+def _einsum_places(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, int]]:
+    """For step 5: each axis of operands and output, as its letter and its length."""
+    places: list[tuple[str, int]] = []
     for term, x in factors:
-        for letter, n in zip(term, x.shape):
-            size = sizes.setdefault(letter, n)
-            if size == 1:
-                sizes[letter] = n
-            elif n not in (1, size):
-                raise ValueError(f"axes of sizes {size} and {n} both are {letter!r}")
-    return sizes
+        places += zip(term, x.shape)
 
-
-def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
-    """Steps 5 and 6: the term and x without these letters; their axes are added up."""
-    if not letters:
-        return term, x
-    axes = tuple(i for i, c in enumerate(term) if c in letters)
-    return "".join(c for c in term if c not in letters), np.sum(x, axis=axes)
+    sizes: dict[str, int] = {}  # of each letter the one size, apart from 1
+    for letter, n in places:
+        if n != 1 and n != sizes.setdefault(letter, n):
+            raise ValueError(f"axes of sizes {sizes[letter]} and {n} both are {letter!r}")
+    return places + [(letter, sizes.get(letter, 1)) for letter in output]
 
 
 # ### Inverse and determinant: how is a rule of matrices found?
 #
-# All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that L moves by
-# `<g, dY>` if Y moves by dY. Then:
+# All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that the loss moves
+# by `<g, dY>` if Y moves by dY. Then:
 #
 # 1. Say how dY comes from dA, by differentiating what defines Y.
 # 2. In `<g, dY>`, bring what stands around dA over to g: `<g, P dA Q>` is
 #    `<P^T g Q^T, dA>` (the rule of matmul, twice).
 # 3. What then stands beside dA is what A receives.
 #
-# (Giles, 2008, has the whole collection.) Four of them:
+# (Giles, 2008, has the whole collection.) *inv*, `Y = A^-1`:
 #
-# *inv*: `A Y = I`, so `dA Y + A dY = 0`, and `dY = -Y dA Y`. A receives `-Y^T g Y^T`.
-#
-# *solve*: `A Y = B`, so `dA Y + A dY = dB`, and `dY = A^-1 (dB - dA Y)`. Hence B
-# receives `h = A^-T g`, another solve, and A receives `-h Y^T`.
-#
-# *det*: expand along row i, `det A = sum_j A_ij C_ij`, where the cofactors C_ij of a
-# row have nothing of that row in them. So A receives `g C`, and by Cramer
-# `C = det(A) A^-T`.
-#
-# *log det*: that, divided by the determinant: `g A^-T`.
-#
-#     >>> a = np.array([[2.0, 1.0], [4.0, 4.0]])
-#     >>> print(grad(np.linalg.det)(a), grad(lambda a: np.linalg.slogdet(a)[1])(a))
-#     [[ 4. -4.]
-#      [-1.  2.]] [[ 1.   -1.  ]
-#      [-0.25  0.5 ]]
-inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),
+#     1  A Y = I moves by           dA Y + A dY = 0
+#     2  times Y from the left      dY = -Y dA Y
+#     3  A receives                 -Y^T g Y^T
+inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
           doc="The inverse of each matrix. LinAlgError if one is singular.")
 
 
-def _solve_rule_b(g: Any, y: Any, a: Any, b: Any) -> Any:
-    return np.linalg.solve(_mT(a), g)
-
-
-def _solve_rule_a(g: Any, y: Any, a: Any, b: Any) -> Any:
-    return -_solve_rule_b(g, y, a, b) @ _mT(y)
-
-
-@primitive(_solve_rule_a, _solve_rule_b)
+# *solve*, `Y = A^-1 B`:
+#
+#     1  A Y = B moves by           dA Y + A dY = dB
+#     2  so                         dY = A^-1 (dB - dA Y)
+#     3  bring A^-1 over            <g, dY> = <h, dB - dA Y>   with h = A^-T g
+#     4  B receives                 h, another solve
+#     5  A receives                 -h Y^T
+@primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 5
+           lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
     # To NumPy 1, b is vectors if it has one axis less than a.
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
@@ -2347,46 +2320,63 @@ def solve(a: Any, b: Any) -> Tensor:
     columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
-                         "(..., n, n) and a vector (n,) or columns (..., n, k); for others there "
-                         "is lstsq")
+                         "(..., n, n) and a vector (n,) or columns (..., n, k); else lstsq")
     x = _solve(a, columns)
     return x[..., 0] if vectors else x
 
 
-# A singular matrix has cofactors, though no inverse. To compute them by products needs
-# no division by zero, but many operations, and loses digits from n = 10 or so on.
+# *det*, with the cofactors C_ij:
 #
-# 1. By Cayley and Hamilton, A satisfies its own characteristic polynomial,
-#    `A^n + c_1 A^(n-1) + ... + c_n I = 0`, whose c_n is `(-1)^n det A`.
-# 2. Take one A out in front: `A B = -c_n I`, with `B = A^(n-1) + ... + c_(n-1) I`. So
-#    the adjugate, for which `A adj(A) = det(A) I`, is `(-1)^(n-1) B`.
-# 3. Horner's scheme builds B up from I, by `B <- A B + c_k I`; and Newton's identities
-#    give `c_k = -trace(A B) / k` on the way.
-# 4. With `H = (-1)^k B` after step k, the signs are gone:
-#    `H <- trace(A H)/k I - A H`, and at the end H is the adjugate.
+#     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
+#     2  so A receives              g C
+#     3  and by Cramer              C = det(A) A^-T
+#
+# *log det* is that, divided by the determinant: A receives `g A^-T`.
+#
+#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
+#     [[ 5. -4.]
+#      [-1.  2.]]
+#
+# A singular matrix has cofactors, too, though no inverse. Their transpose, the
+# adjugate, is what a recursion arrives at (Faddeev and LeVerrier):
+#
+#     H = I,  and then for k = 1 to n - 1:  H <- trace(A H) / k I - A H
+#
+# For n = 2 it is one round, `trace(A) I - A`, and exchanges the diagonal as it should:
+#
+#     >>> print(_adjugate(np.array([[2.0, 1.0], [4.0, 2.0]])))
+#     [[ 2. -1.]
+#      [-4.  2.]]
+#
+# It never divides by zero; but its products are many, and lose digits from n = 10 or so
+# on. Why it is right:
+#
+#     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
+#     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
+#     3  Horner (c_k is Newton's)   B <- A B + c_k I, from I on,  c_k = -trace(A B) / k
+#     4  H = (-1)^k B; at the end   A H = (-1)^n c_n I = det(A) I, so H is the adjugate
 def _adjugate(a: Any) -> Any:
-    """The transposed cofactors of a, by products alone (Faddeev and LeVerrier)."""
+    """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
-    horner = eye
+    h = eye
     for k in range(1, a.shape[-1]):
-        product = a @ horner
+        product = a @ h
         traces = np.einsum("...ii->...", product)[..., None, None]
-        horner = traces / k * eye - product
-    return horner
+        h = traces / k * eye - product
+    return h
 
 
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
     if np.all(y != 0):
-        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))
-    return g[..., None, None] * _mT(_adjugate(a))
+        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
+    return g[..., None, None] * _mT(_adjugate(a))  # step 2
 
 
 det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
 
 
-# What has several results is one operation all the same: they are packed into one
-# array, and cut apart by indexing, whose rule we have. They are returned as NumPy
-# returns them.
+# What has several results packs them into one array, to be one operation; they are cut
+# apart by indexing, whose rule we have, and returned as NumPy returns them.
 @functools.cache
 def _result_type(function: Callable) -> Callable:
     """NumPy's own namedtuple for what `function` returns."""
@@ -2409,42 +2399,37 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #
 # Here A is a product of factors of a certain kind: triangular, or with orthonormal
 # columns. Differentiate `A = ...`, and the kind of each factor says which part of the
-# equation moves it. Below, `low(X)` is the lower triangle of X with *half* of its
-# diagonal; it only scales the elements, so `<X, low(Y)> = <low(X), Y>`. It takes
-# `X + X^T` apart: of a lower triangular X, `low(X + X^T)` is X.
+# equation moves it. Where that part is `X + X^T` with a lower triangular X, `low` takes
+# the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X. As it only scales
+# elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 # *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
 #
-# 1. `dA = dL L^T + L dL^T`.
-# 2. Multiply by L^-1 from the left and by L^-T from the right, and write `X = L^-1 dL`:
-#    `L^-1 dA L^-T = X + X^T`. With L and dL, X is lower triangular.
-# 3. So `X = low(L^-1 dA L^-T)`, and `dL = L X`.
-# 4. In `<g, dL>` bring over to g what stands before dA: first L, then low, then the
-#    rest. A receives `L^-T low(L^T g) L^-1`; and as dA is symmetric, the symmetric part
-#    of that will do.
+#     1  A moves by                 dA = dL L^T + L dL^T
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T     with X = L^-1 dL
+#     3  L, dL, so X are lower      X = low(L^-1 dA L^-T)
+#     4  hence                      dL = L X = L low(L^-1 dA L^-T)
+#     5  bring over L, then low     <g, dL> = <low(L^T g), L^-1 dA L^-T>
+#     6  then the rest              A receives L^-T low(L^T g) L^-1
+#     7  as dA is symmetric         or the symmetric part of that
 #
-# NumPy reads one triangle of a matrix that it takes for symmetric. Its cotangent has
-# one half in each triangle, as in PyTorch, and counts for both together: use it where A
-# is symmetric however it moves, as `x @ x.T` is.
-def _lower(a: Any) -> np.ndarray:
-    """What `low` multiplies by: 1 below the diagonal, 1/2 on it, 0 above."""
-    n = a.shape[-1]
-    return np.tril(np.ones((n, n), a.dtype)) - np.eye(n, dtype=a.dtype) / 2
-
-
-def _symmetric(a: Any) -> Any:
-    return (a + _mT(a)) / 2
+# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
+# each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
+# as `x @ x.T` does.
+def _low(x: Any) -> Any:
+    """The lower triangle of x, with half of its diagonal."""
+    n = x.shape[-1]
+    return (np.tril(np.ones((n, n), x.dtype)) - np.eye(n, dtype=x.dtype) / 2) * x
 
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _lower(y) * (_mT(y) @ g)  # low(L^T g)
-    left = np.linalg.solve(_mT(y), inside)  # L^-T low(L^T g)
-    return _symmetric(np.linalg.solve(_mT(y), _mT(left)))
+    inside = _low(_mT(y) @ g)  # step 5
+    left = np.linalg.solve(_mT(y), inside)  # step 6: L^-T before it
+    ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
+    return (ga + _mT(ga)) / 2  # step 7
 
 
-@primitive(_cholesky_rule)
-def _cholesky(a: Any) -> Tensor:
-    return np.linalg.cholesky(a)
+_cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
 
 
 @_answers(np.linalg.cholesky)
@@ -2458,23 +2443,21 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 
 # *eigh*, `A = V W V^T`, with `W = diag(w)` and orthonormal columns, `V^T V = I`:
 #
-# 1. `dA = dV W V^T + V dW V^T + V W dV^T`. Multiply by V^T from the left and by V from
-#    the right, and write `P = V^T dA V` and `dC = V^T dV`:
+#     1  A moves by                 dA = dV W V^T + V dW V^T + V W dV^T
+#     2  between V^T and V          P = dC W + dW + W dC^T
+#                                   with P = V^T dA V and dC = V^T dV
+#     3  V^T V = I moves by         dC + dC^T = 0, so dC^T = -dC, whose diagonal is 0
+#     4  on the diagonal            P_ii = dw_i
+#     5  elsewhere                  P_ij = dC_ij w_j - w_i dC_ij
+#     6  so                         dC_ij = P_ij / (w_j - w_i)
+#     7  the loss moves by          <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
+#                                   with c = V^T gV
+#     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
+#     9  A receives                 V M V^T, or its symmetric part
 #
-#        P = dC W + dW + W dC^T
-#
-# 2. `V^T V = I` gives `dC + dC^T = 0`. So `dC^T = -dC`, whose diagonal is 0.
-# 3. Hence on the diagonal `dw_i = P_ii`, and elsewhere `dC_ij = P_ij / (w_j - w_i)`.
-# 4. L moves by `<gw, dw> + <gV, dV>`, and `<gV, dV> = <gV, V dC> = <V^T gV, dC>`.
-#    Collect what stands beside P: M, which is gw on the diagonal and elsewhere
-#    `(V^T gV)_ij / (w_j - w_i)`.
-# 5. `<M, P> = <V M V^T, dA>`: A receives `V M V^T`, or its symmetric part.
-#
-# Where two eigenvalues are equal, their eigenvectors may be any that span the same
-# plane, and have no derivative: the division by 0 says so, by inf or nan. Where they
-# are nearly equal, it is large, and has lost as many digits as w_j - w_i has. (0 / 0 is
-# 0 here, so what is made of eigenvalues alone, such as their sum, has its first
-# derivative also where some of them are equal.)
+# Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
+# 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
+# w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, and 0 where both are 0."""
     return a / np.where((a == 0) & (b == 0), 1, b)
@@ -2483,9 +2466,11 @@ def _ratio(a: Any, b: Any) -> Any:
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
+    c = _mT(v) @ gv  # step 7
     eye = np.eye(a.shape[-1], dtype=a.dtype)
-    inside = eye * gw + _ratio((1 - eye) * (_mT(v) @ gv), w - _mT(w))  # M
-    return _symmetric(v @ inside @ _mT(v))
+    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 8
+    ga = v @ m @ _mT(v)  # step 9
+    return (ga + _mT(ga)) / 2
 
 
 @primitive(_eigh_rule)
@@ -2507,34 +2492,36 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 
 
 # *svd*, `A = U S V^T`, with `S = diag(s)` and orthonormal columns in both U and V, which
-# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016):
+# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016). It begins as eigh
+# does, but now two factors turn, by `dC = U^T dU` and `dD = V^T dV`:
 #
-# 1. Multiply dA by U^T from the left and by V from the right, and write `P = U^T dA V`,
-#    `dC = U^T dU` and `dD = V^T dV`. As before, `dC^T = -dC` and `dD^T = -dD`:
+#     1  A moves by                 dA = dU S V^T + U dS V^T + U S dV^T
+#     2  between U^T and V          P = dC S + dS - S dD       with P = U^T dA V
+#     3  on the diagonal            P_ii = ds_i
+#     4  elsewhere, element ij      P_ij =  dC_ij s_j - s_i dD_ij
+#     5  and element ji             P_ji = -dC_ij s_i + s_j dD_ij
+#     6  s_j (4) + s_i (5)          dC_ij = (s_j P_ij + s_i P_ji) / gap_ij
+#     7  s_i (4) + s_j (5)          dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
+#                                   with gap_ij = s_j^2 - s_i^2
 #
-#        P = dC S + dS - S dD
+# (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
+# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. P_ij is in two
+# terms of `<c, dC>`: by step 6 in dC_ij, and by step 6 with i and j exchanged in dC_ji:
 #
-# 2. On the diagonal, `ds_i = P_ii`. Elsewhere, elements ij and ji are two equations for
-#    the two unknowns dC_ij and dD_ij (and dC_ji is -dC_ij, dD_ji is -dD_ij):
+#     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
+#     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
+#    10  so beside P_ij stands      (c_ij - c_ji) / gap_ij s_j
+#    11  likewise, from <d, dD>     s_i (d_ij - d_ji) / gap_ij
+#    12  and beside P_ii            gs_i
+#    13  A receives                 U M V^T,  where M has the sum of 10, 11 and 12
 #
-#        P_ij =  dC_ij s_j - s_i dD_ij
-#        P_ji = -dC_ij s_i + s_j dD_ij
+# If A is tall, U is not square, and dU also has a part outside of the space of U's
+# columns (if A is wide, the same goes for V, transposed):
 #
-# 3. The first times s_j plus the second times s_i is free of dD; the first times s_i
-#    plus the second times s_j is free of dC. With `gap_ij = s_j^2 - s_i^2`:
-#
-#        dC_ij = (P_ij s_j + s_i P_ji) / gap_ij
-#        dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
-#
-# 4. If A is square, `<gU, dU> = <c, dC>` with `c = U^T gU`, and `<gV, dV> = <d, dD>`
-#    with `d = V^T gV`. P_ij occurs in dC_ij, and in dC_ji = -dC_ij; so in `<c, dC>` it
-#    stands beside `(c_ij - c_ji) s_j / gap_ij`, and likewise in `<d, dD>` beside
-#    `s_i (d_ij - d_ji) / gap_ij`. Their sum is M, off the diagonal; on it, M is gs.
-# 5. `<M, P> = <U M V^T, dA>`: A receives `U M V^T`.
-# 6. If A is tall, dU also has a part outside of the space of U's columns,
-#    `(I - U U^T) dU = (I - U U^T) dA V S^-1`, as `dA V = dU S + U (dS - S dD)`. So A
-#    receives `(gU - U c) S^-1 V^T` besides. If A is wide, the same goes for V,
-#    transposed.
+#    14  dU has two parts           dU = U dC + E dU           with E = I - U U^T
+#    15  1 between E and V          E dA V = E dU S            as E U = 0
+#    16  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
+#    17  A also receives            E gU S^-1 V^T              where E gU = gU - U c
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
@@ -2542,11 +2529,12 @@ def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
     gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
 
-    eye = np.eye(min(m, n), dtype=a.dtype)
-    inside = _ratio(c - _mT(c), gaps) * s + eye * gs + _mT(s) * _ratio(d - _mT(d), gaps)
-    ga = u @ inside @ _mT(v)
+    by_c = _ratio(c - _mT(c), gaps) * s  # step 10
+    by_d = _mT(s) * _ratio(d - _mT(d), gaps)  # step 11
+    on_diagonal = np.eye(min(m, n), dtype=a.dtype) * gs  # step 12
+    ga = u @ (by_c + on_diagonal + by_d) @ _mT(v)  # step 13
     if m > n:
-        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)
+        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 17
     if n > m:
         ga = ga + u @ _mT(_ratio(gv - v @ d, s))
     return ga
@@ -2582,25 +2570,27 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 # *qr*, `A = Q R`, with orthonormal columns in Q, and R upper triangular. It goes as
 # Cholesky does (Seeger and others, 2017):
 #
-# 1. `dA = dQ R + Q dR`. Multiply by R^-1 from the right, and write `X = dR R^-1`, which
-#    is upper triangular: `dA R^-1 = dQ + Q X`.
-# 2. Multiply by Q^T from the left, too. With `P = Q^T dA R^-1`, that is
-#    `P = Q^T dQ + X`, of which `Q^T dQ` is antisymmetric: `P + P^T = X + X^T`.
-# 3. So `X = up(P + P^T)`, where `up` is the partner of `low`: the upper triangle with
-#    half of the diagonal. And then `dR = X R`, and by step 1, `dQ = dA R^-1 - Q X`.
-# 4. `<gQ, dQ> + <gR, dR>` is `<gQ, dA R^-1> + <M, X>` with `M = gR R^T - Q^T gQ`.
-# 5. `<M, X> = <up(M), P + P^T> = <N, P>`, with N for `up(M) + up(M)^T`; and P is
-#    made of dA R^-1. Together, `<gQ + Q N, dA R^-1>`: A receives `(gQ + Q N) R^-T`.
+#     1  A moves by                 dA = dQ R + Q dR
+#     2  times R^-1 from the right  dA R^-1 = dQ + Q X         with X = dR R^-1
+#     3  times Q^T from the left    P = Q^T dQ + X             with P = Q^T dA R^-1
+#     4  add the transpose          P + P^T = X + X^T          as Q^T dQ is antisymmetric
+#     5  R, dR, so X are upper      X^T = low(P + P^T)
+#     6  the loss moves by          <gQ, dA R^-1 - Q X> + <gR, X R>
+#     7  collect                    <gQ, dA R^-1> + <M, X>     with M = gR R^T - Q^T gQ
+#     8  transpose, bring low over  <M, X> = <low(M^T), P + P^T>
+#     9  collect                    = <N, P>       with N = low(M^T) + low(M^T)^T
+#    10  P is Q^T dA R^-1           together <gQ + Q N, dA R^-1>
+#    11  A receives                 (gQ + Q N) R^-T
 #
 # A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
 # `R2 = Q^T A2`.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
-    upper = _mT(_lower(a)) * (gr @ _mT(r) - _mT(q) @ gq)  # up(M)
-    left = gq + q @ (upper + _mT(upper))
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8: low(M^T)
+    left = gq + q @ (low + _mT(low))  # steps 9 and 10
     _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
-    return _mT(np.linalg.solve(r, _mT(left)))  # left R^-T
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 11
 
 
 def _refuse_dependent_columns(r: np.ndarray, longer: int) -> None:
@@ -2636,35 +2626,33 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 
 # *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
 # symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra,
-# 1973).
+# 1973). Write `E = I - A P` and `F = I - P A`. Then `E E = E`, `P E = 0` and `A^T E = 0`.
 #
-# 1. Differentiate `P = P A P`, and collect:
-#    `dP = -P dA P + dP (I - A P) + (I - P A) dP`.
-# 2. `P (I - A P) = 0`, so `dP (I - A P) = P d(A P)`. As A P is symmetric,
-#    `d(A P) = dP^T A^T + P^T dA^T`. Multiply by `I - A P`, which is its own square and
-#    turns A^T into 0: `dP (I - A P) = P P^T dA^T (I - A P)`.
-# 3. In the same way, `(I - P A) dP = (I - P A) dA^T P^T P`.
-# 4. Bring each over to g (a dA^T transposes what it receives). A receives
+#     1  P = P A P moves by         dP = dP A P + P dA P + P A dP
+#     2  so                         dP E + F dP = dP + P dA P
+#     3  P E = 0 moves by           dP E = P d(A P)
+#     4  A P = P^T A^T moves by     d(A P) = dP^T A^T + P^T dA^T
+#     5  3 times E, as A^T E = 0    dP E = P P^T dA^T E
+#     6  in the same way            F dP = F dA^T P^T P
+#     7  by steps 2, 5 and 6        dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
 #
-#        -P^T g P^T  +  (I - A P) g^T P P^T  +  P^T P g^T (I - P A)
+# (A dA^T transposes what it receives; E, F and `P P^T` are symmetric.)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
+    # step 8
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
-@primitive(_pinv_rule)
-def _pinv(a: Any, rcond: Any = None) -> Tensor:
-    return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
-
-
 @_answers(np.linalg.pinv)
+@primitive(_pinv_rule)
 def pinv(a: Any, rcond: Any = None) -> Tensor:
     """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
     Its derivative is right for changes of a that leave the rank as it is.
     """
-    return _pinv(a, rcond=rcond)
+    return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
 
 
 # ## II.7 Fused operations: how is one made fast?
