@@ -106,7 +106,7 @@ class Tensor:
         "_operands",      # what that was given by position: its operands, and behind them
                           # settings, if any; None once the tape was let go (I.5)
         "_settings",      # what it was given by name: settings, such as axis=0
-        # The rest can wait: for the fast way back (II.7), the watch over writes (IV.1),
+        # Skip these: they are for the fast way back (II.7), the watch over writes (IV.1),
         # what an earlier walk has met (IV.3), and Python's weak references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
@@ -273,7 +273,9 @@ def no_grad() -> contextlib.AbstractContextManager:
 #     def operation(*operands):
 #         y = forward(*(_value(a) for a in operands))
 #         tracked = any(_tracked(a) for a in operands)
-#         return remember(y, operation, operands) if tracked else constant(y)
+#         if tracked:
+#             return _fill(Tensor.__new__(Tensor), y, True, operation, operands)
+#         return _wrap(y)  # a constant
 #
 # The real one, `_operation`, does this in four steps, and II.9 follows a call through
 # them. `primitive` makes an operation of a function and its rules.
@@ -450,9 +452,10 @@ Tensor.__neg__ = neg
 # exception is `x[i]`, a free view, whose cotangent is as large as x.)
 #
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
-# younger than t*. When t is the youngest that waits, all that used it has been taken
-# before; and nothing younger can come to wait later, since from here on only operands
-# are added, which are older still. So its cotangent is complete. Take `y = a * b` and
+# younger than t*. When t is the youngest that waits, nothing that uses it is waiting; and
+# nothing younger can come to wait later, since from here on only operands are added,
+# which are older still. So all that used t has been taken before, and its cotangent is
+# complete. Take `y = a * b` and
 # `z = y + a`, with the times 1, 2, 3, 4:
 #
 #          z:4         what waits, with its cotangent     is taken
@@ -466,7 +469,8 @@ Tensor.__neg__ = neg
 # Where does this walk fail, or waste?
 #
 # - Let `x` have the shape (3,) and be added to a table (4, 3): it receives (4, 3). (I.4)
-# - Of `2 * x`, the 2 would have to wait as well; and no rule is told its settings. (I.5)
+# - Of `2 * x`, the 2 would have to wait, and has no time; and no rule is told its
+#   settings, such as an axis. (I.5)
 # - `max` looks at all that waits, at each step. (I.5: a heap)
 # - All it passed stays in memory until the last tensor is dropped. (I.5: letting go)
 # - It always goes to all leaves, whoever asks. (I.5: routes)
@@ -500,95 +504,8 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
 # ## I.5 The real walk: what does care add?
 #
-# The same walk, with a heap instead of `max`: of the negative times, since a heap of
-# Python's gives out the smallest. Nothing here recurses, for a tape may be a million
-# operations deep. What else is new is marked by a letter, and told below.
-
-
-def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
-          retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
-    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
-    first.
-
-    A cotangent is an ndarray; with `create_graph`, a Tensor. Only what lies on `route`
-    is visited; None means all.
-    """
-    waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
-    for t, g in seeds:
-        if t._time in waiting:
-            g = waiting[t._time][1] + g
-        waiting[t._time] = t, g
-    heap = sorted(-time for time in waiting)  # a sorted list is a heap
-    while heap:
-        t, g = waiting.pop(-heapq.heappop(heap))
-        yield t, g
-        if t._op is None or (route is not None and t._time <= route.horizon):
-            continue  # a leaf; or a tensor behind which nobody has anything to look for (E)
-        wanted = _wanted_operands(t, route)
-        if True not in wanted:
-            continue
-        shares = t._op.pull(t, g, wanted, create_graph)
-        for a, share in zip(t._operands, shares):
-            if share is None:
-                continue
-            share = _fit(share, a, g, create_graph)  # (A, B)
-            if a._time in waiting:
-                share = waiting[a._time][1] + share
-            else:
-                heapq.heappush(heap, -a._time)
-            waiting[a._time] = a, share
-        if not (retain_graph or create_graph):
-            t._operands = t._settings = t._pullback = None  # (C) let go
-
-
-def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
-    """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
-    if t._written or t._checksum is not None:
-        _check_unwritten(t, t)  # (D)
-    wanted = []
-    for a in _require_operands(t)[:t._op.operands]:  # settings follow these
-        tracked = isinstance(a, Tensor) and a.requires_grad
-        if tracked and (a._written or a._checksum is not None):
-            _check_unwritten(a, t)  # (D)
-        wanted.append(tracked and (route is None or a._time in route.times))  # (E)
-    return wanted
-
-
-# **A.** A cotangent has its tensor's shape and dtype, whatever a rule returns.
-#
-# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
-# have one array for their gradients: whoever wrote to one would change the other. So a
-# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
-
-
-def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
-    """What a rule returned, given `g`, as the operand `t` may receive it."""
-    if isinstance(share, Tensor) and not create_graph:
-        share = share._data  # a rule may call operations of ours
-    if share.shape != t._data.shape:
-        share = unbroadcast(share, t._data.shape)
-    if share.dtype != t._data.dtype:
-        share = share.astype(t._data.dtype)
-    if t._op is None and not create_graph:
-        share = _unshared(share, g)
-    return share
-
-
-# **C.** What a tensor was made of is dropped when the walk has passed it, so memory falls
-# as we go. Who comes back for more is told:
-
-
-def _require_operands(t: Tensor) -> tuple:
-    if t._operands is None:
-        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
-                           "walk; to walk it twice, give the first walk retain_graph=True")
-    return t._operands
-
-
-# **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
-#
-# **E.** For the derivatives of some outputs by certain inputs, only what lies between
-# them need be visited, the *route*. Say we want that of z by x:
+# First, *where to go*. For the derivatives of some outputs by certain inputs, only what
+# lies between them need be visited, the *route*. Say we want that of z by x:
 #
 #     k:1     x:2     y:3 = k * x     w:4 = sin(k)     z:5 = y * w
 #
@@ -637,6 +554,94 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
     return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
 
 
+# Now *the walk*. It is the naive one, with a heap instead of `max`: of the negative
+# times, since a heap of Python's gives out the smallest. Nothing here recurses, for a
+# tape may be a million operations deep. What else is new is marked by a letter, and
+# told below.
+
+
+def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
+          retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
+    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
+    first.
+
+    A cotangent is an ndarray; with `create_graph`, a Tensor. Only what lies on `route`
+    is visited; None means all.
+    """
+    waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
+    for t, g in seeds:
+        if t._time in waiting:
+            g = waiting[t._time][1] + g
+        waiting[t._time] = t, g
+    heap = sorted(-time for time in waiting)  # a sorted list is a heap
+    while heap:
+        t, g = waiting.pop(-heapq.heappop(heap))
+        yield t, g
+        if t._op is None or (route is not None and t._time <= route.horizon):
+            continue  # a leaf; or nobody looks for anything behind it
+        wanted = _wanted_operands(t, route)
+        if True not in wanted:
+            continue
+        shares = t._op.pull(t, g, wanted, create_graph)
+        for a, share in zip(t._operands, shares):
+            if share is None:
+                continue
+            share = _fit(share, a, g, create_graph)  # (A, B)
+            if a._time in waiting:
+                share = waiting[a._time][1] + share
+            else:
+                heapq.heappush(heap, -a._time)
+            waiting[a._time] = a, share
+        if not (retain_graph or create_graph):
+            t._operands = t._settings = t._pullback = None  # (C) let go
+
+
+def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
+    """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
+    if t._written or t._checksum is not None:
+        _check_unwritten(t, t)  # (D)
+    wanted = []
+    for a in _require_operands(t)[:t._op.operands]:  # settings follow these
+        tracked = isinstance(a, Tensor) and a.requires_grad
+        if tracked and (a._written or a._checksum is not None):
+            _check_unwritten(a, t)  # (D)
+        wanted.append(tracked and (route is None or a._time in route.times))
+    return wanted
+
+
+# **A.** A cotangent has its tensor's shape and dtype, whatever a rule returns.
+#
+# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
+# have one array for their gradients: whoever wrote to one would change the other. So a
+# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
+
+
+def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
+    """What a rule returned, given `g`, as the operand `t` may receive it."""
+    if isinstance(share, Tensor) and not create_graph:
+        share = share._data  # a rule may call operations of ours
+    if share.shape != t._data.shape:
+        share = unbroadcast(share, t._data.shape)
+    if share.dtype != t._data.dtype:
+        share = share.astype(t._data.dtype)
+    if t._op is None and not create_graph:
+        share = _unshared(share, g)
+    return share
+
+
+# **C.** What a tensor was made of is dropped when the walk has passed through it, so
+# memory falls as we go. Who comes back for more is told:
+
+
+def _require_operands(t: Tensor) -> tuple:
+    if t._operands is None:
+        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
+                           "walk; to walk it twice, give the first walk retain_graph=True")
+    return t._operands
+
+
+# **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
+#
 # Two functions use the walk. `backward` goes to all leaves, which keep what they receive;
 # `gradients` to the inputs that it names. Both begin with a cotangent of the output, by
 # default 1 (`_seed`: IV.3).
@@ -648,13 +653,13 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
-    met = set()  # the times of the tensors that kept what they received
+    met = set()  # which tensors a later search need not look for behind this one (IV.3)
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
                 met.add(t._time)
                 _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
-    output._sources = met  # (IV.3) of a whole walk, not of one that failed
+    output._sources = met  # of a whole walk, not of one that failed
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -702,11 +707,12 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, Tensor(3.0))))
 #     3.0 Tensor(3., dtype=float64)
 #
-# `create_graph` decides which, in two lines of `_pull_by_rules` (I.2). The result `y`,
-# too, is then the Tensor, so the derivative of a rule that uses it goes on through y.
-# There is no second set of rules that could be wrong. (A fused operation has a fast way
-# back beside its rules; its second derivative takes the rules again: II.7.) Here is `x
-# * x * x`, three times over:
+# `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
+# given Tensors (`_pull_by_rules`, I.2), and recording stays on during the walk
+# (`_gradients`). The result `y`, too, is then the Tensor, so the derivative of a rule
+# that uses it goes on through y. There is no second set of rules that could be wrong.
+# (A fused operation has a fast way back beside its rules; its second derivative takes
+# the rules again: II.7.) Here is `x * x * x`, three times over:
 #
 #     >>> x = Tensor(2.0)
 #     >>> y = x * x * x
@@ -741,23 +747,22 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #     >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
 #     6.0
 #
-# Engines that mark "the variable we differentiate by" with a flag on the values have
-# answered 3, taking the inner result for a constant, or 5, moving x and y together in
-# the inner function (2 + 3, the slope of x * y by both). (It is called perturbation
-# confusion: Siskind and Pearlmutter, 2005.) Here it has no room. Every call makes *new*
-# tensors for its own arguments and asks for the derivative by *those objects*. `x` is
-# another, older than `y`: it lies beyond the inner walk's horizon, which sends it
-# nothing. But the inner result was computed from `x`, so the outer walk meets `x` there
-# like any other operand.
+# An engine that marks "the variable we differentiate by" with a flag on the values may
+# move x and y together in the inner function, or take its result for a constant, and
+# answer something else. (It is called perturbation confusion: Siskind and Pearlmutter,
+# 2005.) Here it has no room. Every call makes *new* tensors for its own arguments, and
+# keeps the cotangents of *those objects* only. `x`, and whatever is made of x alone, is
+# another object and not on the inner route. But the inner result was computed from `x`,
+# so the outer walk meets `x` there like any other operand.
 #
 # What does the real one add? First, *a tape only when somebody can ask*. The naive one
 # records every walk. But of a single `grad(f)(3.0)` nobody can ask for a second
 # derivative: so the walk should run on bare ndarrays, and the gradient be a constant.
 #
-# How do we know? Whoever asks later will ask by a tensor that exists already, and had a
-# part in the result: a tracked one, older than our input. The search for the route has
-# met those, and calls them `older` (I.5). Look into `grad(grad(f))(3.0)`, for an f that
-# returns `x * x`:
+# How do we know? Whoever asks later will ask by a tensor that exists already, is
+# tracked, and had a part in the result. Our inputs are made when the run begins: so it
+# is older than they are, and the search for the route has met it as `older` (I.5). Look
+# into `grad(grad(f))(3.0)`, for an f that returns `x * x`:
 #
 #     time                                      the search of the inner run
 #     1   the outer run's input, 3.0            older than the horizon: somebody may ask
@@ -789,19 +794,22 @@ class _Run:
     """A function run by a transform: its inputs, fresh tensors; its output; the tape between."""
 
     def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
-                 argnums: Any = None, beside: Any = ()) -> None:
+                 argnums: Any = None) -> None:
         self.name = name
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
-        self.inputs = [_fresh_input(name, item) for item in items]
+        self.inputs = [_fresh_input(name, item) for item in items]  # the x of the sketch
         args = put_back(self.rebuild(self.inputs))
         with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
-            self.output = f(*args, **kwargs or {})
-
+            self.output = f(*args, **kwargs or {})  # its y
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # Somebody may also ask by what is given `beside`, such as the tangents in I.8.
-        somebody_asks = bool(self.route.older) or any(map(_tracked, _flatten(beside)[0]))
-        self.recorded = _mode.recording and somebody_asks
+        self.recorded = self.is_asked_by(())
+
+    def is_asked_by(self, others: Any) -> bool:
+        """Whether somebody may ask for derivatives of what a walk gives: by an older
+        tensor, or by one of `others`, such as the tangents of I.8."""
+        items, _ = _flatten(others)
+        return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
 
     @property
     def value(self) -> Any:
@@ -810,15 +818,16 @@ class _Run:
             return self.output
         return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
 
-    def pull(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
+    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
              retain_graph: bool = False) -> list[Tensor]:
-        """What reaches the inputs from cotangents of outputs (None: 1, for a scalar)."""
+        """What reaches the inputs from these cotangents of the outputs (None: 1, for a
+        scalar)."""
         seeds = _seeds(self.name, outputs, cotangents, create_graph)
         return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
 
     def slopes(self) -> list[Tensor]:
         """The gradient of a scalar output, to be differentiated again."""
-        return self.pull(_outputs(self.name, [self.output]), [None], create_graph=True)
+        return self.walk_back(_outputs(self.name, [self.output]), [None], create_graph=True)
 
 
 def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
@@ -847,7 +856,7 @@ def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argn
                       has_aux: bool) -> tuple:
     run = _Run(name, f, args, kwargs, argnums)
     scalar = _first_of_pair(name, run.output) if has_aux else run.output
-    slopes = run.pull(_outputs(name, [scalar]), [None], run.recorded)
+    slopes = run.walk_back(_outputs(name, [scalar]), [None], run.recorded)
     return run.value, run.rebuild(slopes)
 
 
@@ -879,20 +888,43 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
 # The walk computes `J^T u`: the transpose of the *Jacobian* J, the matrix of all slopes,
-# times a cotangent u of the output. Everything below is made of that one product. For one
-# array x and one y = f(x), it is `gradients(y, [x], u)`, and this is the whole section:
+# times a cotangent u of the output. Everything below is made of that one product, and
+# for a vector x and one y = f(x) each is a few lines.
+#
+# **Jacobian.** The cotangent that is 1 at one element of the output, and 0 elsewhere,
+# picks that element's slopes, a row of J:
 #
 #     >>> def naive_jacobian(f, x):
 #     ...     x = Tensor(x)
 #     ...     y = f(x)
-#     ...     units = np.eye(y.size)  # u = (1, 0, ...) picks the slopes of the first y
+#     ...     units = np.eye(y.size)
 #     ...     return np.stack([gradients(y, [x], u, retain_graph=True)[0] for u in units])
 #     ...
+#     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
+#     [2. 0.] [0. 4.]
+#
+# **Hessian times vector.** A Hessian H is the Jacobian of the gradient, and its own
+# transpose (as the second derivatives of a smooth f are equal in either order). So `H
+# v` is `H^T v`: one walk back from the gradient, with v for its cotangent, for the
+# price of a few gradients (Pearlmutter, 1994):
+#
 #     >>> def naive_hvp(f, x, v):
 #     ...     x = Tensor(x)
 #     ...     slope, = gradients(f(x), [x], create_graph=True)
 #     ...     return gradients(slope, [x], v)[0]
 #     ...
+#     >>> print(naive_hvp(lambda x: (x ** 3).sum(), [1.0, 2.0], [1.0, 1.0]))  # 6 x v
+#     [ 6. 12.]
+#
+# **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
+# asks how fast f then moves: `J v`. It comes out of two walks back (Townsend, 2017):
+#
+# 1. From the output, with a cotangent u that is tracked, and `create_graph`. What arrives
+#    is `s = J^T u`, and it is linear in u, for every rule multiplies by its `g`.
+# 2. So the walk from s with the cotangent v, but back to u, multiplies by the transpose
+#    of `J^T`: it gives `J v`. The value of u does not matter, only its place on the
+#    tape.
+#
 #     >>> def naive_jvp(f, x, v):
 #     ...     x = Tensor(x)
 #     ...     y = f(x)
@@ -900,27 +932,8 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #     ...     s, = gradients(y, [x], u, create_graph=True)
 #     ...     return gradients(s, [u], v)[0]
 #     ...
-#     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
-#     [2. 0.] [0. 4.]
-#     >>> print(naive_hvp(lambda x: (x ** 3).sum(), [1.0, 2.0], [1.0, 1.0]))  # 6 x v
-#     [ 6. 12.]
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
-#
-# **Jacobian.** The cotangent that is 1 at one element of the output, and 0 elsewhere,
-# picks that element's slopes, a row of J.
-#
-# **Hessian times vector.** A Hessian H is the Jacobian of the gradient, and its own
-# transpose. So `H v` is `H^T v`: one walk back from the gradient with v for its
-# cotangent, for the price of a few gradients (Pearlmutter, 1994).
-#
-# **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
-# asks how fast f then moves: `J v`. It comes out of two reverse walks (Townsend, 2017):
-#
-# 1. From the output, with a cotangent u that is tracked, and `create_graph`: `s = J^T u`.
-# 2. From s, with v for its cotangent, back to u. That is the walk from the number
-#    `L = s . v = u . (J v)`, whose slope by u is `J v`, whatever u is. So u may be 0; all
-#    that matters is its place on the tape.
 #
 # The real ones are these, for nests, and with a tape only if somebody asks. `_outputs`
 # makes Tensors of what f returned, `_match` a list of a nest that must be built like
@@ -948,9 +961,8 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
             cotangents = [None] * len(outputs)
         else:
             cotangents = _match("vjp", cotangent, run.output)
-        somebody_asks = run.recorded or any(_tracked(u) for u in cotangents)
-        create_graph = _mode.recording and somebody_asks
-        return run.rebuild(run.pull(outputs, cotangents, create_graph, retain_graph=True))
+        create_graph = run.is_asked_by(cotangents)
+        return run.rebuild(run.walk_back(outputs, cotangents, create_graph, retain_graph=True))
 
     return run.value, vjp_fn
 
@@ -963,11 +975,12 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
         2.0
     """
     _require_tuples("jvp", primals, tangents)
-    run = _Run("jvp", f, primals, beside=tangents)
+    run = _Run("jvp", f, primals)
+    run.recorded = run.is_asked_by(tangents)
     items, rebuild = _flatten(run.output)
     outputs = _outputs("jvp", items)
     u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
-    s = run.pull(outputs, u, create_graph=True)
+    s = run.walk_back(outputs, u, create_graph=True)
     v = _match("jvp", tuple(tangents), tuple(primals))
     seeds = _seeds("jvp", s, v, run.recorded)
     return run.value, rebuild(_gradients(seeds, u, run.recorded))
@@ -980,7 +993,8 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
         9.0 (Tensor([ 6., 12.], dtype=float64),)
     """
     _require_tuples("hvp", primals, vector)
-    run = _Run("hvp", f, primals, beside=vector)
+    run = _Run("hvp", f, primals)
+    run.recorded = run.is_asked_by(vector)
     slopes = run.slopes()
     v = _match("hvp", tuple(vector), tuple(primals))
     seeds = _seeds("hvp", slopes, v, run.recorded)
@@ -1019,7 +1033,7 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None
     def function(*args: Any, **kwargs: Any) -> Any:
         run = _Run("hessian", f, args, kwargs, argnums)
         slopes = run.slopes()
-        route = _find_route(slopes, run.inputs)  # from the slopes, not from the output
+        route = _find_route(slopes, run.inputs)  # the tape of the slopes is a new one
         return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
 
     return function
@@ -1044,10 +1058,11 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 #
 # ## II.1 How to add an operation, and how to test it
 #
-# Write the function and one rule per operand; there is nothing to register. The
-# function may use all of NumPy, for it only meets arrays; rules use operators,
-# functions of `np`, and operations. `check_grad` compares both with finite differences,
-# the derivative's derivative included:
+# Write the function and one rule per operand, and call it by its name. The function may
+# use all of NumPy, for it only meets arrays, and returns one; rules use operators,
+# functions of `np`, and operations. `check_grad` compares what the rules say with
+# differences of the function, and then, as a derivative of higher order is the first
+# derivative of one lower, what they say of themselves:
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def my_arctan(x):
@@ -1148,12 +1163,15 @@ class _EachRule:
 #     >>> np.exp(t)._op is exp, np.sum(t, axis=0)._op is sum_
 #     (True, True)
 #
-# What answers for which function is in one table, `_FUNCTIONS`, filled where the
-# operations stand; IV.9 adds the rest. What has derivative zero wherever it has one
-# (`np.sign`, `np.argmax`) or asks for a shape gives a plain array (IV.9). All else is a
-# TypeError for a tracked Tensor: to convert it silently would cut the tape, and the
-# gradient would be wrong. A constant has no gradient to lose; it goes in as the array
-# it holds.
+# (`array * t` is np.multiply to NumPy, and arrives here, too.) What becomes of a call?
+#
+# - Functions that have an answer are in one table, `_FUNCTIONS`, filled where the
+#   operations stand; IV.9 adds the rest.
+# - What has derivative zero wherever it has one, such as `np.sign`, or asks for a shape,
+#   gives a plain array (IV.9).
+# - All else is a TypeError for a tracked Tensor: to convert it silently would cut the
+#   tape, and the gradient would be wrong.
+# - A constant has no gradient to lose. It goes in as the array it holds.
 
 
 def _answers(*functions: Callable | None) -> Callable:
@@ -1182,9 +1200,8 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwa
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
         return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
 
-    how = "" if method == "__call__" else f".{method}"
-    options = f" with {', '.join(kwargs)}=" if kwargs else ""
-    raise TypeError(_no_derivative(ufunc, how + options))
+    name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
+    raise TypeError(_no_derivative("numpy", name, kwargs))
 
 
 def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
@@ -1196,7 +1213,7 @@ def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
     items, _ = _flatten((args, kwargs))  # a Tensor may be in a list, as for np.block
     if function in _WITHOUT_GRADIENT or not any(map(_tracked, items)):
         return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
-    raise TypeError(_no_derivative(function, ""))
+    raise TypeError(_no_derivative(function.__module__, function.__name__))
 
 
 # Where something else does the same and has a derivative, the message says so.
@@ -1209,12 +1226,11 @@ _INSTEAD = {
 }
 
 
-def _no_derivative(function: Callable, options: str) -> str:
-    module = "numpy" if isinstance(function, np.ufunc) else function.__module__
-    name = f"{function.__name__}{options}"
+def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
     instead = _INSTEAD.get(name, "what it has one for (nanoad.functional)")
-    return (f"{module}.{name}: nanoad has no derivative for this; use {instead}, or add it "
-            "(nanoad.primitive), or t.numpy() if none is needed")
+    given = f" with {', '.join(options)}=" if options else ""
+    return (f"{module}.{name}{given}: nanoad has no derivative for this; use {instead}, or call an "
+            "operation of your own (nanoad.primitive), or t.numpy() if no gradient is wanted")
 
 
 def _array(self: Tensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
