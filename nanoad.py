@@ -5896,7 +5896,7 @@ def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
     """The same of which no two are one, where `gradients` was asked twice for one input."""
-    return [_copy(slope) if slope.requires_grad else Tensor(slope, False) for slope in slopes]
+    return [as_tensor(_copied(slope)) for slope in slopes]
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
@@ -5955,27 +5955,48 @@ Tensor.__reduce__ = _reduce
 # ## IV.2 Checkpoint: memory for time?
 #
 # A tape keeps every intermediate result until the walk has passed it. A checkpoint
-# keeps none, and computes them again when the walk arrives. It is an operation whose
-# pullback runs the function:
+# keeps none, and computes them again when the walk arrives: it is one operation, whose
+# rule runs the function.
 #
+#     >>> def naive_checkpoint(f, x):
+#     ...     def rule(g, y, x):
+#     ...         y, pull = vjp(f, x)  # f again, now with a tape
+#     ...         return pull(g)[0]  # and back along it
+#     ...     return primitive(rule)(f)(x)  # f on bare arrays: no tape
+#     ...
 #     >>> def deep(x):
 #     ...     for _ in range(50):
 #     ...         x = np.sin(x)
 #     ...     return x
 #     ...
 #     >>> x = Tensor(1.0)
-#     >>> print(deep(x)._operands[0] is x, checkpoint(deep, x)._operands[0] is x)
-#     False True
+#     >>> y = naive_checkpoint(deep, x)
+#     >>> print(y._operands[0] is x)  # nothing between them
+#     True
+#     >>> y.backward()
+#     >>> print(np.allclose(x.grad, grad(deep)(1.0)))
+#     True
 #
-# What are its operands? Not only the arguments, for f may close over Tensors, such as
-# the parameters of a module. The tape of the first run tells. All that f makes is
-# younger than the moment when it began, and all that it reads is older. So the search
-# for a route (I.5), with that moment for its horizon, finds what f has read: what it
-# calls `older`. Then that tape is dropped.
+# What does it lack? *Other operands*: f may close over Tensors, such as the parameters
+# of a module, and these receive nothing. *Chance*: where f drops out, the second run
+# must draw the numbers that the first one drew. And *a check* that the second run gives
+# what the first one gave.
 #
-# When a walk arrives here with a cotangent, f runs again, and a small walk goes back
-# along the new tape. Its horizon is the moment when the second run began: so it ends at
-# the operands, and what reaches them is what the checkpoint returns, as a rule would.
+# How do we find out what f reads? Run it once with a tape, which is then dropped. All
+# that f makes is younger than the moment when it began, and all that it reads is older.
+# So the search for a route (I.5), with that moment for its horizon, finds what f has
+# read: what it calls `older`. Here f closes over w, and h is its own:
+#
+#     >>> w, x = Tensor(3.0, label="w"), Tensor(2.0, label="x")  # w:1, x:2
+#     >>> began = next(_clock)  # 3
+#     >>> h = w * x  # h:4
+#     >>> y = np.sin(h)  # y:5
+#     >>> print([t.label for t in _find_route([y], [], horizon=began).older])
+#     ['x', 'w']
+#
+# The search goes from 5 to 4, and from there to 2 and 1, which are older than 3. These
+# are the operands of the checkpoint. In the backward pass, the second run has a moment
+# of its own when it began, and the small walk that horizon: so it ends at them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5989,18 +6010,18 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     """
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
-    random_state = _mode.rng.bit_generator.state
+    rng = copy.deepcopy(_mode.rng)  # as it is now
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])
-    reads = _find_route([y], [], horizon=began).older
-    if not reads or not _mode.recording:
+    operands = tuple(_find_route([y], [], horizon=began).older)
+    if not operands or not _mode.recording:
         return y.detach()
 
     def run_again() -> Tensor:
-        with _mode.set(recording=True, rng=_generator_at(random_state)):
+        with _mode.set(recording=True, rng=copy.deepcopy(rng)):  # who walks twice draws twice
             return f(*args)
 
-    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, tuple(reads), pullback=run_again)
+    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
@@ -6008,16 +6029,15 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     began = next(_clock)
     again = t._pullback()
     _require_same(again, t)
-    inputs = [a for a, due in zip(t._operands, wanted) if due]
+    inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
-    slopes = _gradients([(again, g)], inputs, create_graph, create_graph, route)
-    shares = dict(zip(inputs, slopes))
-    return [shares.get(a) for a in t._operands]  # None where nothing is due
+    reached = _reached([(again, g)], inputs, create_graph, create_graph, route)
+    return [reached.get(a) for a in t._operands]  # None where nothing is wanted
 
 
 def _require_same(again: Any, t: Tensor) -> None:
     """RuntimeError if the second run gave something else, but for rounding."""
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
     same = np.shape(again) == t.shape and np.allclose(
         _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
     if not same:
@@ -6026,25 +6046,23 @@ def _require_same(again: Any, t: Tensor) -> None:
                            "module's training flag?")
 
 
-# So it is an operation, with any number of operands.
+# To the walk it is an operation, with any number of operands.
 checkpoint.operands = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
 
-def _generator_at(state: dict) -> np.random.Generator:
-    """A generator of random numbers in this state."""
-    generator = np.random.Generator(type(_mode.rng.bit_generator)())
-    generator.bit_generator.state = state
-    return generator
-
-
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
 #
-# First nests, which are taken apart and put together; then what a transform asks of its
-# arguments, of what the function returns and of cotangents, before it walks.
+# What a function is differentiated by may be a *nest*: dicts, lists and tuples of
+# arrays, as the parameters of a model are. The transforms only know flat lists of
+# tensors. So a nest is taken apart into the list of its *items*, and what comes out is
+# put together like the nest that went in:
 #
-# What a function is differentiated by may be nested dicts, lists and tuples of arrays,
-# as the parameters of a model are. The gradient is built alike:
+#     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
+#     >>> print(items, rebuild([10, 20, 30]))
+#     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
+#
+# So the gradient is built like the argument:
 #
 #     >>> def loss(model):
 #     ...     return (model["w"] * 2.0 + model["b"]).sum()
@@ -6053,32 +6071,9 @@ def _generator_at(state: dict) -> np.random.Generator:
 #     >>> print(slopes["w"], slopes["b"])
 #     [2. 2.] 2.0
 #
-# The transforms only know flat lists of tensors. So a nest is taken apart into the list
-# of its *items*, and what comes out is put together like the nest that went in:
-#
-#     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
-#     >>> print(items, rebuild([10, 20, 30]))
-#     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
-#
-# What is an item? All that is no dict, list or tuple. And a list of numbers is one, an
-# array to be; so is a list of lists of numbers, if an array can be made of it:
-# [[1.0], [2.0]] is one item, and [[1.0], 2.0] two.
-
-
-def _is_item(tree: Any) -> bool:
-    if isinstance(tree, list):
-        return _shape_of_numbers(tree) is not None
-    return not isinstance(tree, (dict, tuple))
-
-
-def _shape_of_numbers(tree: Any) -> tuple | None:
-    """The shape of the array that nested lists of numbers would make; None if they are no such."""
-    if not isinstance(tree, list):
-        return () if np.isscalar(tree) else None
-    shapes = {_shape_of_numbers(item) for item in tree}
-    if len(shapes) > 1 or None in shapes:
-        return None
-    return (len(tree), *(shapes.pop() if shapes else ()))
+# Both halves are one function, which goes through a nest and builds the same of what
+# `f` makes of each item. `_flatten` calls it to note the items; `rebuild`, to put the
+# next of the others in the place of each.
 
 
 def _map_tree(f: Callable, tree: Any) -> Any:
@@ -6100,15 +6095,46 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
 
     def rebuild(others: Iterable) -> Any:
         others = iter(others)
-        return _map_tree(lambda item: next(others), tree)  # each in place of one item
+        return _map_tree(lambda item: next(others), tree)
 
     return items, rebuild
 
 
+# What is an item? All that is no dict, list or tuple. And a list of numbers, for it is
+# an array to be; so is a list of lists of numbers, if they are equally long:
+#
+#     >>> for tree in [[1.0], [2.0]], [[1.0], 2.0], ([1.0], [2.0]):
+#     ...     print(_flatten(tree)[0])
+#     [[[1.0], [2.0]]]
+#     [[1.0], 2.0]
+#     [[1.0], [2.0]]
+
+
+def _is_item(tree: Any) -> bool:
+    if isinstance(tree, list):
+        return _shape_of_numbers(tree) is not None
+    return not isinstance(tree, (dict, tuple))
+
+
+def _shape_of_numbers(tree: Any) -> tuple | None:
+    """The shape of the array that nested lists of numbers would make; None if they are no such."""
+    if not isinstance(tree, list):
+        return () if np.isscalar(tree) else None
+    shapes = {_shape_of_numbers(item) for item in tree}
+    if len(shapes) > 1 or None in shapes:
+        return None
+    return (len(tree), *(shapes.pop() if shapes else ()))
+
+
 # A cotangent is built like the result that it belongs to, and a tangent like its
-# argument. To pair them, walk through both nests at once, dicts by key. (What stands
-# beside two results, say, may be [1.0, 1.0]: so the nest that is wanted decides what is
-# an item.)
+# argument. To pair them, walk through both nests at once, dicts by key. The nest that
+# is wanted, `like`, decides what is an item, for [1.0, 1.0] may stand beside one array
+# or beside two results:
+#
+#     >>> for like in np.ones(2), (1.0, 1.0):
+#     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
+#     [(2,)]
+#     [(), ()]
 
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
@@ -6143,9 +6169,14 @@ def _outline(tree: Any) -> str:
 
 # ### Before and after a walk: what does a transform ask of its caller?
 #
-# In the order of a run (I.7): which arguments, and each as a fresh input; what the
-# function returned; the cotangents that a walk starts with; and, for an input, whether a
-# walk can come to it at all.
+# In the order of a run (I.7). First, which arguments it is to differentiate by, and how
+# to put others in their place:
+#
+#     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
+#     >>> print(chosen, put_back((10.0, 30.0)))
+#     (1.0, 3.0) [10.0, 2.0, 30.0]
+
+
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
     """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
     if not isinstance(args, (tuple, list)):
@@ -6157,7 +6188,7 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
     if any(i not in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
                          "are counted from 0")
-    positions = [i % len(args) for i in positions]
+    positions = [i % len(args) for i in positions]  # -1 is the last
     if len(set(positions)) < len(positions):
         raise ValueError(f"{name}: argnums={argnums} names an argument twice")
 
@@ -6183,6 +6214,9 @@ def _fresh_input(name: str, x: Any) -> Tensor:
 def _copied(x: Any) -> Any:
     """A copy, still on the tape of x if that is on one."""
     return _copy(x) if _tracked(x) else np.array(_value(x))
+
+
+# Second, what the function returned.
 
 
 def _outputs(name: str, items: Iterable) -> list[Tensor]:
@@ -6211,6 +6245,9 @@ def _level_of_caller() -> int:
     return level
 
 
+# Third, the cotangents with which a walk starts.
+
+
 def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     """What a walk starts with: the cotangent given, or 1 for a scalar."""
     if not isinstance(output, Tensor):
@@ -6232,6 +6269,9 @@ def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_gr
     """Pairs (output, cotangent), with which a walk starts."""
     pairs = zip(outputs, cotangents)
     return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
+
+
+# And some refusals.
 
 
 def _first_of_pair(name: str, output: Any) -> Any:
@@ -6260,19 +6300,29 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
     return inputs
 
 
-# *A tape that was let go* cannot be searched for the inputs (I.5). But a function that is
-# differentiated by x may use a tensor that has seen a `backward` of its own, and the
-# answer is known if that met no part of x. Whom it met is in `_sources`: the time of each
-# leaf, and with `retain_grads` of every tensor.
+# *A tape that was let go.* The search for a route (I.5) asks each tensor that it meets
+# what it was made of. One that has seen a `backward` of its own cannot say any more; and
+# that is an error, unless it cannot matter. (When does it come up? In a function with a
+# training loop inside, which returns x times its last loss, say.) So `backward` leaves
+# in `_sources` the times of the leaves that it met. Below, s was made of w alone:
+#
+#     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
+#     >>> s = w * w  # s:3
+#     >>> s.backward()  # lets go; s._sources is {2}
+#     >>> print(gradients(s * x, [x])[0])  # 1 is not among them: nobody need look behind s
+#     4.0
+#     >>> gradients(s * x, [w])  # 2 is
+#     Traceback (most recent call last):
+#     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
-    they were let go, and may have been made of one."""
+    """The operands of `t`, behind which somebody looks for `inputs`: none, if they were
+    let go and no input had a part in them; RuntimeError, if one may have had."""
     if t._operands is None and t._sources is not None:
         older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
         if all(x._op is None and x._time not in t._sources for x in older):
-            return ()
+            return ()  # (of an input that is no leaf, nothing was noted)
     return _require_operands(t)
 
 
