@@ -5184,8 +5184,8 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 # says by itself:
 #
 #     >>> sentence = "she sells sea shells by the sea shore."
-#     >>> tokenizer = CharTokenizer(sentence)
-#     >>> ids = tokenizer.encode(sentence)
+#     >>> tokenizer = CharTokenizer(sentence)  # each character has a number, its id
+#     >>> ids = tokenizer.encode(sentence)  # (38,)
 #     >>> windows = np.lib.stride_tricks.sliding_window_view(ids, 9)  # (30, 9)
 #     >>> x, y = windows[:, :-1], windows[:, 1:]  # what it reads, what is next: (30, 8)
 #     >>> manual_seed(0)
@@ -5351,6 +5351,7 @@ class GPT(Module):
         if top_k is not None:
             _positive("generate", top_k=top_k)
         ids = np.array(self._token_ids("generate", idx), np.int64)
+        # A generator runs, and refuses, only when it is asked for its first token.
         return self._write(ids, max_new_tokens, temperature, top_k)
 
     def _write(self, ids: np.ndarray, count: int, temperature: float,
@@ -5379,9 +5380,18 @@ class GPT(Module):
 #
 # But for one new token it reads all the old ones again. What is new about them?
 # Nothing: attention is causal, so no position is touched by what comes after it. All
-# that a new position asks of the old ones is their keys and values, once in each block.
-# Let a *reader* keep these, and each token costs the work of one position. (`generate`
-# above does so; the lines here say what it must equal.)
+# that a new position asks of the old ones is their keys and values, in each block. A
+# *reader* keeps these, and each token costs the work of one position. For the network
+# above, of 2 blocks with 4 heads of 8 numbers, it keeps two arrays:
+#
+#     >>> reader = _Reader(gpt, batch=1)
+#     >>> print([kept.shape for kept in reader.cache])  # k and v, B, H, positions, D
+#     [(2, 1, 4, 8, 8), (2, 1, 4, 8, 8)]
+#     >>> logits = reader.next_logits(prompt[:, :3])  # "she" fills positions 0, 1 and 2
+#     >>> logits = reader.next_logits(prompt[:, :4])  # "she ", of which only " " is read
+#     >>> plain = gpt(prompt[:, :4]).numpy()[:, -1]
+#     >>> print(reader.length, np.allclose(logits, plain, atol=1e-5))
+#     4 True
 #
 # Once the text is longer than block_size, the window slides. Every token then stands
 # one place further to the left and has another position's row added to it, so all is
@@ -5390,53 +5400,6 @@ class GPT(Module):
 # The reader repeats the lines of GPT.forward, Block.forward and
 # MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
 # `generate` alone; and at the end of the last block, only the last position goes on.
-# (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
-# do.) So a network with other blocks, or whose attention is not causal,
-# is read the plain way instead. (One with another GPT.forward is refused, for that may
-# return anything.)
-
-
-def _choose_reader(gpt: GPT, batch: int) -> Callable:
-    """The function from ids (B, T) to the logits (B, V) of what may come next."""
-    if not _computes(gpt, GPT.forward):
-        raise TypeError("generate: reads as GPT.forward does, but "
-                        f"{type(gpt).__name__} has a forward of its own; write a "
-                        "generate to go with it")
-    if all(map(_can_be_cached, gpt.blocks)):
-        return _Reader(gpt, batch).next_logits
-    return functools.partial(_read_plainly, gpt)
-
-
-def _can_be_cached(block: Module) -> bool:
-    """Whether it computes what `_Reader` does: the forward methods above, causally."""
-    if not _computes(block, Block.forward):
-        return False
-    return _computes(block.attn, MultiHeadAttention.forward) and block.attn.is_causal
-
-
-def _computes(module: Module, forward: Callable) -> bool:
-    """Whether to call the module is to call this method."""
-    is_called = type(module).__call__ is Module.__call__
-    return is_called and getattr(module.forward, "__func__", None) is forward
-
-
-@no_grad()
-def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, T)."""
-    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
-
-
-@contextlib.contextmanager
-def _evaluating(modules: list[Module]) -> Iterator[None]:
-    """Inside, the modules are in evaluation mode; afterwards each in its own."""
-    training = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, was_training in zip(modules, training):
-            module.training = was_training
 
 
 class _Reader:
@@ -5493,6 +5456,50 @@ class _Reader:
         # text, and among them none may see a later one.
         y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
         return attn.proj(_merge(y))
+
+
+# A network with other blocks, or whose attention is not causal, is read the plain way
+# instead. (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself,
+# as these do.) One with another GPT.forward is refused, for that may return anything.
+
+
+def _choose_reader(gpt: GPT, batch: int) -> Callable:
+    """The function from ids (B, T) to the logits (B, V) of what may come next."""
+    if not _computes(gpt, GPT.forward):
+        raise TypeError("generate: reads as GPT.forward does, but "
+                        f"{type(gpt).__name__} has a forward of its own; write a "
+                        "generate to go with it")
+    for block in gpt.blocks:
+        if not (_computes(block, Block.forward)
+                and _computes(block.attn, MultiHeadAttention.forward)
+                and block.attn.is_causal):
+            return functools.partial(_read_plainly, gpt)
+    return _Reader(gpt, batch).next_logits
+
+
+def _computes(module: Module, forward: Callable) -> bool:
+    """Whether to call the module is to call this method."""
+    is_called = type(module).__call__ is Module.__call__
+    return is_called and getattr(module.forward, "__func__", None) is forward
+
+
+@no_grad()
+def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
+    """The logits (B, V) of what follows `ids` (B, T)."""
+    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[Module]) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode; afterwards each in its own."""
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, training):
+            module.training = was_training
 
 
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
@@ -5822,13 +5829,16 @@ def _constants(module: Module) -> list:
 #     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
 #
 # NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
-# handed out (`t.data`), and compared whenever its elements are read: by an operation,
-# or by a walk that needs them as they were. (That is what touching `p.data` costs: from
-# then on, each operation on p reads p once more, for a crc32.) `t._checksum` is None as
-# long as nobody outside has the array. `t._written` is the time of the last write that
-# is known of, and a tensor made after that time has seen what was written. (Of a
-# constant, of a raw array that is an operand, and of a view such as `t.detach()` or
-# `t.T`, nothing is known: who writes there gets another gradient.)
+# handed out (`t.data`), and taken again whenever its elements are read: by an operation,
+# or by a walk that needs them as they were. If it has changed, the moment is noted, and
+# what matters is the order: above, x was made at 1, y at 2, and the write is noted at 3,
+# after y. (A tensor made after it has seen what was written, and may walk back.)
+#
+# `t._checksum` is None as long as nobody outside has the array, and `t._written` is the
+# time of the last write that is known of. The price of touching `p.data` is that each
+# operation on p reads p once more from then on, for a crc32. Of a constant, of a raw
+# array that is an operand, and of a view such as `t.detach()` or `t.T`, nothing is
+# known: who writes there gets another gradient.
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
@@ -5878,7 +5888,7 @@ def _replace_data(t: Tensor, value: Any) -> None:
 
 
 # *Gradients are written to, too,* as when they are clipped. So one that is kept shares
-# its memory with nobody: not with another gradient, not with what it was computed from.
+# its memory with no other, and with nothing that it was computed from.
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -6351,7 +6361,7 @@ def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarra
 # to some.
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))  # 0: of this process
     return os.cpu_count() or 1
 
 
@@ -6390,9 +6400,10 @@ def _set_blas_threads(count: int) -> int | None:
 def _openblas() -> tuple[Callable, Callable] | None:
     """Its functions that get and set the number of threads, if NumPy has loaded it."""
     import ctypes
-    names = ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_",
-             "openblas_{}_num_threads")
-    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:
+    names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
+             "openblas_{}_num_threads64_",  # with NumPy 1
+             "openblas_{}_num_threads")  # and with the system
+    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:  # (of Linux)
         for path in {line.split()[-1] for line in loaded if "openblas" in line}:
             library = ctypes.CDLL(path)
             for name in names:
@@ -6402,40 +6413,52 @@ def _openblas() -> tuple[Callable, Callable] | None:
 
 
 # **The allocator.** A step of training makes and drops the same arrays of a few
-# megabytes each time. By default glibc gives such memory back to the system at once,
-# and gets it again page by page: 70,000 pages in a step of a GPT of width 256, 16,000
-# if it may keep what it has, and half of the time of a CNN's step. So while training,
-# it keeps (mallopt(3)) what was freed, and takes blocks of up to 32 MiB, the most it
-# can, from there. When the last optimizer is gone, all is given back, and it keeps no
-# more than by its own rule, twice the size from which blocks are the system's. That size
-# stays. For glibc raises it by itself, to the largest block that it has seen freed; but
-# not once mallopt was called, and from its first 128 KiB on every array would be new.
-_trainers: set[int] = set()
+# megabytes each time. By default glibc, the C library of most Linuxes, gives such memory
+# back to the system at once, and gets it again page by page: 70,000 pages in a step of a
+# GPT of width 256, where 16,000 would do; and half of the time of a CNN's step goes
+# there. Two settings rule it (mallopt(3)), and while training we raise both:
+#
+# - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
+#   The most that may be set is 32 MiB.
+# - Smaller ones come from a heap, at whose end up to M_TRIM_THRESHOLD free bytes are
+#   kept. The most is the largest C int: that is, all are kept.
+#
+# When the last optimizer is gone, all is given back, and it keeps what it would by its
+# own rule: twice the first setting. The first stays at 32 MiB, for where nobody sets
+# it, glibc raises it by itself from 128 KiB, to the largest block that it has seen
+# freed; but once anybody called mallopt, never again, and at 128 KiB, every array would
+# be new.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
+_LARGEST_INT = (1 << 31) - 1
+_LARGEST_THRESHOLD = 32 << 20  # 32 MiB
+_trainers: set[int] = set()  # the id of each that lives
+
 
 def _keep_freed_memory(trainer: Any) -> None:
     """Let glibc keep freed memory as long as `trainer` lives."""
     if _glibc() is None:
         return
-    _glibc().mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    _glibc().mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    _glibc().mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    _glibc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _trainers.add(id(trainer))
-    weakref.finalize(trainer, _give_back, id(trainer)).atexit = False
+    when_gone = weakref.finalize(trainer, _give_back, id(trainer))
+    when_gone.atexit = False  # at Python's end, the system takes back all anyhow
 
 
 def _give_back(trainer: int) -> None:
     """After the last trainer's end, give back what is kept, and keep no more."""
     _trainers.discard(trainer)
     if not _trainers:
-        _glibc().mallopt(-1, 1 << 26)  # 2 * 32 MiB
-        _glibc().malloc_trim(0)
+        _glibc().mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+        _glibc().malloc_trim(0)  # with 0 bytes to spare
 
 
 @functools.cache
 def _glibc() -> Any:
     """The C library, if it is glibc."""
     import ctypes
-    with contextlib.suppress(OSError, TypeError):
-        library = ctypes.CDLL(None)
+    with contextlib.suppress(OSError, TypeError):  # (TypeError: on Windows)
+        library = ctypes.CDLL(None)  # what this process has loaded
         if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
             return library
     return None
