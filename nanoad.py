@@ -5587,6 +5587,8 @@ class _Job(NamedTuple):
 class DataParallel:
     """Share every batch among forked processes; each computes a part of the gradient.
 
+    `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
+
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
       `training` flags, which parameters are frozen, and what else it saves (running
       statistics and other constants: III.2) go along with each batch, so that all
@@ -5594,25 +5596,12 @@ class DataParallel:
       changes (a number among the attributes, a layer put in place of another) workers
       know nothing: then make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
-      a scalar Tensor. Any function will do, also a lambda. It runs in all processes:
-      what it changes, other than the arrays above, it changes in the process that it
-      runs in.
+      a scalar Tensor. What it changes, other than the arrays above, it changes in the
+      process that it runs in.
     - `evaluate(*arrays)` is given a share, too, and returns a number or an array.
     - `processes` is how many there are, this one included (default: as many as cores).
       With 1, or where the system cannot fork (Windows, macOS: a warning says so), this
       one computes all.
-
-        >>> model = MLP(2, [16, 1])
-        >>> points, labels = make_moons(100)
-        >>> def loss(x, y):
-        ...     return binary_cross_entropy_with_logits(model(x), y)
-        >>> optimizer = Adam(model, lr=0.05)
-        >>> with DataParallel(model, loss, processes=2) as parallel:
-        ...     for step in range(50):
-        ...         value = parallel(points, labels)
-        ...         optimizer.step()
-        >>> value < 0.3
-        True
 
     While it is open, parameters live in memory common to all processes (but one whose
     array somebody took by `p.data` stays where it is, and is copied over at each call),
@@ -5640,7 +5629,7 @@ class DataParallel:
         self._module = params if isinstance(params, Module) else None
         self._modules = params.modules() if isinstance(params, Module) else []
         self._calls = 0
-        # Another after another manual_seed; from a copy, to leave the stream as it is.
+        # Some number that manual_seed decides; from a copy, to leave the stream as it is.
         self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
         self.flat_gradients: list[np.ndarray] = []
 
@@ -5701,11 +5690,7 @@ class DataParallel:
     def _compute_all(self, kind: str, arrays: tuple, stream: tuple[int, ...],
                      pieces: list | None) -> list:
         """The answers of all shares; the parent's own gradient goes into `pieces`."""
-        if self._team.is_closed:
-            raise RuntimeError("DataParallel: this one is closed")
-        if os.getpid() != self._team.parent:
-            raise RuntimeError("DataParallel: this process is a fork of the one that made "
-                               "it, and would talk to the same workers; make another")
+        self._require_usable()
         first, *others = self._cut(kind, arrays, stream)
         busy = self._team.workers[:len(others)]
         try:
@@ -5722,6 +5707,17 @@ class DataParallel:
             if isinstance(answer, Exception):
                 raise answer
         return answers
+
+    def _require_usable(self) -> None:
+        if self._team.is_closed:
+            raise RuntimeError("DataParallel: this one is closed")
+        if os.getpid() != self._team.parent:
+            raise RuntimeError("DataParallel: this process is a fork of the one that made "
+                               "it, and would talk to the same workers; make another")
+        now = self._params if self._module is None else self._module.parameters()
+        if list(map(id, now)) != list(map(id, self._params)):
+            raise RuntimeError("DataParallel: the module has other parameters than it "
+                               "had; make a new DataParallel")
 
     def _cut(self, kind: str, arrays: tuple, stream: tuple[int, ...]) -> list[_Job]:
         """A job for each share that has rows."""
@@ -5741,18 +5737,9 @@ class DataParallel:
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The parent's share, or its exception, to be raised when all have answered."""
         try:
-            self._require_same_parameters()
             return self._compute(0, job, pieces)
         except Exception as error:
             return error
-
-    def _require_same_parameters(self) -> None:
-        if self._module is None:
-            return
-        now = self._module.parameters()
-        if list(map(id, now)) != list(map(id, self._params)):
-            raise RuntimeError("DataParallel: the module has other parameters than it "
-                               "had; make a new DataParallel")
 
     # What follows is computed in all processes: the parent's share is number 0.
 
@@ -6071,15 +6058,6 @@ checkpoint.pull = _pull_checkpoint
 #     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
 #     >>> print(items, rebuild([10, 20, 30]))
 #     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
-#
-# So the gradient is built like the argument:
-#
-#     >>> def loss(model):
-#     ...     return (model["w"] * 2.0 + model["b"]).sum()
-#     ...
-#     >>> slopes = grad(loss)({"w": np.ones(2), "b": 1.0})
-#     >>> print(slopes["w"], slopes["b"])
-#     [2. 2.] 2.0
 #
 # Both halves are one function, which goes through a nest and builds the same of what
 # `f` makes of each item. `_flatten` calls it to note the items; `rebuild`, to put the
@@ -6579,13 +6557,26 @@ class _Team:
                                 f"{p.dtype}; make a new DataParallel after astype")
             common[...] = p._data
 
-    def work(self, pipe: Any, answer: Callable) -> NoReturn:
-        """The loop of a worker."""
+    def live_as_worker(self, pipe: Any, answer: Callable) -> NoReturn:
+        """A worker's whole life. It must not return into the program it is a copy of."""
+        import signal
+
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
+            gc.freeze()  # to look at old objects would copy the memory that they lie in
+            self._work(pipe, answer)
+        finally:
+            os._exit(1)
+
+    def _work(self, pipe: Any, answer: Callable) -> NoReturn:
         import traceback
 
         for p, common in zip(self._params, self._common):
             p._data = common
-        _mode.recording = True
+        _mode.recording = True  # also if it was made inside no_grad()
         while True:
             job = pipe.recv()  # EOFError if nobody is left to send one
             try:
@@ -6620,14 +6611,12 @@ class _Worker:
         self._pipe, workers_end = Pipe()
         self._has_ended = False
         self._exit_code: int | None = None  # -n: killed by signal n
-        parent = os.getpid()
         self.pid = _fork()
         if self.pid == 0:
             # Fork copies all open ends, and a pipe with a forgotten copy never closes.
             for worker in [self, *team.workers]:
                 worker._pipe.close()
-            work = functools.partial(team.work, workers_end, answer)
-            _live_as_worker(parent, work)
+            team.live_as_worker(workers_end, answer)
         workers_end.close()
 
     def send(self, job: _Job) -> None:
@@ -6689,21 +6678,6 @@ class _Worker:
                 return
             else:
                 time.sleep(0.001)
-
-
-def _live_as_worker(parent: int, work: Callable) -> NoReturn:
-    """A worker's whole life. It must not return into the program it is a copy of."""
-    import signal
-
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        threading.Thread(target=_follow, args=[parent], daemon=True).start()
-        gc.freeze()  # to look at old objects would copy the memory that they lie in
-        work()
-    finally:
-        os._exit(1)
 
 
 def _follow(parent: int) -> None:
