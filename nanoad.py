@@ -5581,7 +5581,8 @@ class _Job(NamedTuple):
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
     tracked: list[bool]  # which parameters are, now (one may be frozen, and thaw)
-    state: tuple[list, list] | None  # the module's training flags and constants
+    training: list[bool]  # which modules are
+    constants: list[np.ndarray]  # what the module saves and does not train
 
 
 class DataParallel:
@@ -5728,10 +5729,14 @@ class DataParallel:
             raise ValueError("DataParallel: needs arrays with equally many rows, "
                              f"not {shapes}")
 
+        # A module's flags and constants change in the parent (`model.eval()`, batch
+        # norm's statistics), where workers, being copies, do not see it.
         tracked = [p.requires_grad for p in self._params]
-        state = self._module_state()
+        training = [module.training for module in self._modules]
+        constants = [_value(constant) for constant in _constants(self._module)]
+        state = (tracked, training, constants)
         shares = zip(*[np.array_split(a, self.processes) for a in arrays])
-        return [_Job(kind, share, len(share[0]) / lengths[0], stream, tracked, state)
+        return [_Job(kind, share, len(share[0]) / lengths[0], stream, *state)
                 for share in shares if len(share[0]) > 0]
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
@@ -5746,9 +5751,7 @@ class DataParallel:
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job; a gradient goes into `pieces`."""
         if share > 0:
-            for p, is_tracked in zip(self._params, job.tracked):
-                p.requires_grad = is_tracked
-            self._take_state(job.state)
+            self._take_state(job)
         before = _mode.rng
         manual_seed((*job.stream, share))
         try:
@@ -5772,30 +5775,20 @@ class DataParallel:
             piece[...] = slopes[p]._data if p in slopes else 0
         return loss.item(), [p in slopes for p in self._params]
 
-    # What a module has beside its parameters changes in the parent (`model.eval()`, the
-    # statistics of batch norm), where workers, being copies, do not see it. So it is
-    # sent along.
-
-    def _module_state(self) -> tuple[list, list] | None:
-        """The module's training flags and constants, if there is anybody to tell."""
-        if self._module is None or not self._team.workers:
-            return None
-        training = [module.training for module in self._modules]
-        constants = [_value(constant) for constant in _constants(self._module)]
-        return training, constants
-
-    def _take_state(self, state: tuple[list, list] | None) -> None:
-        if state is None:
-            return
-        training, constants = state
-        for module, is_training in zip(self._modules, training):
+    def _take_state(self, job: _Job) -> None:
+        """Give parameters and module the state that the parent's have."""
+        for p, is_tracked in zip(self._params, job.tracked):
+            p.requires_grad = is_tracked
+        for module, is_training in zip(self._modules, job.training):
             module.training = is_training
-        for constant, sent in zip(_constants(self._module), constants, strict=True):
+        for constant, sent in zip(_constants(self._module), job.constants, strict=True):
             _overwrite(constant, sent)
 
 
-def _constants(module: Module) -> list:
+def _constants(module: Module | None) -> list:
     """The Tensors and arrays that a module saves and does not train, each once."""
+    if module is None:
+        return []
     saved = [value for _, value in module._contents() if _is_saved(value)]
     by_identity = {id(value): value for value in saved if not _is_trained(value)}
     return list(by_identity.values())
