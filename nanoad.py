@@ -5527,27 +5527,26 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #     ...     part = loss(x[rows], y[rows]) * (len(rows) / 10)
 #     ...     part.backward()  # adds to .grad
 #
-# And here side by side; the gradients are the same, up to rounding:
+# And here side by side, with the same gradients, up to rounding:
 #
-#     >>> one_by_one = [p.grad.numpy() for p in model.parameters()]
+#     >>> one_by_one = model[0].weight.grad.numpy()
 #     >>> with DataParallel(model, loss, processes=3) as parallel:
 #     ...     value = parallel(x, y)
-#     >>> all(np.allclose(p.grad.numpy(), g, atol=1e-6)
-#     ...     for p, g in zip(model.parameters(), one_by_one))
+#     >>> np.allclose(model[0].weight.grad.numpy(), one_by_one, atol=1e-6)
 #     True
 #
-# **Why not threads?** Python's threads take turns: only one of them runs, and at every
-# call of NumPy it hands over a lock, and waits for it again afterwards. A step of
-# training is a thousand short calls. The step of a GPT of width 64 took 22.1 ms, and
-# 21.9 with two threads that had half of the batch each (Intel Sapphire Rapids, two
-# cores). Two *processes* have a lock each: about 13 ms.
+# **Why not threads?** Python's threads take turns: only one of them runs, the one that
+# has a lock. NumPy lets go of it while it computes, and then has to wait for it again;
+# and a step of training is a thousand short computations. The step of a GPT of width 64
+# took 22.1 ms, and 21.9 with two threads that had half of the batch each (Intel
+# Sapphire Rapids, two cores). Two *processes* have a lock each: about 13 ms.
 #
 # **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a second
 # process that is a copy of the first, with the same variables, the same model, and the
-# same loss function, be it a lambda. From then on each writes to its own memory, except
-# for memory that was set aside to be common to both. The parameters lie there, and one
-# array of gradients for each new process, which we call a *worker*. All else goes
-# through a *pipe*, a queue of bytes between two processes.
+# same loss function, be it a lambda. It is our *worker*. From then on each writes to
+# its own memory, except for some that was set aside to be common to both: for the
+# parameters, and for the gradients of each worker. All else goes through a *pipe*, a
+# queue of bytes between two processes.
 #
 # **One step, followed through.** Two processes, one parameter w = 2, the loss
 # `(w * x).mean()`, whose slope is the mean of x, and a batch of five rows:
@@ -5691,7 +5690,11 @@ class DataParallel:
     def _compute_all(self, kind: str, arrays: tuple, stream: tuple[int, ...],
                      pieces: list | None) -> list:
         """The answers of all shares; the parent's own gradient goes into `pieces`."""
-        self._require_usable()
+        if self._team.is_closed:
+            raise RuntimeError("DataParallel: this one is closed")
+        if os.getpid() != self._team.parent:
+            raise RuntimeError("DataParallel: this process is a fork of the one that made "
+                               "it, and would talk to the same workers; make another")
         first, *others = self._cut(kind, arrays, stream)
         busy = self._team.workers[:len(others)]
         try:
@@ -5709,17 +5712,6 @@ class DataParallel:
                 raise answer
         return answers
 
-    def _require_usable(self) -> None:
-        if self._team.is_closed:
-            raise RuntimeError("DataParallel: this one is closed")
-        if os.getpid() != self._team.parent:
-            raise RuntimeError("DataParallel: this process is a fork of the one that made "
-                               "it, and would talk to the same workers; make another")
-        now = self._params if self._module is None else self._module.parameters()
-        if list(map(id, now)) != list(map(id, self._params)):
-            raise RuntimeError("DataParallel: the module has other parameters than it "
-                               "had; make a new DataParallel")
-
     def _cut(self, kind: str, arrays: tuple, stream: tuple[int, ...]) -> list[_Job]:
         """A job for each share that has rows."""
         arrays = [np.asarray(_value(a)) for a in arrays]
@@ -5733,8 +5725,8 @@ class DataParallel:
         # norm's statistics), where workers, being copies, do not see it.
         tracked = [p.requires_grad for p in self._params]
         training = [module.training for module in self._modules]
-        constants = [_value(constant) for constant in _constants(self._module)]
-        state = (tracked, training, constants)
+        constants = _constants(self._module) if self._team.workers else []
+        state = (tracked, training, list(map(_value, constants)))
         shares = zip(*[np.array_split(a, self.processes) for a in arrays])
         return [_Job(kind, share, len(share[0]) / lengths[0], stream, *state)
                 for share in shares if len(share[0]) > 0]
@@ -5742,6 +5734,11 @@ class DataParallel:
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The parent's share, or its exception, to be raised when all have answered."""
         try:
+            # To ask a module for its parameters takes a moment: so while workers compute.
+            now = self._params if self._module is None else self._module.parameters()
+            if list(map(id, now)) != list(map(id, self._params)):
+                raise RuntimeError("DataParallel: the module has other parameters than it "
+                                   "had; make a new DataParallel")
             return self._compute(0, job, pieces)
         except Exception as error:
             return error
