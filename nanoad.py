@@ -1248,9 +1248,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is kept
-# at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where x is
-# 0 and p is not negative.
+# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is
+# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
+# x is 0 and p is not negative.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -5833,11 +5833,6 @@ def _renew_checksum(t: Tensor) -> None:
     t._checksum = now
 
 
-def _handed_out(t: Tensor) -> bool:
-    """Whether somebody outside has the array, and may expect to find it there still."""
-    return t._checksum is not None
-
-
 def _note_write(t: Tensor) -> None:
     t._written = next(_clock)
 
@@ -5979,8 +5974,9 @@ Tensor.__reduce__ = _reduce
 #     ['x', 'w']
 #
 # The search goes from 5 to 4, and from there to 2 and 1, which are older than 3. These
-# are the operands of the checkpoint. In the backward pass, the second run has a moment
-# of its own when it began, and the small walk that horizon: so it ends at them.
+# are the operands of the checkpoint. In the backward pass f runs again, and a small walk
+# goes back along this new tape. Its horizon is the moment when the second run began: so
+# it ends at the operands, and what reaches them is what the checkpoint hands to them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5996,7 +5992,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
     rng = copy.deepcopy(_mode.rng)  # as it is now
     began = next(_clock)
-    (y,) = _outputs("checkpoint", [f(*args)])
+    (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
     operands = tuple(_find_route([y], [], horizon=began).older)
     if not operands or not _mode.recording:
         return y.detach()
@@ -6030,7 +6026,7 @@ def _require_same(again: Any, t: Tensor) -> None:
                            "module's training flag?")
 
 
-# To the walk it is an operation, with any number of operands.
+# To the walk (I.5) it is an operation, with any number of operands.
 checkpoint.operands = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
@@ -6093,7 +6089,8 @@ def _shape_of_numbers(tree: Any) -> tuple | None:
     shapes = {_shape_of_numbers(item) for item in tree}
     if len(shapes) > 1 or None in shapes:
         return None
-    return (len(tree), *(shapes.pop() if shapes else ()))
+    inner = shapes.pop() if shapes else ()
+    return (len(tree), *inner)
 
 
 # A cotangent is built like the result that it belongs to, and a tangent like its
@@ -6139,8 +6136,9 @@ def _outline(tree: Any) -> str:
 
 # ### Before and after a walk: what does a transform ask of its caller?
 #
-# In the order of a run (I.7). First, which arguments it is to differentiate by, and how
-# to put others in their place:
+# In the order of a run (I.7): which arguments, and each as a fresh input; what the
+# function returned; the cotangents that a walk starts with; and, for an input, whether a
+# walk can come to it at all.
 #
 #     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
 #     >>> print(chosen, put_back((10.0, 30.0)))
@@ -6186,9 +6184,6 @@ def _copied(x: Any) -> Any:
     return _copy(x) if _tracked(x) else np.array(_value(x))
 
 
-# Second, what the function returned.
-
-
 def _outputs(name: str, items: Iterable) -> list[Tensor]:
     """What a function returned, as Tensors; a plain number or array counts as a constant."""
     tensors = []
@@ -6215,9 +6210,6 @@ def _level_of_caller() -> int:
     return level
 
 
-# Third, the cotangents with which a walk starts.
-
-
 def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     """What a walk starts with: the cotangent given, or 1 for a scalar."""
     if not isinstance(output, Tensor):
@@ -6231,17 +6223,14 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     if create_graph:  # somebody may want to differentiate by it, also inside no_grad
         with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
-    copied = np.array if output._op is None else np.asarray  # for a leaf keeps it
-    return copied(_value(cotangent), output.dtype)
+    array = np.asarray(_value(cotangent), output.dtype)
+    return np.array(array) if output._op is None else array  # a copy, where a leaf keeps it
 
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
     """Pairs (output, cotangent), with which a walk starts."""
     pairs = zip(outputs, cotangents)
     return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
-
-
-# And some refusals.
 
 
 def _first_of_pair(name: str, output: Any) -> Any:
@@ -6514,7 +6503,7 @@ class _Team:
         _, self._common = self._layout.allocate(_shared)
         for p, common in zip(self._params, self._common):
             common[...] = p._data
-            if not _handed_out(p):  # else somebody would look at an old array
+            if p._checksum is None:  # else somebody has the array, and may write to it (IV.1)
                 p._data = common
 
         threads = _set_blas_threads(1)  # (IV.4)
@@ -6531,7 +6520,7 @@ class _Team:
             raise
 
     def copy_moved_parameters(self) -> None:
-        """Bring what was replaced (by `p.data = ...`) to where workers look for it."""
+        """Copy what is not in common memory (p.data was taken, or replaced) to there."""
         for p, common in zip(self._params, self._common):
             if p._data is common:
                 continue
@@ -6579,7 +6568,7 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and not _handed_out(p):
+                if p._data is common and p._checksum is None:
                     p._data = array
             self._common = []
 
@@ -6620,7 +6609,7 @@ class _Worker:
         """What to say of a worker whose end of the pipe is closed."""
         import signal
 
-        self._wait(seconds=1)  # a pipe is closed a moment before the end is told
+        self._wait(seconds=1)  # plenty: a pipe is closed a moment before the end is told
         code = self._exit_code
         if not self._has_ended:
             how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
@@ -6687,8 +6676,8 @@ def _interrupts_held() -> Iterator[None]:
     """Ctrl-C has to wait until this is done."""
     import signal
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    try:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # asks, and blocks nothing
+    try:  # from here on, what is blocked is let through in the end
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         yield
     finally:
