@@ -1248,9 +1248,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is
-# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
-# x is 0 and p is not negative.
+# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is kept
+# at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where x is
+# 0 and p is not negative.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
