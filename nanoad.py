@@ -5293,6 +5293,7 @@ class GPT(Module):
         terms = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
+                # The last Linear of the attention, and of the MLP.
                 writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
                 scale = 0.02 / math.sqrt(terms) if writes else 0.02
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
@@ -5361,6 +5362,7 @@ class GPT(Module):
         for _ in range(count):
             with _evaluating(modules):
                 logits = next_logits(ids)  # (B, V)
+            # (A float64 for the temperature would make one of float32 logits.)
             new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
             ids = np.concatenate([ids, new], axis=1)
             yield new[:, 0]
@@ -5806,9 +5808,9 @@ def _constants(module: Module | None) -> list:
 #
 # NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
 # handed out (`t.data`), and taken again whenever its elements are read: by an operation,
-# or by a walk that needs them as they were. If it has changed, the moment is noted, and
-# what matters is the order: above, x was made at 1, y at 2, and the write is noted at 3,
-# after y. (A tensor made after it has seen what was written, and may walk back.)
+# or by a walk that needs them as they were. If it has changed, the moment is noted.
+# Above, x was made at 1 and y at 2, and the write is noted at 3: after y, so it is an
+# error. (A result made at 4 has seen what was written, and may walk back.)
 #
 # `t._checksum` is None as long as nobody outside has the array, and `t._written` is the
 # time of the last write that is known of. The price of touching `p.data` is that each
@@ -5990,7 +5992,8 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     """
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
-    rng = copy.deepcopy(_mode.rng)  # as it is now
+    kind_of_random = type(_mode.rng.bit_generator)
+    random_state = _mode.rng.bit_generator.state
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
     operands = tuple(_find_route([y], [], horizon=began).older)
@@ -5998,7 +6001,9 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return y.detach()
 
     def run_again() -> Tensor:
-        with _mode.set(recording=True, rng=copy.deepcopy(rng)):  # who walks twice draws twice
+        rng = np.random.Generator(kind_of_random())
+        rng.bit_generator.state = random_state
+        with _mode.set(recording=True, rng=rng):
             return f(*args)
 
     return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
@@ -6513,7 +6518,7 @@ class _Team:
             with _interrupts_held():
                 for share in range(1, processes):
                     flats, pieces = self._layout.allocate(_shared)
-                    answer = functools.partial(compute, share, pieces=pieces)
+                    answer = functools.partial(compute, share, pieces=pieces)  # of a job
                     self.workers.append(_Worker(self, flats, answer))
         except BaseException:  # such as: no more processes
             self.close()
