@@ -5208,8 +5208,8 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 # says by itself:
 #
 #     >>> sentence = "she sells sea shells by the sea shore."
-#     >>> tokenizer = CharTokenizer(sentence)
-#     >>> ids = tokenizer.encode(sentence)
+#     >>> tokenizer = CharTokenizer(sentence)  # each character has a number, its id
+#     >>> ids = tokenizer.encode(sentence)  # (38,)
 #     >>> windows = np.lib.stride_tricks.sliding_window_view(ids, 9)  # (30, 9)
 #     >>> x, y = windows[:, :-1], windows[:, 1:]  # what it reads, what is next: (30, 8)
 #     >>> manual_seed(0)
@@ -5317,6 +5317,7 @@ class GPT(Module):
         terms = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
+                # The last Linear of the attention, and of the MLP.
                 writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
                 scale = 0.02 / math.sqrt(terms) if writes else 0.02
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
@@ -5375,6 +5376,7 @@ class GPT(Module):
         if top_k is not None:
             _positive("generate", top_k=top_k)
         ids = np.array(self._token_ids("generate", idx), np.int64)
+        # A generator runs, and refuses, only when it is asked for its first token.
         return self._write(ids, max_new_tokens, temperature, top_k)
 
     def _write(self, ids: np.ndarray, count: int, temperature: float,
@@ -5384,6 +5386,7 @@ class GPT(Module):
         for _ in range(count):
             with _evaluating(modules):
                 logits = next_logits(ids)  # (B, V)
+            # (A float64 for the temperature would make one of float32 logits.)
             new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
             ids = np.concatenate([ids, new], axis=1)
             yield new[:, 0]
@@ -5403,9 +5406,18 @@ class GPT(Module):
 #
 # But for one new token it reads all the old ones again. What is new about them?
 # Nothing: attention is causal, so no position is touched by what comes after it. All
-# that a new position asks of the old ones is their keys and values, once in each block.
-# Let a *reader* keep these, and each token costs the work of one position. (`generate`
-# above does so; the lines here say what it must equal.)
+# that a new position asks of the old ones is their keys and values, in each block. A
+# *reader* keeps these, and each token costs the work of one position. For the network
+# above, of 2 blocks with 4 heads of 8 numbers, it keeps two arrays:
+#
+#     >>> reader = _Reader(gpt, batch=1)
+#     >>> print([kept.shape for kept in reader.cache])  # k and v, B, H, positions, D
+#     [(2, 1, 4, 8, 8), (2, 1, 4, 8, 8)]
+#     >>> logits = reader.next_logits(prompt[:, :3])  # "she" fills positions 0, 1 and 2
+#     >>> logits = reader.next_logits(prompt[:, :4])  # "she ", of which only " " is read
+#     >>> plain = gpt(prompt[:, :4]).numpy()[:, -1]
+#     >>> print(reader.length, np.allclose(logits, plain, atol=1e-5))
+#     4 True
 #
 # Once the text is longer than block_size, the window slides. Every token then stands
 # one place further to the left and has another position's row added to it, so all is
@@ -5414,53 +5426,6 @@ class GPT(Module):
 # The reader repeats the lines of GPT.forward, Block.forward and
 # MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
 # `generate` alone; and at the end of the last block, only the last position goes on.
-# (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
-# do.) So a network with other blocks, or whose attention is not causal,
-# is read the plain way instead. (One with another GPT.forward is refused, for that may
-# return anything.)
-
-
-def _choose_reader(gpt: GPT, batch: int) -> Callable:
-    """The function from ids (B, T) to the logits (B, V) of what may come next."""
-    if not _computes(gpt, GPT.forward):
-        raise TypeError("generate: reads as GPT.forward does, but "
-                        f"{type(gpt).__name__} has a forward of its own; write a "
-                        "generate to go with it")
-    if all(map(_can_be_cached, gpt.blocks)):
-        return _Reader(gpt, batch).next_logits
-    return functools.partial(_read_plainly, gpt)
-
-
-def _can_be_cached(block: Module) -> bool:
-    """Whether it computes what `_Reader` does: the forward methods above, causally."""
-    if not _computes(block, Block.forward):
-        return False
-    return _computes(block.attn, MultiHeadAttention.forward) and block.attn.is_causal
-
-
-def _computes(module: Module, forward: Callable) -> bool:
-    """Whether to call the module is to call this method."""
-    is_called = type(module).__call__ is Module.__call__
-    return is_called and getattr(module.forward, "__func__", None) is forward
-
-
-@no_grad()
-def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, T)."""
-    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
-
-
-@contextlib.contextmanager
-def _evaluating(modules: list[Module]) -> Iterator[None]:
-    """Inside, the modules are in evaluation mode; afterwards each in its own."""
-    training = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, was_training in zip(modules, training):
-            module.training = was_training
 
 
 class _Reader:
@@ -5519,6 +5484,50 @@ class _Reader:
         return attn.proj(_merge(y))
 
 
+# A network with other blocks, or whose attention is not causal, is read the plain way
+# instead. (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself,
+# as these do.) One with another GPT.forward is refused, for that may return anything.
+
+
+def _choose_reader(gpt: GPT, batch: int) -> Callable:
+    """The function from ids (B, T) to the logits (B, V) of what may come next."""
+    if not _computes(gpt, GPT.forward):
+        raise TypeError("generate: reads as GPT.forward does, but "
+                        f"{type(gpt).__name__} has a forward of its own; write a "
+                        "generate to go with it")
+    for block in gpt.blocks:
+        if not (_computes(block, Block.forward)
+                and _computes(block.attn, MultiHeadAttention.forward)
+                and block.attn.is_causal):
+            return functools.partial(_read_plainly, gpt)
+    return _Reader(gpt, batch).next_logits
+
+
+def _computes(module: Module, forward: Callable) -> bool:
+    """Whether to call the module is to call this method."""
+    is_called = type(module).__call__ is Module.__call__
+    return is_called and getattr(module.forward, "__func__", None) is forward
+
+
+@no_grad()
+def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
+    """The logits (B, V) of what follows `ids` (B, T)."""
+    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[Module]) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode; afterwards each in its own."""
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, training):
+            module.training = was_training
+
+
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
     """An index for each row of logits (B, V), drawn from its softmax or top k: (B, 1)."""
     if top_k is not None and top_k < logits.shape[1]:
@@ -5534,46 +5543,44 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #
 # Cut the batch into shares, let each processor compute one, and add up. For the mean
 # loss of a batch is a weighted mean itself, of the mean losses of its shares; and so is
-# its gradient. One after another, it looks like this:
+# its gradient. Take one parameter w = 2, a loss whose slope is the mean of x, and a
+# batch of five rows. One share after another:
 #
-#     >>> x, y = make_moons(10)
-#     >>> model = MLP(2, [8, 1])
-#     >>> def loss(x, y):
-#     ...     return binary_cross_entropy_with_logits(model(x), y)
-#     >>> for rows in np.array_split(np.arange(10), 3):  # shares of 4, 3 and 3 rows
-#     ...     part = loss(x[rows], y[rows]) * (len(rows) / 10)
+#     >>> w, x = Tensor(2.0), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+#     >>> def loss(x):
+#     ...     return (w * x).mean()
+#     ...
+#     >>> value = 0.0
+#     >>> for rows in np.array_split(x, 2):  # 3 rows and 2
+#     ...     part = loss(rows) * (len(rows) / 5)
 #     ...     part.backward()  # adds to .grad
+#     ...     value += part.item()
+#     ...
+#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
+#     6 3
 #
-# And here side by side; the gradients are the same, up to rounding:
+# And both at the same time:
 #
-#     >>> one_by_one = [p.grad.numpy() for p in model.parameters()]
-#     >>> with DataParallel(model, loss, processes=3) as parallel:
-#     ...     value = parallel(x, y)
-#     >>> all(np.allclose(p.grad.numpy(), g, atol=1e-6)
-#     ...     for p, g in zip(model.parameters(), one_by_one))
-#     True
+#     >>> with DataParallel(w, loss, processes=2) as parallel:
+#     ...     value = parallel(x)
+#     ...
+#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
+#     6 3
 #
-# **Why not threads?** Python's threads take turns: only one of them runs, and at every
-# call of NumPy it hands over a lock, and waits for it again afterwards. A step of
-# training is a thousand short calls. The step of a GPT of width 64 took 22.1 ms, and
-# 21.9 with two threads that had half of the batch each (Intel Sapphire Rapids, two
-# cores). Two *processes* have a lock each: about 13 ms.
+# **Why not threads?** Python's threads take turns: only one of them runs, the one that
+# has a lock. NumPy lets go of it while it computes, and then has to wait for it again;
+# and a step of training is a thousand short computations. The step of a GPT of width 64
+# took 22.1 ms, and 21.9 with two threads that had half of the batch each (Intel
+# Sapphire Rapids, two cores). Two *processes* have a lock each: about 13 ms.
 #
 # **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a second
 # process that is a copy of the first, with the same variables, the same model, and the
-# same loss function, be it a lambda. From then on each writes to its own memory, except
-# for memory that was set aside to be common to both. The parameters lie there, and one
-# array of gradients for each new process, which we call a *worker*. All else goes
-# through a *pipe*, a queue of bytes between two processes.
+# same loss function, be it a lambda. It is our *worker*. From then on each writes to
+# its own memory, except for some that was set aside to be common to both: for the
+# parameters, and for the gradients of each worker. All else goes through a *pipe*, a
+# queue of bytes between two processes.
 #
-# **One step, followed through.** Two processes, one parameter w = 2, the loss
-# `(w * x).mean()`, whose slope is the mean of x, and a batch of five rows:
-#
-#     >>> w = Tensor(2.0)
-#     >>> with DataParallel(w, lambda x: (w * x).mean(), processes=2) as parallel:
-#     ...     value = parallel(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
-#     6 3
+# **The step above, followed through:**
 #
 #        the parent: share 0                             the worker: share 1
 #        -------------------                             -------------------
@@ -5598,11 +5605,14 @@ class _Job(NamedTuple):
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
     tracked: list[bool]  # which parameters are, now (one may be frozen, and thaw)
-    state: tuple[list, list] | None  # the module's training flags and constants
+    training: list[bool]  # which modules are
+    constants: list[np.ndarray]  # what the module saves and does not train
 
 
 class DataParallel:
     """Share every batch among forked processes; each computes a part of the gradient.
+
+    `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
 
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
       `training` flags, which parameters are frozen, and what else it saves (running
@@ -5611,25 +5621,12 @@ class DataParallel:
       changes (a number among the attributes, a layer put in place of another) workers
       know nothing: then make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
-      a scalar Tensor. Any function will do, also a lambda. It runs in all processes:
-      what it changes, other than the arrays above, it changes in the process that it
-      runs in.
+      a scalar Tensor. What it changes, other than the arrays above, it changes in the
+      process that it runs in.
     - `evaluate(*arrays)` is given a share, too, and returns a number or an array.
     - `processes` is how many there are, this one included (default: as many as cores).
       With 1, or where the system cannot fork (Windows, macOS: a warning says so), this
       one computes all.
-
-        >>> model = MLP(2, [16, 1])
-        >>> points, labels = make_moons(100)
-        >>> def loss(x, y):
-        ...     return binary_cross_entropy_with_logits(model(x), y)
-        >>> optimizer = Adam(model, lr=0.05)
-        >>> with DataParallel(model, loss, processes=2) as parallel:
-        ...     for step in range(50):
-        ...         value = parallel(points, labels)
-        ...         optimizer.step()
-        >>> value < 0.3
-        True
 
     While it is open, parameters live in memory common to all processes (but one whose
     array somebody took by `p.data` stays where it is, and is copied over at each call),
@@ -5657,7 +5654,7 @@ class DataParallel:
         self._module = params if isinstance(params, Module) else None
         self._modules = params.modules() if isinstance(params, Module) else []
         self._calls = 0
-        # Another after another manual_seed; from a copy, to leave the stream as it is.
+        # Some number that manual_seed decides; from a copy, to leave the stream as it is.
         self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
         self.flat_gradients: list[np.ndarray] = []
 
@@ -5749,36 +5746,34 @@ class DataParallel:
             raise ValueError("DataParallel: needs arrays with equally many rows, "
                              f"not {shapes}")
 
+        # A module's flags and constants change in the parent (`model.eval()`, batch
+        # norm's statistics), where workers, being copies, do not see it.
         tracked = [p.requires_grad for p in self._params]
-        state = self._module_state()
+        training = [module.training for module in self._modules]
+        constants = _constants(self._module) if self._team.workers else []
+        state = (tracked, training, list(map(_value, constants)))
         shares = zip(*[np.array_split(a, self.processes) for a in arrays])
-        return [_Job(kind, share, len(share[0]) / lengths[0], stream, tracked, state)
+        return [_Job(kind, share, len(share[0]) / lengths[0], stream, *state)
                 for share in shares if len(share[0]) > 0]
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The parent's share, or its exception, to be raised when all have answered."""
         try:
-            self._require_same_parameters()
+            # To ask a module for its parameters takes a moment: so while workers compute.
+            now = self._params if self._module is None else self._module.parameters()
+            if list(map(id, now)) != list(map(id, self._params)):
+                raise RuntimeError("DataParallel: the module has other parameters than it "
+                                   "had; make a new DataParallel")
             return self._compute(0, job, pieces)
         except Exception as error:
             return error
-
-    def _require_same_parameters(self) -> None:
-        if self._module is None:
-            return
-        now = self._module.parameters()
-        if list(map(id, now)) != list(map(id, self._params)):
-            raise RuntimeError("DataParallel: the module has other parameters than it "
-                               "had; make a new DataParallel")
 
     # What follows is computed in all processes: the parent's share is number 0.
 
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job; a gradient goes into `pieces`."""
         if share > 0:
-            for p, is_tracked in zip(self._params, job.tracked):
-                p.requires_grad = is_tracked
-            self._take_state(job.state)
+            self._take_state(job)
         before = _mode.rng
         manual_seed((*job.stream, share))
         try:
@@ -5802,30 +5797,20 @@ class DataParallel:
             piece[...] = slopes[p]._data if p in slopes else 0
         return loss.item(), [p in slopes for p in self._params]
 
-    # What a module has beside its parameters changes in the parent (`model.eval()`, the
-    # statistics of batch norm), where workers, being copies, do not see it. So it is
-    # sent along.
-
-    def _module_state(self) -> tuple[list, list] | None:
-        """The module's training flags and constants, if there is anybody to tell."""
-        if self._module is None or not self._team.workers:
-            return None
-        training = [module.training for module in self._modules]
-        constants = [_value(constant) for constant in _constants(self._module)]
-        return training, constants
-
-    def _take_state(self, state: tuple[list, list] | None) -> None:
-        if state is None:
-            return
-        training, constants = state
-        for module, is_training in zip(self._modules, training):
+    def _take_state(self, job: _Job) -> None:
+        """Give parameters and module the state that the parent's have."""
+        for p, is_tracked in zip(self._params, job.tracked):
+            p.requires_grad = is_tracked
+        for module, is_training in zip(self._modules, job.training):
             module.training = is_training
-        for constant, sent in zip(_constants(self._module), constants, strict=True):
+        for constant, sent in zip(_constants(self._module), job.constants, strict=True):
             _overwrite(constant, sent)
 
 
-def _constants(module: Module) -> list:
+def _constants(module: Module | None) -> list:
     """The Tensors and arrays that a module saves and does not train, each once."""
+    if module is None:
+        return []
     saved = [value for _, value in module._contents() if _is_saved(value)]
     by_identity = {id(value): value for value in saved if not _is_trained(value)}
     return list(by_identity.values())
@@ -5846,13 +5831,16 @@ def _constants(module: Module) -> list:
 #     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
 #
 # NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
-# handed out (`t.data`), and compared whenever its elements are read: by an operation,
-# or by a walk that needs them as they were. (That is what touching `p.data` costs: from
-# then on, each operation on p reads p once more, for a crc32.) `t._checksum` is None as
-# long as nobody outside has the array. `t._written` is the time of the last write that
-# is known of, and a tensor made after that time has seen what was written. (Of a
-# constant, of a raw array that is an operand, and of a view such as `t.detach()` or
-# `t.T`, nothing is known: who writes there gets another gradient.)
+# handed out (`t.data`), and taken again whenever its elements are read: by an operation,
+# or by a walk that needs them as they were. If it has changed, the moment is noted.
+# Above, x was made at 1 and y at 2, and the write is noted at 3: after y, so it is an
+# error. (A result made at 4 has seen what was written, and may walk back.)
+#
+# `t._checksum` is None as long as nobody outside has the array, and `t._written` is the
+# time of the last write that is known of. The price of touching `p.data` is that each
+# operation on p reads p once more from then on, for a crc32. Of a constant, of a raw
+# array that is an operand, and of a view such as `t.detach()` or `t.T`, nothing is
+# known: who writes there gets another gradient.
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
@@ -5869,11 +5857,6 @@ def _renew_checksum(t: Tensor) -> None:
     if t._checksum not in (None, now):
         _note_write(t)
     t._checksum = now
-
-
-def _handed_out(t: Tensor) -> bool:
-    """Whether somebody outside has the array, and may expect to find it there still."""
-    return t._checksum is not None
 
 
 def _note_write(t: Tensor) -> None:
@@ -5902,7 +5885,7 @@ def _replace_data(t: Tensor, value: Any) -> None:
 
 
 # *Gradients are written to, too,* as when they are clipped. So one that is kept shares
-# its memory with nobody: not with another gradient, not with what it was computed from.
+# its memory with no other, and with nothing that it was computed from.
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -5920,7 +5903,7 @@ def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
     """The same of which no two are one, where `gradients` was asked twice for one input."""
-    return [_copy(slope) if slope.requires_grad else Tensor(slope, False) for slope in slopes]
+    return [as_tensor(_copied(slope)) for slope in slopes]
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
@@ -5979,27 +5962,47 @@ Tensor.__reduce__ = _reduce
 # ## IV.2 Checkpoint: memory for time?
 #
 # A tape keeps every intermediate result until the walk has passed it. A checkpoint
-# keeps none, and computes them again when the walk arrives. It is an operation whose
-# pullback runs the function:
+# keeps none, and computes them again when the walk arrives: it is one operation, whose
+# rule runs the function.
 #
-#     >>> def deep(x):
-#     ...     for _ in range(50):
-#     ...         x = np.sin(x)
-#     ...     return x
+#     >>> def naive_checkpoint(f, x):
+#     ...     def rule(g, y, x):
+#     ...         y, pull = vjp(f, x)  # f again, now with a tape
+#     ...         return pull(g)[0]  # and back along it
+#     ...     return primitive(rule)(f)(x)  # f on bare arrays: no tape
 #     ...
-#     >>> x = Tensor(1.0)
-#     >>> print(deep(x)._operands[0] is x, checkpoint(deep, x)._operands[0] is x)
-#     False True
+#     >>> def f(x):
+#     ...     return np.exp(np.sin(x))
+#     ...
+#     >>> x = Tensor(0.0)
+#     >>> y = naive_checkpoint(f, x)
+#     >>> print(y._operands[0] is x)  # nothing between them
+#     True
+#     >>> y.backward()
+#     >>> print(x.grad)  # exp(sin(0)) * cos(0)
+#     1.0
 #
-# What are its operands? Not only the arguments, for f may close over Tensors, such as
-# the parameters of a module. The tape of the first run tells. All that f makes is
-# younger than the moment when it began, and all that it reads is older. So the search
-# for a route (I.5), with that moment for its horizon, finds what f has read: what it
-# calls `older`. Then that tape is dropped.
+# What does it lack? *Other operands*: f may close over Tensors, such as the parameters
+# of a module, and these receive nothing. *Chance*: where f drops out, the second run
+# must draw the numbers that the first one drew. And *a check* that the second run gives
+# what the first one gave.
 #
-# When a walk arrives here with a cotangent, f runs again, and a small walk goes back
-# along the new tape. Its horizon is the moment when the second run began: so it ends at
-# the operands, and what reaches them is what the checkpoint returns, as a rule would.
+# How do we find out what f reads? Run it once with a tape, which is then dropped. All
+# that f makes is younger than the moment when it began, and all that it reads is older.
+# So the search for a route (I.5), with that moment for its horizon, finds what f has
+# read: what it calls `older`. Here f closes over w, and h is its own:
+#
+#     >>> w, x = Tensor(3.0, label="w"), Tensor(2.0, label="x")  # w:1, x:2
+#     >>> began = next(_clock)  # 3
+#     >>> h = w * x  # h:4
+#     >>> y = np.sin(h)  # y:5
+#     >>> print([t.label for t in _find_route([y], [], horizon=began).older])
+#     ['x', 'w']
+#
+# The search goes from 5 to 4, and from there to 2 and 1, which are older than 3. These
+# are the operands of the checkpoint. In the backward pass f runs again, and a small walk
+# goes back along this new tape. Its horizon is the moment when the second run began: so
+# it ends at the operands, and what reaches them is what the checkpoint hands to them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -6013,18 +6016,21 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     """
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
+    kind_of_random = type(_mode.rng.bit_generator)
     random_state = _mode.rng.bit_generator.state
     began = next(_clock)
-    (y,) = _outputs("checkpoint", [f(*args)])
-    reads = _find_route([y], [], horizon=began).older
-    if not reads or not _mode.recording:
+    (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
+    operands = tuple(_find_route([y], [], horizon=began).older)
+    if not operands or not _mode.recording:
         return y.detach()
 
     def run_again() -> Tensor:
-        with _mode.set(recording=True, rng=_generator_at(random_state)):
+        rng = np.random.Generator(kind_of_random())
+        rng.bit_generator.state = random_state
+        with _mode.set(recording=True, rng=rng):
             return f(*args)
 
-    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, tuple(reads), pullback=run_again)
+    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
@@ -6032,16 +6038,15 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     began = next(_clock)
     again = t._pullback()
     _require_same(again, t)
-    inputs = [a for a, due in zip(t._operands, wanted) if due]
+    inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
-    slopes = _gradients([(again, g)], inputs, create_graph, create_graph, route)
-    shares = dict(zip(inputs, slopes))
-    return [shares.get(a) for a in t._operands]  # None where nothing is due
+    reached = _reached([(again, g)], inputs, create_graph, create_graph, route)
+    return [reached.get(a) for a in t._operands]  # None where nothing is wanted
 
 
 def _require_same(again: Any, t: Tensor) -> None:
     """RuntimeError if the second run gave something else, but for rounding."""
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
     same = np.shape(again) == t.shape and np.allclose(
         _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
     if not same:
@@ -6050,59 +6055,25 @@ def _require_same(again: Any, t: Tensor) -> None:
                            "module's training flag?")
 
 
-# So it is an operation, with any number of operands.
+# To the walk (I.5) it is an operation, with any number of operands.
 checkpoint.operands = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
 
-def _generator_at(state: dict) -> np.random.Generator:
-    """A generator of random numbers in this state."""
-    generator = np.random.Generator(type(_mode.rng.bit_generator)())
-    generator.bit_generator.state = state
-    return generator
-
-
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
 #
-# First nests, which are taken apart and put together; then what a transform asks of its
-# arguments, of what the function returns and of cotangents, before it walks.
-#
-# What a function is differentiated by may be nested dicts, lists and tuples of arrays,
-# as the parameters of a model are. The gradient is built alike:
-#
-#     >>> def loss(model):
-#     ...     return (model["w"] * 2.0 + model["b"]).sum()
-#     ...
-#     >>> slopes = grad(loss)({"w": np.ones(2), "b": 1.0})
-#     >>> print(slopes["w"], slopes["b"])
-#     [2. 2.] 2.0
-#
-# The transforms only know flat lists of tensors. So a nest is taken apart into the list
-# of its *items*, and what comes out is put together like the nest that went in:
+# What a function is differentiated by may be a *nest*: dicts, lists and tuples of
+# arrays, as the parameters of a model are. The transforms only know flat lists of
+# tensors. So a nest is taken apart into the list of its *items*, and what comes out is
+# put together like the nest that went in:
 #
 #     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
 #     >>> print(items, rebuild([10, 20, 30]))
 #     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
 #
-# What is an item? All that is no dict, list or tuple. And a list of numbers is one, an
-# array to be; so is a list of lists of numbers, if an array can be made of it:
-# [[1.0], [2.0]] is one item, and [[1.0], 2.0] two.
-
-
-def _is_item(tree: Any) -> bool:
-    if isinstance(tree, list):
-        return _shape_of_numbers(tree) is not None
-    return not isinstance(tree, (dict, tuple))
-
-
-def _shape_of_numbers(tree: Any) -> tuple | None:
-    """The shape of the array that nested lists of numbers would make; None if they are no such."""
-    if not isinstance(tree, list):
-        return () if np.isscalar(tree) else None
-    shapes = {_shape_of_numbers(item) for item in tree}
-    if len(shapes) > 1 or None in shapes:
-        return None
-    return (len(tree), *(shapes.pop() if shapes else ()))
+# Both halves are one function, which goes through a nest and builds the same of what
+# `f` makes of each item. `_flatten` calls it to note the items; `rebuild`, to put the
+# next of the others in the place of each.
 
 
 def _map_tree(f: Callable, tree: Any) -> Any:
@@ -6124,15 +6095,42 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
 
     def rebuild(others: Iterable) -> Any:
         others = iter(others)
-        return _map_tree(lambda item: next(others), tree)  # each in place of one item
+        return _map_tree(lambda item: next(others), tree)
 
     return items, rebuild
 
 
+# What is an item? All that is no dict, list or tuple. And a list of numbers, for it is
+# an array to be; so is a list of lists of numbers, if they are equally long. Of
+# [[1.0], [2.0]] there is one item, and of [[1.0], 2.0] there are two.
+
+
+def _is_item(tree: Any) -> bool:
+    if isinstance(tree, list):
+        return _shape_of_numbers(tree) is not None
+    return not isinstance(tree, (dict, tuple))
+
+
+def _shape_of_numbers(tree: Any) -> tuple | None:
+    """The shape of the array that nested lists of numbers would make; None if they are no such."""
+    if not isinstance(tree, list):
+        return () if np.isscalar(tree) else None
+    shapes = {_shape_of_numbers(item) for item in tree}
+    if len(shapes) > 1 or None in shapes:
+        return None
+    inner = shapes.pop() if shapes else ()
+    return (len(tree), *inner)
+
+
 # A cotangent is built like the result that it belongs to, and a tangent like its
-# argument. To pair them, walk through both nests at once, dicts by key. (What stands
-# beside two results, say, may be [1.0, 1.0]: so the nest that is wanted decides what is
-# an item.)
+# argument. To pair them, walk through both nests at once, dicts by key. The nest that
+# is wanted, `like`, decides what is an item, for [1.0, 1.0] may stand beside one array
+# or beside two results:
+#
+#     >>> for like in np.ones(2), (1.0, 1.0):
+#     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
+#     [(2,)]
+#     [(), ()]
 
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
@@ -6170,6 +6168,12 @@ def _outline(tree: Any) -> str:
 # In the order of a run (I.7): which arguments, and each as a fresh input; what the
 # function returned; the cotangents that a walk starts with; and, for an input, whether a
 # walk can come to it at all.
+#
+#     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
+#     >>> print(chosen, put_back((10.0, 30.0)))
+#     (1.0, 3.0) [10.0, 2.0, 30.0]
+
+
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
     """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
     if not isinstance(args, (tuple, list)):
@@ -6181,7 +6185,7 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
     if any(i not in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
                          "are counted from 0")
-    positions = [i % len(args) for i in positions]
+    positions = [i % len(args) for i in positions]  # -1 is the last
     if len(set(positions)) < len(positions):
         raise ValueError(f"{name}: argnums={argnums} names an argument twice")
 
@@ -6248,8 +6252,8 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     if create_graph:  # somebody may want to differentiate by it, also inside no_grad
         with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
-    copied = np.array if output._op is None else np.asarray  # for a leaf keeps it
-    return copied(_value(cotangent), output.dtype)
+    array = np.asarray(_value(cotangent), output.dtype)
+    return np.array(array) if output._op is None else array  # a copy, where a leaf keeps it
 
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
@@ -6284,19 +6288,29 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
     return inputs
 
 
-# *A tape that was let go* cannot be searched for the inputs (I.5). But a function that is
-# differentiated by x may use a tensor that has seen a `backward` of its own, and the
-# answer is known if that met no part of x. Whom it met is in `_sources`: the time of each
-# leaf, and with `retain_grads` of every tensor.
+# *A tape that was let go.* The search for a route (I.5) asks each tensor that it meets
+# what it was made of. One that has seen a `backward` of its own cannot say any more; and
+# that is an error, unless it cannot matter. (When does it come up? In a function with a
+# training loop inside, which returns x times its last loss, say.) So `backward` leaves
+# in `_sources` the times of the leaves that it met. Below, s was made of w alone:
+#
+#     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
+#     >>> s = w * w  # s:3
+#     >>> s.backward()  # lets go; s._sources is {2}
+#     >>> print(gradients(s * x, [x])[0])  # 1 is not among them: nobody need look behind s
+#     4.0
+#     >>> gradients(s * x, [w])  # 2 is
+#     Traceback (most recent call last):
+#     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
-    they were let go, and may have been made of one."""
+    """The operands of `t`, behind which somebody looks for `inputs`: none, if they were
+    let go and no input had a part in them; RuntimeError, if one may have had."""
     if t._operands is None and t._sources is not None:
         older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
         if all(x._op is None and x._time not in t._sources for x in older):
-            return ()
+            return ()  # (of an input that is no leaf, nothing was noted)
     return _require_operands(t)
 
 
@@ -6325,7 +6339,7 @@ def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarra
 # to some.
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))  # 0: of this process
     return os.cpu_count() or 1
 
 
@@ -6364,9 +6378,10 @@ def _set_blas_threads(count: int) -> int | None:
 def _openblas() -> tuple[Callable, Callable] | None:
     """Its functions that get and set the number of threads, if NumPy has loaded it."""
     import ctypes
-    names = ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_",
-             "openblas_{}_num_threads")
-    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:
+    names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
+             "openblas_{}_num_threads64_",  # with NumPy 1
+             "openblas_{}_num_threads")  # and with the system
+    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:  # (of Linux)
         for path in {line.split()[-1] for line in loaded if "openblas" in line}:
             library = ctypes.CDLL(path)
             for name in names:
@@ -6376,40 +6391,52 @@ def _openblas() -> tuple[Callable, Callable] | None:
 
 
 # **The allocator.** A step of training makes and drops the same arrays of a few
-# megabytes each time. By default glibc gives such memory back to the system at once,
-# and gets it again page by page: 70,000 pages in a step of a GPT of width 256, 16,000
-# if it may keep what it has, and half of the time of a CNN's step. So while training,
-# it keeps (mallopt(3)) what was freed, and takes blocks of up to 32 MiB, the most it
-# can, from there. When the last optimizer is gone, all is given back, and it keeps no
-# more than by its own rule, twice the size from which blocks are the system's. That size
-# stays. For glibc raises it by itself, to the largest block that it has seen freed; but
-# not once mallopt was called, and from its first 128 KiB on every array would be new.
-_trainers: set[int] = set()
+# megabytes each time. By default glibc, the C library of most Linuxes, gives such memory
+# back to the system at once, and gets it again page by page: 70,000 pages in a step of a
+# GPT of width 256, where 16,000 would do; and half of the time of a CNN's step goes
+# there. Two settings rule it (mallopt(3)), and while training we raise both:
+#
+# - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
+#   The most that may be set is 32 MiB.
+# - Smaller ones come from a heap, at whose end up to M_TRIM_THRESHOLD free bytes are
+#   kept. The most is the largest C int: that is, all are kept.
+#
+# When the last optimizer is gone, all is given back, and it keeps what it would by its
+# own rule: twice the first setting. The first stays at 32 MiB, for where nobody sets
+# it, glibc raises it by itself from 128 KiB, to the largest block that it has seen
+# freed; but once anybody called mallopt, never again, and at 128 KiB, every array would
+# be new.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
+_LARGEST_INT = (1 << 31) - 1
+_LARGEST_THRESHOLD = 32 << 20  # 32 MiB
+_trainers: set[int] = set()  # the id of each that lives
+
 
 def _keep_freed_memory(trainer: Any) -> None:
     """Let glibc keep freed memory as long as `trainer` lives."""
     if _glibc() is None:
         return
-    _glibc().mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    _glibc().mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    _glibc().mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    _glibc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _trainers.add(id(trainer))
-    weakref.finalize(trainer, _give_back, id(trainer)).atexit = False
+    when_gone = weakref.finalize(trainer, _give_back, id(trainer))
+    when_gone.atexit = False  # at Python's end, the system takes back all anyhow
 
 
 def _give_back(trainer: int) -> None:
     """After the last trainer's end, give back what is kept, and keep no more."""
     _trainers.discard(trainer)
     if not _trainers:
-        _glibc().mallopt(-1, 1 << 26)  # 2 * 32 MiB
-        _glibc().malloc_trim(0)
+        _glibc().mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+        _glibc().malloc_trim(0)  # with 0 bytes to spare
 
 
 @functools.cache
 def _glibc() -> Any:
     """The C library, if it is glibc."""
     import ctypes
-    with contextlib.suppress(OSError, TypeError):
-        library = ctypes.CDLL(None)
+    with contextlib.suppress(OSError, TypeError):  # (TypeError: on Windows)
+        library = ctypes.CDLL(None)  # what this process has loaded
         if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
             return library
     return None
@@ -6449,7 +6476,8 @@ def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros in memory that is common to this process and all that it forks later."""
     import mmap  # only here, for it is slow to load, as are some below
 
-    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # goes with its last user
+    bytes_needed = max(1, size * dtype.itemsize)  # 0 is refused
+    memory = mmap.mmap(-1, bytes_needed)  # -1: of no file; it goes with its last user
     return np.frombuffer(memory, dtype, size)
 
 
@@ -6504,7 +6532,7 @@ class _Team:
         _, self._common = self._layout.allocate(_shared)
         for p, common in zip(self._params, self._common):
             common[...] = p._data
-            if not _handed_out(p):
+            if p._checksum is None:  # else somebody has the array, and may write to it (IV.1)
                 p._data = common
 
         threads = _set_blas_threads(1)  # (IV.4)
@@ -6514,14 +6542,14 @@ class _Team:
             with _interrupts_held():
                 for share in range(1, processes):
                     flats, pieces = self._layout.allocate(_shared)
-                    answer = functools.partial(compute, share, pieces=pieces)
+                    answer = functools.partial(compute, share, pieces=pieces)  # of a job
                     self.workers.append(_Worker(self, flats, answer))
         except BaseException:  # such as: no more processes
             self.close()
             raise
 
     def copy_moved_parameters(self) -> None:
-        """Bring what was replaced (by `p.data = ...`) to where workers look for it."""
+        """Copy what is not in common memory (p.data was taken, or replaced) to there."""
         for p, common in zip(self._params, self._common):
             if p._data is common:
                 continue
@@ -6530,13 +6558,26 @@ class _Team:
                                 f"{p.dtype}; make a new DataParallel after astype")
             common[...] = p._data
 
-    def work(self, pipe: Any, answer: Callable) -> NoReturn:
-        """The loop of a worker."""
+    def live_as_worker(self, pipe: Any, answer: Callable) -> NoReturn:
+        """A worker's whole life. It must not return into the program it is a copy of."""
+        import signal
+
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
+            gc.freeze()  # to look at old objects would copy the memory that they lie in
+            self._work(pipe, answer)
+        finally:
+            os._exit(1)
+
+    def _work(self, pipe: Any, answer: Callable) -> NoReturn:
         import traceback
 
         for p, common in zip(self._params, self._common):
             p._data = common
-        _mode.recording = True
+        _mode.recording = True  # also if it was made inside no_grad()
         while True:
             job = pipe.recv()  # EOFError if nobody is left to send one
             try:
@@ -6556,7 +6597,7 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and not _handed_out(p):
+                if p._data is common and p._checksum is None:
                     p._data = array
             self._common = []
 
@@ -6571,14 +6612,12 @@ class _Worker:
         self._pipe, workers_end = Pipe()
         self._has_ended = False
         self._exit_code: int | None = None  # -n: killed by signal n
-        parent = os.getpid()
         self.pid = _fork()
         if self.pid == 0:
             # Fork copies all open ends, and a pipe with a forgotten copy never closes.
             for worker in [self, *team.workers]:
                 worker._pipe.close()
-            work = functools.partial(team.work, workers_end, answer)
-            _live_as_worker(parent, work)
+            team.live_as_worker(workers_end, answer)
         workers_end.close()
 
     def send(self, job: _Job) -> None:
@@ -6599,7 +6638,7 @@ class _Worker:
         """What to say of a worker whose end of the pipe is closed."""
         import signal
 
-        self._wait(seconds=1)  # a pipe is closed a moment before the end is told
+        self._wait(seconds=1)  # plenty: a pipe is closed a moment before the end is told
         code = self._exit_code
         if not self._has_ended:
             how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
@@ -6629,7 +6668,7 @@ class _Worker:
         deadline = time.monotonic() + seconds
         while not self._has_ended:
             try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                pid, status = os.waitpid(self.pid, os.WNOHANG)  # (0, 0): it still runs
             except ChildProcessError:  # somebody else has waited for it
                 self._has_ended = True
                 return
@@ -6639,22 +6678,7 @@ class _Worker:
             elif time.monotonic() >= deadline:
                 return
             else:
-                time.sleep(0.001)
-
-
-def _live_as_worker(parent: int, work: Callable) -> NoReturn:
-    """A worker's whole life. It must not return into the program it is a copy of."""
-    import signal
-
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        threading.Thread(target=_follow, args=[parent], daemon=True).start()
-        gc.freeze()  # to look at old objects would copy the memory that they lie in
-        work()
-    finally:
-        os._exit(1)
+                time.sleep(0.001)  # not to ask all the time
 
 
 def _follow(parent: int) -> None:
@@ -6681,8 +6705,8 @@ def _interrupts_held() -> Iterator[None]:
     """Ctrl-C has to wait until this is done."""
     import signal
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    try:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # asks, and blocks nothing
+    try:  # from here on, what is blocked is let through in the end
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         yield
     finally:

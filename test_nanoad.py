@@ -6283,7 +6283,7 @@ def test_ctrl_c_ends_all_and_only_the_parent_speaks(arguments, times):
         _, errors = process.communicate(timeout=10)
         assert wait_until(lambda: not any(map(alive, workers)))
         assert errors.count("\nKeyboardInterrupt") in range(1, times + 1), errors
-        assert "_live_as_worker" not in errors
+        assert "live_as_worker" not in errors
         assert process.returncode == -signal.SIGINT
 
 
@@ -6300,7 +6300,7 @@ def test_ended_at_any_moment(how):
             (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
             process.wait(10)
             assert wait_until(lambda: not living(process.pid)), living(process.pid)
-            assert "_live_as_worker" not in process.stderr.read()
+            assert "live_as_worker" not in process.stderr.read()
 
 
 @linux
