@@ -6307,10 +6307,11 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
     """The operands of `t`, behind which somebody looks for `inputs`: none, if they were
     let go and no input had a part in them; RuntimeError, if one may have had."""
-    if t._operands is None and t._sources is not None:
+    if t._operands is None:
         older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
-        if all(x._op is None and x._time not in t._sources for x in older):
-            return ()  # (of an input that is no leaf, nothing was noted)
+        noted = t._sources is not None and all(x._op is None for x in older)  # leaves are
+        if not older or noted and all(x._time not in t._sources for x in older):
+            return ()
     return _require_operands(t)
 
 
