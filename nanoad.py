@@ -4648,25 +4648,62 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
 # ## III.5 Normalization: what is taken from g?
 #
-# Numbers are normalized when their mean is 0 and their standard deviation 1: take the
-# mean from them, and divide by the deviation. So whatever the layers before have done
-# to their scale, the next one meets what it is used to. **Layer norm** does this to the
-# numbers of each row, **batch norm** to those of each column (each channel, of images)
-# over the whole batch; then both scale and shift by learned numbers, here 1 and 0.
+# To normalize a row of numbers, take their mean from them, and divide by their standard
+# deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
+# to the scale, the next one meets what it is used to. **Layer norm** does this to each
+# row; then it scales and shifts by a learned weight and bias, here 1 and 0.
 #
-#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+#     >>> x = np.array([[1.0, 2.0, 6.0], [2.0, 3.0, 7.0], [-1.0, 1.0, 9.0]])
 #     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
-#     [[-1.22  0.    1.22]
-#      [-1.22  0.    1.22]]
-#     >>> running = np.zeros(3), np.ones(3)  # see below
-#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
-#     >>> print(y.numpy().round(2))
-#     [[-1. -1. -1.]
-#      [ 1.  1.  1.]]
+#     [[-0.93 -0.46  1.39]
+#      [-0.93 -0.46  1.39]
+#      [-0.93 -0.46  1.39]]
+#
+# These rows come out alike. The second is the first with 1 added to all of it; the third
+# is the first with every number twice as far from their mean, 3. So there are two
+# directions in which a row can move without moving the result: all numbers up, and all
+# further out. Along these, no gradient comes back. If the result, `xhat`, receives h,
+# then its parts along both are taken away, and x receives what is left, over the
+# deviation s:
+#
+#            h - mean(h)              the part of h along a vector v is v * (h @ v)/(v @ v)
+#           /|
+#          / |  left: s times         all up:       v = (1, ..., 1)   the part is mean(h)
+#         /  |  what x receives       further out:  v = xhat          xhat * mean(h * xhat)
+#        0---+--------> xhat
+#        taken away                   for both, v @ v = n; and at right angles, for sum(xhat) = 0
+#
+#     >>> def normalize(x, eps=1e-5):  # (n,)
+#     ...     c = x - x.mean()  # centred
+#     ...     s = np.sqrt((c * c).mean() + eps)
+#     ...     return c / s, s
+#     ...
+#     >>> def normalize_back(h, xhat, s):
+#     ...     return (h - h.mean() - xhat * (h * xhat).mean()) / s
+#     ...
+#     >>> x, h = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0])
+#     >>> print(normalize_back(h, *normalize(x)).round(3))
+#     [ 0.176 -0.22   0.044]
+#     >>> print(grad(lambda x: (normalize(x)[0] * h).sum())(x).numpy().round(3))
+#     [ 0.176 -0.22   0.044]
+#
+# The picture leaves out eps, which keeps rows of equal numbers from a division by 0.
+# With it, too, the formula is exact. Let x move by v:
+#
+# 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
+# 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
+#    that is `mean(xhat * v)`, for the mean of xhat is 0.
+# 3. `xhat = c / s` moves by `(dc - xhat * ds) / s`, which is
+#
+#        (v - mean(v) - xhat * mean(xhat * v)) / s
+#
+# 4. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
+#    symmetric. So its transpose, which takes h back to x, does the same to h.
+#
+# As `y = xhat * weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat`
+# and the bias `g`.
 #
 # ### Layer norm
-#
-# The definition needs no naive version before it:
 @_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
@@ -4675,25 +4712,6 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# What comes back to x when y receives g? Take one row of n numbers, with
-# `c = x - mean(x)`, `s = sqrt(mean(c*c) + eps)`, `xhat = c / s` and
-# `y = xhat * weight + bias`, and go from y to x.
-#
-# 1. The product: xhat receives `h = g * weight`, the weight `g * xhat` and the bias
-#    `g`, these two summed over all rows.
-# 2. The division: c receives `h / s`, and s receives
-#    `sum(h * -c / s^2) = -sum(h * xhat) / s`.
-# 3. The root and the mean of squares: if c_i moves by dc, `s^2 = mean(c*c) + eps` moves
-#    by `2 s ds = 2 c_i dc / n`, and so s by `ds = xhat_i / n * dc`. Through s, then,
-#    c_i receives `-xhat_i * mean(h * xhat) / s`.
-# 4. The mean: what c receives in all, x receives without its mean. That of h is
-#    `mean(h)`; that of xhat is 0, for c has none. Together
-#
-#        dx = (h - mean(h) - xhat * mean(h * xhat)) / s
-#
-# In words: from h two things are taken, its mean and its part along xhat, for these are
-# the two ways in which a row can move without moving xhat: all numbers up, or all
-# further from their mean.
 @fused(_layer_norm_definition, operands=3)
 @_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -4721,7 +4739,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # sum(h * z) is sum(g * z * weight): both means of step 4 are products.
+        # sum(h * z) is sum(g * z * weight): so both means are products with the weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
@@ -4736,41 +4754,20 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
 # ### Batch norm
 #
-# Batch norm is the same with "row" read as "channel": all n numbers of one channel, in
-# the whole batch. The weight w and the bias b are then one number each. For one
-# channel, forward and back are ten lines:
+# **Batch norm** is the same with "row" read as "channel": all numbers of one channel, in
+# the whole batch. Of an array (N, C), the channels are the columns:
 #
-#     >>> def naive_batch_norm(x, w, b, eps=1e-5):  # (n,), two numbers
-#     ...     c = x - x.mean()  # centred
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     return c / s * w + b
-#     ...
-#     >>> def naive_batch_norm_back(g, x, w, eps=1e-5):
-#     ...     n = len(x)
-#     ...     c = x - x.mean()
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     dx = w / s * (g - g.mean() - c * (g * c).sum() / (n * s * s))
-#     ...     return dx, (g * c).sum() / s, g.sum()
-#     ...
-#     >>> x, g, w, b = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0]), 2.0, 0.5
-#     >>> print(*[a.round(3) for a in naive_batch_norm_back(g, x, w)])
-#     [ 0.353 -0.441  0.088] -0.926 1.0
-#     >>> slopes = grad(lambda *a: (naive_batch_norm(*a) * g).sum(), (0, 1, 2))(x, w, b)
-#     >>> print(*[a.numpy().round(3) for a in slopes])
-#     [ 0.353 -0.441  0.088] -0.926 1.0
-#
-# The way back is what layer norm's derivation ended with:
-#
-# 1. There, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * w`. Now w is
-#    one number, and comes out of both means:
-#    `dx = w/s * (g - mean(g) - xhat * mean(g * xhat))`.
-# 2. With `xhat = c / s`, the last term is `c * sum(g * c) / (n s^2)`.
-# 3. The weight receives `sum(g * xhat) = sum(g * c) / s`, and the bias `sum(g)`.
+#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+#     >>> running = np.zeros(3), np.ones(3)
+#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
+#     >>> print(y.numpy().round(2))
+#     [[-1. -1. -1.]
+#      [ 1.  1.  1.]]
 #
 # In evaluation an image is judged by itself, without a batch. So training also moves two
 # arrays, the *running* mean and variance, some of the way towards those of each batch,
-# and evaluation takes them. (The definition is given them and leaves them alone, or
-# they would be moved again when it is differentiated.)
+# and evaluation takes them. (The definition leaves them alone, or they would be moved
+# again when it is differentiated.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
@@ -4781,79 +4778,62 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel computes the ten lines for all channels at once, and adds three cares.
+# The kernel sees the images as (N, C, P), with a line of P pixels for each image and
+# channel. Several passes go over one *slab* of them while it is in the cache, and then
+# over the next (see PASSES, II.7). What a slab is depends on what lies together in
+# memory:
 #
-# **Layout.** The images come in one of two layouts, and are seen without a copy as
-# (A, C, B), with the channel in the middle. (Others are copied to the first.)
+#     order in memory                              a slab is        as (N, C, P)
+#     (C, P, N): batch last, as conv2d leaves it   some channels    x[:, channels]
+#     (N, C, P): as a user makes images            some images      x[images]
 #
-#     batch last, as conv2d leaves them    (1, C, H W N)    channel after channel
-#     as a user makes them                 (N, C, H W)      image after image
-def _by_channel(x: np.ndarray, batch_last: bool) -> np.ndarray:
-    """x, (N, C, ...), as (A, C, B)."""
-    x = _batch_last(x)[None] if batch_last else x
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+# Both are `x[images, channels]`, with two slices, one of which takes everything. A sum
+# over a channel begins at 0, and each slab adds what it has: `total[channels] += ...`
+def _is_batch_last(x: np.ndarray) -> bool:
+    """Whether the images of a channel lie closer together than the channels of an image."""
+    return x.strides[0] < x.strides[1]
 
 
-def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
-    """y, (A, C, B), in the shape (N, C, ...) that it was made of."""
-    if not batch_last:
-        return y.reshape(shape)
-    n, c, *size = shape
-    return _batch_first(y.reshape(c, *size, n))
-
-
-# **Memory.** Several passes go over one *slab* while it is in the cache, and then over
-# the next (see PASSES, II.7). A slab is some channels in the first layout, some images
-# in the second. As with `_blocks`, what is a piece of `x` is called `x_`.
-#
-# What has one entry per channel, (C,) or (C, B), is cut along with the channels. But a
-# slab of some images has all channels, and so it comes with the whole array, the same
-# for every slab. A sum per channel is right in both cases if it starts at 0 and each
-# slab *adds* its share to its piece, `sum_ += ...`.
-def _slabs(*arrays: np.ndarray) -> Iterator[list]:
-    """Matching pieces, of about a block, of arrays (A, C, B), (C, B), (C, 1) and (C,).
-
-    The first is (A, C, B). All pieces are views: what is written or added to a piece
-    is in the array.
-    """
-    a, c, b = arrays[0].shape
-    by_image = a > 1
-    length = a if by_image else c
-    step = max(1, _BLOCK * length // arrays[0].size)
-    for i in range(0, length, step):
-        images = slice(i, i + step) if by_image else slice(None)
-        channels = slice(None) if by_image else slice(i, i + step)
-        # Channels are the second axis of three, and the first of one or two.
-        yield [x[images, channels] if x.ndim == 3 else x[channels] for x in arrays]
+def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
+    """Cuts x, (N, C, P), into slabs of about a block: (images, channels) of each."""
+    n, c, _ = x.shape
+    everything = slice(None)
+    if _is_batch_last(x):
+        step = max(1, _BLOCK * c // x.size)
+        return [(everything, slice(i, i + step)) for i in range(0, c, step)]
+    step = max(1, _BLOCK * n // x.size)
+    return [(slice(i, i + step), everything) for i in range(0, n, step)]
 
 
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, (C,), to broadcast with x, (A, C, B): (C, 1) or (C, B).
+    """One number per channel, (C,), to broadcast with x, (N, C, P).
 
-    The latter is for images after one another, whose lines B are short (see LOOPS, II.7).
+    Where lines of P numbers follow one another, which may be short, it is repeated for
+    each pixel, (C, P): then NumPy's loops run over an image (see LOOPS, II.7). Otherwise
+    it is (C, 1).
     """
-    a, _, b = x.shape
     column = numbers[:, None]
-    return column if a == 1 else np.repeat(column, b, axis=1)
+    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
 
 
-# **Digits.** The mean of large numbers comes out rounded. With an exact one, the mean of
-# c would be 0; what it is instead is the *error* e of the mean. So the true centred
-# numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque,
-# 1983). Neither needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`,
-# with `scale = w / s` and `shift = b - e * scale`.
-def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
-    """Writes c to `centred`; returns the rounded mean, its error e, and the variance."""
-    n = x.size // x.shape[1]
-    rounded_mean = np.einsum("acb->c", x) / n  # (C,), as the other two
+# The mean of large numbers comes out rounded. With an exact one, the mean of c would be
+# 0; what it is instead is the *error* e of the mean. So the true centred numbers are
+# c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque, 1983). Neither
+# needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`, with
+# `scale = w / s` and `shift = b - e * scale`.
+def _centre(x: np.ndarray, c: np.ndarray) -> tuple:
+    """Writes c, (N, C, P); returns the rounded mean, its error e, and the variance."""
+    n = x.shape[0] * x.shape[2]
+    rounded_mean = np.einsum("ncp->c", x) / n  # (C,), as the other two
     error = np.zeros_like(rounded_mean)
     square = np.zeros_like(rounded_mean)
 
-    mean_spread = _spread(rounded_mean, x)
-    for x_, c_, mean_, error_, square_ in _slabs(x, centred, mean_spread, error, square):
-        np.subtract(x_, mean_, out=c_)
-        error_ += np.einsum("acb->c", c_) / n
-        square_ += np.einsum("acb,acb->c", c_, c_) / n
+    spread_mean = _spread(rounded_mean, x)
+    for images, channels in _slabs(x):
+        c_ = c[images, channels]
+        np.subtract(x[images, channels], spread_mean[channels], out=c_)
+        error[channels] += np.einsum("ncp->c", c_) / n
+        square[channels] += np.einsum("ncp,ncp->c", c_, c_) / n
     return rounded_mean, error, np.maximum(square - error * error, 0)
 
 
@@ -4861,13 +4841,13 @@ def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
 @_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
+    shape = x.shape
     x = x.astype(np.result_type(x, weight, bias), copy=False)
-    batch_last = not x.flags.c_contiguous
-    images = _by_channel(x, batch_last)  # (A, C, B)
-    n = images.size // len(weight)
+    x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
+    n = x.shape[0] * x.shape[2]
 
-    c = np.empty_like(images)
-    rounded_mean, error, variance = _centre(images, c)
+    c = np.empty_like(x)
+    rounded_mean, error, variance = _centre(x, c)
     mean = rounded_mean + error
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
@@ -4875,44 +4855,55 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
     scale = inverse * weight
-    shift = bias - error * scale
+    spread_scale = _spread(scale, x)
+    spread_shift = _spread(bias - error * scale, x)
     y = c  # from here on
-    for y_, scale_, shift_ in _slabs(y, _spread(scale, y), _spread(shift, y)):
-        y_ *= scale_
-        y_ += shift_
+    for images, channels in _slabs(x):
+        y_ = y[images, channels]
+        y_ *= spread_scale[channels]
+        y_ += spread_shift[channels]
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = _by_channel(g, batch_last)
-        dx, dweight, dbias = _batch_norm_back(g, images, mean, inverse, scale)
-        return _from_channels(dx, x.shape, batch_last), dweight, dbias
+        g = g.reshape(x.shape)
+        dx, dweight, dbias = _batch_norm_back(g, x, mean, inverse, scale)
+        return dx.reshape(shape), dweight, dbias
 
-    return _from_channels(y, x.shape, batch_last), pullback
+    return y.reshape(shape), pullback
 
 
-# Backward, `dx = w/s * (g - mean(g) - c * sum(g * c) / (n s^2))` takes two rounds, for
-# both sums must be known before the first number of dx. (c is computed again; to keep
-# it would take as much memory as x.)
-def _batch_norm_back(g, images, mean, inverse, scale):
-    """The gradients by images, weight and bias."""
-    n = images.size // len(mean)
-    c = np.empty_like(images)
+# Backward, w is one number per channel, and so comes out of the means of `h = g * w`:
+#
+#     dx = (g - mean(g) - xhat * mean(g * xhat)) * w / s
+#
+# With `xhat = c / s`, what is subtracted last is `c * slope`, of which
+# `slope = mean(g * c) / s^2`. That takes two rounds, for both means must be known before
+# the first number of dx. (c is computed again; to keep it would take as much memory as
+# x.)
+def _batch_norm_back(g, x, mean, inverse, scale):
+    """The gradients by x, (N, C, P), weight and bias."""
+    n = x.shape[0] * x.shape[2]
+    c = np.empty_like(x)
     sum_g = np.zeros_like(mean)  # (C,)
     sum_gc = np.zeros_like(mean)
 
-    arrays = images, g, c, _spread(mean, images), sum_g, sum_gc
-    for x_, g_, c_, mean_, sum_g_, sum_gc_ in _slabs(*arrays):
-        np.subtract(x_, mean_, out=c_)
-        sum_g_ += np.einsum("acb->c", g_)
-        sum_gc_ += np.einsum("acb,acb->c", g_, c_)
+    spread_mean = _spread(mean, x)
+    for images, channels in _slabs(x):
+        c_ = c[images, channels]
+        g_ = g[images, channels]
+        np.subtract(x[images, channels], spread_mean[channels], out=c_)
+        sum_g[channels] += np.einsum("ncp->c", g_)
+        sum_gc[channels] += np.einsum("ncp,ncp->c", g_, c_)
 
-    per_channel = -sum_gc * inverse * inverse / n, sum_g / n, scale
-    spread = [_spread(numbers, images) for numbers in per_channel]
+    minus_slope = _spread(-sum_gc / n * inverse * inverse, x)
+    mean_g = _spread(sum_g / n, x)
+    scale = _spread(scale, x)
     dx = c  # from here on
-    for dx_, g_, slope_, mean_g_, scale_ in _slabs(dx, g, *spread):
-        dx_ *= slope_
-        dx_ += g_
-        dx_ -= mean_g_
-        dx_ *= scale_
+    for images, channels in _slabs(x):
+        dx_ = dx[images, channels]
+        dx_ *= minus_slope[channels]  # -xhat * mean(g * xhat)
+        dx_ += g[images, channels]
+        dx_ -= mean_g[channels]
+        dx_ *= scale[channels]  # w / s
     return dx, sum_gc * inverse, sum_g
 
 
