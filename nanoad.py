@@ -4661,17 +4661,22 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 # These rows come out alike. The second is the first with 1 added to all of it; the third
 # is the first with every number twice as far from their mean, 3. So there are two
-# directions in which a row can move without moving the result: all numbers up, and all
-# further out. Along these, no gradient comes back. If the result, `xhat`, receives h,
-# then its parts along both are taken away, and x receives what is left, over the
-# deviation s:
+# directions in which a row can move while the result `xhat` stands still: all numbers
+# up, and all further out. Along these, no gradient comes back. Whatever xhat receives,
+# call it h, its parts along both are taken away; and the rest, divided by the deviation
+# s as the row was, is what x receives:
 #
-#            h - mean(h)              the part of h along a vector v is v * (h @ v)/(v @ v)
+#            h - mean(h)
 #           /|
-#          / |  left: s times         all up:       v = (1, ..., 1)   the part is mean(h)
-#         /  |  what x receives       further out:  v = xhat          xhat * mean(h * xhat)
+#          / |  the rest
+#         /  |
 #        0---+--------> xhat
-#        taken away                   for both, v @ v = n; and at right angles, for sum(xhat) = 0
+#         taken away
+#
+# The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
+# and the part is `mean(h)`. For "out", v is xhat, and the part `xhat * mean(h * xhat)`:
+# here, too, v @ v is n, for the squares of xhat have the mean 1. And as the sum of xhat
+# is 0, the two are at right angles, and can be taken away one after the other.
 #
 #     >>> def normalize(x, eps=1e-5):  # (n,)
 #     ...     c = x - x.mean()  # centred
@@ -4787,10 +4792,9 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 #     (C, P, N): batch last, as conv2d leaves it   some channels    x[:, channels]
 #     (N, C, P): as a user makes images            some images      x[images]
 #
-# Both are `x[images, channels]`, with two slices, one of which takes everything. A sum
-# over a channel begins at 0, and each slab adds what it has: `total[channels] += ...`
+# Both are `x[images, channels]`, two slices, of which one takes everything.
 def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether the images of a channel lie closer together than the channels of an image."""
+    """Whether in memory the images of a channel are nearer than the channels of an image."""
     return x.strides[0] < x.strides[1]
 
 
@@ -4808,12 +4812,30 @@ def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
     """One number per channel, (C,), to broadcast with x, (N, C, P).
 
-    Where lines of P numbers follow one another, which may be short, it is repeated for
-    each pixel, (C, P): then NumPy's loops run over an image (see LOOPS, II.7). Otherwise
-    it is (C, 1).
+    With the batch last it is (C, 1). Otherwise, as lines of P numbers may be short, it is
+    (C, P), and NumPy's loops run over a whole image (see LOOPS, II.7).
     """
     column = numbers[:, None]
     return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
+
+
+# Forward and back take two rounds over the slabs, for sums over a whole channel must be
+# known before the first number of the result. The first round is the same in both. (Each
+# slab adds its share to the sums of its channels: of some channels that is all, of some
+# images a part.)
+def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
+    """c = x - mean; and the sums per channel, (C,), of g and of g * c. Without g, it is c."""
+    c = np.empty_like(x)
+    sum_g = np.zeros_like(mean)
+    sum_gc = np.zeros_like(mean)
+    spread_mean = _spread(mean, x)
+    for images, channels in _slabs(x):
+        c_ = c[images, channels]
+        np.subtract(x[images, channels], spread_mean[channels], out=c_)
+        g_ = c_ if g is None else g[images, channels]
+        sum_g[channels] += np.einsum("ncp->c", g_)
+        sum_gc[channels] += np.einsum("ncp,ncp->c", g_, c_)
+    return c, sum_g, sum_gc
 
 
 # The mean of large numbers comes out rounded. With an exact one, the mean of c would be
@@ -4821,22 +4843,6 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
 # c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque, 1983). Neither
 # needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`, with
 # `scale = w / s` and `shift = b - e * scale`.
-def _centre(x: np.ndarray, c: np.ndarray) -> tuple:
-    """Writes c, (N, C, P); returns the rounded mean, its error e, and the variance."""
-    n = x.shape[0] * x.shape[2]
-    rounded_mean = np.einsum("ncp->c", x) / n  # (C,), as the other two
-    error = np.zeros_like(rounded_mean)
-    square = np.zeros_like(rounded_mean)
-
-    spread_mean = _spread(rounded_mean, x)
-    for images, channels in _slabs(x):
-        c_ = c[images, channels]
-        np.subtract(x[images, channels], spread_mean[channels], out=c_)
-        error[channels] += np.einsum("ncp->c", c_) / n
-        square[channels] += np.einsum("ncp,ncp->c", c_, c_) / n
-    return rounded_mean, error, np.maximum(square - error * error, 0)
-
-
 @fused(_batch_norm_definition, operands=3)
 @_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
@@ -4846,14 +4852,16 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
     n = x.shape[0] * x.shape[2]
 
-    c = np.empty_like(x)
-    rounded_mean, error, variance = _centre(x, c)
+    rounded_mean = np.einsum("ncp->c", x) / n  # (C,), as all that follow from it
+    c, sum_c, sum_cc = _centre(x, rounded_mean)
+    error = sum_c / n
     mean = rounded_mean + error
+    variance = np.maximum(sum_cc / n - error * error, 0)
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
 
-    inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
+    inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
     spread_scale = _spread(scale, x)
     spread_shift = _spread(bias - error * scale, x)
@@ -4875,26 +4883,16 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 #
 #     dx = (g - mean(g) - xhat * mean(g * xhat)) * w / s
 #
-# With `xhat = c / s`, what is subtracted last is `c * slope`, of which
-# `slope = mean(g * c) / s^2`. That takes two rounds, for both means must be known before
-# the first number of dx. (c is computed again; to keep it would take as much memory as
-# x.)
+# As `xhat = c / s`, what is taken away last is `c * slope`, with
+# `slope = mean(g * c) / s^2`. (c is computed again: to keep it would take as much memory
+# as x.)
 def _batch_norm_back(g, x, mean, inverse, scale):
     """The gradients by x, (N, C, P), weight and bias."""
     n = x.shape[0] * x.shape[2]
-    c = np.empty_like(x)
-    sum_g = np.zeros_like(mean)  # (C,)
-    sum_gc = np.zeros_like(mean)
+    c, sum_g, sum_gc = _centre(x, mean, g)
+    slope = sum_gc / n * inverse * inverse
 
-    spread_mean = _spread(mean, x)
-    for images, channels in _slabs(x):
-        c_ = c[images, channels]
-        g_ = g[images, channels]
-        np.subtract(x[images, channels], spread_mean[channels], out=c_)
-        sum_g[channels] += np.einsum("ncp->c", g_)
-        sum_gc[channels] += np.einsum("ncp,ncp->c", g_, c_)
-
-    minus_slope = _spread(-sum_gc / n * inverse * inverse, x)
+    minus_slope = _spread(-slope, x)
     mean_g = _spread(sum_g / n, x)
     scale = _spread(scale, x)
     dx = c  # from here on
