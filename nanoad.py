@@ -1248,9 +1248,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is kept
-# at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where x is
-# 0 and p is not negative.
+# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is
+# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
+# x is 0 and p is not negative.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -4024,11 +4024,11 @@ class MLP(Sequential):
 #     >>> loss.item() < 0.3
 #     True
 #
-# Every optimizer below is this loop, with another rule for how far a parameter moves.
-# What a rule remembers from step to step, a number or two for each parameter, is its
-# *state*. There are two rules. **SGD** with momentum moves like a ball that rolls
-# downhill. Its velocity is the sum of all gradients so far, each of which fades by a
-# tenth with every step that follows:
+# Every optimizer below is this loop, with another rule for how far a parameter moves. A
+# rule may remember something for each parameter, its *states*. There are two rules.
+# **SGD** with momentum moves like a ball that rolls downhill. Its state is a velocity:
+# the sum of all gradients so far, each of which fades by a tenth with every step that
+# follows:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -4062,11 +4062,14 @@ class MLP(Sequential):
 #
 # The classes add one thing to these lines, for speed. A network has fifty small arrays
 # of parameters, and to call NumPy ten times on each takes longer than the arithmetic.
-# So a step takes place on flat arrays, in which all parameters, all gradients and all
-# of a state lie side by side:
+# So the parameters are laid end to end in one flat array, the gradients in a second, and
+# each state in one more. For the network above:
 #
-#     x, g, state     |   weight 0   | bias 0 |      weight 1      | bias 1 |
-#     _bounds         0              32       48                   64       65
+#     weight (16, 2)    bias (16,)    weight (1, 16)    bias (1,)
+#     |-----------------|-------------|-----------------|----------|
+#     0                32            48                64         65    _bounds
+#
+# Then the rule runs once, on all 65 numbers.
 
 class Optimizer:
     """The base of all optimizers: a subclass names its states, and writes `_update`.
@@ -4122,11 +4125,12 @@ class Optimizer:
         # Adam's rule asks how many steps a parameter has made. So neighbours that have
         # made equally many move together; most often, these are all there are.
         counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
-        numbers = range(len(counts))
-        for count, neighbours in itertools.groupby(numbers, key=counts.__getitem__):
-            together = list(neighbours)
+        first = 0
+        for count, neighbours in itertools.groupby(counts):
+            end = first + len(list(neighbours))
             if count > 0:
-                self._move(together[0], together[-1] + 1, count)
+                self._move(first, end, count)
+            first = end
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
@@ -4135,7 +4139,7 @@ class Optimizer:
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # DataParallel has laid the parameters side by side (III.9), and they are moved
+        # DataParallel has laid the parameters end to end (III.9), and they are moved
         # where they are. Others are copied together, moved, and copied back.
         common = _side_by_side([p._data for p in params])
         x = common
@@ -4159,7 +4163,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict. KeyError or ValueError for another optimizer's."""
         state = dict(state)
-        if np.ndim(state.get("steps", ())) == 0:  # by version 1, where all had one count
+        if "steps" in state and np.ndim(state["steps"]) == 0:  # an old file: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
         what = f"{type(self).__name__}.load_state_dict"
         new = _fitting(what, self.state_dict(), state)
@@ -4198,7 +4202,7 @@ def _listed(name: str, params: Any) -> list[Tensor]:
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array that these are the pieces of, one after another; or None."""
+    """Arrays that are views of one flat array, end to end: that part of it. Else None."""
     flat = arrays[0].base  # what it is a view of
     if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
         return None
@@ -4442,7 +4446,7 @@ def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
 
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window: a view (N, C, oh, ow), that element of them all."""
+    """For each position in a window, what all windows have there: views (N, C, oh, ow)."""
     kernel = _pair(kernel_size, "the kernel size")
     strides = kernel if stride is None else _pair(stride, "the stride")
     if x.ndim != 4:
@@ -4459,12 +4463,13 @@ def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
 
 
 def _slices(n: int, k: int, step: int) -> list[slice]:
-    """For each place in a window of k: the elements that are there, in a line of n.
+    """The same in one dimension: for each place in a window of k, a slice of a line of n.
 
         >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
         [0 1] [1 2] [2 3]
     """
-    return [slice(i, i + n - k + 1, step) for i in range(k)]
+    starts = n - k + 1  # where a window may begin, if the step is 1
+    return [slice(i, i + starts, step) for i in range(k)]
 
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
@@ -4501,10 +4506,10 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 
 
 # The kernel does the same, with one change of layout. A slice of an image has short
-# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). A batch has a
-# hundred images, so the kernel keeps them with the batch last in memory, (C, H, W, N),
-# and shows them as (N, C, H, W) through a transposed view. Elementwise operations keep
-# the order in memory, so from layer to layer nothing is moved. The product is
+# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). But a batch
+# has a hundred images. So in memory the batch is last, (C, H, W, N), and everybody is
+# shown a transposed view of that, (N, C, H, W). Elementwise operations keep the order in
+# memory, so from layer to layer nothing is moved. The product is
 #
 #     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
@@ -4568,7 +4573,8 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
         if wanted[1]:  # columns are made again: to keep them would take kh kw times x
-            dweight = (columns() @ g.T).T.reshape(weight.shape)  # g @ columns^T (see PRODUCTS, II.7)
+            dweight = columns() @ g.T  # transposed (see PRODUCTS, II.7)
+            dweight = dweight.T.reshape(weight.shape)
         if bias is not None and wanted[2]:
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
@@ -4598,9 +4604,9 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
 
     # Backward, the positions in a window are asked one after another: in which windows,
-    # of those not yet claimed, is the largest element here? There the image receives g,
-    # and nothing elsewhere (II.3). Where windows overlap, that is added to what the place
-    # has received from others.
+    # of those not yet claimed, is the largest element here? These claim it: the image
+    # receives their g here, and 0 from the others (II.3). If windows overlap, a pixel is
+    # in several, and adds up what it receives.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
@@ -4744,7 +4750,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # sum(h * z) is sum(g * z * weight): so both means are products with the weight.
+        # Of h = g * weight both means are products with the weight, for which there is
+        # BLAS.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
@@ -4771,8 +4778,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 #
 # In evaluation an image is judged by itself, without a batch. So training also moves two
 # arrays, the *running* mean and variance, some of the way towards those of each batch,
-# and evaluation takes them. (The definition leaves them alone, or they would be moved
-# again when it is differentiated.)
+# and evaluation takes them. (The definition leaves them alone: to differentiate twice
+# must not move them again.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
