@@ -4367,21 +4367,15 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
     params = [p for p in _listed("clip_grad_norm", params) if p.grad is not None]
     norm = math.sqrt(sum(_squared_norm(p.grad._data) for p in params))
     if max_norm < norm < math.inf:
+        scaled = _in_float32(operator.mul)  # float16 has no factor as small as 1e-8
         for p in params:
-            p.grad = _scaled(p.grad, max_norm / norm)
+            p.grad = scaled(p.grad, max_norm / norm)
     return norm
 
 
-# (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
 def _squared_norm(g: np.ndarray) -> float:
     wide = g if g.dtype != np.float16 else g.astype(np.float32)
     return float(np.vdot(wide, wide))
-
-
-def _scaled(g: Tensor, factor: float) -> Tensor:
-    if g.dtype == np.float16:
-        return astype(astype(g, np.float32) * factor, np.float16)
-    return g * factor
 
 
 # ## III.4 Images: a convolution as a product?
@@ -4558,7 +4552,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
 
-    def columns():
+    def columns():  # made twice: to keep them would take kh kw times the memory of x
         return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
 
     y = matrix @ columns()  # (O, oh ow N)
@@ -4572,9 +4566,8 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
-        if wanted[1]:  # columns are made again: to keep them would take kh kw times x
-            dweight = columns() @ g.T  # transposed (see PRODUCTS, II.7)
-            dweight = dweight.T.reshape(weight.shape)
+        if wanted[1]:  # g @ columns^T, as a transpose (see PRODUCTS, II.7)
+            dweight = (columns() @ g.T).T.reshape(weight.shape)
         if bias is not None and wanted[2]:
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
@@ -4750,15 +4743,14 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # Of h = g * weight both means are products with the weight, for which there is
-        # BLAS.
+        # As h = g * weight, both means are products with the weight (see ROWS, II.7).
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
         dx = g * weight  # h
         dx -= mean_h
         dx -= np.multiply(xhat, mean_h_xhat, out=product)
-        dx *= inverse
+        dx *= inverse  # 1 / s
         return dx.reshape(x.shape), dweight, _row_sum(g.T)[:, 0]
 
     return y.reshape(x.shape), pullback
@@ -4827,9 +4819,8 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 # Forward and back take two rounds over the slabs, for sums over a whole channel must be
-# known before the first number of the result. The first round is the same in both. (Each
-# slab adds its share to the sums of its channels: of some channels that is all, of some
-# images a part.)
+# known before the first number of the result. This is the first round of both. (A slab
+# of some images has a part of every channel; so the slabs add up what they have.)
 def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
     """c = x - mean; and the sums per channel, (C,), of g and of g * c. Without g, it is c."""
     c = np.empty_like(x)
