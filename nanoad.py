@@ -4093,15 +4093,13 @@ class Optimizer:
             _check_setting(name, key, value)
             setattr(self, key, value)
 
-        self.steps = np.zeros(len(self.params), np.int64)  # of each, for one may pause
+        self.steps = np.zeros(len(self.params), np.int64)  # of each parameter
         ends = np.cumsum([p.size for p in self.params]).tolist()
         self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
         dtype = np.result_type(*[p.dtype for p in self.params])
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        # Training begins, and each of its steps will make the same arrays anew. IV.4
-        # tells what it costs to get their memory from the system every time.
-        _keep_freed_memory(self)
+        _keep_freed_memory(self)  # for every step makes the same arrays anew
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray,
                 *states: np.ndarray) -> None:
@@ -4122,8 +4120,9 @@ class Optimizer:
         has_gradient = [p.grad is not None for p in self.params]
         self.steps += has_gradient
 
-        # Adam's rule asks how many steps a parameter has made. So neighbours that have
-        # made equally many move together; most often, these are all there are.
+        # Adam's rule asks how many steps a parameter has made, and one without a gradient
+        # makes none. Neighbours that have made equally many move together: most often,
+        # these are all there are.
         counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
         first = 0
         for count, neighbours in itertools.groupby(counts):
@@ -4141,16 +4140,17 @@ class Optimizer:
 
         # DataParallel has laid the parameters end to end (III.9), and they are moved
         # where they are. Others are copied together, moved, and copied back.
-        common = _side_by_side([p._data for p in params])
-        x = common
-        if common is None:
-            x = np.concatenate([p._data.ravel() for p in params])
+        arrays = [p._data for p in params]
+        x = _side_by_side(arrays)
+        is_copy = x is None
+        if is_copy:
+            x = np.concatenate([a.ravel() for a in arrays])
         for block in _blocks(x, g, *states):
             self._update(step, *block)
 
         start = 0
         for p in params:
-            if common is None:
+            if is_copy:
                 p._data[...] = x[start:start + p.size].reshape(p.shape)
                 start += p.size
             _note_write(p)
@@ -5001,8 +5001,10 @@ def _attention_definition(q, k, v, is_causal=False):
 # 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
 #    `dS^T Q / sqrt(D)`.
 #
-# The kernel does just that. To add the -inf of a mask is faster than to select, but only
-# where the scores are finite: inf + -inf would be nan.
+# The kernel does just that, with two shortcuts where the scores are of moderate size, as
+# they nearly always are. Then exp cannot overflow, and need not be told the maximum of
+# each row (II.5). And the mask, -inf, can be added, which is faster than to select: a
+# score of inf would make that nan.
 def _attend(q, k, v, is_causal, out=None):
     """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
@@ -5053,9 +5055,9 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
 
 
 # A transformer computes q, k and v of all heads by one product, side by side in one
-# array. The kernel for that takes them out as views, and writes their gradients into
-# views of one array, which saves the copies. It takes a few sequences at a time, whose
-# P, of about two blocks, stays in the cache.
+# array. The kernel below takes them out as views, and writes their gradients into views
+# of one array, which saves the copies. And it goes by a few sequences, a *group*, at a
+# time: their P, of about two blocks, stays in the cache.
 def _heads(qkv: Any, num_heads: int) -> Any:
     """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
     b, t, c = qkv.shape
@@ -5087,7 +5089,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
                          f"{num_heads} heads divide")
     heads = _heads(qkv, num_heads)  # (3, B, H, T, D)
     _, b, h, t, d = heads.shape
-    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D)
+    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), for _merge a view
     step = max(1, 2 * _BLOCK // max(1, h * t * t))
     groups = [slice(i, i + step) for i in range(0, b, step)]
     results = [_attend(*heads[:, group], is_causal=True, out=y[group])
