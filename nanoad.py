@@ -4630,11 +4630,7 @@ def _avg_pool2d_definition(x, kernel_size, stride=None):
 @fused(_avg_pool2d_definition, operands=1)
 @_kernel_in_float32
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
-    """The mean of each window, (N, C, H, W) -> (N, C, oh, ow).
-
-    The stride is the kernel's size if None. Raises ValueError for windows that do not
-    fit.
-    """
+    """The mean of each window, with the arguments of `max_pool2d`."""
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.add, views) / len(views)
 
@@ -4793,7 +4789,7 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 #
 # Both are `x[images, channels]`, two slices, of which one takes everything.
 def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether in memory the images of a channel are nearer than the channels of an image."""
+    """Whether the images of one channel lie closer than the channels of one image."""
     return x.strides[0] < x.strides[1]
 
 
@@ -4822,7 +4818,7 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
 # known before the first number of the result. This is the first round of both. (A slab
 # of some images has a part of every channel; so the slabs add up what they have.)
 def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
-    """c = x - mean; and the sums per channel, (C,), of g and of g * c. Without g, it is c."""
+    """c = x - mean; and the sums per channel of g and of g * c. (If None, g is c.)"""
     c = np.empty_like(x)
     sum_g = np.zeros_like(mean)
     sum_gc = np.zeros_like(mean)
@@ -5003,8 +4999,8 @@ def _attention_definition(q, k, v, is_causal=False):
 #
 # The kernel does just that, with two shortcuts where the scores are of moderate size, as
 # they nearly always are. Then exp cannot overflow, and need not be told the maximum of
-# each row (II.5). And the mask, -inf, can be added, which is faster than to select: a
-# score of inf would make that nan.
+# each row (II.5). And the mask, -inf, can be added, which is faster than to select, but
+# would make nan of a score of inf.
 def _attend(q, k, v, is_causal, out=None):
     """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
