@@ -4367,15 +4367,21 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
     params = [p for p in _listed("clip_grad_norm", params) if p.grad is not None]
     norm = math.sqrt(sum(_squared_norm(p.grad._data) for p in params))
     if max_norm < norm < math.inf:
-        scaled = _in_float32(operator.mul)  # float16 has no factor as small as 1e-8
         for p in params:
-            p.grad = scaled(p.grad, max_norm / norm)
+            p.grad = _scaled(p.grad, max_norm / norm)
     return norm
 
 
+# (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
 def _squared_norm(g: np.ndarray) -> float:
     wide = g if g.dtype != np.float16 else g.astype(np.float32)
     return float(np.vdot(wide, wide))
+
+
+def _scaled(g: Tensor, factor: float) -> Tensor:
+    if g.dtype == np.float16:
+        return astype(astype(g, np.float32) * factor, np.float16)
+    return g * factor
 
 
 # ## III.4 Images: a convolution as a product?
@@ -5021,7 +5027,7 @@ def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """The gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
     ds = g @ _mT(v)  # dP, (..., T, S)
-    ds -= _row_dot(g, y)
+    ds -= _row_dot(g, y)  # d, by step 3
     ds *= p
     dq = np.matmul(ds, k * scale, out=out[0])
     dk = np.matmul(_mT(ds), q * scale, out=out[1])
