@@ -4048,11 +4048,11 @@ class MLP(Sequential):
 #     >>> loss.item() < 0.3
 #     True
 #
-# Every optimizer below is this loop, with another rule for how far a parameter moves.
-# What a rule remembers from step to step, a number or two for each parameter, is its
-# *state*. There are two rules. **SGD** with momentum moves like a ball that rolls
-# downhill. Its velocity is the sum of all gradients so far, each of which fades by a
-# tenth with every step that follows:
+# Every optimizer below is this loop, with another rule for how far a parameter moves. A
+# rule may remember something for each parameter, its *states*. There are two rules.
+# **SGD** with momentum moves like a ball that rolls downhill. Its state is a velocity:
+# the sum of all gradients so far, each of which fades by a tenth with every step that
+# follows:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -4086,11 +4086,14 @@ class MLP(Sequential):
 #
 # The classes add one thing to these lines, for speed. A network has fifty small arrays
 # of parameters, and to call NumPy ten times on each takes longer than the arithmetic.
-# So a step takes place on flat arrays, in which all parameters, all gradients and all
-# of a state lie side by side:
+# So the parameters are laid end to end in one flat array, the gradients in a second, and
+# each state in one more. For the network above:
 #
-#     x, g, state     |   weight 0   | bias 0 |      weight 1      | bias 1 |
-#     _bounds         0              32       48                   64       65
+#     weight (16, 2)    bias (16,)    weight (1, 16)    bias (1,)
+#     |-----------------|-------------|-----------------|----------|
+#     0                32            48                64         65    _bounds
+#
+# Then the rule runs once, on all 65 numbers.
 
 class Optimizer:
     """The base of all optimizers: a subclass names its states, and writes `_update`.
@@ -4114,15 +4117,13 @@ class Optimizer:
             _check_setting(name, key, value)
             setattr(self, key, value)
 
-        self.steps = np.zeros(len(self.params), np.int64)  # of each, for one may pause
+        self.steps = np.zeros(len(self.params), np.int64)  # of each parameter
         ends = np.cumsum([p.size for p in self.params]).tolist()
         self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
         dtype = np.result_type(*[p.dtype for p in self.params])
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        # Training begins, and each of its steps will make the same arrays anew. IV.4
-        # tells what it costs to get their memory from the system every time.
-        _keep_freed_memory(self)
+        _keep_freed_memory(self)  # for every step makes the same arrays anew
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray,
                 *states: np.ndarray) -> None:
@@ -4143,14 +4144,16 @@ class Optimizer:
         has_gradient = [p.grad is not None for p in self.params]
         self.steps += has_gradient
 
-        # Adam's rule asks how many steps a parameter has made. So neighbours that have
-        # made equally many move together; most often, these are all there are.
+        # Adam's rule asks how many steps a parameter has made, and one without a gradient
+        # makes none. Neighbours that have made equally many move together: most often,
+        # these are all there are.
         counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
-        numbers = range(len(counts))
-        for count, neighbours in itertools.groupby(numbers, key=counts.__getitem__):
-            together = list(neighbours)
+        first = 0
+        for count, neighbours in itertools.groupby(counts):
+            end = first + len(list(neighbours))
             if count > 0:
-                self._move(together[0], together[-1] + 1, count)
+                self._move(first, end, count)
+            first = end
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
@@ -4159,18 +4162,19 @@ class Optimizer:
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # DataParallel has laid the parameters side by side (III.9), and they are moved
+        # DataParallel has laid the parameters end to end (III.9), and they are moved
         # where they are. Others are copied together, moved, and copied back.
-        common = _side_by_side([p._data for p in params])
-        x = common
-        if common is None:
-            x = np.concatenate([p._data.ravel() for p in params])
+        arrays = [p._data for p in params]
+        x = _side_by_side(arrays)
+        is_copy = x is None
+        if is_copy:
+            x = np.concatenate([a.ravel() for a in arrays])
         for block in _blocks(x, g, *states):
             self._update(step, *block)
 
         start = 0
         for p in params:
-            if common is None:
+            if is_copy:
                 p._data[...] = x[start:start + p.size].reshape(p.shape)
                 start += p.size
             _note_write(p)
@@ -4183,7 +4187,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict. KeyError or ValueError for another optimizer's."""
         state = dict(state)
-        if np.ndim(state.get("steps", ())) == 0:  # by version 1, where all had one count
+        if "steps" in state and np.ndim(state["steps"]) == 0:  # an old file: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
         what = f"{type(self).__name__}.load_state_dict"
         new = _fitting(what, self.state_dict(), state)
@@ -4222,7 +4226,7 @@ def _listed(name: str, params: Any) -> list[Tensor]:
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array that these are the pieces of, one after another; or None."""
+    """Arrays that are views of one flat array, end to end: that part of it. Else None."""
     flat = arrays[0].base  # what it is a view of
     if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
         return None
@@ -4466,7 +4470,7 @@ def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
 
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window: a view (N, C, oh, ow), that element of them all."""
+    """For each position in a window, what all windows have there: views (N, C, oh, ow)."""
     kernel = _pair(kernel_size, "the kernel size")
     strides = kernel if stride is None else _pair(stride, "the stride")
     if x.ndim != 4:
@@ -4483,12 +4487,13 @@ def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
 
 
 def _slices(n: int, k: int, step: int) -> list[slice]:
-    """For each place in a window of k: the elements that are there, in a line of n.
+    """The same in one dimension: for each place in a window of k, a slice of a line of n.
 
         >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
         [0 1] [1 2] [2 3]
     """
-    return [slice(i, i + n - k + 1, step) for i in range(k)]
+    starts = n - k + 1  # where a window may begin, if the step is 1
+    return [slice(i, i + starts, step) for i in range(k)]
 
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
@@ -4525,10 +4530,10 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 
 
 # The kernel does the same, with one change of layout. A slice of an image has short
-# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). A batch has a
-# hundred images, so the kernel keeps them with the batch last in memory, (C, H, W, N),
-# and shows them as (N, C, H, W) through a transposed view. Elementwise operations keep
-# the order in memory, so from layer to layer nothing is moved. The product is
+# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). But a batch
+# has a hundred images. So in memory the batch is last, (C, H, W, N), and everybody is
+# shown a transposed view of that, (N, C, H, W). Elementwise operations keep the order in
+# memory, so from layer to layer nothing is moved. The product is
 #
 #     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
@@ -4577,7 +4582,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
 
-    def columns():
+    def columns():  # made twice: to keep them would take kh kw times the memory of x
         return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
 
     y = matrix @ columns()  # (O, oh ow N)
@@ -4591,8 +4596,8 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
-        if wanted[1]:  # columns are made again: to keep them would take kh kw times x
-            dweight = (columns() @ g.T).T.reshape(weight.shape)  # g @ columns^T (see PRODUCTS, II.7)
+        if wanted[1]:  # g @ columns^T, as a transpose (see PRODUCTS, II.7)
+            dweight = (columns() @ g.T).T.reshape(weight.shape)
         if bias is not None and wanted[2]:
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
@@ -4622,9 +4627,9 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
 
     # Backward, the positions in a window are asked one after another: in which windows,
-    # of those not yet claimed, is the largest element here? There the image receives g,
-    # and nothing elsewhere (II.3). Where windows overlap, that is added to what the place
-    # has received from others.
+    # of those not yet claimed, is the largest element here? These claim it: the image
+    # receives their g here, and 0 from the others (II.3). If windows overlap, a pixel is
+    # in several, and adds up what it receives.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
@@ -4655,11 +4660,7 @@ def _avg_pool2d_definition(x, kernel_size, stride=None):
 @fused(_avg_pool2d_definition, operands=1)
 @_kernel_in_float32
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
-    """The mean of each window, (N, C, H, W) -> (N, C, oh, ow).
-
-    The stride is the kernel's size if None. Raises ValueError for windows that do not
-    fit.
-    """
+    """The mean of each window, with the arguments of `max_pool2d`."""
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.add, views) / len(views)
 
@@ -4672,25 +4673,67 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
 # ## III.5 Normalization: what is taken from g?
 #
-# Numbers are normalized when their mean is 0 and their standard deviation 1: take the
-# mean from them, and divide by the deviation. So whatever the layers before have done
-# to their scale, the next one meets what it is used to. **Layer norm** does this to the
-# numbers of each row, **batch norm** to those of each column (each channel, of images)
-# over the whole batch; then both scale and shift by learned numbers, here 1 and 0.
+# To normalize a row of numbers, take their mean from them, and divide by their standard
+# deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
+# to the scale, the next one meets what it is used to. **Layer norm** does this to each
+# row; then it scales and shifts by a learned weight and bias, here 1 and 0.
 #
-#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+#     >>> x = np.array([[1.0, 2.0, 6.0], [2.0, 3.0, 7.0], [-1.0, 1.0, 9.0]])
 #     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
-#     [[-1.22  0.    1.22]
-#      [-1.22  0.    1.22]]
-#     >>> running = np.zeros(3), np.ones(3)  # see below
-#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
-#     >>> print(y.numpy().round(2))
-#     [[-1. -1. -1.]
-#      [ 1.  1.  1.]]
+#     [[-0.93 -0.46  1.39]
+#      [-0.93 -0.46  1.39]
+#      [-0.93 -0.46  1.39]]
+#
+# These rows come out alike. The second is the first with 1 added to all of it; the third
+# is the first with every number twice as far from their mean, 3. So there are two
+# directions in which a row can move while the result `xhat` stands still: all numbers
+# up, and all further out. Along these, no gradient comes back. Whatever xhat receives,
+# call it h, its parts along both are taken away; and the rest, divided by the deviation
+# s as the row was, is what x receives:
+#
+#            h - mean(h)
+#           /|
+#          / |  the rest
+#         /  |
+#        0---+--------> xhat
+#         taken away
+#
+# The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
+# and the part is `mean(h)`. For "out", v is xhat, and the part `xhat * mean(h * xhat)`:
+# here, too, v @ v is n, for the squares of xhat have the mean 1. And as the sum of xhat
+# is 0, the two are at right angles, and can be taken away one after the other.
+#
+#     >>> def normalize(x, eps=1e-5):  # (n,)
+#     ...     c = x - x.mean()  # centred
+#     ...     s = np.sqrt((c * c).mean() + eps)
+#     ...     return c / s, s
+#     ...
+#     >>> def normalize_back(h, xhat, s):
+#     ...     return (h - h.mean() - xhat * (h * xhat).mean()) / s
+#     ...
+#     >>> x, h = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0])
+#     >>> print(normalize_back(h, *normalize(x)).round(3))
+#     [ 0.176 -0.22   0.044]
+#     >>> print(grad(lambda x: (normalize(x)[0] * h).sum())(x).numpy().round(3))
+#     [ 0.176 -0.22   0.044]
+#
+# The picture leaves out eps, which keeps rows of equal numbers from a division by 0.
+# With it, too, the formula is exact. Let x move by v:
+#
+# 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
+# 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
+#    that is `mean(xhat * v)`, for the mean of xhat is 0.
+# 3. `xhat = c / s` moves by `(dc - xhat * ds) / s`, which is
+#
+#        (v - mean(v) - xhat * mean(xhat * v)) / s
+#
+# 4. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
+#    symmetric. So its transpose, which takes h back to x, does the same to h.
+#
+# As `y = xhat * weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat`
+# and the bias `g`.
 #
 # ### Layer norm
-#
-# The definition needs no naive version before it:
 @_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
@@ -4699,25 +4742,6 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# What comes back to x when y receives g? Take one row of n numbers, with
-# `c = x - mean(x)`, `s = sqrt(mean(c*c) + eps)`, `xhat = c / s` and
-# `y = xhat * weight + bias`, and go from y to x.
-#
-# 1. The product: xhat receives `h = g * weight`, the weight `g * xhat` and the bias
-#    `g`, these two summed over all rows.
-# 2. The division: c receives `h / s`, and s receives
-#    `sum(h * -c / s^2) = -sum(h * xhat) / s`.
-# 3. The root and the mean of squares: if c_i moves by dc, `s^2 = mean(c*c) + eps` moves
-#    by `2 s ds = 2 c_i dc / n`, and so s by `ds = xhat_i / n * dc`. Through s, then,
-#    c_i receives `-xhat_i * mean(h * xhat) / s`.
-# 4. The mean: what c receives in all, x receives without its mean. That of h is
-#    `mean(h)`; that of xhat is 0, for c has none. Together
-#
-#        dx = (h - mean(h) - xhat * mean(h * xhat)) / s
-#
-# In words: from h two things are taken, its mean and its part along xhat, for these are
-# the two ways in which a row can move without moving xhat: all numbers up, or all
-# further from their mean.
 @fused(_layer_norm_definition, operands=3)
 @_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -4745,14 +4769,14 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # sum(h * z) is sum(g * z * weight): both means of step 4 are products.
+        # As h = g * weight, both means are products with the weight (see ROWS, II.7).
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
         dx = g * weight  # h
         dx -= mean_h
         dx -= np.multiply(xhat, mean_h_xhat, out=product)
-        dx *= inverse
+        dx *= inverse  # 1 / s
         return dx.reshape(x.shape), dweight, _row_sum(g.T)[:, 0]
 
     return y.reshape(x.shape), pullback
@@ -4760,41 +4784,20 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
 # ### Batch norm
 #
-# Batch norm is the same with "row" read as "channel": all n numbers of one channel, in
-# the whole batch. The weight w and the bias b are then one number each. For one
-# channel, forward and back are ten lines:
+# **Batch norm** is the same with "row" read as "channel": all numbers of one channel, in
+# the whole batch. Of an array (N, C), the channels are the columns:
 #
-#     >>> def naive_batch_norm(x, w, b, eps=1e-5):  # (n,), two numbers
-#     ...     c = x - x.mean()  # centred
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     return c / s * w + b
-#     ...
-#     >>> def naive_batch_norm_back(g, x, w, eps=1e-5):
-#     ...     n = len(x)
-#     ...     c = x - x.mean()
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     dx = w / s * (g - g.mean() - c * (g * c).sum() / (n * s * s))
-#     ...     return dx, (g * c).sum() / s, g.sum()
-#     ...
-#     >>> x, g, w, b = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0]), 2.0, 0.5
-#     >>> print(*[a.round(3) for a in naive_batch_norm_back(g, x, w)])
-#     [ 0.353 -0.441  0.088] -0.926 1.0
-#     >>> slopes = grad(lambda *a: (naive_batch_norm(*a) * g).sum(), (0, 1, 2))(x, w, b)
-#     >>> print(*[a.numpy().round(3) for a in slopes])
-#     [ 0.353 -0.441  0.088] -0.926 1.0
-#
-# The way back is what layer norm's derivation ended with:
-#
-# 1. There, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * w`. Now w is
-#    one number, and comes out of both means:
-#    `dx = w/s * (g - mean(g) - xhat * mean(g * xhat))`.
-# 2. With `xhat = c / s`, the last term is `c * sum(g * c) / (n s^2)`.
-# 3. The weight receives `sum(g * xhat) = sum(g * c) / s`, and the bias `sum(g)`.
+#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+#     >>> running = np.zeros(3), np.ones(3)
+#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
+#     >>> print(y.numpy().round(2))
+#     [[-1. -1. -1.]
+#      [ 1.  1.  1.]]
 #
 # In evaluation an image is judged by itself, without a batch. So training also moves two
 # arrays, the *running* mean and variance, some of the way towards those of each batch,
-# and evaluation takes them. (The definition is given them and leaves them alone, or
-# they would be moved again when it is differentiated.)
+# and evaluation takes them. (The definition leaves them alone: to differentiate twice
+# must not move them again.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
@@ -4805,138 +4808,124 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel computes the ten lines for all channels at once, and adds three cares.
+# The kernel sees the images as (N, C, P), with a line of P pixels for each image and
+# channel. Several passes go over one *slab* of them while it is in the cache, and then
+# over the next (see PASSES, II.7). What a slab is depends on what lies together in
+# memory:
 #
-# **Layout.** The images come in one of two layouts, and are seen without a copy as
-# (A, C, B), with the channel in the middle. (Others are copied to the first.)
+#     order in memory                              a slab is        as (N, C, P)
+#     (C, P, N): batch last, as conv2d leaves it   some channels    x[:, channels]
+#     (N, C, P): as a user makes images            some images      x[images]
 #
-#     batch last, as conv2d leaves them    (1, C, H W N)    channel after channel
-#     as a user makes them                 (N, C, H W)      image after image
-def _by_channel(x: np.ndarray, batch_last: bool) -> np.ndarray:
-    """x, (N, C, ...), as (A, C, B)."""
-    x = _batch_last(x)[None] if batch_last else x
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+# Both are `x[images, channels]`, two slices, of which one takes everything.
+def _is_batch_last(x: np.ndarray) -> bool:
+    """Whether the images of one channel lie closer than the channels of one image."""
+    return x.strides[0] < x.strides[1]
 
 
-def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
-    """y, (A, C, B), in the shape (N, C, ...) that it was made of."""
-    if not batch_last:
-        return y.reshape(shape)
-    n, c, *size = shape
-    return _batch_first(y.reshape(c, *size, n))
-
-
-# **Memory.** Several passes go over one *slab* while it is in the cache, and then over
-# the next (see PASSES, II.7). A slab is some channels in the first layout, some images
-# in the second. As with `_blocks`, what is a piece of `x` is called `x_`.
-#
-# What has one entry per channel, (C,) or (C, B), is cut along with the channels. But a
-# slab of some images has all channels, and so it comes with the whole array, the same
-# for every slab. A sum per channel is right in both cases if it starts at 0 and each
-# slab *adds* its share to its piece, `sum_ += ...`.
-def _slabs(*arrays: np.ndarray) -> Iterator[list]:
-    """Matching pieces, of about a block, of arrays (A, C, B), (C, B), (C, 1) and (C,).
-
-    The first is (A, C, B). All pieces are views: what is written or added to a piece
-    is in the array.
-    """
-    a, c, b = arrays[0].shape
-    by_image = a > 1
-    length = a if by_image else c
-    step = max(1, _BLOCK * length // arrays[0].size)
-    for i in range(0, length, step):
-        images = slice(i, i + step) if by_image else slice(None)
-        channels = slice(None) if by_image else slice(i, i + step)
-        # Channels are the second axis of three, and the first of one or two.
-        yield [x[images, channels] if x.ndim == 3 else x[channels] for x in arrays]
+def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
+    """Cuts x, (N, C, P), into slabs of about a block: (images, channels) of each."""
+    n, c, _ = x.shape
+    everything = slice(None)
+    if _is_batch_last(x):
+        step = max(1, _BLOCK * c // x.size)
+        return [(everything, slice(i, i + step)) for i in range(0, c, step)]
+    step = max(1, _BLOCK * n // x.size)
+    return [(slice(i, i + step), everything) for i in range(0, n, step)]
 
 
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, (C,), to broadcast with x, (A, C, B): (C, 1) or (C, B).
+    """One number per channel, (C,), to broadcast with x, (N, C, P).
 
-    The latter is for images after one another, whose lines B are short (see LOOPS, II.7).
+    With the batch last it is (C, 1). Otherwise, as lines of P numbers may be short, it is
+    (C, P), and NumPy's loops run over a whole image (see LOOPS, II.7).
     """
-    a, _, b = x.shape
     column = numbers[:, None]
-    return column if a == 1 else np.repeat(column, b, axis=1)
+    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
 
 
-# **Digits.** The mean of large numbers comes out rounded. With an exact one, the mean of
-# c would be 0; what it is instead is the *error* e of the mean. So the true centred
-# numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque,
-# 1983). Neither needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`,
-# with `scale = w / s` and `shift = b - e * scale`.
-def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
-    """Writes c to `centred`; returns the rounded mean, its error e, and the variance."""
-    n = x.size // x.shape[1]
-    rounded_mean = np.einsum("acb->c", x) / n  # (C,), as the other two
-    error = np.zeros_like(rounded_mean)
-    square = np.zeros_like(rounded_mean)
-
-    mean_spread = _spread(rounded_mean, x)
-    for x_, c_, mean_, error_, square_ in _slabs(x, centred, mean_spread, error, square):
-        np.subtract(x_, mean_, out=c_)
-        error_ += np.einsum("acb->c", c_) / n
-        square_ += np.einsum("acb,acb->c", c_, c_) / n
-    return rounded_mean, error, np.maximum(square - error * error, 0)
+# Forward and back take two rounds over the slabs, for sums over a whole channel must be
+# known before the first number of the result. This is the first round of both. (A slab
+# of some images has a part of every channel; so the slabs add up what they have.)
+def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
+    """c = x - mean; and the sums per channel of g and of g * c. (If None, g is c.)"""
+    c = np.empty_like(x)
+    sum_g = np.zeros_like(mean)
+    sum_gc = np.zeros_like(mean)
+    spread_mean = _spread(mean, x)
+    for images, channels in _slabs(x):
+        c_ = c[images, channels]
+        np.subtract(x[images, channels], spread_mean[channels], out=c_)
+        g_ = c_ if g is None else g[images, channels]
+        sum_g[channels] += np.einsum("ncp->c", g_)
+        sum_gc[channels] += np.einsum("ncp,ncp->c", g_, c_)
+    return c, sum_g, sum_gc
 
 
+# The mean of large numbers comes out rounded. With an exact one, the mean of c would be
+# 0; what it is instead is the *error* e of the mean. So the true centred numbers are
+# c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque, 1983). Neither
+# needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`, with
+# `scale = w / s` and `shift = b - e * scale`.
 @fused(_batch_norm_definition, operands=3)
 @_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
+    shape = x.shape
     x = x.astype(np.result_type(x, weight, bias), copy=False)
-    batch_last = not x.flags.c_contiguous
-    images = _by_channel(x, batch_last)  # (A, C, B)
-    n = images.size // len(weight)
+    x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
+    n = x.shape[0] * x.shape[2]
 
-    c = np.empty_like(images)
-    rounded_mean, error, variance = _centre(images, c)
+    rounded_mean = np.einsum("ncp->c", x) / n  # (C,), as all that follow from it
+    c, sum_c, sum_cc = _centre(x, rounded_mean)
+    error = sum_c / n
     mean = rounded_mean + error
+    variance = np.maximum(sum_cc / n - error * error, 0)
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
 
-    inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
+    inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    shift = bias - error * scale
+    spread_scale = _spread(scale, x)
+    spread_shift = _spread(bias - error * scale, x)
     y = c  # from here on
-    for y_, scale_, shift_ in _slabs(y, _spread(scale, y), _spread(shift, y)):
-        y_ *= scale_
-        y_ += shift_
+    for images, channels in _slabs(x):
+        y_ = y[images, channels]
+        y_ *= spread_scale[channels]
+        y_ += spread_shift[channels]
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = _by_channel(g, batch_last)
-        dx, dweight, dbias = _batch_norm_back(g, images, mean, inverse, scale)
-        return _from_channels(dx, x.shape, batch_last), dweight, dbias
+        g = g.reshape(x.shape)
+        dx, dweight, dbias = _batch_norm_back(g, x, mean, inverse, scale)
+        return dx.reshape(shape), dweight, dbias
 
-    return _from_channels(y, x.shape, batch_last), pullback
+    return y.reshape(shape), pullback
 
 
-# Backward, `dx = w/s * (g - mean(g) - c * sum(g * c) / (n s^2))` takes two rounds, for
-# both sums must be known before the first number of dx. (c is computed again; to keep
-# it would take as much memory as x.)
-def _batch_norm_back(g, images, mean, inverse, scale):
-    """The gradients by images, weight and bias."""
-    n = images.size // len(mean)
-    c = np.empty_like(images)
-    sum_g = np.zeros_like(mean)  # (C,)
-    sum_gc = np.zeros_like(mean)
+# Backward, w is one number per channel, and so comes out of the means of `h = g * w`:
+#
+#     dx = (g - mean(g) - xhat * mean(g * xhat)) * w / s
+#
+# As `xhat = c / s`, what is taken away last is `c * slope`, with
+# `slope = mean(g * c) / s^2`. (c is computed again: to keep it would take as much memory
+# as x.)
+def _batch_norm_back(g, x, mean, inverse, scale):
+    """The gradients by x, (N, C, P), weight and bias."""
+    n = x.shape[0] * x.shape[2]
+    c, sum_g, sum_gc = _centre(x, mean, g)
+    slope = sum_gc / n * inverse * inverse
 
-    arrays = images, g, c, _spread(mean, images), sum_g, sum_gc
-    for x_, g_, c_, mean_, sum_g_, sum_gc_ in _slabs(*arrays):
-        np.subtract(x_, mean_, out=c_)
-        sum_g_ += np.einsum("acb->c", g_)
-        sum_gc_ += np.einsum("acb,acb->c", g_, c_)
-
-    per_channel = -sum_gc * inverse * inverse / n, sum_g / n, scale
-    spread = [_spread(numbers, images) for numbers in per_channel]
+    minus_slope = _spread(-slope, x)
+    mean_g = _spread(sum_g / n, x)
+    scale = _spread(scale, x)
     dx = c  # from here on
-    for dx_, g_, slope_, mean_g_, scale_ in _slabs(dx, g, *spread):
-        dx_ *= slope_
-        dx_ += g_
-        dx_ -= mean_g_
-        dx_ *= scale_
+    for images, channels in _slabs(x):
+        dx_ = dx[images, channels]
+        dx_ *= minus_slope[channels]  # -xhat * mean(g * xhat)
+        dx_ += g[images, channels]
+        dx_ -= mean_g[channels]
+        dx_ *= scale[channels]  # w / s
     return dx, sum_gc * inverse, sum_g
 
 
@@ -5038,8 +5027,10 @@ def _attention_definition(q, k, v, is_causal=False):
 # 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
 #    `dS^T Q / sqrt(D)`.
 #
-# The kernel does just that. To add the -inf of a mask is faster than to select, but only
-# where the scores are finite: inf + -inf would be nan.
+# The kernel does just that, with two shortcuts where the scores are of moderate size, as
+# they nearly always are. Then exp cannot overflow, and need not be told the maximum of
+# each row (II.5). And the mask, -inf, can be added, which is faster than to select, but
+# would make nan of a score of inf.
 def _attend(q, k, v, is_causal, out=None):
     """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
@@ -5060,7 +5051,7 @@ def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """The gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
     ds = g @ _mT(v)  # dP, (..., T, S)
-    ds -= _row_dot(g, y)
+    ds -= _row_dot(g, y)  # d, by step 3
     ds *= p
     dq = np.matmul(ds, k * scale, out=out[0])
     dk = np.matmul(_mT(ds), q * scale, out=out[1])
@@ -5090,9 +5081,9 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
 
 
 # A transformer computes q, k and v of all heads by one product, side by side in one
-# array. The kernel for that takes them out as views, and writes their gradients into
-# views of one array, which saves the copies. It takes a few sequences at a time, whose
-# P, of about two blocks, stays in the cache.
+# array. The kernel below takes them out as views, and writes their gradients into views
+# of one array, which saves the copies. And it goes by a few sequences, a *group*, at a
+# time: their P, of about two blocks, stays in the cache.
 def _heads(qkv: Any, num_heads: int) -> Any:
     """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
     b, t, c = qkv.shape
@@ -5124,7 +5115,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
                          f"{num_heads} heads divide")
     heads = _heads(qkv, num_heads)  # (3, B, H, T, D)
     _, b, h, t, d = heads.shape
-    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D)
+    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), for _merge a view
     step = max(1, 2 * _BLOCK // max(1, h * t * t))
     groups = [slice(i, i + step) for i in range(0, b, step)]
     results = [_attend(*heads[:, group], is_causal=True, out=y[group])
