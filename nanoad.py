@@ -106,21 +106,18 @@ class Tensor:
         "_operands",      # what that was given by position: its operands, and behind them
                           # settings, if any; None once the tape was let go (I.5)
         "_settings",      # what it was given by name: settings, such as axis=0
-        # And five that wait for their time: a fast backward step (II.7), the watch over
-        # writes (IV.1), what an earlier walk has met (IV.3), and Python's weak
-        # references.
+        # Skip these: they are for the fast way back (II.7), the watch over writes (IV.1),
+        # what an earlier walk has met (IV.3), and Python's weak references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
                  dtype: Any = None) -> None:
-        if not isinstance(requires_grad, (bool, np.bool_)):
-            raise TypeError(f"Tensor: requires_grad is True or False, not {requires_grad!r:.40}; for a"
-                            " shape, give np.zeros(shape) as the data")
-        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)  # (II.3)
+        _require_flag("Tensor: requires_grad", requires_grad)  # (II.9)
+        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
-            _fill(self, array, True, identity, (source,))  # (I.2) still on its source's tape
+            _fill(self, array, True, identity, (source,))  # a result, by an operation (I.2)
         else:
             _fill(self, array, requires_grad)
         self.label = label
@@ -276,7 +273,9 @@ def no_grad() -> contextlib.AbstractContextManager:
 #     def operation(*operands):
 #         y = forward(*(_value(a) for a in operands))
 #         tracked = any(_tracked(a) for a in operands)
-#         return remember(y, operation, operands) if tracked else constant(y)
+#         if tracked:
+#             return _fill(Tensor.__new__(Tensor), y, True, operation, operands)
+#         return _wrap(y)  # a constant
 #
 # The real one, `_operation`, does this in four steps, and II.9 follows a call through
 # them. `primitive` makes an operation of a function and its rules.
@@ -453,9 +452,10 @@ Tensor.__neg__ = neg
 # exception is `x[i]`, a free view, whose cotangent is as large as x.)
 #
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
-# younger than t*. When t is the youngest that waits, all that used it has been taken
-# before; and nothing younger can come to wait later, since from here on only operands
-# are added, which are older still. So its cotangent is complete. Take `y = a * b` and
+# younger than t*. When t is the youngest that waits, nothing that uses it is waiting; and
+# nothing younger can come to wait later, since from here on only operands are added,
+# which are older still. So all that used t has been taken before, and its cotangent is
+# complete. Take `y = a * b` and
 # `z = y + a`, with the times 1, 2, 3, 4:
 #
 #          z:4         what waits, with its cotangent     is taken
@@ -469,7 +469,8 @@ Tensor.__neg__ = neg
 # Where does this walk fail, or waste?
 #
 # - Let `x` have the shape (3,) and be added to a table (4, 3): it receives (4, 3). (I.4)
-# - Of `2 * x`, the 2 would have to wait as well; and no rule is told its settings. (I.5)
+# - Of `2 * x`, the 2 would have to wait, and has no time; and no rule is told its
+#   settings, such as an axis. (I.5)
 # - `max` looks at all that waits, at each step. (I.5: a heap)
 # - All it passed stays in memory until the last tensor is dropped. (I.5: letting go)
 # - It always goes to all leaves, whoever asks. (I.5: routes)
@@ -503,106 +504,16 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
 # ## I.5 The real walk: what does care add?
 #
-# The same walk, with a heap instead of `max`: of the negative times, since a heap of
-# Python's gives out the smallest. Nothing here recurses, for a tape may be a million
-# operations deep. What else is new is marked by a letter, and told below.
-
-
-def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
-          retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
-    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
-    first.
-
-    A cotangent is an ndarray; with `create_graph`, a Tensor. Only what lies on `route`
-    is visited; None means all.
-    """
-    waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
-    for t, g in seeds:
-        if t._time in waiting:
-            g = waiting[t._time][1] + g
-        waiting[t._time] = t, g
-    heap = sorted(-time for time in waiting)  # a sorted list is a heap
-    while heap:
-        t, g = waiting.pop(-heapq.heappop(heap))
-        yield t, g
-        if t._op is None:
-            continue  # a leaf
-        if route is not None and t._time < route.horizon:
-            continue  # an input of a checkpoint, to whose operands nobody goes (IV.2)
-        wanted = _wanted_operands(t, route)
-        if True not in wanted:
-            continue
-        for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
-            if share is None:
-                continue
-            data = a._data
-            if (share.shape != data.shape or share.dtype != data.dtype
-                    or (type(share) is Tensor and not create_graph)):
-                share = _fit(share, a, create_graph)  # (A)
-            if a._op is None and not create_graph:
-                share = _unshared(share, g)  # (B)
-            if a._time in waiting:
-                share = waiting[a._time][1] + share
-            else:
-                heapq.heappush(heap, -a._time)
-            waiting[a._time] = a, share
-        if not (retain_graph or create_graph):
-            t._operands = t._settings = t._pullback = None  # (C) let go
-
-
-def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
-    """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
-    if t._written or t._checksum is not None:
-        _check_unwritten(t, t)  # (D)
-    wanted = []
-    for a in _require_operands(t)[:t._op.operands]:  # settings follow these
-        tracked = isinstance(a, Tensor) and a.requires_grad
-        if tracked and (a._written or a._checksum is not None):
-            _check_unwritten(a, t)  # (D)
-        wanted.append(tracked and (route is None or a._time in route.times))  # (E)
-    return wanted
-
-
-# **A.** A cotangent has its tensor's shape and dtype, whatever a rule returns.
-
-
-def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
-    if isinstance(share, Tensor) and not create_graph:
-        share = share._data  # a rule may call operations of ours
-    if share.shape != t._data.shape:
-        share = unbroadcast(share, t._data.shape)
-    if share.dtype != t._data.dtype:
-        share = share.astype(t._data.dtype)
-    return share
-
-
-# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
-# have one array for their gradients: whoever wrote to one would change the other. So a
-# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
-#
-# **C.** What a tensor was made of is dropped when the walk has passed it, so memory falls
-# as we go. Who comes back for more is told:
-
-
-def _require_operands(t: Tensor) -> tuple:
-    if t._operands is None:
-        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
-                           "walk; to walk it twice, give the first walk retain_graph=True")
-    return t._operands
-
-
-# **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
-#
-# **E.** For the derivatives of some outputs by certain inputs, only what lies between
-# them need be visited, the *route*. Say we want that of z by x:
+# First, *where to go*. For the derivatives of some outputs by certain inputs, only what
+# lies between them need be visited, the *route*. Say we want that of z by x:
 #
 #     k:1     x:2     y:3 = k * x     w:4 = sin(k)     z:5 = y * w
 #
 # First we go from z back to all that it was made of, which is 5, 4, 3, 2 and 1, but not
 # behind the *horizon*: the oldest input, x. What is older, as k is, was not made of x,
-# and nothing behind it was. It is met and noted, as `older`, and not gone on from. (So
-# are the operands of x itself, if it has any: by them I.7 sees that somebody else may
-# ask.) Then we go forwards through what was found. On the route are the inputs, here 2,
+# and nothing behind it was. It is met and noted, as `older`, and not gone on from. (The
+# operands of x itself, if it has any, are met and noted as well: I.7 needs to know.)
+# Then we go forwards through what was found. On the route are the inputs, here 2,
 # and all that has an operand on the route: 3 has x, and 5 has y; but 4 has none.
 #
 #     >>> k, x = Tensor(1.0, label="k"), Tensor(2.0)
@@ -617,7 +528,7 @@ class _Route(NamedTuple):
     """Which way a walk has to go."""
 
     times: set[int]      # of all tensors on the route
-    horizon: int         # what is older than this moment is not walked on from
+    horizon: int         # the time of the oldest input, behind which no walk goes
     older: list[Tensor]  # tracked tensors beyond the horizon that had a part in the outputs
 
 
@@ -643,6 +554,94 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
     return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
 
 
+# Now *the walk*. It is the naive one, with a heap instead of `max`: of the negative
+# times, since a heap of Python's gives out the smallest. Nothing here recurses, for a
+# tape may be a million operations deep. What else is new is marked by a letter, and
+# told below.
+
+
+def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
+          retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
+    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
+    first.
+
+    A cotangent is an ndarray; with `create_graph`, a Tensor. Only what lies on `route`
+    is visited; None means all.
+    """
+    waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
+    for t, g in seeds:
+        if t._time in waiting:
+            g = waiting[t._time][1] + g
+        waiting[t._time] = t, g
+    heap = sorted(-time for time in waiting)  # a sorted list is a heap
+    while heap:
+        t, g = waiting.pop(-heapq.heappop(heap))
+        yield t, g
+        if t._op is None or (route is not None and t._time <= route.horizon):
+            continue  # a leaf; or nobody looks for anything behind it
+        wanted = _wanted_operands(t, route)
+        if True not in wanted:
+            continue
+        shares = t._op.pull(t, g, wanted, create_graph)
+        for a, share in zip(t._operands, shares):
+            if share is None:
+                continue
+            share = _fit(share, a, g, create_graph)  # (A, B)
+            if a._time in waiting:
+                share = waiting[a._time][1] + share
+            else:
+                heapq.heappush(heap, -a._time)
+            waiting[a._time] = a, share
+        if not (retain_graph or create_graph):
+            t._operands = t._settings = t._pullback = None  # (C) let go
+
+
+def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
+    """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
+    if t._written or t._checksum is not None:
+        _check_unwritten(t, t)  # (D)
+    wanted = []
+    for a in _require_operands(t)[:t._op.operands]:  # settings follow these
+        tracked = isinstance(a, Tensor) and a.requires_grad
+        if tracked and (a._written or a._checksum is not None):
+            _check_unwritten(a, t)  # (D)
+        wanted.append(tracked and (route is None or a._time in route.times))
+    return wanted
+
+
+# **A.** A cotangent has its tensor's shape and dtype, whatever a rule returns.
+#
+# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
+# have one array for their gradients: whoever wrote to one would change the other. So a
+# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
+
+
+def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
+    """What a rule returned, given `g`, as the operand `t` may receive it."""
+    if isinstance(share, Tensor) and not create_graph:
+        share = share._data  # a rule may call operations of ours
+    if share.shape != t._data.shape:
+        share = unbroadcast(share, t._data.shape)
+    if share.dtype != t._data.dtype:
+        share = share.astype(t._data.dtype)
+    if t._op is None and not create_graph:
+        share = _unshared(share, g)
+    return share
+
+
+# **C.** What a tensor was made of is dropped when the walk has passed through it, so
+# memory falls as we go. Who comes back for more is told:
+
+
+def _require_operands(t: Tensor) -> tuple:
+    if t._operands is None:
+        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
+                           "walk; to walk it twice, give the first walk retain_graph=True")
+    return t._operands
+
+
+# **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
+#
 # Two functions use the walk. `backward` goes to all leaves, which keep what they receive;
 # `gradients` to the inputs that it names. Both begin with a cotangent of the output, by
 # default 1 (`_seed`: IV.3).
@@ -654,13 +653,13 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
-    met = set()  # the times of the tensors that kept what they received
+    met = set()  # which tensors a later search need not look for behind this one (IV.3)
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
                 met.add(t._time)
                 _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
-    output._sources = met  # (IV.3) of a whole walk, not of one that failed
+    output._sources = met  # of a whole walk, not of one that failed
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -708,11 +707,12 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #     >>> print(repr(rule(1.0, None, 2.0, 3.0)), repr(rule(1.0, None, 2.0, Tensor(3.0))))
 #     3.0 Tensor(3., dtype=float64)
 #
-# `create_graph` decides which, in two lines of `_pull_by_rules` (I.2). The result `y`,
-# too, is then the Tensor, so the derivative of a rule that uses it goes on through y.
-# There is no second set of rules that could be wrong. (A fused operation has a fast way
-# back beside its rules; its second derivative takes the rules again: II.7.) Here is `x
-# * x * x`, three times over:
+# `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
+# given Tensors (`_pull_by_rules`, I.2), and recording stays on during the walk
+# (`_gradients`). The result `y`, too, is then the Tensor, so the derivative of a rule
+# that uses it goes on through y. There is no second set of rules that could be wrong.
+# (A fused operation has a fast way back beside its rules; its second derivative takes
+# the rules again: II.7.) Here is `x * x * x`, three times over:
 #
 #     >>> x = Tensor(2.0)
 #     >>> y = x * x * x
@@ -747,27 +747,37 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #     >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
 #     6.0
 #
-# Engines that mark "the variable we differentiate by" with a flag on the values have
-# answered 3, taking the inner result for a constant, or 5, moving x and y together in
-# the inner function (2 + 3, the slope of x * y by both). (It is called perturbation
-# confusion: Siskind and Pearlmutter, 2005.) Here it has no room. Every call makes *new*
-# tensors for its own arguments and asks for the derivative by *those objects*. `x` is
-# another, older than `y`: it lies beyond the inner walk's horizon, which sends it
-# nothing. But the inner result was computed from `x`, so the outer walk meets `x` there
-# like any other operand.
+# An engine that marks "the variable we differentiate by" with a flag on the values may
+# move x and y together in the inner function, or take its result for a constant, and
+# answer something else. (It is called perturbation confusion: Siskind and Pearlmutter,
+# 2005.) Here it has no room. Every call makes *new* tensors for its own arguments, and
+# keeps the cotangents of *those objects* only. `x`, and whatever is made of x alone, is
+# another object and not on the inner route. But the inner result was computed from `x`,
+# so the outer walk meets `x` there like any other operand.
 #
-# What does the real one add? First, *a tape only when somebody can ask*. The inner
-# gradient above must be recorded, since the outer one asks about x. In a single
-# `grad(f)(3.0)` nobody can: so the walk runs on bare ndarrays, and the gradient is a
-# constant. How do we know? By the search for the route. In the example it starts at the
-# inner result and meets, by their times,
+# What does the real one add? First, *a tape only when somebody can ask*. The naive one
+# records every walk. But of a single `grad(f)(3.0)` nobody can ask for a second
+# derivative: so the walk should run on bare ndarrays, and the gradient be a constant.
 #
-#     3   x * y, the result
-#     2   the inner input y: the horizon
-#     1   the outer input x: tracked, older than the horizon, and it had a part in 3
+# How do we know? Whoever asks later will ask by a tensor that exists already, is
+# tracked, and had a part in the result. Our inputs are made when the run begins: so it
+# is older than they are, and the search for the route has met it as `older` (I.5). Look
+# into `grad(grad(f))(3.0)`, for an f that returns `x * x`:
 #
-# so somebody may ask about x. (What f makes inside, and keeps to itself, is younger, and
-# nobody's business.) With one input and one output, then, a run of f by a transform is
+#     time                                      the search of the inner run
+#     1   the outer run's input, 3.0            older than the horizon: somebody may ask
+#     2   the inner run's input, made of 1      the horizon, whose operands are looked at
+#     3   2 * 2, the result of f                here it begins
+#
+# The outer `grad` gave its input 1 to the inner one, whose input 2 is therefore a copy,
+# tied to 1 by `identity` (I.1). So the inner walk is recorded. Its result is a Tensor,
+# made of 2 by the rules of `mul`, and 2 was made of 1: the outer walk goes back that way.
+# Its own search finds nothing that is older than 1. So it runs on bare arrays.
+#
+# (A parameter of a network that f reads is older, too: its trainer may ask. Where nobody
+# will, call `grad(f)` inside `no_grad()`, and nothing is recorded.)
+#
+# With one input and one output, then, a run of f by a transform is
 #
 #     x = a new Tensor, tied to the argument if that is tracked
 #     y = f(x)
@@ -784,19 +794,22 @@ class _Run:
     """A function run by a transform: its inputs, fresh tensors; its output; the tape between."""
 
     def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
-                 argnums: Any = None, beside: Any = ()) -> None:
+                 argnums: Any = None) -> None:
         self.name = name
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
-        self.inputs = [_fresh_input(name, item) for item in items]
+        self.inputs = [_fresh_input(name, item) for item in items]  # the x of the sketch
         args = put_back(self.rebuild(self.inputs))
         with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
-            self.output = f(*args, **kwargs or {})
-
+            self.output = f(*args, **kwargs or {})  # its y
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # Somebody may also ask by what is given `beside`, such as the tangents in I.8.
-        somebody_asks = bool(self.route.older) or any(map(_tracked, _flatten(beside)[0]))
-        self.recorded = _mode.recording and somebody_asks
+        self.recorded = self.is_asked_by(())
+
+    def is_asked_by(self, others: Any) -> bool:
+        """Whether somebody may ask for derivatives of what a walk gives: by an older
+        tensor, or by one of `others`, such as the tangents of I.8."""
+        items, _ = _flatten(others)
+        return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
 
     @property
     def value(self) -> Any:
@@ -805,15 +818,16 @@ class _Run:
             return self.output
         return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
 
-    def pull(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
+    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
              retain_graph: bool = False) -> list[Tensor]:
-        """What reaches the inputs from cotangents of outputs (None: 1, for a scalar)."""
+        """What reaches the inputs from these cotangents of the outputs (None: 1, for a
+        scalar)."""
         seeds = _seeds(self.name, outputs, cotangents, create_graph)
         return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
 
     def slopes(self) -> list[Tensor]:
         """The gradient of a scalar output, to be differentiated again."""
-        return self.pull(_outputs(self.name, [self.output]), [None], create_graph=True)
+        return self.walk_back(_outputs(self.name, [self.output]), [None], create_graph=True)
 
 
 def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
@@ -842,7 +856,7 @@ def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argn
                       has_aux: bool) -> tuple:
     run = _Run(name, f, args, kwargs, argnums)
     scalar = _first_of_pair(name, run.output) if has_aux else run.output
-    slopes = run.pull(_outputs(name, [scalar]), [None], run.recorded)
+    slopes = run.walk_back(_outputs(name, [scalar]), [None], run.recorded)
     return run.value, run.rebuild(slopes)
 
 
@@ -874,20 +888,43 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
 # The walk computes `J^T u`: the transpose of the *Jacobian* J, the matrix of all slopes,
-# times a cotangent u of the output. Everything below is made of that one product. For one
-# array x and one y = f(x), it is `gradients(y, [x], u)`, and this is the whole section:
+# times a cotangent u of the output. Everything below is made of that one product, and
+# for a vector x and one y = f(x) each is a few lines.
+#
+# **Jacobian.** The cotangent that is 1 at one element of the output, and 0 elsewhere,
+# picks that element's slopes, a row of J:
 #
 #     >>> def naive_jacobian(f, x):
 #     ...     x = Tensor(x)
 #     ...     y = f(x)
-#     ...     units = np.eye(y.size)  # u = (1, 0, ...) picks the slopes of the first y
+#     ...     units = np.eye(y.size)
 #     ...     return np.stack([gradients(y, [x], u, retain_graph=True)[0] for u in units])
 #     ...
+#     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
+#     [2. 0.] [0. 4.]
+#
+# **Hessian times vector.** A Hessian H is the Jacobian of the gradient, and its own
+# transpose (as the second derivatives of a smooth f are equal in either order). So `H
+# v` is `H^T v`: one walk back from the gradient, with v for its cotangent, for the
+# price of a few gradients (Pearlmutter, 1994):
+#
 #     >>> def naive_hvp(f, x, v):
 #     ...     x = Tensor(x)
 #     ...     slope, = gradients(f(x), [x], create_graph=True)
 #     ...     return gradients(slope, [x], v)[0]
 #     ...
+#     >>> print(naive_hvp(lambda x: (x ** 3).sum(), [1.0, 2.0], [1.0, 1.0]))  # 6 x v
+#     [ 6. 12.]
+#
+# **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
+# asks how fast f then moves: `J v`. It comes out of two walks back (Townsend, 2017):
+#
+# 1. From the output, with a cotangent u that is tracked, and `create_graph`. What arrives
+#    is `s = J^T u`, and it is linear in u, for every rule multiplies by its `g`.
+# 2. So the walk from s with the cotangent v, but back to u, multiplies by the transpose
+#    of `J^T`: it gives `J v`. The value of u does not matter, only its place on the
+#    tape.
+#
 #     >>> def naive_jvp(f, x, v):
 #     ...     x = Tensor(x)
 #     ...     y = f(x)
@@ -895,27 +932,8 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #     ...     s, = gradients(y, [x], u, create_graph=True)
 #     ...     return gradients(s, [u], v)[0]
 #     ...
-#     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
-#     [2. 0.] [0. 4.]
-#     >>> print(naive_hvp(lambda x: (x ** 3).sum(), [1.0, 2.0], [1.0, 1.0]))  # 6 x v
-#     [ 6. 12.]
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
-#
-# **Jacobian.** The cotangent that is 1 at one element of the output, and 0 elsewhere,
-# picks that element's slopes, a row of J.
-#
-# **Hessian times vector.** A Hessian H is the Jacobian of the gradient, and its own
-# transpose. So `H v` is `H^T v`: one walk back from the gradient with v for its
-# cotangent, for the price of a few gradients (Pearlmutter, 1994).
-#
-# **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
-# asks how fast f then moves: `J v`. It comes out of two reverse walks (Townsend, 2017):
-#
-# 1. From the output, with a cotangent u that is tracked, and `create_graph`: `s = J^T u`.
-# 2. From s, with v for its cotangent, back to u. That is the walk from the number
-#    `L = s . v = u . (J v)`, whose slope by u is `J v`, whatever u is. So u may be 0; all
-#    that matters is its place on the tape.
 #
 # The real ones are these, for nests, and with a tape only if somebody asks. `_outputs`
 # makes Tensors of what f returned, `_match` a list of a nest that must be built like
@@ -943,9 +961,8 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
             cotangents = [None] * len(outputs)
         else:
             cotangents = _match("vjp", cotangent, run.output)
-        somebody_asks = run.recorded or any(_tracked(u) for u in cotangents)
-        create_graph = _mode.recording and somebody_asks
-        return run.rebuild(run.pull(outputs, cotangents, create_graph, retain_graph=True))
+        create_graph = run.is_asked_by(cotangents)
+        return run.rebuild(run.walk_back(outputs, cotangents, create_graph, retain_graph=True))
 
     return run.value, vjp_fn
 
@@ -958,11 +975,12 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
         2.0
     """
     _require_tuples("jvp", primals, tangents)
-    run = _Run("jvp", f, primals, beside=tangents)
+    run = _Run("jvp", f, primals)
+    run.recorded = run.is_asked_by(tangents)
     items, rebuild = _flatten(run.output)
     outputs = _outputs("jvp", items)
     u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
-    s = run.pull(outputs, u, create_graph=True)
+    s = run.walk_back(outputs, u, create_graph=True)
     v = _match("jvp", tuple(tangents), tuple(primals))
     seeds = _seeds("jvp", s, v, run.recorded)
     return run.value, rebuild(_gradients(seeds, u, run.recorded))
@@ -975,7 +993,8 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
         9.0 (Tensor([ 6., 12.], dtype=float64),)
     """
     _require_tuples("hvp", primals, vector)
-    run = _Run("hvp", f, primals, beside=vector)
+    run = _Run("hvp", f, primals)
+    run.recorded = run.is_asked_by(vector)
     slopes = run.slopes()
     v = _match("hvp", tuple(vector), tuple(primals))
     seeds = _seeds("hvp", slopes, v, run.recorded)
@@ -1014,7 +1033,7 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None
     def function(*args: Any, **kwargs: Any) -> Any:
         run = _Run("hessian", f, args, kwargs, argnums)
         slopes = run.slopes()
-        route = _find_route(slopes, run.inputs)  # from the slopes, not from the output
+        route = _find_route(slopes, run.inputs)  # the tape of the slopes is a new one
         return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
 
     return function
@@ -1039,10 +1058,11 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 #
 # ## II.1 How to add an operation, and how to test it
 #
-# Write the function and one rule per operand; there is nothing to register. The
-# function may use all of NumPy, for it only meets arrays; rules use operators,
-# functions of `np`, and operations. `check_grad` compares both with finite differences,
-# the derivative's derivative included:
+# Write the function and one rule per operand, and call it by its name. The function may
+# use all of NumPy, for it only meets arrays, and returns one; rules use operators,
+# functions of `np`, and operations. `check_grad` compares what the rules say with
+# differences of the function, and then, as a derivative of higher order is the first
+# derivative of one lower, what they say of themselves:
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def my_arctan(x):
@@ -1143,12 +1163,15 @@ class _EachRule:
 #     >>> np.exp(t)._op is exp, np.sum(t, axis=0)._op is sum_
 #     (True, True)
 #
-# What answers for which function is in one table, `_FUNCTIONS`, filled where the
-# operations stand; IV.10 adds the rest. What has derivative zero wherever it has one
-# (`np.sign`, `np.argmax`) or asks for a shape gives a plain array (IV.10). All else is a
-# TypeError for a tracked Tensor: to convert it silently would cut the tape, and the
-# gradient would be wrong. A constant has no gradient to lose; it goes in as the array
-# it holds.
+# (`array * t` is np.multiply to NumPy, and arrives here, too.) What becomes of a call?
+#
+# - Functions that have an answer are in one table, `_FUNCTIONS`, filled where the
+#   operations stand; IV.10 adds the rest.
+# - What has derivative zero wherever it has one, such as `np.sign`, or asks for a shape,
+#   gives a plain array (IV.10).
+# - All else is a TypeError for a tracked Tensor: to convert it silently would cut the
+#   tape, and the gradient would be wrong.
+# - A constant has no gradient to lose. It goes in as the array it holds.
 
 
 def _answers(*functions: Callable | None) -> Callable:
@@ -1177,9 +1200,8 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwa
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
         return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
 
-    how = "" if method == "__call__" else f".{method}"
-    options = f" with {', '.join(kwargs)}=" if kwargs else ""
-    raise TypeError(_no_derivative(ufunc, how + options))
+    name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
+    raise TypeError(_no_derivative("numpy", name, kwargs))
 
 
 def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
@@ -1191,7 +1213,7 @@ def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
     items, _ = _flatten((args, kwargs))  # a Tensor may be in a list, as for np.block
     if function in _WITHOUT_GRADIENT or not any(map(_tracked, items)):
         return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
-    raise TypeError(_no_derivative(function, ""))
+    raise TypeError(_no_derivative(function.__module__, function.__name__))
 
 
 # Where something else does the same and has a derivative, the message says so.
@@ -1204,12 +1226,11 @@ _INSTEAD = {
 }
 
 
-def _no_derivative(function: Callable, options: str) -> str:
-    module = "numpy" if isinstance(function, np.ufunc) else function.__module__
-    name = f"{function.__name__}{options}"
+def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
     instead = _INSTEAD.get(name, "what it has one for (nanoad.functional)")
-    return (f"{module}.{name}: nanoad has no derivative for this; use {instead}, or add it "
-            "(nanoad.primitive), or t.numpy() if none is needed")
+    given = f" with {', '.join(options)}=" if options else ""
+    return (f"{module}.{name}{given}: nanoad has no derivative for this; use {instead}, or call an "
+            "operation of your own (nanoad.primitive), or t.numpy() if no gradient is wanted")
 
 
 def _array(self: Tensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -1229,18 +1250,49 @@ Tensor.__array__ = _array
 #
 # Here an element of the result depends on one element of each operand. So a rule is `g`
 # times the derivative that every table of calculus has, and this section is such a
-# table. Where the derivative is simpler in terms of the result, it is said so:
+# table; `y` is used where it makes the derivative simpler, as in `1 - y * y` for tanh.
+# (A row also answers for the NumPy function that it computes by.)
 #
-#     >>> y = np.tanh(0.5)
-#     >>> print(grad(np.tanh)(0.5).item() == 1 - y * y)
-#     True
-#
-# A row also answers for the NumPy function that it computes by. Skim the rows, and read
-# the comments: they are where the calculus alone would divide by zero, overflow, or
-# lose digits.
+# First come the rows that are no more than that. (Two formulas are written with care:
+# `(1 - x) * (1 + x)` is 1 - x^2, which near 1 would lose its digits, and `hypot(1, x)`
+# is the root of 1 + x^2, which would overflow; arccosh has a bit of both.)
+exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
+expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
+log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
+log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
+log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
+sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
+cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
 
-# A remainder, `a - b floor(a/b)`, moves with a; and floor(a/b) is constant between its
-# jumps. (fmod rounds toward zero.)
+tan = _op("tan", np.tan, lambda g, y, x: g * (1 + y * y))
+arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
+arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
+arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
+rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
+
+sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
+cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
+tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
+arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
+arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
+arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
+
+_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
+
+
+@primitive(lambda g, y, x, dtype: g)
+def astype(x: Any, dtype: Any) -> Tensor:
+    """x as another floating-point type; the gradient is converted back (by the walk)."""
+    if np.dtype(dtype).kind != "f":
+        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
+    return x.astype(dtype)
+
+
+# ### One word each: where would calculus alone go wrong?
+#
+# *Remainders.* `a - b floor(a/b)` moves with a, and by b its slope is -floor(a/b),
+# which is constant between its jumps. (fmod rounds toward zero.)
 mod = _op("mod", np.remainder,
           lambda g, y, a, b: g,
           lambda g, y, a, b: -g * (a // b))
@@ -1248,9 +1300,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: g,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
-# Powers. By x the derivative is `p x ** (p - 1)`, where for p = x = 0 the exponent is
-# kept at 0, since 0 to the power -1 is infinite. By p it is `y log x`, taken as 0 where
-# x is 0 and p is not negative.
+# *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
+# x = 0 the first would be 0 * 0 ** -1 for p = 0, which is nan, and the second has the
+# logarithm of 0. Both are taken as 0 there (the second unless p is negative).
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -1261,68 +1313,47 @@ def _raise(x: Any, p: Any) -> Any:
     return x ** p
 
 
-def _less_one(x: Any, p: Any) -> Any:
-    """p - 1, but 0 where both are 0: there `p x ** (p - 1)` shall be 0 * 0 ** 0 = 0."""
+def _power_slope(x: Any, p: Any) -> Any:
+    """p x ** (p - 1); but where both are 0 the exponent is 0, for 0 * 0 ** 0 = 0."""
     if isinstance(p, (int, float)) and p != 0:
-        return p - 1
-    return p - 1 + ((p == 0) & (x == 0))
+        return p * _raise(x, p - 1)
+    return p * x ** (p - 1 + ((p == 0) & (x == 0)))
 
 
 power = _op("power", _raise,
-            lambda g, y, x, p: g * (p * _raise(x, _less_one(x, p))),
+            lambda g, y, x, p: g * _power_slope(x, p),
             lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
             answers=np.power)
 
-# Exponentials and logarithms.
-exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
-expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
-log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
-log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
-log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
 
-
-# Roots and distances. At its kink, where both operands are 0, the slope of `hypot` is
-# taken as 0 / 1, as that of `abs` is 0 below.
+# *Distance and angle.* The slopes of `hypot`, the distance of (a, b) from the origin,
+# are a and b divided by it; at the origin, a kink, they are taken as 0. Those of
+# arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum of
+# squares overflows where its root, the distance, does not: we divide by this twice.
 def _or_one(r: Any) -> Any:
     """r, and 1 where it is 0, to divide by."""
     return np.where(r == 0, 1, r)
 
 
-sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
-cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
-hypot = _op("hypot", np.hypot,
-            lambda g, y, a, b: g * (a / _or_one(y)),
-            lambda g, y, a, b: g * (b / _or_one(y)))
-
-# Angles, and the hyperbolic functions. The slope of arctan2 by a is `b / (a*a + b*b)`.
-# But that sum of squares overflows where the distance, its root, does not; so we divide
-# by the distance twice.
 def _over_distance_twice(c: Any, a: Any, b: Any) -> Any:
     """c / (a*a + b*b), where c is a or b; and 0 at the origin."""
     distance = _or_one(np.hypot(a, b))
     return c / distance / distance
 
 
-tan = _op("tan", np.tan, lambda g, y, x: g * (1 + y * y))
-arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
-arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
-arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+hypot = _op("hypot", np.hypot,
+            lambda g, y, a, b: g * (a / _or_one(y)),
+            lambda g, y, a, b: g * (b / _or_one(y)))
 arctan2 = _op("arctan2", np.arctan2,
               lambda g, y, a, b: g * _over_distance_twice(b, a, b),
               lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
-deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
-rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
-sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
-cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
-tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
-arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
-arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
-arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
 
-# `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0) is the same and does
-# not. The slope of softplus is sigmoid(x), or `1 - e^-y`, since `e^y = 1 + e^x`; that
-# of sigmoid is `e^-x y^2 = y (1 - y)`, since `1/y = 1 + e^-x`. That of logaddexp by a is
-# `e^a / (e^a + e^b) = 1 / (1 + e^(b - a))`, which is sigmoid(a - b).
+# *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0)
+# is the same and does not. The slopes, with what they are found from:
+#
+#     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
+#     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
+#     logaddexp   e^y = e^a + e^b      e^a / (e^a + e^b)  =  sigmoid(a - b), by a
 softplus = _op("softplus", lambda x: np.logaddexp(x, 0),
                lambda g, y, x: -g * np.expm1(-y),
                doc="log(1 + exp(x)), without overflow.")
@@ -1336,18 +1367,6 @@ logaddexp2 = _op("logaddexp2", np.logaddexp2,
                  lambda g, y, a, b: g * sigmoid((a - b) * math.log(2)),
                  lambda g, y, a, b: g * sigmoid((b - a) * math.log(2)))
 
-# A copy, and a change of dtype.
-_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
-
-
-@primitive(lambda g, y, x, dtype: g)
-def astype(x: Any, dtype: Any) -> Tensor:
-    """x as another floating-point type; the gradient is converted back (by the walk)."""
-    if np.dtype(dtype).kind != "f":
-        raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
-    return x.astype(dtype)
-
-
 # ### Choosing: why not multiply by a mask?
 #
 # What chooses between elements passes the cotangent to the chosen ones and 0 to the
@@ -1359,10 +1378,10 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #     >>> print(x.grad)
 #     [0. 1.]
 #
-# `np.where(mask, g, 0)` would do, but takes seven times as long as a product when the
-# mask is irregular, for the processor cannot guess its jumps. So we do multiply: not
-# the numbers, but their *bits*, read as integers. Times 1, all bits stay as they are;
-# times 0, they become the bits of 0.0; and an integer knows no infinity.
+# The naive `np.where(mask, g, 0)` takes seven times as long as a product when the mask
+# is irregular, for the processor cannot guess its jumps. So we do multiply: not the
+# numbers, but their *bits*, read as integers. Times 1, all bits stay; times 0, they
+# become the bits of 0.0; and an integer knows no infinity.
 #
 #     >>> bits = np.array([np.inf, 1.5]).view(np.int64)
 #     >>> print((bits * np.array([False, True])).view(np.float64))
@@ -1403,9 +1422,9 @@ relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to sa
            doc="max(x, 0), element by element.")
 
 
-# The larger of two operands receives all of g; where they tie, each receives half. An
-# operand receives g where the *other* is not the result, which is also right for nan,
-# since nan equals nothing:
+# The larger of two operands receives all of g; where they tie, each receives half. The
+# rule asks whether the *other* is not the result, which is also right for nan, since
+# nan equals nothing:
 #
 #                a      b      y      a receives   b receives
 #     maximum    5      3      5      g            0
@@ -1418,8 +1437,7 @@ def _to_the_chosen(g: Any, y: Any, mine: Any, other: Any) -> Any:
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
-_of_two = (lambda g, y, a, b: _to_the_chosen(g, y, a, b),
-           lambda g, y, a, b: _to_the_chosen(g, y, b, a))
+_of_two = _to_the_chosen, lambda g, y, a, b: _to_the_chosen(g, y, b, a)
 maximum = _op("maximum", np.maximum, *_of_two)
 minimum = _op("minimum", np.minimum, *_of_two)
 fmax = _op("fmax", np.fmax, *_of_two)
@@ -1448,10 +1466,18 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #     >>> print(x.grad)
 #     [2. 0. 1.]
 #
-# Indexing takes elements out, scatter-add puts them back, and each is the other's rule.
-# A basic index (numbers and slices) or a mask names no element twice, and is written to
-# directly. For the others there is `np.add.at`, but it is slow; numbering the elements
-# and counting the numbers with weights does the same and is fast.
+# Indexing takes elements out, *scatter-add* puts them back, and each is the other's
+# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
+# is `np.add.at`, and slow. `np.bincount` does it fast: it counts how often each of 0,
+# 1, 2, ... occurs, or, with weights, adds those up. Here 5 and 6 go to place 0, and 7
+# to place 2:
+#
+#     >>> print(np.bincount([0, 0, 2], weights=[5.0, 6.0, 7.0]))
+#     [11.  0.  7.]
+#
+# Where there are several axes, the elements are numbered, and the same index, of the
+# numbers, tells the places. An index of numbers and slices, or a mask, names no element
+# twice: there `out[index] = x` will do.
 getitem = _op("getitem", lambda x, index: x[index],
               lambda g, y, x, index: scatter_add(g, index, x.shape),
               doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1469,9 +1495,10 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
         np.add.at(out, index, x)
         return out
 
-    numbers = np.arange(out.size).reshape(shape)[index]
-    weights = np.broadcast_to(x, numbers.shape)
-    sums = np.bincount(numbers.ravel(), weights.ravel(), out.size)  # float64
+    numbers = np.arange(out.size).reshape(shape)
+    places = numbers[index]
+    weights = np.broadcast_to(x, places.shape)
+    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64
     return sums.reshape(shape).astype(x.dtype)
 
 
@@ -1484,12 +1511,14 @@ def _names_none_twice(index: Any) -> bool:
     return all(isinstance(entry, basic) for entry in entries)
 
 
-# Whatever else only moves or repeats elements needs no rule of its own. Let NumPy loose
-# on the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
-# each element came from, so we know where to send its cotangent. What was filled with
-# zeros came from position 0.
+# ### Any move: where did each element come from?
 #
-#     >>> print(np.tril(np.arange(1, 5).reshape(2, 2)))  # tril: of 1, 3 and 4
+# Whatever else only moves or repeats elements needs no rule of its own. Let NumPy do it
+# to the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
+# each element came from: there its cotangent goes. A zero that was filled in came from
+# position 0, which is cut off at the end.
+#
+#     >>> print(np.tril(np.array([[1, 2], [3, 4]])))
 #     [[1 0]
 #      [3 4]]
 #
@@ -1507,14 +1536,6 @@ def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callab
     return _np_op(name, move, send_back, answers=answers)
 
 
-def _take(a, indices, axis=None, *, mode="raise"):  # np.take has `out`, too
-    return np.take(a, indices, axis, mode=mode)
-
-
-def _take_along_axis(arr, indices, axis=-1):  # before NumPy 2.3 the axis has no default
-    return np.take_along_axis(arr, indices, axis)
-
-
 roll = _moves("roll", np.roll)
 flip = _moves("flip", np.flip)
 rot90 = _moves("rot90", np.rot90)
@@ -1524,29 +1545,29 @@ diag = _moves("diag", np.diag)
 diagonal = _moves("diagonal", np.diagonal)
 tril = _moves("tril", np.tril)
 triu = _moves("triu", np.triu)
-take = _moves("take", _take, answers=np.take)
-take_along_axis = _moves("take_along_axis", _take_along_axis, answers=np.take_along_axis)
+take = _moves("take",  # without the `out` of np.take
+              lambda a, indices, axis=None, *, mode="raise":
+              np.take(a, indices, axis, mode=mode), answers=np.take)
+take_along_axis = _moves("take_along_axis",  # with NumPy 2.3's default for the axis
+                         lambda arr, indices, axis=-1:
+                         np.take_along_axis(arr, indices, axis), answers=np.take_along_axis)
 
 
 # Sorting moves elements, too; their order tells which. (Equal elements stay in order.)
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
-    """A copy of x, sorted along an axis; None flattens it first.
-
-    (`t.sort()` returns a copy, too, and leaves t alone, unlike ndarray's.)
-    """
+    """A copy of x (also as `t.sort()`), sorted along an axis; None flattens it first."""
     if axis is not None:
-        _axes("sort", x, axis)
+        _axes("sort", x, axis)  # which raises an error that names the shape
     order = np.argsort(_value(x), axis, kind or "stable")
     return take_along_axis(x, order, axis)
 
 
 # ### The same elements in another shape: what undoes a view?
 #
-# NumPy does these without touching an element: the results are views of the same
-# memory. So their rules had better not count positions, and need not, for what undoes
-# them is of the same kind: another shape, and for a permutation of the axes its
-# inverse, which is its argsort.
+# Another view. NumPy does these without touching an element, and their rules should
+# not, either, so they count no positions: a shape is undone by the shape of x, and an
+# order of the axes, such as (2, 0, 1), by its argsort, (1, 2, 0).
 def _in_the_shape_of_x(g: Any, y: Any, x: Any, *_: Any, **__: Any) -> Any:
     return g.reshape(x.shape)
 
@@ -1594,7 +1615,8 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 
 # ### Joined, cut, and framed: whose slice is it?
 #
-# Each operand of a concatenation receives the slice of g that lies where it was put.
+# Each operand of a concatenation receives the slice of g that lies where it was put:
+# operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`.
 def _narrow(x: Any, axis: int, start: int, n: int) -> Any:
     """x[start:start + n] along an axis, as torch.narrow."""
     before = (slice(None),) * (axis % x.ndim)
@@ -1639,8 +1661,7 @@ def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
     try:
         pieces = cut(np.arange(x.shape[axis]), where_to_cut)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        message = f"split of shape {x.shape} along axis {axis}: {error}"
-        raise ValueError(message) from None
+        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
     return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 
@@ -1659,11 +1680,10 @@ _pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_widt
 @_answers(np.pad)
 def pad(x: Any, pad_width: Any, mode: str = "constant", *,
         constant_values: float = 0) -> Tensor:
-    """x in a frame of zeros: as wide as a number, (before, after), a pair per axis, or
-    {axis: pair}.
+    """x in a frame of zeros, or of other `constant_values`.
 
-    The frame may be of other `constant_values`; or of elements of x, by np.pad's modes
-    "edge", "reflect", "symmetric" and "wrap".
+    It is as wide as a number, (before, after), a pair per axis, or {axis: pair}. By
+    np.pad's modes "edge", "reflect", "symmetric" and "wrap" it is of elements of x.
     """
     if isinstance(pad_width, dict):
         pairs = np.zeros((np.ndim(x), 2), int)
@@ -1680,19 +1700,25 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 
 # ## II.5 Reductions: what does a sum hand back?
 #
-# Take x of shape (4, 3) and `y = sum(x, axis=0)`, of shape (3,). Move one element
-# `x[i, j]` by `dx`: `y[j]` moves by the same `dx`, and L by `g[j] * dx`. So `x[i, j]`
-# receives `g[j]`, whatever i is: a sum hands its cotangent, as it is, to everything it
-# added up.
+# Its cotangent, as it is, to everything it added up. Take x of shape (4, 3) and
+# `y = sum(x, axis=0)`, of shape (3,). Move one element `x[i, j]` by `dx`: `y[j]` moves
+# by the same `dx`, and L by `g[j] * dx`. So `x[i, j]` receives `g[j]`, whatever i is.
+# In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), and is
+# stretched along it, (4, 3):
 #
+#     >>> @primitive(lambda g, y, x, axis:
+#     ...            np.broadcast_to(np.expand_dims(g, axis), x.shape))
+#     ... def naive_sum(x, axis):
+#     ...     return np.sum(x, axis)
+#     ...
 #     >>> x = Tensor(np.ones((4, 3)))
-#     >>> x.sum(axis=0).backward([1.0, 2.0, 3.0])
+#     >>> naive_sum(x, 0).backward([1.0, 2.0, 3.0])
 #     >>> print(x.grad[0], x.grad[3])
 #     [1. 2. 3.] [1. 2. 3.]
 #
-# In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), which is
-# `_restore`, and is stretched along it, (4, 3). Stretching and sum are each other's
-# rule, as with indexing. A mean of n hands everybody an n-th of g.
+# Stretching and sum are each other's rule, as with indexing. A mean of n hands
+# everybody an n-th of g. (`_fast_sum` is np.sum in less time, and stands at the
+# section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
     """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
@@ -1707,18 +1733,14 @@ def _count(x: Any, y: Any) -> int:
     return x.size // max(1, y.size)
 
 
-def _mean_rule(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    n = max(1, _count(x, y))  # if there are none, none receives anything
-    return _stretch(g / n, x, axis)
-
-
 @primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
 def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
     return _fast_sum(x, axis, keepdims).astype(x.dtype, copy=False)
 
 
-@primitive(_mean_rule)
+@primitive(lambda g, y, x, axis=None, keepdims=False:
+           _stretch(g / max(1, _count(x, y)), x, axis))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
     total = _fast_sum(x, axis, keepdims)
@@ -1731,75 +1753,9 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
     return sum_(diagonal(x, offset, axis1, axis2), -1)
 
 
-# ### Sums of short rows: where is `np.sum` slow?
+# ### Spread and extremes: what of equal elements?
 #
-# It starts anew for every row, which for rows of 64 numbers is most of its time. But
-# the sum of a row is also its product with ones, `[3 4 5] @ [1 1 1] = 12`, for which
-# there is BLAS. That rounds off more than np.sum, which adds in pairs; so where anybody
-# may ask for a sum, float64, long rows and whole arrays are left to np.sum
-# (`_fast_sum`). And the largest of each row is faster by `reduceat`.
-_ones = functools.lru_cache(16)(np.ones)
-
-
-def _rows(x: Any) -> Any:
-    """x with all axes but the last joined into one."""
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-# For these OpenBLAS 0.3.31 reads unwritten memory: sums are right, but NumPy may warn.
-_UNSAFE_ROW = 5
-
-
-def _row_sum(x: Any, axis: Any = -1) -> Any:
-    """sum(x, axis, keepdims=True), in array code."""
-    if axis not in (-1, x.ndim - 1) or x.shape[-1] == _UNSAFE_ROW:
-        return np.sum(x, axis=axis, keepdims=True)
-    return np.dot(_rows(x), _ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1)
-
-
-def _row_dot(a: Any, b: Any, axis: Any = -1) -> Any:
-    """sum(a * b, axis, keepdims=True), in array code."""
-    if axis not in (-1, a.ndim - 1):
-        return np.sum(a * b, axis=axis, keepdims=True)
-    return np.einsum("...i,...i->...", a, b)[..., None]
-
-
-def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
-    """max(x, axis, keepdims=True)."""
-    if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
-        return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
-    starts = np.arange(0, x.size, x.shape[-1])
-    rows = np.maximum.reduceat(x.reshape(-1), starts)
-    return rows.reshape(*x.shape[:-1], 1)
-
-
-def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
-    """np.sum, fast for short rows of float32; and float16 is added up in float32."""
-    if x.dtype == np.float16:
-        return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
-
-    n = _last_axes(x, axis) if x.dtype == np.float32 else 0
-    length = math.prod(x.shape[x.ndim - n:])
-    if n == 0 or length > 4096:
-        return np.sum(x, axis=axis, keepdims=keepdims)
-
-    outer_axes = x.shape[:-n]
-    sums = _row_sum(x.reshape(*outer_axes, length))  # (..., 1)
-    return sums.reshape(outer_axes + (1,) * n if keepdims else outer_axes)
-
-
-def _last_axes(x: np.ndarray, axis: Any) -> int:
-    """How many axes `axis` names, if they are the last ones and not all; else 0."""
-    if axis is None:
-        return 0
-    named = axis if isinstance(axis, tuple) else (axis,)
-    axes = sorted(a + x.ndim if a < 0 else a for a in named)
-    n = len(axes)
-    return n if n < x.ndim and axes == list(range(x.ndim - n, x.ndim)) else 0
-
-
-# ### Spread and extremes: what of a tie?
-#
+# The variance is the mean square of `x - mean(x)`, and written so it needs no rule.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
@@ -1824,9 +1780,8 @@ def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
 
 
-# The largest element passes its cotangent on; several that tie share it evenly. A nan
-# counts as the largest, and the smallest, and leaves no element of its row a gradient
-# that is a number.
+# The largest element passes its cotangent on; several that tie share it evenly. Where
+# one is nan, so is the result, and each element that it was taken of receives nan.
 def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
@@ -1850,9 +1805,10 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 
 # ### Softmax: how do large exponentials add up?
 #
-# They overflow. So the largest is subtracted first, and nothing exceeds exp(0) = 1.
-# logsumexp adds it back at the end; in softmax it cancels. The derivative of logsumexp
-# is `exp(x) / sum(exp(x))`, the softmax, which is exp(x - y).
+# They overflow: in float32, e^89 is infinite. But in `softmax(x) = e^x / sum(e^x)` a
+# number that is subtracted from all of x cancels. Let it be the largest, and nothing
+# exceeds e^0 = 1. `logsumexp`, the logarithm of the sum, adds it back at the end; its
+# derivative is the softmax, which is `e^(x - y)`.
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
@@ -1868,18 +1824,8 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
 #
 #     sum_i g_i y_i (1[i=j] - y_j)  =  y_j g_j - y_j sum_i g_i y_i
 #
-# or `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
-#
-# To find the largest of each row is slow, and seldom needed. The extremes of *all*
-# elements are found quickly. If they lie within 40 of 0, their exponentials lie between
-# 1e-18 and 1e18, far from the limits of float32, and nothing has to be subtracted.
-def _is_moderate(x: np.ndarray) -> bool:
-    """Whether the exponentials of x can be added up as they are. (Not if one is nan.)"""
-    if x.dtype == np.float16:  # e^12 is too much for it
-        return False
-    return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
-
-
+# or `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`. (The helpers
+# for rows are sums and maxima with keepdims=True, in less time, and stand at the end.)
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
@@ -1901,37 +1847,19 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 
 # ### Products and running sums: what of zeros?
 #
-# The derivative of a product by one element is the product of all others. To divide by
-# the element is no way to leave it out: it may be 0. So a product is taken by halves,
-# the first half times the second, until one element is left; `mul` knows the rest, to
-# all orders. A running product takes log2(n) steps, too: first each element is
-# multiplied with its neighbour, then with the one 2 before it, 4 before it (Hillis and
-# Steele, 1986). A running sum hands each element's cotangent to all before it: that is
-# a running sum from the end.
-def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
-    """The numbers, from 0 on, of the axes named; None means all. Errors say `name`."""
-    numbers = range(x.ndim)
-    if axis is None:
-        return tuple(numbers)
-    try:
-        axes = tuple(numbers[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
-    except IndexError:
-        raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"{name} of {x.shape}: axis {axis} names an axis twice")
-    return axes
-
-
-def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
-    """x with the axes named joined into one, which is the last; and their numbers."""
-    x = as_tensor(x)
-    axes = _axes(name, x, axis)
-    moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
-    outer_axes = moved.shape[:x.ndim - len(axes)]
-    length = math.prod(moved.shape[len(outer_axes):])
-    return reshape(moved, (*outer_axes, length)), axes
-
-
+# The derivative of a product by one element is the product of all others. That is not
+# `y / x`, for the element may be 0. So a product is taken by halves, the first half
+# times the second, until one element is left; `mul` knows the rest, to all orders:
+#
+#     [2 3 0 5]  ->  [2*0 3*5] = [0 15]  ->  [0*15] = [0]
+#
+# A running product takes log2(n) steps, too: each element is multiplied with the one
+# before it, then with the one 2 before it, 4 before it (Hillis and Steele, 1986):
+#
+#     [a b c d]  ->  [a ab bc cd]  ->  [a ab abc abcd]
+#
+# A running sum hands each element's cotangent to all before it: that is a running sum
+# from the end.
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The product of all elements, or over the axes given. Zeros are no special case."""
     x, axes = _joined("prod", x, axis)  # (..., n)
@@ -1955,30 +1883,49 @@ def cumprod(x: Any, axis: int | None = None) -> Tensor:
     return y if axis is None else moveaxis(y, -1, axis)
 
 
-@primitive(lambda g, y, x, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis))
-def _cumsum_along(x: Any, axis: int) -> Tensor:
+@primitive(lambda g, y, x, axis=None:
+           np.flip(np.cumsum(np.flip(g, axis), axis), axis).reshape(x.shape))
+def cumsum(x: Any, axis: int | None = None) -> Tensor:
+    """The running sum along an axis; None flattens x first."""
     return np.cumsum(x, axis)
 
 
-def cumsum(x: Any, axis: int | None = None) -> Tensor:
-    """The running sum along an axis; None flattens x first."""
-    return _cumsum_along(reshape(x, -1), 0) if axis is None else _cumsum_along(x, axis)
+# These, and the quantiles below, know one axis: so several are first joined into one.
+def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
+    """x with the axes named joined into one, which is the last; and their numbers."""
+    x = as_tensor(x)
+    axes = _axes(name, x, axis)
+    moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
+    outer = x.ndim - len(axes)  # so many axes stay
+    return reshape(moved, (*moved.shape[:outer], math.prod(moved.shape[outer:]))), axes
+
+
+def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
+    """The numbers, from 0 on, of the axes named; None means all. Errors say `name`."""
+    numbers = range(x.ndim)
+    if axis is None:
+        return tuple(numbers)
+    try:
+        axes = tuple(numbers[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+    except IndexError:
+        raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{name} of {x.shape}: axis {axis} names an axis twice")
+    return axes
 
 
 # ### Quantiles: which elements is one made of?
 #
-# A quantile lies between two neighbours in sorted order. NumPy tells where: the
-# quantile of the numbers 0, 1, ..., n - 1 is the place itself. Take 40, 10, 80, 20 and
-# q = 0.75. Of 0, 1, 2, 3 that quantile is 2.25: so we are a quarter of the way from
-# place 2 of 10, 20, 40, 80 to place 3, at 0.75 * 40 + 0.25 * 80 = 50. And the gradient
-# goes to these two, in these parts:
+# Two neighbours in sorted order. NumPy tells which: the quantile of the numbers 0, 1,
+# ..., n - 1 is the place itself. Take 40, 10, 80, 20 and q = 0.75. Of 0, 1, 2, 3 that
+# quantile is 2.25: so we are a quarter of the way from place 2 of 10, 20, 40, 80 to
+# place 3, at 0.75 * 40 + 0.25 * 80 = 50. And g goes to these two, in these parts:
 #
 #     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
 #     >>> y = np.quantile(x, 0.75)
 #     >>> print(y, *gradients(y, [x]))
 #     50.0 [0.75 0.   0.25 0.  ]
 #
-# (Of equal elements, it goes to those that the sorting put there.)
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
@@ -2015,6 +1962,75 @@ def _interpolated(ordered: Tensor, place: Any) -> Tensor:
     return where(part > 0, between, y)  # for an infinite element times 0 is nan
 
 
+# ### The same in less time
+#
+# These are np.sum, np.max and the sum of `a * b`, with another way for short rows
+# (ROWS, II.7), and the naive one where that does not fit.
+_ones = functools.lru_cache(16)(np.ones)
+
+
+def _rows(x: Any) -> Any:
+    """x with all axes but the last joined into one."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _row_sum(x: Any, axis: Any = -1) -> Any:
+    """sum(x, axis, keepdims=True), in array code."""
+    n = x.shape[-1]
+    unsafe = n == 5  # there OpenBLAS 0.3.31 reads unwritten memory, and NumPy may warn
+    if axis not in (-1, x.ndim - 1) or unsafe:
+        return np.sum(x, axis=axis, keepdims=True)
+    return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
+
+
+def _row_dot(a: Any, b: Any, axis: Any = -1) -> Any:
+    """sum(a * b, axis, keepdims=True), in array code."""
+    if axis not in (-1, a.ndim - 1):
+        return np.sum(a * b, axis=axis, keepdims=True)
+    return np.einsum("...i,...i->...", a, b)[..., None]
+
+
+def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
+    """max(x, axis, keepdims=True)."""
+    if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
+        return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
+    starts = np.arange(0, x.size, x.shape[-1])
+    rows = np.maximum.reduceat(x.reshape(-1), starts)
+    return rows.reshape(*x.shape[:-1], 1)
+
+
+def _is_moderate(x: np.ndarray) -> bool:
+    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (Not if one is nan.)"""
+    if x.dtype == np.float16:  # e^12 is too much for it
+        return False
+    return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
+
+
+def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+    """np.sum, fast for short rows of float32; float16 is added up in float32."""
+    if x.dtype == np.float16:
+        return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
+
+    n = _last_axes(x, axis) if x.dtype == np.float32 else 0
+    length = math.prod(x.shape[x.ndim - n:])
+    if n == 0 or length > 4096:  # with more, a product would round off too much
+        return np.sum(x, axis=axis, keepdims=keepdims)
+
+    outer_axes = x.shape[:-n]
+    sums = _row_sum(x.reshape(*outer_axes, length))  # (..., 1)
+    return sums.reshape(outer_axes + (1,) * n if keepdims else outer_axes)
+
+
+def _last_axes(x: np.ndarray, axis: Any) -> int:
+    """How many axes `axis` names, if they are the last ones and not all; else 0."""
+    if axis is None:
+        return 0
+    named = axis if isinstance(axis, tuple) else (axis,)
+    from_the_end = sorted(a if a < 0 else a - x.ndim for a in named)
+    n = len(named)
+    return n if n < x.ndim and from_the_end == list(range(-n, 0)) else 0
+
+
 # ## II.6 Linear algebra: why the transposes?
 #
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so
@@ -2025,17 +2041,19 @@ def _interpolated(ordered: Tensor, place: Any) -> Tensor:
 #     >>> (A @ B).backward(grad=[[10.0]])
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
+#
+# The first page, down to `linear`, is easy, and all that the networks of part III need.
+# Of einsum read the rule, and skip the five steps that prepare its operands. Then see
+# how `inv` comes to its rule. All that follows does it in the same way, in numbered
+# steps to which the code points: follow one with a pencil, and leave the others until
+# you need them.
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
 
 
 def _with_shape(x: Any) -> Any:
-    """x as it is if it has a shape, else a Tensor of it.
-
-    (as_tensor would make float64 of a bool mask. An array that stays one takes its
-    dtype from what it meets, as in every operation.)
-    """
+    """x if it has a shape, else a Tensor. (An operation settles the dtype of arrays.)"""
     if isinstance(x, np.generic):
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -2059,11 +2077,11 @@ def matmul(a: Any, b: Any) -> Tensor:
         raise ValueError(f"matmul of {a.shape}, {b.shape}: a's last axis must be as "
                          "long as b's last but one (a vector's only one); for a number use *")
 
-    if rank_b == 1:
+    if rank_b == 1:  # (..., k), (k,): b is a column
         return _matmul(_rows(a), np.expand_dims(b, 1)).reshape(a.shape[:-1])
-    if rank_b == 2 and rank_a != 2:
+    if rank_b == 2 and rank_a != 2:  # (..., k), (k, n)
         return _matmul(_rows(a), b).reshape(a.shape[:-1] + b.shape[1:])
-    if rank_a == 1:
+    if rank_a == 1:  # (k,), (..., k, n): a is a row
         return _matmul(np.expand_dims(a, 0), b).squeeze(-2)
     return _matmul(a, b)
 
@@ -2113,9 +2131,14 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 #
 #     for all i, j, k:    gA[i, j] += g[i, k] * B[j, k]
 #
-# This loop is an einsum as well, "ik,jk->ij" of g and B. The letters of A and of the
-# output have changed places, and g stands where A stood. That is the whole rule,
-# whatever the letters, and for any number of operands:
+# This loop is an einsum as well, "ik,jk->ij" of g and B: g stands where A stood, and
+# the letters of A and of the output have changed places. That is the whole rule,
+# whatever the letters, and for any number of operands. With the numbers from above,
+# where `A[0, 1]` receives `10 * 5`:
+#
+#     >>> A, B, g = np.array([[1.0, 2.0]]), np.array([[3.0], [5.0]]), np.array([[10.0]])
+#     >>> print(_einsum_rule(0, g, A @ B, A, B, subscripts="ij,jk->ik"))
+#     [[30. 50.]]
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
@@ -2131,35 +2154,23 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# Two things are assumed. A letter stands for one axis of an operand, and for one length
-# in all of them. And each letter of A is in the output or in another operand, too: else
-# the loop backwards would not know how far it runs. NumPy allows more than that, so
-# `einsum` first brings what it is given into this form, in six steps. Those that touch
-# the operands are other operations, whose rules we have.
+# The rule takes for granted that all is said by letters, that no letter is twice in one
+# operand, and that each axis of A has a partner, of its letter and its length, in the
+# output or in another operand: else the loop backwards would not know how far it runs.
+# NumPy allows more, so `einsum` first brings what it is given into this form. Steps 4
+# and 5 touch the operands, by operations that have their own rules. (If two axes of 1
+# remain beside longer ones, NumPy stretches them, and the walk adds up: I.4.)
 #
-#     1  numbers instead of letters              a, [0, 1], [1]   ->  "AB->B"
-#     2  no arrow: what occurs once is kept      "ij,jk"          ->  "ij,jk->ik"
-#     3  dots stand for the axes left over       "...i,i->..."    ->  "Ai,i->A"
-#     4  a letter twice is the diagonal          "ii->i"          ->  "i->i"
-#     5  an axis of length 1 that meets a        "ij,jk->ik"      ->  "i,jk->ik"
-#        longer one (NumPy would stretch it)     shapes (2, 1),
-#        is dropped                              (3, 4)
-#     6  a letter in one operand only is         "ij,jk->k"       ->  "j,jk->k"
-#        added up first
-#
-# In this example 2, 4 and 6 have work to do:
-#
-#     >>> x, y = Tensor([[1.0, 2.0], [3.0, 4.0]]), Tensor([5.0, 7.0])
-#     >>> product = einsum("ii,j", x, y)
-#     >>> print(product)
-#     [25. 35.]
-#     >>> print(product._settings["subscripts"], *gradients(product.sum(), [x, y]))
-#     ,j->j [[12.  0.]
-#      [ 0. 12.]] [5. 5.]
+#     1  numbers become letters              a, [0, 1], [1]      ->  "AB->B"
+#     2  no arrow: keep what occurs once     "ij,jk"             ->  "ij,jk->ik"
+#     3  dots become letters                 "...i,i->..."       ->  "Ai,i->A"
+#     4  a letter twice: the diagonal        "ii->i"             ->  "i->i"
+#     5  no partner: added up                "ij,jk->k"          ->  "j,jk->k"
+#        (an axis of 1 that NumPy would      "ij,jk->ik" of      ->  "i,k->ik"
+#        stretch is no partner of a longer)  (2, 1), (3, 4)
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
-    """np.einsum, as `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b,
-    [1])`.
+    """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
 
     Dots, repeated letters and stretched axes mean what they mean to NumPy. A good order
     of the products is always chosen (`optimize`). ValueError if letters and shapes do
@@ -2172,25 +2183,22 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     try:
         terms, output = _einsum_terms(subscripts, shapes)  # steps 2 and 3
         factors = list(map(_einsum_diagonal, terms, operands))  # step 4
-        sizes = _einsum_sizes(factors)
+        places = _einsum_places(factors, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
         raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
 
-    for i, (term, x) in enumerate(factors):  # step 5 (the sum over one element drops it)
-        stretched = [c for c, n in zip(term, x.shape) if n != sizes[c]]
-        factors[i] = _einsum_sum(term, x, stretched)
-
-    letters = "".join(term for term, _ in factors) + output
-    for i, (term, x) in enumerate(factors):  # step 6
-        alone = [c for c in term if letters.count(c) == 1]
-        factors[i] = _einsum_sum(term, x, alone)
+    for i, (term, x) in enumerate(factors):  # step 5
+        partners = [places.count(place) - 1 for place in zip(term, x.shape)]
+        if 0 in partners:
+            alone = tuple(axis for axis, n in enumerate(partners) if n == 0)
+            kept = "".join(c for c, n in zip(term, partners) if n > 0)
+            factors[i] = kept, np.sum(x, axis=alone)
 
     inputs = ",".join(term for term, _ in factors)
     return _einsum(*(x for _, x in factors), subscripts=f"{inputs}->{output}")
 
 
-# What follows are these steps. They only ever say something about letters.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
@@ -2211,7 +2219,7 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
 
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """Steps 2 and 3: the letters of each operand, and of the output; all is explicit."""
+    """Steps 2 and 3: the letters of each operand, and of the output."""
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(shapes):
@@ -2235,13 +2243,16 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 
 
 def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str], str]:
-    """Step 3: letters for the axes that an operand's own letters leave over.
+    """Step 3: new letters for the axes that an operand's own letters leave over.
 
-    As in broadcasting, it is the last of these axes that all operands share.
+    As in broadcasting, operands share the last of these axes, here the one called B:
+
+        >>> _einsum_dots(["...i", "i..."], "...", [(2, 5, 3), (3, 5)])
+        (['ABi', 'iB'], 'AB')
     """
-    counts = [max(0, len(shape) - len(term.replace("...", ""))) if "..." in term else 0
-              for term, shape in zip(terms, shapes)]
-    most = max(counts)
+    counts = [len(shape) - len(term.replace("...", "")) if "..." in term else 0
+              for term, shape in zip(terms, shapes)]  # here [2, 1]
+    most = max(0, *counts)
     if most and "..." not in output:
         raise ValueError("the output needs the dots, too; to add up over their axes, "
                          "give them letters")
@@ -2256,81 +2267,59 @@ def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
     """Step 4: of a letter that occurs more than once in the term, the diagonal."""
-    for letter in sorted(set(term)):
+    for letter in term:
         while term.count(letter) > 1:
             i = term.index(letter)
             j = term.index(letter, i + 1)
-            lengths = x.shape[i], x.shape[j]
-            if lengths[0] != lengths[1]:
+            if x.shape[i] != x.shape[j]:
                 raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                                 f"not of sizes {sorted(lengths)}")
-            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n)
+                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
             term = term.replace(letter, "", 2) + letter
     return term, x
 
 
-def _einsum_sizes(factors: list[tuple[str, Any]]) -> dict[str, int]:
-    """How long the axis of each letter is: the one size, apart from 1, that it has."""
-    sizes: dict[str, int] = {}
+def _einsum_places(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, int]]:
+    """For step 5: each axis of operands and output, as its letter and its length."""
+    places: list[tuple[str, int]] = []
     for term, x in factors:
-        for letter, n in zip(term, x.shape):
-            size = sizes.setdefault(letter, n)
-            if size == 1:
-                sizes[letter] = n
-            elif n not in (1, size):
-                raise ValueError(f"axes of sizes {size} and {n} both are {letter!r}")
-    return sizes
+        places += zip(term, x.shape)
 
-
-def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
-    """Steps 5 and 6: the term and x without these letters; their axes are added up."""
-    if not letters:
-        return term, x
-    axes = tuple(i for i, c in enumerate(term) if c in letters)
-    return "".join(c for c in term if c not in letters), np.sum(x, axis=axes)
+    sizes: dict[str, int] = {}  # of each letter the one size, apart from 1
+    for letter, n in places:
+        if n != 1 and n != sizes.setdefault(letter, n):
+            raise ValueError(f"axes of sizes {sizes[letter]} and {n} both are {letter!r}")
+    return places + [(letter, sizes.get(letter, 1)) for letter in output]
 
 
 # ### Inverse and determinant: how is a rule of matrices found?
 #
-# All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that L moves by
-# `<g, dY>` if Y moves by dY. Then:
+# All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that the loss moves
+# by `<g, dY>` if Y moves by dY. Then:
 #
 # 1. Say how dY comes from dA, by differentiating what defines Y.
 # 2. In `<g, dY>`, bring what stands around dA over to g: `<g, P dA Q>` is
 #    `<P^T g Q^T, dA>` (the rule of matmul, twice).
 # 3. What then stands beside dA is what A receives.
 #
-# (Giles, 2008, has the whole collection.) Four of them:
+# (Giles, 2008, has the whole collection.) *inv*, `Y = A^-1`:
 #
-# *inv*: `A Y = I`, so `dA Y + A dY = 0`, and `dY = -Y dA Y`. A receives `-Y^T g Y^T`.
-#
-# *solve*: `A Y = B`, so `dA Y + A dY = dB`, and `dY = A^-1 (dB - dA Y)`. Hence B
-# receives `h = A^-T g`, another solve, and A receives `-h Y^T`.
-#
-# *det*: expand along row i, `det A = sum_j A_ij C_ij`, where the cofactors C_ij of a
-# row have nothing of that row in them. So A receives `g C`, and by Cramer
-# `C = det(A) A^-T`.
-#
-# *log det*: that, divided by the determinant: `g A^-T`.
-#
-#     >>> a = np.array([[2.0, 1.0], [4.0, 4.0]])
-#     >>> print(grad(np.linalg.det)(a), grad(lambda a: np.linalg.slogdet(a)[1])(a))
-#     [[ 4. -4.]
-#      [-1.  2.]] [[ 1.   -1.  ]
-#      [-0.25  0.5 ]]
-inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),
+#     1  A Y = I moves by           dA Y + A dY = 0
+#     2  times Y from the left      dY = -Y dA Y
+#     3  A receives                 -Y^T g Y^T
+inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
           doc="The inverse of each matrix. LinAlgError if one is singular.")
 
 
-def _solve_rule_b(g: Any, y: Any, a: Any, b: Any) -> Any:
-    return np.linalg.solve(_mT(a), g)
-
-
-def _solve_rule_a(g: Any, y: Any, a: Any, b: Any) -> Any:
-    return -_solve_rule_b(g, y, a, b) @ _mT(y)
-
-
-@primitive(_solve_rule_a, _solve_rule_b)
+# *solve*, `Y = A^-1 B`:
+#
+#     1  A Y = B moves by           dA Y + A dY = dB
+#     2  so                         dY = A^-1 (dB - dA Y)
+#     3  bring A^-1 over            <g, dY> = <h, dB - dA Y>   with h = A^-T g
+#     4  B receives                 h, another solve
+#     5  A receives                 -h Y^T
+@primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 5
+           lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
     # To NumPy 1, b is vectors if it has one axis less than a.
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
@@ -2347,46 +2336,63 @@ def solve(a: Any, b: Any) -> Tensor:
     columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
-                         "(..., n, n) and a vector (n,) or columns (..., n, k); for others there "
-                         "is lstsq")
+                         "(..., n, n) and a vector (n,) or columns (..., n, k); else lstsq")
     x = _solve(a, columns)
     return x[..., 0] if vectors else x
 
 
-# A singular matrix has cofactors, though no inverse. To compute them by products needs
-# no division by zero, but many operations, and loses digits from n = 10 or so on.
+# *det*, with the cofactors C_ij:
 #
-# 1. By Cayley and Hamilton, A satisfies its own characteristic polynomial,
-#    `A^n + c_1 A^(n-1) + ... + c_n I = 0`, whose c_n is `(-1)^n det A`.
-# 2. Take one A out in front: `A B = -c_n I`, with `B = A^(n-1) + ... + c_(n-1) I`. So
-#    the adjugate, for which `A adj(A) = det(A) I`, is `(-1)^(n-1) B`.
-# 3. Horner's scheme builds B up from I, by `B <- A B + c_k I`; and Newton's identities
-#    give `c_k = -trace(A B) / k` on the way.
-# 4. With `H = (-1)^k B` after step k, the signs are gone:
-#    `H <- trace(A H)/k I - A H`, and at the end H is the adjugate.
+#     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
+#     2  so A receives              g C
+#     3  and by Cramer              C = det(A) A^-T
+#
+# *log det* is that, divided by the determinant: A receives `g A^-T`.
+#
+#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
+#     [[ 5. -4.]
+#      [-1.  2.]]
+#
+# A singular matrix has cofactors, too, though no inverse. Their transpose, the
+# adjugate, is what a recursion arrives at (Faddeev and LeVerrier):
+#
+#     H = I,  and then for k = 1 to n - 1:  H <- trace(A H) / k I - A H
+#
+# For n = 2 it is one round, `trace(A) I - A`, and exchanges the diagonal as it should:
+#
+#     >>> print(_adjugate(np.array([[2.0, 1.0], [4.0, 2.0]])))
+#     [[ 2. -1.]
+#      [-4.  2.]]
+#
+# It never divides by zero; but its products are many, and lose digits from n = 10 or so
+# on. Why it is right:
+#
+#     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
+#     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
+#     3  Horner (c_k is Newton's)   B <- A B + c_k I, from I on,  c_k = -trace(A B) / k
+#     4  H = (-1)^k B; at the end   A H = (-1)^n c_n I = det(A) I, so H is the adjugate
 def _adjugate(a: Any) -> Any:
-    """The transposed cofactors of a, by products alone (Faddeev and LeVerrier)."""
+    """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
-    horner = eye
+    h = eye
     for k in range(1, a.shape[-1]):
-        product = a @ horner
+        product = a @ h
         traces = np.einsum("...ii->...", product)[..., None, None]
-        horner = traces / k * eye - product
-    return horner
+        h = traces / k * eye - product
+    return h
 
 
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
     if np.all(y != 0):
-        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))
-    return g[..., None, None] * _mT(_adjugate(a))
+        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
+    return g[..., None, None] * _mT(_adjugate(a))  # step 2
 
 
 det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
 
 
-# What has several results is one operation all the same: they are packed into one
-# array, and cut apart by indexing, whose rule we have. They are returned as NumPy
-# returns them.
+# What has several results packs them into one array, to be one operation; they are cut
+# apart by indexing, whose rule we have, and returned as NumPy returns them.
 @functools.cache
 def _result_type(function: Callable) -> Callable:
     """NumPy's own namedtuple for what `function` returns."""
@@ -2409,42 +2415,37 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #
 # Here A is a product of factors of a certain kind: triangular, or with orthonormal
 # columns. Differentiate `A = ...`, and the kind of each factor says which part of the
-# equation moves it. Below, `low(X)` is the lower triangle of X with *half* of its
-# diagonal; it only scales the elements, so `<X, low(Y)> = <low(X), Y>`. It takes
-# `X + X^T` apart: of a lower triangular X, `low(X + X^T)` is X.
+# equation moves it. Where that part is `X + X^T` with a lower triangular X, `low` takes
+# the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X. As it only scales
+# elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 # *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
 #
-# 1. `dA = dL L^T + L dL^T`.
-# 2. Multiply by L^-1 from the left and by L^-T from the right, and write `X = L^-1 dL`:
-#    `L^-1 dA L^-T = X + X^T`. With L and dL, X is lower triangular.
-# 3. So `X = low(L^-1 dA L^-T)`, and `dL = L X`.
-# 4. In `<g, dL>` bring over to g what stands before dA: first L, then low, then the
-#    rest. A receives `L^-T low(L^T g) L^-1`; and as dA is symmetric, the symmetric part
-#    of that will do.
+#     1  A moves by                 dA = dL L^T + L dL^T
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T     with X = L^-1 dL
+#     3  L, dL, so X are lower      X = low(L^-1 dA L^-T)
+#     4  hence                      dL = L X = L low(L^-1 dA L^-T)
+#     5  bring over L, then low     <g, dL> = <low(L^T g), L^-1 dA L^-T>
+#     6  then the rest              A receives L^-T low(L^T g) L^-1
+#     7  as dA is symmetric         or the symmetric part of that
 #
-# NumPy reads one triangle of a matrix that it takes for symmetric. Its cotangent has
-# one half in each triangle, as in PyTorch, and counts for both together: use it where A
-# is symmetric however it moves, as `x @ x.T` is.
-def _lower(a: Any) -> np.ndarray:
-    """What `low` multiplies by: 1 below the diagonal, 1/2 on it, 0 above."""
-    n = a.shape[-1]
-    return np.tril(np.ones((n, n), a.dtype)) - np.eye(n, dtype=a.dtype) / 2
-
-
-def _symmetric(a: Any) -> Any:
-    return (a + _mT(a)) / 2
+# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
+# each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
+# as `x @ x.T` does.
+def _low(x: Any) -> Any:
+    """The lower triangle of x, with half of its diagonal."""
+    n = x.shape[-1]
+    return (np.tril(np.ones((n, n), x.dtype)) - np.eye(n, dtype=x.dtype) / 2) * x
 
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _lower(y) * (_mT(y) @ g)  # low(L^T g)
-    left = np.linalg.solve(_mT(y), inside)  # L^-T low(L^T g)
-    return _symmetric(np.linalg.solve(_mT(y), _mT(left)))
+    inside = _low(_mT(y) @ g)  # step 5
+    left = np.linalg.solve(_mT(y), inside)  # step 6: L^-T before it
+    ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
+    return (ga + _mT(ga)) / 2  # step 7
 
 
-@primitive(_cholesky_rule)
-def _cholesky(a: Any) -> Tensor:
-    return np.linalg.cholesky(a)
+_cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
 
 
 @_answers(np.linalg.cholesky)
@@ -2458,23 +2459,21 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 
 # *eigh*, `A = V W V^T`, with `W = diag(w)` and orthonormal columns, `V^T V = I`:
 #
-# 1. `dA = dV W V^T + V dW V^T + V W dV^T`. Multiply by V^T from the left and by V from
-#    the right, and write `P = V^T dA V` and `dC = V^T dV`:
+#     1  A moves by                 dA = dV W V^T + V dW V^T + V W dV^T
+#     2  between V^T and V          P = dC W + dW + W dC^T
+#                                   with P = V^T dA V and dC = V^T dV
+#     3  V^T V = I moves by         dC + dC^T = 0, so dC^T = -dC, whose diagonal is 0
+#     4  on the diagonal            P_ii = dw_i
+#     5  elsewhere                  P_ij = dC_ij w_j - w_i dC_ij
+#     6  so                         dC_ij = P_ij / (w_j - w_i)
+#     7  the loss moves by          <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
+#                                   with c = V^T gV
+#     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
+#     9  A receives                 V M V^T, or its symmetric part
 #
-#        P = dC W + dW + W dC^T
-#
-# 2. `V^T V = I` gives `dC + dC^T = 0`. So `dC^T = -dC`, whose diagonal is 0.
-# 3. Hence on the diagonal `dw_i = P_ii`, and elsewhere `dC_ij = P_ij / (w_j - w_i)`.
-# 4. L moves by `<gw, dw> + <gV, dV>`, and `<gV, dV> = <gV, V dC> = <V^T gV, dC>`.
-#    Collect what stands beside P: M, which is gw on the diagonal and elsewhere
-#    `(V^T gV)_ij / (w_j - w_i)`.
-# 5. `<M, P> = <V M V^T, dA>`: A receives `V M V^T`, or its symmetric part.
-#
-# Where two eigenvalues are equal, their eigenvectors may be any that span the same
-# plane, and have no derivative: the division by 0 says so, by inf or nan. Where they
-# are nearly equal, it is large, and has lost as many digits as w_j - w_i has. (0 / 0 is
-# 0 here, so what is made of eigenvalues alone, such as their sum, has its first
-# derivative also where some of them are equal.)
+# Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
+# 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
+# w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, and 0 where both are 0."""
     return a / np.where((a == 0) & (b == 0), 1, b)
@@ -2483,9 +2482,11 @@ def _ratio(a: Any, b: Any) -> Any:
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
+    c = _mT(v) @ gv  # step 7
     eye = np.eye(a.shape[-1], dtype=a.dtype)
-    inside = eye * gw + _ratio((1 - eye) * (_mT(v) @ gv), w - _mT(w))  # M
-    return _symmetric(v @ inside @ _mT(v))
+    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 8
+    ga = v @ m @ _mT(v)  # step 9
+    return (ga + _mT(ga)) / 2
 
 
 @primitive(_eigh_rule)
@@ -2507,34 +2508,36 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 
 
 # *svd*, `A = U S V^T`, with `S = diag(s)` and orthonormal columns in both U and V, which
-# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016):
+# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016). It begins as eigh
+# does, but now two factors turn, by `dC = U^T dU` and `dD = V^T dV`:
 #
-# 1. Multiply dA by U^T from the left and by V from the right, and write `P = U^T dA V`,
-#    `dC = U^T dU` and `dD = V^T dV`. As before, `dC^T = -dC` and `dD^T = -dD`:
+#     1  A moves by                 dA = dU S V^T + U dS V^T + U S dV^T
+#     2  between U^T and V          P = dC S + dS - S dD       with P = U^T dA V
+#     3  on the diagonal            P_ii = ds_i
+#     4  elsewhere, element ij      P_ij =  dC_ij s_j - s_i dD_ij
+#     5  and element ji             P_ji = -dC_ij s_i + s_j dD_ij
+#     6  s_j (4) + s_i (5)          dC_ij = (s_j P_ij + s_i P_ji) / gap_ij
+#     7  s_i (4) + s_j (5)          dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
+#                                   with gap_ij = s_j^2 - s_i^2
 #
-#        P = dC S + dS - S dD
+# (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
+# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. P_ij is in two
+# terms of `<c, dC>`: by step 6 in dC_ij, and by step 6 with i and j exchanged in dC_ji:
 #
-# 2. On the diagonal, `ds_i = P_ii`. Elsewhere, elements ij and ji are two equations for
-#    the two unknowns dC_ij and dD_ij (and dC_ji is -dC_ij, dD_ji is -dD_ij):
+#     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
+#     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
+#    10  so beside P_ij stands      (c_ij - c_ji) / gap_ij s_j
+#    11  likewise, from <d, dD>     s_i (d_ij - d_ji) / gap_ij
+#    12  and beside P_ii            gs_i
+#    13  A receives                 U M V^T,  where M has the sum of 10, 11 and 12
 #
-#        P_ij =  dC_ij s_j - s_i dD_ij
-#        P_ji = -dC_ij s_i + s_j dD_ij
+# If A is tall, U is not square, and dU also has a part outside of the space of U's
+# columns (if A is wide, the same goes for V, transposed):
 #
-# 3. The first times s_j plus the second times s_i is free of dD; the first times s_i
-#    plus the second times s_j is free of dC. With `gap_ij = s_j^2 - s_i^2`:
-#
-#        dC_ij = (P_ij s_j + s_i P_ji) / gap_ij
-#        dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
-#
-# 4. If A is square, `<gU, dU> = <c, dC>` with `c = U^T gU`, and `<gV, dV> = <d, dD>`
-#    with `d = V^T gV`. P_ij occurs in dC_ij, and in dC_ji = -dC_ij; so in `<c, dC>` it
-#    stands beside `(c_ij - c_ji) s_j / gap_ij`, and likewise in `<d, dD>` beside
-#    `s_i (d_ij - d_ji) / gap_ij`. Their sum is M, off the diagonal; on it, M is gs.
-# 5. `<M, P> = <U M V^T, dA>`: A receives `U M V^T`.
-# 6. If A is tall, dU also has a part outside of the space of U's columns,
-#    `(I - U U^T) dU = (I - U U^T) dA V S^-1`, as `dA V = dU S + U (dS - S dD)`. So A
-#    receives `(gU - U c) S^-1 V^T` besides. If A is wide, the same goes for V,
-#    transposed.
+#    14  dU has two parts           dU = U dC + E dU           with E = I - U U^T
+#    15  1 between E and V          E dA V = E dU S            as E U = 0
+#    16  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
+#    17  A also receives            E gU S^-1 V^T              where E gU = gU - U c
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
@@ -2542,11 +2545,12 @@ def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
     gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
 
-    eye = np.eye(min(m, n), dtype=a.dtype)
-    inside = _ratio(c - _mT(c), gaps) * s + eye * gs + _mT(s) * _ratio(d - _mT(d), gaps)
-    ga = u @ inside @ _mT(v)
+    by_c = _ratio(c - _mT(c), gaps) * s  # step 10
+    by_d = _mT(s) * _ratio(d - _mT(d), gaps)  # step 11
+    on_diagonal = np.eye(min(m, n), dtype=a.dtype) * gs  # step 12
+    ga = u @ (by_c + on_diagonal + by_d) @ _mT(v)  # step 13
     if m > n:
-        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)
+        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 17
     if n > m:
         ga = ga + u @ _mT(_ratio(gv - v @ d, s))
     return ga
@@ -2582,25 +2586,27 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 # *qr*, `A = Q R`, with orthonormal columns in Q, and R upper triangular. It goes as
 # Cholesky does (Seeger and others, 2017):
 #
-# 1. `dA = dQ R + Q dR`. Multiply by R^-1 from the right, and write `X = dR R^-1`, which
-#    is upper triangular: `dA R^-1 = dQ + Q X`.
-# 2. Multiply by Q^T from the left, too. With `P = Q^T dA R^-1`, that is
-#    `P = Q^T dQ + X`, of which `Q^T dQ` is antisymmetric: `P + P^T = X + X^T`.
-# 3. So `X = up(P + P^T)`, where `up` is the partner of `low`: the upper triangle with
-#    half of the diagonal. And then `dR = X R`, and by step 1, `dQ = dA R^-1 - Q X`.
-# 4. `<gQ, dQ> + <gR, dR>` is `<gQ, dA R^-1> + <M, X>` with `M = gR R^T - Q^T gQ`.
-# 5. `<M, X> = <up(M), P + P^T> = <N, P>`, with N for `up(M) + up(M)^T`; and P is
-#    made of dA R^-1. Together, `<gQ + Q N, dA R^-1>`: A receives `(gQ + Q N) R^-T`.
+#     1  A moves by                 dA = dQ R + Q dR
+#     2  times R^-1 from the right  dA R^-1 = dQ + Q X         with X = dR R^-1
+#     3  times Q^T from the left    P = Q^T dQ + X             with P = Q^T dA R^-1
+#     4  add the transpose          P + P^T = X + X^T          as Q^T dQ is antisymmetric
+#     5  R, dR, so X are upper      X^T = low(P + P^T)
+#     6  the loss moves by          <gQ, dA R^-1 - Q X> + <gR, X R>
+#     7  collect                    <gQ, dA R^-1> + <M, X>     with M = gR R^T - Q^T gQ
+#     8  transpose, bring low over  <M, X> = <low(M^T), P + P^T>
+#     9  collect                    = <N, P>       with N = low(M^T) + low(M^T)^T
+#    10  P is Q^T dA R^-1           together <gQ + Q N, dA R^-1>
+#    11  A receives                 (gQ + Q N) R^-T
 #
 # A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
 # `R2 = Q^T A2`.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
-    upper = _mT(_lower(a)) * (gr @ _mT(r) - _mT(q) @ gq)  # up(M)
-    left = gq + q @ (upper + _mT(upper))
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8: low(M^T)
+    left = gq + q @ (low + _mT(low))  # steps 9 and 10
     _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
-    return _mT(np.linalg.solve(r, _mT(left)))  # left R^-T
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 11
 
 
 def _refuse_dependent_columns(r: np.ndarray, longer: int) -> None:
@@ -2636,35 +2642,33 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 
 # *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
 # symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra,
-# 1973).
+# 1973). Write `E = I - A P` and `F = I - P A`. Then `E E = E`, `P E = 0` and `A^T E = 0`.
 #
-# 1. Differentiate `P = P A P`, and collect:
-#    `dP = -P dA P + dP (I - A P) + (I - P A) dP`.
-# 2. `P (I - A P) = 0`, so `dP (I - A P) = P d(A P)`. As A P is symmetric,
-#    `d(A P) = dP^T A^T + P^T dA^T`. Multiply by `I - A P`, which is its own square and
-#    turns A^T into 0: `dP (I - A P) = P P^T dA^T (I - A P)`.
-# 3. In the same way, `(I - P A) dP = (I - P A) dA^T P^T P`.
-# 4. Bring each over to g (a dA^T transposes what it receives). A receives
+#     1  P = P A P moves by         dP = dP A P + P dA P + P A dP
+#     2  so                         dP E + F dP = dP + P dA P
+#     3  P E = 0 moves by           dP E = P d(A P)
+#     4  A P = P^T A^T moves by     d(A P) = dP^T A^T + P^T dA^T
+#     5  3 times E, as A^T E = 0    dP E = P P^T dA^T E
+#     6  in the same way            F dP = F dA^T P^T P
+#     7  by steps 2, 5 and 6        dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
 #
-#        -P^T g P^T  +  (I - A P) g^T P P^T  +  P^T P g^T (I - P A)
+# (A dA^T transposes what it receives; E, F and `P P^T` are symmetric.)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
+    # step 8
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
-@primitive(_pinv_rule)
-def _pinv(a: Any, rcond: Any = None) -> Tensor:
-    return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
-
-
 @_answers(np.linalg.pinv)
+@primitive(_pinv_rule)
 def pinv(a: Any, rcond: Any = None) -> Tensor:
     """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
     Its derivative is right for changes of a that leave the rank as it is.
     """
-    return _pinv(a, rcond=rcond)
+    return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
 
 
 # ## II.7 Fused operations: how is one made fast?
@@ -2723,21 +2727,26 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
     if create_graph:
         return _pull_by_definition(t, g, wanted)
     shares = t._pullback(g, wanted)
-    return [share if due else None for share, due in zip(shares, wanted)]
+    return [share if is_wanted else None for share, is_wanted in zip(shares, wanted)]
+
+
+# "By the definition" means to compute the result once more, by other operations, and to
+# walk the new tape back to the operands. Each place has to receive its own share, even
+# in f(x, x), or in f(x, 2 * x), where one operand was made of the other. So every
+# operand is replaced by an `identity` of it: a new tensor, met nowhere else, at which
+# the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
-    """The same, from a new tape of the definition, which ends at stand-ins for the operands."""
-    arguments = list(t._operands)
-    places = [i for i, due in enumerate(wanted) if due]
-    for i in places:
-        arguments[i] = identity(arguments[i])
+    arguments = list(t._operands)  # and, behind them, settings
+    for i, is_wanted in enumerate(wanted):
+        if is_wanted:
+            arguments[i] = identity(arguments[i])
     y = t._op.definition(*arguments, **t._settings)
 
-    inputs = [arguments[i] for i in places]
-    shares = _gradients([(y, g)], inputs, create_graph=True, retain_graph=True)
-    share_of = dict(zip(places, shares))
-    return [share_of.get(i) for i in range(len(wanted))]
+    inputs = [a for a, is_wanted in zip(arguments, wanted) if is_wanted]
+    shares = iter(_gradients([(y, g)], inputs, create_graph=True, retain_graph=True))
+    return [next(shares) if is_wanted else None for is_wanted in wanted]
 
 
 # ### What NumPy is slow at
@@ -2748,10 +2757,11 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 # (Sapphire Rapids), with NumPy 2.4.
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
-#   take 78 us by `sum(axis=1)`, and 9 us as a product with a vector of ones
-#   (`_row_sum`); the maxima take 330 us, and 200 us by reduceat (`_row_max`). The
-#   maximum of the whole array takes 9 us. Inner products of rows are fast as
-#   `np.einsum("ij,ij->i", a, b)`.
+#   take 78 us by `sum(axis=1)`, and 9 us as a product with ones, `[3 4 5] @ [1 1 1] = 12`
+#   (`_row_sum`, II.5), which rounds off more than np.sum, for that adds in pairs. The
+#   maxima take 330 us, and 200 us by reduceat (`_row_max`); the maximum of the whole
+#   array takes 9 us, and often is enough (`_is_moderate`). Inner products of rows are
+#   fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
 #   pays for each that it begins. So the longest axis should lie last: adding (128, 16,
 #   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
@@ -2768,7 +2778,8 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 #   product with one-hot rows.
 #
 # And float16 needs care for another reason: beyond 65,504 it is infinite, and a sum of
-# squares is soon there. Kernels and losses compute it in float32, and round the result.
+# squares is soon there. So kernels, their definitions and the losses compute in float32,
+# and round the result to float16, unless a wider operand makes it wider.
 def _widened(operands: tuple) -> tuple[Sequence, bool]:
     """The operands with float32 for float16, and whether the result is to be float16."""
     dtypes = [getattr(a, "dtype", None) for a in operands]
@@ -2781,7 +2792,7 @@ def _widened(operands: tuple) -> tuple[Sequence, bool]:
 
 
 def _in_float32(f: Callable) -> Callable:
-    """Let array code compute its float16 operands, which are positional, in float32."""
+    """Let `f`, whose operands are positional, compute in float32 what is float16."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
         operands, is_half = _widened(operands)
@@ -2808,22 +2819,21 @@ def _kernel_in_float32(kernel: Callable) -> Callable:
     return wide
 
 
-# *In blocks.* gelu, below, takes a dozen passes over an array. Arithmetic is quick, and
-# memory is what one waits for; so all passes go over one block while it is in the
-# processor's cache, and then over the next.
+# *In blocks.* gelu, below, takes a dozen passes (see PASSES) over an array. So all of
+# them go over one block while it is in the processor's cache, and then over the next.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of dense arrays with the same layout in memory, as flat views."""
-    flat = [a.ravel(order="K") for a in arrays]
+    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
 
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """x, with its axes in memory in the order of `like` and no gaps; copied only if it must be."""
-    out = np.empty_like(x if like is None else like)
+    """x without gaps in memory, its axes in the order of `like`; copied only if it must be."""
+    out = np.empty_like(x if like is None else like)  # keeps that order, and has no gaps
     if x.strides == out.strides:
         return x
     out[...] = x
@@ -2840,8 +2850,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p, and works in place, but for one new block, `1 - p`: with more of
-# them the cache would overflow.
+# The kernel keeps p for the way back. All else it computes in the arrays that it returns,
+# but for one new block, `1 - p`: more would drive the others out of the cache.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2885,58 +2895,14 @@ def gelu(x: Any) -> Tensor:
 
 # ## II.8 Methods: what else can a Tensor do?
 #
-# What ndarray does by an operator or a method, a Tensor does by the same name. These
-# become operators, as the first ones did in I.2. A ufunc among them needs wrapping: as
-# an attribute of a class it would not be handed `self`, as functions of Python's are.
-def _as_method(function: Callable) -> Callable:
-    def method(self: Tensor, other: Any) -> Any:
-        return function(self, other)
-
-    return method
-
-
-for _name, _f in dict(pow=power, matmul=matmul, mod=mod, floordiv=np.floor_divide,
-                      divmod=np.divmod).items():
-    setattr(Tensor, f"__{_name}__", _as_method(_f))
-    setattr(Tensor, f"__r{_name}__", _reflected(_f))
-
-
-# Comparisons give plain bool arrays. (Set one by one, they leave `__hash__` as it is:
-# tensors that are equal in value are still two.)
-def _comparison(name: str) -> Callable:
-    def compare(self: Tensor, other: Any) -> np.ndarray:
-        return getattr(np.asarray(self._data), name)(_value(other))
-
-    return compare
-
-
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
-    setattr(Tensor, _name, _comparison(_name))
-
-
-# The rest makes of a tensor an array, a number or a text. What knows nothing of the tape
-# must not get a number unnoticed: `math.sin(x)` asks x for a plain float, and returns
-# one. So while a transform runs your function, `float(t)` and `int(t)` are errors for a
-# `t` that was made from the transform's inputs. (`t.item()` says that one means it, and
-# `bool(t)` only chooses a branch.)
-def _refuse_inside_transform(t: Tensor) -> None:
-    for run in _mode.runs:
-        if t.requires_grad and t._time in _find_route([t], run.inputs).times:
-            raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
-                            "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
-                            "function, as in np.sin(t), or t.item() if no derivative is wanted")
-
-
-def _float(self: Tensor) -> float:
-    _refuse_inside_transform(self)
-    return float(self.item())
-
-
-def _int(self: Tensor) -> int:
-    _refuse_inside_transform(self)
-    return int(self.item())
-
-
+# What ndarray does by a method or an operator, a Tensor does by the same name. Most of
+# that stands above: a function whose first argument is the tensor is a method as it is.
+#
+#     >>> t = Tensor([1.0, 2.0, 4.0])
+#     >>> print(t.sum(), t // 2, t > 1)
+#     7.0 [0. 1. 2.] [False  True  True]
+#
+# Three new ones give what is no Tensor.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. ValueError if there is not exactly one."""
     if self.size != 1:
@@ -2955,6 +2921,59 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
+_METHODS = [
+    _item, _tolist, _numpy,
+    # element by element (II.3)
+    abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
+    # moving elements (II.4)
+    reshape, transpose, swapaxes, squeeze, flatten, repeat, take, diagonal, sort,
+    # reductions (II.5) and products (II.6)
+    sum_, mean, var, std, max_, min_, prod, cumsum, cumprod, trace, dot,
+    # NumPy's own, which come back to us (II.2)
+    np.ravel, np.argmax, np.argmin, np.argsort, np.round, np.nonzero, np.any, np.all,
+]
+for _f in _METHODS:
+    setattr(Tensor, _f.__name__.strip("_"), _f)
+Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
+Tensor.mT = property(_mT, doc="The last two axes exchanged.")
+
+# The other operators, as the first ones in I.2.
+for _name, _f in dict(
+    pow=power, matmul=matmul, mod=mod,
+    # (A ufunc itself, as an attribute of a class, would not be given self.)
+    floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
+).items():
+    setattr(Tensor, f"__{_name}__", _f)
+    setattr(Tensor, f"__r{_name}__", _reflected(_f))
+
+
+# Comparisons give plain bool arrays. (Set one by one, they leave `__hash__` as it is:
+# tensors that are equal in value are still two.)
+def _comparison(name: str) -> Callable:
+    def compare(self: Tensor, other: Any) -> np.ndarray:
+        return getattr(np.asarray(self._data), name)(_value(other))
+
+    return compare
+
+
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Tensor, _name, _comparison(_name))
+
+
+# And what Python's own functions and brackets ask for. `math.sin(x)` asks x for a plain
+# float, and returns one: it knows nothing of the tape. So while a transform runs your
+# function, `float(t)` and `int(t)` are errors for a `t` that was made from the
+# transform's inputs. (`t.item()` says that one means it, and `bool(t)` only chooses a
+# branch.)
+def _plain_number(t: Tensor) -> float:
+    for run in _mode.runs:
+        if t.requires_grad and t._time in _find_route([t], run.inputs).times:
+            raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
+                            "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
+                            "function, as in np.sin(t), or t.item() if no derivative is wanted")
+    return t.item()
+
+
 def _repr(self: Tensor) -> str:
     values = np.array2string(np.asarray(self._data), separator=", ", prefix="Tensor(")
     shape = f", shape={self.shape}" if "..." in values else ""
@@ -2962,47 +2981,21 @@ def _repr(self: Tensor) -> str:
     return f"Tensor({values}{shape}, dtype={self.dtype}{label})"
 
 
-def _str(self: Tensor) -> str:
-    return str(self._data)
-
-
-def _format(self: Tensor, spec: str) -> str:
-    return format(self.item(), spec) if spec else str(self)
-
-
-def _bool(self: Tensor) -> bool:
-    return bool(self._data)
-
-
-def _len(self: Tensor) -> int:
-    return len(self._data)
-
-
-def _iter(self: Tensor) -> Iterator[Tensor]:
-    return (self[i] for i in range(len(self)))
-
-
 def _setitem(self: Tensor, index: Any, value: Any) -> None:
     raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
 
 
-_METHODS = dict(
-    item=_item, tolist=_tolist, numpy=_numpy, copy=_copy, abs=abs_, exp=exp, log=log, sqrt=sqrt,
-    sin=sin, cos=cos, tanh=tanh, sigmoid=sigmoid, relu=relu, clip=clip, astype=astype,
-    reshape=reshape, transpose=transpose, swapaxes=swapaxes, squeeze=squeeze, flatten=flatten,
-    repeat=repeat, take=take, diagonal=diagonal, sort=sort, sum=sum_, mean=mean, var=var, std=std,
-    max=max_, min=min_, prod=prod, cumsum=cumsum, cumprod=cumprod, trace=trace, dot=dot,
-    # NumPy's own, called as methods, come back as in II.2:
-    ravel=np.ravel, argmax=np.argmax, argmin=np.argmin, argsort=np.argsort, round=np.round,
-    nonzero=np.nonzero, any=np.any, all=np.all,
-    __pos__=identity, __abs__=abs_, __getitem__=getitem, __setitem__=_setitem, __float__=_float,
-    __int__=_int, __bool__=_bool, __len__=_len, __iter__=_iter, __repr__=_repr, __str__=_str,
-    __format__=_format,
-)
-for _name, _f in _METHODS.items():
-    setattr(Tensor, _name, _f)
-Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
-Tensor.mT = property(_mT, doc="The last two axes exchanged.")
+for _name, _f in dict(
+    pos=identity, abs=abs_, getitem=getitem, setitem=_setitem, repr=_repr,
+    str=lambda t: str(t._data),
+    format=lambda t, spec: format(t.item(), spec) if spec else str(t),
+    float=lambda t: float(_plain_number(t)),
+    int=lambda t: int(_plain_number(t)),
+    bool=lambda t: bool(t._data),
+    len=lambda t: len(t._data),
+    iter=lambda t: (t[i] for i in range(len(t))),
+).items():
+    setattr(Tensor, f"__{_name}__", _f)
 
 
 # A gradient may also be set by hand, as in `t.grad = 0.0`; a number stands for an array
@@ -3024,71 +3017,59 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 # ## II.9 Arguments: what may be an operand?
 #
 # The functions and the rules of this part only ever meet floating-point arrays and
-# Python's numbers. A user gives more than that: lists, masks, integers. So before an
-# operation computes, `_admit` makes of each argument what it may be. Let a mask, as a
-# list, be multiplied by a Tensor of float32:
+# Python's numbers. A user gives more than that: lists, masks, integers, and all of it
+# by name. Let us follow such a call:
 #
 #     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
-#     >>> y = mul([True, False], t)
-#     >>> print(y, y.dtype, y._operands[0], y._operands[0].dtype, y._operands[1] is t)
-#     [0.5 0. ] float32 [1. 0.] float32 True
+#     >>> y = where([True, False], b=np.array([7, 7]), a=t)  # t, or else 7
+#     >>> print(y)
+#     [0.5 7. ]
 #
-# 1. `_operation` (I.2) looks at the types of the arguments. Tensors, floats and ints
-#    alone, with a Tensor among them, need nothing; but here is a list. `_admit` makes
-#    an array of it, `[True False]`, and that floating-point, `[1. 0.]`.
-# 2. The Tensor is unpacked: the arrays are `[1. 0.]` and `[0.5 0.25]`.
-# 3. `operator.mul` multiplies these. If it had failed, `_explained` would say where.
-# 4. t is tracked, so the result remembers `mul` and its operands: `[1. 0.]` and t.
+# 1. `_operation` (I.2) looks at the arguments. Tensors, floats and ints alone, with a
+#    Tensor among them, could go in as they are. But here are names, a list and an
+#    array; so `_admit` puts the operands into their order, makes an array of the list,
+#    and floating-point numbers of the integers:
 #
-# What becomes of each argument in step 1?
+#        >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
+#        >>> print(args[0], args[1] is t, args[2], settings)
+#        [ True False] True [7. 7.] {}
 #
-# - An operand given by name, as in `where(mask, a=t, b=0.0)`, is put in its place, for
-#   rules belong to positions.
-# - A list or tuple becomes an array, or a Tensor if it holds one.
-# - Integers and bools become floating-point. (A uint8 would wrap at 255, and its
-#   logarithm would be float16.) Alone they become float64; beside other operands, what
-#   NumPy would compute in: a mask beside float32 becomes float32, a list of integers
-#   float64.
-# - A Python number stays one, for it takes the dtype of what it meets; alone, it becomes
-#   an array.
-# - What follows the operands are settings. They have no derivative, and a Tensor that
-#   wants one is refused there.
+# 2. The Tensor is unpacked. The arrays are now `[True False]`, `[0.5 0.25]`, `[7. 7.]`.
+# 3. The function computes `np.where` of these. If it had failed, `_explained` would say
+#    where, and on what shapes.
+# 4. t is tracked, so the result remembers `where` and `args`.
+#
+# The rest of this section is step 1, in four parts.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation as its function and rules may have them."""
     if settings:
-        args, settings = _put_in_place(operation, args, settings)
+        args, settings = _put_in_place(operation, args, settings)  # (A)
 
     count = operation.operands
-    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)
+    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)  # (B)
                 for a in args[:count]]
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
-        operands = _to_floating(operands, _without_gradient(operation, len(operands)))
+        exempt = [i for i in range(len(operands))  # such as where's condition
+                  if operation.rules and operation.rules[i] is None]
+        operands = _to_floating(operands, exempt)  # (C)
 
     if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]
+        operands += [_admit_setting(operation, a) for a in args[count:]]  # (D)
         settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
     return tuple(operands), settings
 
 
-def _without_gradient(operation: Callable, count: int) -> list[int]:
-    """Which of its operands have no gradient, such as the condition of `where`."""
-    if operation.definition is not None:  # a fused operation: every operand has one
-        return []
-    return [i for i in range(count) if operation.rules[i] is None]
-
-
-def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    """Operands that were given by name become positional."""
-    operands, _ = _argument_names(operation)
-    settings = dict(settings)
-    for name in operands[len(args):]:
-        if name not in settings:
-            break
-        args = (*args, settings.pop(name))
-    return args, settings
+# **A.** Operands that are given by name become positional, for rules belong to
+# positions. Whatever else has a name is a setting. The names are those of the function
+# that computes:
+#
+#     >>> _argument_names(where), _argument_names(sum_)
+#     ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
+#     >>> _put_in_place(sum_, (), dict(axis=0, x=t))[0] == (t,)
+#     True
 
 
 def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
@@ -3101,14 +3082,22 @@ def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
     return names[:count], names[count:]
 
 
-def _admit_together(*operands: Any) -> list[Tensor]:
-    """The operands of a composition as Tensors, admitted as by one operation of them all.
+def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    operands, _ = _argument_names(operation)
+    settings = dict(settings)
+    for name in operands[len(args):]:
+        if name not in settings:
+            break
+        args = (*args, settings.pop(name))
+    return args, settings
 
-    (Alone, in a reshape say, a bool mask would become float64, and so would the float32
-    that it meets next.)
-    """
-    admitted = [_admit_operand("an operand", a) for a in operands]
-    return [as_tensor(a) for a in _to_floating(admitted)]
+
+# **B.** Each operand by itself: a list or tuple becomes an array, or a Tensor if it holds
+# one. Numbers of Python's stay, for they take the dtype of what they meet. What is none
+# of these stays, too, and the function will refuse it.
+#
+#     >>> print(_admit_operand("mul", (1, 2)), type(_admit_operand("mul", [t, t])).__name__)
+#     [1 2] Tensor
 
 
 def _admit_operand(name: str, a: Any) -> Any:
@@ -3126,11 +3115,25 @@ def _admit_operand(name: str, a: Any) -> Any:
     return np.asarray(a) if hasattr(a, "__array__") or isinstance(a, np.generic) else a
 
 
-def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
-    """The same without integers and bools, save at the places `exempt`.
+def _holds_tensor(a: Any) -> bool:
+    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
-    If there are only Python's numbers, they become arrays.
-    """
+
+# **C.** All operands together: integers and bools become floating-point. (A uint8 would
+# wrap at 255, and its logarithm would be float16.) To which type? Beside floating-point
+# arrays to what NumPy would compute in, and without any to float64; so a mask beside
+# float32 leaves the result float32. If there are only numbers of Python's, they become
+# arrays here.
+#
+#     >>> mask, counts = np.array([True, False]), np.array([7, 7])
+#     >>> [a.dtype.name for a in _to_floating([t, mask, counts])]
+#     ['float32', 'float32', 'float64']
+#     >>> _to_floating([t, 2])[1], _to_floating([3, 2])[1]
+#     (2, array(2.))
+
+
+def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
+    """The operands without integers and bools, save at the places `exempt`."""
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
     floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
     floating = []
@@ -3144,21 +3147,35 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     return floating
 
 
+# A function of several operations admits its operands together, too, before the first of
+# them. For a reshape, say, would make float64 of a bool mask that it meets alone; and
+# then of the float32 beside which it was to stand.
+
+
+def _admit_together(*operands: Any) -> list[Tensor]:
+    """The operands as Tensors, admitted as by one operation of them all."""
+    admitted = [_admit_operand("an operand", a) for a in operands]
+    return [as_tensor(a) for a in _to_floating(admitted)]
+
+
+# **D.** What follows the operands are settings. They have no derivative: a constant goes
+# in as its array, and a Tensor that wants a derivative is refused there.
+
+
 def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
-    if _tracked(a):
-        if name is not None and name not in _argument_names(operation)[1]:
-            raise TypeError(_wrong_name(operation, name))
+    if not _tracked(a):
+        return _value(a)
+    names, settings = _argument_names(operation)
+    if name is None or name in settings:
         raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given where a "
                         "setting belongs (a shape, an axis, an eps, integers), and would get none; "
                         "use .item() or .numpy()")
-    return _value(a)
+    known = f"are {', '.join(names)}, each once" if names else "have no names: give by position"
+    raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; its operands "
+                    f"{known}")
 
 
-def _wrong_name(operation: Callable, name: str) -> str:
-    """What is said of a Tensor that was given by a name which is no setting's."""
-    names = ", ".join(_argument_names(operation)[0])
-    operands = f"are {names}, each once" if names else "have no names: give them by position"
-    return f"{operation.__name__}: has no place for an operand {name!r}; its operands {operands}"
+# Step 3 may fail. The error keeps its kind, and says more.
 
 
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
@@ -3169,8 +3186,7 @@ def _explained(error: Exception, operation: Callable, arrays: list) -> Exception
     return kind(f"{operation.__name__} of {shapes}: {error}")
 
 
-# A Tensor, too, is made of what may be no floating-point array yet, or a list with
-# Tensors.
+# And what is to become a Tensor (I.1) is converted by itself.
 
 
 def _float_array(data: Any) -> np.ndarray:
@@ -3181,8 +3197,10 @@ def _float_array(data: Any) -> np.ndarray:
     return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 
-def _holds_tensor(a: Any) -> bool:
-    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
+def _require_flag(what: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{what} is True or False, not {value!r:.40}; for a shape, give "
+                        "np.zeros(shape) as the data")
 
 
 # # Part III. Networks
@@ -3218,10 +3236,9 @@ def _holds_tensor(a: Any) -> bool:
 # 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
 #    have been. Of the mean of N rows it is that over N.
 #
-# One thing is wrong with the naive code: exp(1000) is infinite. As softmax does not
-# change if all scores of a row go down by the same number, the largest is taken from
-# them first. And step 1 needs no logarithm of a small probability, which may have
-# become 0.
+# The naive code fails for large scores: exp(1000) is infinite. The loss does not change
+# if all scores of a row go down by the same number, so the largest is taken from them
+# first. And step 1 needs no logarithm of a small probability, which may have become 0.
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
@@ -3233,16 +3250,12 @@ def _cross_entropy_definition(logits, targets):
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
     """`ids` as an integer array with all elements in 0..count-1, or else an error."""
-    if isinstance(ids, Tensor):
-        raise TypeError(f"{what} must be a plain array of integers, which a Tensor does "
-                        "not hold; write t.data.astype(int)")
-    ids = np.asarray(ids)
+    ids = np.asarray(_value(ids))
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; "
-                        "if they are whole, write ids.astype(int)")
+        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; if they "
+                        "are whole, write .astype(int), and of a Tensor .data.astype(int)")
     if ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, "
-                         f"not {ids.min()} to {ids.max()}")
+        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
     return ids
 
 
@@ -3255,8 +3268,7 @@ def _check_classes(logits: np.ndarray, targets: Any) -> None:
         raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and "
                          "(B, T) write logits.reshape(-1, C) and targets.reshape(-1)")
     if shape != logits.shape[:1]:
-        raise ValueError("needs one target for each row of logits (N, C), "
-                         f"not targets {shape}")
+        raise ValueError(f"needs one target for each row of logits (N, C), not targets {shape}")
     if len(logits) == 0:
         raise ValueError("there are no rows, and so there is no mean")
 
@@ -3272,18 +3284,18 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     _check_classes(logits, targets)
     n, classes = logits.shape
     hit = np.arange(n), _whole_numbers("targets", targets, classes)
-    p = logits - _row_max(logits)  # (N, C)
-    picked = p[hit]  # (N,)
-    np.exp(p, out=p)
-    total = _row_sum(p)  # (N, 1); the softmax is p / total
+    x = logits - _row_max(logits)  # (N, C)
+    right = x[hit]  # (N,)
+    e = np.exp(x, out=x)
+    total = _row_sum(e)  # (N, 1); the softmax is e / total
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        share = np.asarray(g / n, p.dtype)
-        dx = p * (share / total)
-        dx[hit] -= share
+        share = np.asarray(g / n, e.dtype)  # of each row
+        dx = e * (share / total)  # (N, C), share * softmax
+        dx[hit] -= share  # less share * one_hot
         return (dx,)
 
-    return np.mean(np.log(total[:, 0]) - picked), pullback
+    return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
 
 
 # The other losses are the mean of a formula, element by element. They do not broadcast: a
@@ -3295,9 +3307,8 @@ def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) ->
     prediction = as_tensor(prediction)
     target = as_tensor(target)
     if prediction.shape != target.shape:
-        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the "
-                         f"target {target.shape}; reshape one, for a loss does not "
-                         "broadcast")
+        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the target "
+                         f"{target.shape}; reshape one, for a loss does not broadcast")
     if prediction.size == 0:
         raise ValueError(f"{name}: there are no elements, and so there is no mean")
     return mean(formula(prediction, target.astype(prediction.dtype)))
@@ -3323,10 +3334,12 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# Who has no scores, but probabilities p, can have the same loss, with two cares for a p
-# of 0 or 1. The logarithm of 0 is held at -100, as in PyTorch. And a rule of its own
-# keeps the slope `(p - t) / (p (1 - p))` there, with a denominator of at least 1e-12:
-# that of the held logarithm would be 0, and what is most wrong would not learn.
+# Who has no scores, but probabilities p, can have the same loss,
+# `-t log(p) - (1 - t) log(1 - p)`, with two cares for a p of 0 or 1. The logarithm of 0
+# is held at -100, as in PyTorch. But there the slope of the held logarithm is 0, and
+# what is most wrong would not learn. So a rule of its own says what the slope is
+# elsewhere, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a denominator of
+# at least 1e-12.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
@@ -3345,19 +3358,16 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
-        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; "
-                         "for scores of any size there is "
-                         "binary_cross_entropy_with_logits")
-    return _mean_loss(probability, target, name="binary_cross_entropy",
-                      formula=_log_loss)
+        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; for scores "
+                         "of any size there is binary_cross_entropy_with_logits")
+    return _mean_loss(probability, target, name="binary_cross_entropy", formula=_log_loss)
 
 
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
     target = as_tensor(target)
     if not np.all((target == 1) | (target == -1)):
-        raise ValueError("hinge_loss: the targets must be -1 or 1; "
-                         "of 0 and 1 make 2 * t - 1")
+        raise ValueError("hinge_loss: the targets must be -1 or 1; of 0 and 1 make 2 * t - 1")
     return _mean_loss(prediction, target, name="hinge_loss",
                       formula=lambda p, t: relu(1 - t * p))
 
@@ -3379,9 +3389,9 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     >>> print(model(np.zeros((5, 2))).shape)  # five points, an answer for each
 #     (5,)
 #
-# There they are ordinary attributes of ordinary objects. A layer of your own is a class
-# with an `__init__` that sets the attributes and a `forward` that computes with them.
-# This one gives each column of its input a factor, for training to find:
+# A layer of your own is a class with an `__init__` that sets attributes and a `forward`
+# that computes with them. This one gives each column of its input a factor, for
+# training to find:
 #
 #     >>> class Scale(Module):
 #     ...     def __init__(self, columns):
@@ -3417,15 +3427,27 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | ------------------------------- | ------- | ----- | ------------------------- |
 #     | a Parameter, or a tracked leaf  | yes     | yes   | a weight                  |
 #     | a constant Tensor, an ndarray   | no      | yes   | batch norm's running mean |
+#     | a tracked result                | no      | no    | the last hidden state     |
 #     | a number, a text, a function    | no      | no    | a setting                 |
-#     | what an operation returned      | no      | no    | the last hidden state     |
 #
-# Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`. A
-# network whose numbers stay as they were, without a word, costs an evening before
-# anyone suspects it. Who wants to keep a Tensor and not to train it keeps a constant,
-# `t.detach()`. What, then, is a Parameter for? To be frozen, by `requires_grad=False`,
-# for a part of the training: a plain Tensor would then count as a constant, and a
-# Parameter is listed still, so that the optimizer has it when it thaws.
+# A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
+# constant like others, and saved:
+#
+#     >>> model.last = model(np.zeros((5, 2)))
+#     >>> "last" in model.state_dict()
+#     False
+#     >>> with no_grad():
+#     ...     model.last = model(np.zeros((5, 2)))
+#     ...
+#     >>> "last" in model.state_dict(), "last" in dict(model.named_parameters())
+#     (True, False)
+#
+# Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`; and
+# a network that silently does not learn costs an evening. What is to be kept and not
+# trained is a constant, `t.detach()`. What, then, is a Parameter for? To be frozen, by
+# `requires_grad=False`, for a part of the training: a plain Tensor would then count as
+# a constant, and a Parameter is listed still, so that the optimizer has it when it
+# thaws.
 #
 # Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
 # state_dict goes in both directions, with two exceptions. PyTorch's BatchNorm2d also
@@ -3472,11 +3494,10 @@ def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, (list, tuple, dict)):
             yield from _held(value, f"{name}.")
         elif isinstance(value, types.GeneratorType):
-            raise TypeError(f"{name} is a generator, which is read but once; make it a "
-                            "list")
-        elif isinstance(value, (set, frozenset)):
-            if any(isinstance(item, Module) for item in value):
-                raise TypeError(f"{name} is a set, which has no order; make it a list")
+            raise TypeError(f"{name} is a generator, which is read but once; make it a list")
+        elif isinstance(value, (set, frozenset)) and any(
+                isinstance(item, Module) for item in value):
+            raise TypeError(f"{name} is a set, which has no order; make it a list")
 
 
 class Module:
@@ -3486,9 +3507,8 @@ class Module:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes. Each class writes its own; call the module."""
-        name = type(self).__name__
-        raise NotImplementedError(f"{name} has no forward method; write one in the "
-                                  "class, `def forward(self, x): ...`")
+        raise NotImplementedError(f"{type(self).__name__} has no forward method; write one in "
+                                  "the class, `def forward(self, x): ...`")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An array may not take a parameter's place, and end its training in silence."""
@@ -3497,8 +3517,7 @@ class Module:
                             f"not be trained; write .{name}.data = ... or assign a Tensor")
         super().__setattr__(name, value)
 
-    def _contents(self, prefix: str = "",
-                  above: tuple = ()) -> Iterator[tuple[str, Any]]:
+    def _contents(self, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
         """(dotted name, value) of what this module and all below it hold.
 
         What occurs twice comes twice, under both names. But no module comes again
@@ -3534,8 +3553,8 @@ class Module:
         """Run `forward`, on arrays in the dtype of the parameters.
 
         So float64 data does not make a float32 network compute in float64. A list is
-        stacked to one array or Tensor; a tuple stays, for it may be a setting: axis=(0,
-        1).
+        stacked to one array or Tensor; a tuple stays, for it may be a setting, as in
+        `axis=(0, 1)`.
         """
         args = [self._convert(self._stack(a)) for a in args]
         kwargs = {name: self._convert(a) for name, a in kwargs.items()}
@@ -3589,12 +3608,14 @@ class Module:
     def astype(self, dtype: Any) -> Self:
         """Convert parameters and constants in place, say to float64; returns self.
 
-        Integers and bools, such as a table of indices, stay so. Gradients are forgotten.
+        Tensors, lists and dicts stay the same objects; arrays and tuples, which cannot
+        change their type or items, are replaced. Integers and bools, such as a table of
+        indices, stay so. Gradients are forgotten.
         """
         dtype = np.dtype(dtype)
         if dtype.kind != "f":
-            raise TypeError("Module.astype: parameters are floating-point numbers, and "
-                            f"cannot become {dtype}; use float32 or float64")
+            raise TypeError("Module.astype: parameters are floating-point numbers, and cannot "
+                            f"become {dtype}; use float32 or float64")
 
         def convert(value: Any) -> Any:
             if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -3606,8 +3627,7 @@ class Module:
             return value
 
         for module in self.modules():
-            for name, value in vars(module).items():
-                vars(module)[name] = _map_tree(convert, value)
+            _replace_items(convert, vars(module))
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -3627,8 +3647,7 @@ class Module:
 
     def _children(self) -> list[tuple[str, Any]]:
         """What `repr` shows below this module: (name, module) pairs."""
-        return [(name, value) for name, value in _held(self)
-                if isinstance(value, Module)]
+        return [(name, value) for name, value in _held(self) if isinstance(value, Module)]
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
@@ -3655,10 +3674,24 @@ def _brief(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
+def _replace_items(f: Callable, nest: Any) -> Any:
+    """`nest` with f(item) in place of each item; a list or dict remains the same object."""
+    if isinstance(nest, tuple):
+        items = [_replace_items(f, item) for item in nest]
+        return nest._make(items) if hasattr(nest, "_make") else tuple(items)  # (a namedtuple)
+    if not isinstance(nest, (list, dict)):
+        return f(nest)
+
+    pairs = nest.items() if isinstance(nest, dict) else enumerate(nest)
+    for key, item in list(pairs):
+        nest[key] = _replace_items(f, item)
+    return nest
+
+
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
     """Copy an array into what a module saves."""
     if isinstance(target, Tensor):
-        target._data = np.asarray(target._data)  # for a scalar cannot be written to
+        target._data = np.asarray(target._data)  # a 0-d result may be a scalar of NumPy's
         _note_write(target)
     _value(target)[...] = array
 
@@ -3681,23 +3714,18 @@ def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict
     for name in current:
         if name not in state:
             continue
+        old = np.asarray(_value(current[name]))
         new = np.asarray(_value(state[name]))
-        shape = np.shape(current[name])
-        dtype = np.result_type(_value(current[name]))
-        if new.shape != shape:
-            raise ValueError(f"{what}: {name} has shape {new.shape}, not {shape}")
-        if not np.can_cast(new.dtype, dtype, casting="same_kind"):
-            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become "
-                            f"{dtype}")
-        fitting[name] = new.astype(dtype, copy=False)
+        if new.shape != old.shape:
+            raise ValueError(f"{what}: {name} has shape {new.shape}, not {old.shape}")
+        if not np.can_cast(new.dtype, old.dtype, casting="same_kind"):
+            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become {old.dtype}")
+        fitting[name] = new.astype(old.dtype, copy=False)
     return fitting
 
 
 def manual_seed(seed: int | Sequence[int]) -> None:
-    """Seed this thread's initialization, dropout, shuffling and sampling.
-
-    The seed is a number, or several.
-    """
+    """Seed this thread's initialization, dropout, shuffling and sampling."""
     _mode.rng = np.random.default_rng(seed)
 
 
@@ -3750,8 +3778,8 @@ class Conv2d(Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Any,
                  stride: Any = 1, padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
-        height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (see III.4)
-        _pair(stride, "Conv2d: stride")
+        height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (III.4)
+        _pair(stride, "Conv2d: stride")  # this and the next only check
         _around(padding, (height, width), stride, "Conv2d: padding")
         self.stride = stride
         self.padding = padding
@@ -3766,10 +3794,9 @@ class Conv2d(Module):
 
 
 class _Pool2d(Module):
-    """What the two pools have in common.
+    """What the two pools share: sizes are numbers, or pairs for height and width.
 
-    Sizes are numbers, or pairs for height and width. Windows lie side by side, unless
-    there is a stride.
+    Windows lie side by side, unless there is a stride.
     """
 
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
@@ -3782,7 +3809,7 @@ class _Pool2d(Module):
 
 
 class MaxPool2d(_Pool2d):
-    """`max_pool2d`: the largest element of each window, of a size or (height, width)."""
+    """`max_pool2d`: the largest element of each window."""
 
     def forward(self, x: Any) -> Tensor:
         """(N, C, H, W) -> (N, C, oh, ow)."""
@@ -3790,7 +3817,7 @@ class MaxPool2d(_Pool2d):
 
 
 class AvgPool2d(_Pool2d):
-    """`avg_pool2d`: the mean of each window, of a size or (height, width)."""
+    """`avg_pool2d`: the mean of each window."""
 
     def forward(self, x: Any) -> Tensor:
         """(N, C, H, W) -> (N, C, oh, ow)."""
@@ -3835,8 +3862,7 @@ class Embedding(Module):
     """A table with a row for each of `num_embeddings` integers, at first of N(0, 1)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        _positive("Embedding", num_embeddings=num_embeddings,
-                  embedding_dim=embedding_dim)
+        _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         shape = (num_embeddings, embedding_dim)
         self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
 
@@ -3938,8 +3964,7 @@ class Sequential(Module):
         for i, layer in enumerate(layers):
             if isinstance(layer, type):
                 name = layer.__name__
-                raise TypeError(f"Sequential: layer {i} is the class {name}; write "
-                                f"{name}(...)")
+                raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
             if not callable(layer):
                 raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, "
                                 "but layers are modules or functions: "
@@ -3992,8 +4017,7 @@ class MLP(Sequential):
 
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
         if isinstance(nouts, (int, np.integer)):
-            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not "
-                            f"{nouts}")
+            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not {nouts}")
         sizes = [nin, *nouts]
         _positive("MLP", layers=len(sizes) - 1)
 
@@ -4024,11 +4048,11 @@ class MLP(Sequential):
 #     >>> loss.item() < 0.3
 #     True
 #
-# Every optimizer below is this loop, with another rule for how far a parameter moves.
-# What a rule remembers from step to step, a number or two for each parameter, is its
-# *state*. There are two rules. **SGD** with momentum moves like a ball that rolls
-# downhill. Its velocity is the sum of all gradients so far, each of which fades by a
-# tenth with every step that follows:
+# Every optimizer below is this loop, with another rule for how far a parameter moves. A
+# rule may remember something for each parameter, its *states*. There are two rules.
+# **SGD** with momentum moves like a ball that rolls downhill. Its state is a velocity:
+# the sum of all gradients so far, each of which fades by a tenth with every step that
+# follows:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -4062,11 +4086,14 @@ class MLP(Sequential):
 #
 # The classes add one thing to these lines, for speed. A network has fifty small arrays
 # of parameters, and to call NumPy ten times on each takes longer than the arithmetic.
-# So a step takes place on flat arrays, in which all parameters, all gradients and all
-# of a state lie side by side:
+# So the parameters are laid end to end in one flat array, the gradients in a second, and
+# each state in one more. For the network above:
 #
-#     x, g, state     |   weight 0   | bias 0 |      weight 1      | bias 1 |
-#     _bounds         0              32       48                   64       65
+#     weight (16, 2)    bias (16,)    weight (1, 16)    bias (1,)
+#     |-----------------|-------------|-----------------|----------|
+#     0                32            48                64         65    _bounds
+#
+# Then the rule runs once, on all 65 numbers.
 
 class Optimizer:
     """The base of all optimizers: a subclass names its states, and writes `_update`.
@@ -4090,15 +4117,13 @@ class Optimizer:
             _check_setting(name, key, value)
             setattr(self, key, value)
 
-        self.steps = np.zeros(len(self.params), np.int64)  # of each, for one may pause
+        self.steps = np.zeros(len(self.params), np.int64)  # of each parameter
         ends = np.cumsum([p.size for p in self.params]).tolist()
         self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
         dtype = np.result_type(*[p.dtype for p in self.params])
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        # Training begins, and each of its steps will make the same arrays anew. IV.4
-        # tells what it costs to get their memory from the system every time.
-        _keep_freed_memory(self)
+        _keep_freed_memory(self)  # for every step makes the same arrays anew
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray,
                 *states: np.ndarray) -> None:
@@ -4119,14 +4144,16 @@ class Optimizer:
         has_gradient = [p.grad is not None for p in self.params]
         self.steps += has_gradient
 
-        # Adam's rule asks how many steps a parameter has made. So neighbours that have
-        # made equally many move together; most often, these are all there are.
+        # Adam's rule asks how many steps a parameter has made, and one without a gradient
+        # makes none. Neighbours that have made equally many move together: most often,
+        # these are all there are.
         counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
-        numbers = range(len(counts))
-        for count, neighbours in itertools.groupby(numbers, key=counts.__getitem__):
-            together = list(neighbours)
+        first = 0
+        for count, neighbours in itertools.groupby(counts):
+            end = first + len(list(neighbours))
             if count > 0:
-                self._move(together[0], together[-1] + 1, count)
+                self._move(first, end, count)
+            first = end
 
     def _move(self, first: int, end: int, step: int) -> None:
         """The step of the parameters from number `first` to before number `end`."""
@@ -4135,18 +4162,19 @@ class Optimizer:
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # DataParallel has laid the parameters side by side (III.9), and they are moved
+        # DataParallel has laid the parameters end to end (III.9), and they are moved
         # where they are. Others are copied together, moved, and copied back.
-        common = _side_by_side([p._data for p in params])
-        x = common
-        if common is None:
-            x = np.concatenate([p._data.ravel() for p in params])
+        arrays = [p._data for p in params]
+        x = _side_by_side(arrays)
+        is_copy = x is None
+        if is_copy:
+            x = np.concatenate([a.ravel() for a in arrays])
         for block in _blocks(x, g, *states):
             self._update(step, *block)
 
         start = 0
         for p in params:
-            if common is None:
+            if is_copy:
                 p._data[...] = x[start:start + p.size].reshape(p.shape)
                 start += p.size
             _note_write(p)
@@ -4159,7 +4187,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict. KeyError or ValueError for another optimizer's."""
         state = dict(state)
-        if np.ndim(state.get("steps", ())) == 0:  # by version 1, where all had one count
+        if "steps" in state and np.ndim(state["steps"]) == 0:  # an old file: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
         what = f"{type(self).__name__}.load_state_dict"
         new = _fitting(what, self.state_dict(), state)
@@ -4198,7 +4226,7 @@ def _listed(name: str, params: Any) -> list[Tensor]:
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array that these are the pieces of, one after another; or None."""
+    """Arrays that are views of one flat array, end to end: that part of it. Else None."""
     flat = arrays[0].base  # what it is a view of
     if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
         return None
@@ -4442,7 +4470,7 @@ def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
 
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window: a view (N, C, oh, ow), that element of them all."""
+    """For each position in a window, what all windows have there: views (N, C, oh, ow)."""
     kernel = _pair(kernel_size, "the kernel size")
     strides = kernel if stride is None else _pair(stride, "the stride")
     if x.ndim != 4:
@@ -4459,12 +4487,13 @@ def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
 
 
 def _slices(n: int, k: int, step: int) -> list[slice]:
-    """For each place in a window of k: the elements that are there, in a line of n.
+    """The same in one dimension: for each place in a window of k, a slice of a line of n.
 
         >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
         [0 1] [1 2] [2 3]
     """
-    return [slice(i, i + n - k + 1, step) for i in range(k)]
+    starts = n - k + 1  # where a window may begin, if the step is 1
+    return [slice(i, i + starts, step) for i in range(k)]
 
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
@@ -4501,10 +4530,10 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 
 
 # The kernel does the same, with one change of layout. A slice of an image has short
-# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). A batch has a
-# hundred images, so the kernel keeps them with the batch last in memory, (C, H, W, N),
-# and shows them as (N, C, H, W) through a transposed view. Elementwise operations keep
-# the order in memory, so from layer to layer nothing is moved. The product is
+# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). But a batch
+# has a hundred images. So in memory the batch is last, (C, H, W, N), and everybody is
+# shown a transposed view of that, (N, C, H, W). Elementwise operations keep the order in
+# memory, so from layer to layer nothing is moved. The product is
 #
 #     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
@@ -4553,7 +4582,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
 
-    def columns():
+    def columns():  # made twice: to keep them would take kh kw times the memory of x
         return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
 
     y = matrix @ columns()  # (O, oh ow N)
@@ -4567,8 +4596,8 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
-        if wanted[1]:  # columns are made again: to keep them would take kh kw times x
-            dweight = (columns() @ g.T).T.reshape(weight.shape)  # g @ columns^T (see PRODUCTS, II.7)
+        if wanted[1]:  # g @ columns^T, as a transpose (see PRODUCTS, II.7)
+            dweight = (columns() @ g.T).T.reshape(weight.shape)
         if bias is not None and wanted[2]:
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
@@ -4598,9 +4627,9 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
 
     # Backward, the positions in a window are asked one after another: in which windows,
-    # of those not yet claimed, is the largest element here? There the image receives g,
-    # and nothing elsewhere (II.3). Where windows overlap, that is added to what the place
-    # has received from others.
+    # of those not yet claimed, is the largest element here? These claim it: the image
+    # receives their g here, and 0 from the others (II.3). If windows overlap, a pixel is
+    # in several, and adds up what it receives.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
@@ -4631,11 +4660,7 @@ def _avg_pool2d_definition(x, kernel_size, stride=None):
 @fused(_avg_pool2d_definition, operands=1)
 @_kernel_in_float32
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
-    """The mean of each window, (N, C, H, W) -> (N, C, oh, ow).
-
-    The stride is the kernel's size if None. Raises ValueError for windows that do not
-    fit.
-    """
+    """The mean of each window, with the arguments of `max_pool2d`."""
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.add, views) / len(views)
 
@@ -4648,25 +4673,67 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
 # ## III.5 Normalization: what is taken from g?
 #
-# Numbers are normalized when their mean is 0 and their standard deviation 1: take the
-# mean from them, and divide by the deviation. So whatever the layers before have done
-# to their scale, the next one meets what it is used to. **Layer norm** does this to the
-# numbers of each row, **batch norm** to those of each column (each channel, of images)
-# over the whole batch; then both scale and shift by learned numbers, here 1 and 0.
+# To normalize a row of numbers, take their mean from them, and divide by their standard
+# deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
+# to the scale, the next one meets what it is used to. **Layer norm** does this to each
+# row; then it scales and shifts by a learned weight and bias, here 1 and 0.
 #
-#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+#     >>> x = np.array([[1.0, 2.0, 6.0], [2.0, 3.0, 7.0], [-1.0, 1.0, 9.0]])
 #     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
-#     [[-1.22  0.    1.22]
-#      [-1.22  0.    1.22]]
-#     >>> running = np.zeros(3), np.ones(3)  # see below
-#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
-#     >>> print(y.numpy().round(2))
-#     [[-1. -1. -1.]
-#      [ 1.  1.  1.]]
+#     [[-0.93 -0.46  1.39]
+#      [-0.93 -0.46  1.39]
+#      [-0.93 -0.46  1.39]]
+#
+# These rows come out alike. The second is the first with 1 added to all of it; the third
+# is the first with every number twice as far from their mean, 3. So there are two
+# directions in which a row can move while the result `xhat` stands still: all numbers
+# up, and all further out. Along these, no gradient comes back. Whatever xhat receives,
+# call it h, its parts along both are taken away; and the rest, divided by the deviation
+# s as the row was, is what x receives:
+#
+#            h - mean(h)
+#           /|
+#          / |  the rest
+#         /  |
+#        0---+--------> xhat
+#         taken away
+#
+# The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
+# and the part is `mean(h)`. For "out", v is xhat, and the part `xhat * mean(h * xhat)`:
+# here, too, v @ v is n, for the squares of xhat have the mean 1. And as the sum of xhat
+# is 0, the two are at right angles, and can be taken away one after the other.
+#
+#     >>> def normalize(x, eps=1e-5):  # (n,)
+#     ...     c = x - x.mean()  # centred
+#     ...     s = np.sqrt((c * c).mean() + eps)
+#     ...     return c / s, s
+#     ...
+#     >>> def normalize_back(h, xhat, s):
+#     ...     return (h - h.mean() - xhat * (h * xhat).mean()) / s
+#     ...
+#     >>> x, h = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0])
+#     >>> print(normalize_back(h, *normalize(x)).round(3))
+#     [ 0.176 -0.22   0.044]
+#     >>> print(grad(lambda x: (normalize(x)[0] * h).sum())(x).numpy().round(3))
+#     [ 0.176 -0.22   0.044]
+#
+# The picture leaves out eps, which keeps rows of equal numbers from a division by 0.
+# With it, too, the formula is exact. Let x move by v:
+#
+# 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
+# 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
+#    that is `mean(xhat * v)`, for the mean of xhat is 0.
+# 3. `xhat = c / s` moves by `(dc - xhat * ds) / s`, which is
+#
+#        (v - mean(v) - xhat * mean(xhat * v)) / s
+#
+# 4. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
+#    symmetric. So its transpose, which takes h back to x, does the same to h.
+#
+# As `y = xhat * weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat`
+# and the bias `g`.
 #
 # ### Layer norm
-#
-# The definition needs no naive version before it:
 @_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
@@ -4675,25 +4742,6 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# What comes back to x when y receives g? Take one row of n numbers, with
-# `c = x - mean(x)`, `s = sqrt(mean(c*c) + eps)`, `xhat = c / s` and
-# `y = xhat * weight + bias`, and go from y to x.
-#
-# 1. The product: xhat receives `h = g * weight`, the weight `g * xhat` and the bias
-#    `g`, these two summed over all rows.
-# 2. The division: c receives `h / s`, and s receives
-#    `sum(h * -c / s^2) = -sum(h * xhat) / s`.
-# 3. The root and the mean of squares: if c_i moves by dc, `s^2 = mean(c*c) + eps` moves
-#    by `2 s ds = 2 c_i dc / n`, and so s by `ds = xhat_i / n * dc`. Through s, then,
-#    c_i receives `-xhat_i * mean(h * xhat) / s`.
-# 4. The mean: what c receives in all, x receives without its mean. That of h is
-#    `mean(h)`; that of xhat is 0, for c has none. Together
-#
-#        dx = (h - mean(h) - xhat * mean(h * xhat)) / s
-#
-# In words: from h two things are taken, its mean and its part along xhat, for these are
-# the two ways in which a row can move without moving xhat: all numbers up, or all
-# further from their mean.
 @fused(_layer_norm_definition, operands=3)
 @_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -4721,14 +4769,14 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # sum(h * z) is sum(g * z * weight): both means of step 4 are products.
+        # As h = g * weight, both means are products with the weight (see ROWS, II.7).
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
         dx = g * weight  # h
         dx -= mean_h
         dx -= np.multiply(xhat, mean_h_xhat, out=product)
-        dx *= inverse
+        dx *= inverse  # 1 / s
         return dx.reshape(x.shape), dweight, _row_sum(g.T)[:, 0]
 
     return y.reshape(x.shape), pullback
@@ -4736,41 +4784,20 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
 # ### Batch norm
 #
-# Batch norm is the same with "row" read as "channel": all n numbers of one channel, in
-# the whole batch. The weight w and the bias b are then one number each. For one
-# channel, forward and back are ten lines:
+# **Batch norm** is the same with "row" read as "channel": all numbers of one channel, in
+# the whole batch. Of an array (N, C), the channels are the columns:
 #
-#     >>> def naive_batch_norm(x, w, b, eps=1e-5):  # (n,), two numbers
-#     ...     c = x - x.mean()  # centred
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     return c / s * w + b
-#     ...
-#     >>> def naive_batch_norm_back(g, x, w, eps=1e-5):
-#     ...     n = len(x)
-#     ...     c = x - x.mean()
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     dx = w / s * (g - g.mean() - c * (g * c).sum() / (n * s * s))
-#     ...     return dx, (g * c).sum() / s, g.sum()
-#     ...
-#     >>> x, g, w, b = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0]), 2.0, 0.5
-#     >>> print(*[a.round(3) for a in naive_batch_norm_back(g, x, w)])
-#     [ 0.353 -0.441  0.088] -0.926 1.0
-#     >>> slopes = grad(lambda *a: (naive_batch_norm(*a) * g).sum(), (0, 1, 2))(x, w, b)
-#     >>> print(*[a.numpy().round(3) for a in slopes])
-#     [ 0.353 -0.441  0.088] -0.926 1.0
-#
-# The way back is what layer norm's derivation ended with:
-#
-# 1. There, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * w`. Now w is
-#    one number, and comes out of both means:
-#    `dx = w/s * (g - mean(g) - xhat * mean(g * xhat))`.
-# 2. With `xhat = c / s`, the last term is `c * sum(g * c) / (n s^2)`.
-# 3. The weight receives `sum(g * xhat) = sum(g * c) / s`, and the bias `sum(g)`.
+#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+#     >>> running = np.zeros(3), np.ones(3)
+#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
+#     >>> print(y.numpy().round(2))
+#     [[-1. -1. -1.]
+#      [ 1.  1.  1.]]
 #
 # In evaluation an image is judged by itself, without a batch. So training also moves two
 # arrays, the *running* mean and variance, some of the way towards those of each batch,
-# and evaluation takes them. (The definition is given them and leaves them alone, or
-# they would be moved again when it is differentiated.)
+# and evaluation takes them. (The definition leaves them alone: to differentiate twice
+# must not move them again.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
@@ -4781,138 +4808,124 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel computes the ten lines for all channels at once, and adds three cares.
+# The kernel sees the images as (N, C, P), with a line of P pixels for each image and
+# channel. Several passes go over one *slab* of them while it is in the cache, and then
+# over the next (see PASSES, II.7). What a slab is depends on what lies together in
+# memory:
 #
-# **Layout.** The images come in one of two layouts, and are seen without a copy as
-# (A, C, B), with the channel in the middle. (Others are copied to the first.)
+#     order in memory                              a slab is        as (N, C, P)
+#     (C, P, N): batch last, as conv2d leaves it   some channels    x[:, channels]
+#     (N, C, P): as a user makes images            some images      x[images]
 #
-#     batch last, as conv2d leaves them    (1, C, H W N)    channel after channel
-#     as a user makes them                 (N, C, H W)      image after image
-def _by_channel(x: np.ndarray, batch_last: bool) -> np.ndarray:
-    """x, (N, C, ...), as (A, C, B)."""
-    x = _batch_last(x)[None] if batch_last else x
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+# Both are `x[images, channels]`, two slices, of which one takes everything.
+def _is_batch_last(x: np.ndarray) -> bool:
+    """Whether the images of one channel lie closer than the channels of one image."""
+    return x.strides[0] < x.strides[1]
 
 
-def _from_channels(y: np.ndarray, shape: tuple, batch_last: bool) -> np.ndarray:
-    """y, (A, C, B), in the shape (N, C, ...) that it was made of."""
-    if not batch_last:
-        return y.reshape(shape)
-    n, c, *size = shape
-    return _batch_first(y.reshape(c, *size, n))
-
-
-# **Memory.** Several passes go over one *slab* while it is in the cache, and then over
-# the next (see PASSES, II.7). A slab is some channels in the first layout, some images
-# in the second. As with `_blocks`, what is a piece of `x` is called `x_`.
-#
-# What has one entry per channel, (C,) or (C, B), is cut along with the channels. But a
-# slab of some images has all channels, and so it comes with the whole array, the same
-# for every slab. A sum per channel is right in both cases if it starts at 0 and each
-# slab *adds* its share to its piece, `sum_ += ...`.
-def _slabs(*arrays: np.ndarray) -> Iterator[list]:
-    """Matching pieces, of about a block, of arrays (A, C, B), (C, B), (C, 1) and (C,).
-
-    The first is (A, C, B). All pieces are views: what is written or added to a piece
-    is in the array.
-    """
-    a, c, b = arrays[0].shape
-    by_image = a > 1
-    length = a if by_image else c
-    step = max(1, _BLOCK * length // arrays[0].size)
-    for i in range(0, length, step):
-        images = slice(i, i + step) if by_image else slice(None)
-        channels = slice(None) if by_image else slice(i, i + step)
-        # Channels are the second axis of three, and the first of one or two.
-        yield [x[images, channels] if x.ndim == 3 else x[channels] for x in arrays]
+def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
+    """Cuts x, (N, C, P), into slabs of about a block: (images, channels) of each."""
+    n, c, _ = x.shape
+    everything = slice(None)
+    if _is_batch_last(x):
+        step = max(1, _BLOCK * c // x.size)
+        return [(everything, slice(i, i + step)) for i in range(0, c, step)]
+    step = max(1, _BLOCK * n // x.size)
+    return [(slice(i, i + step), everything) for i in range(0, n, step)]
 
 
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, (C,), to broadcast with x, (A, C, B): (C, 1) or (C, B).
+    """One number per channel, (C,), to broadcast with x, (N, C, P).
 
-    The latter is for images after one another, whose lines B are short (see LOOPS, II.7).
+    With the batch last it is (C, 1). Otherwise, as lines of P numbers may be short, it is
+    (C, P), and NumPy's loops run over a whole image (see LOOPS, II.7).
     """
-    a, _, b = x.shape
     column = numbers[:, None]
-    return column if a == 1 else np.repeat(column, b, axis=1)
+    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
 
 
-# **Digits.** The mean of large numbers comes out rounded. With an exact one, the mean of
-# c would be 0; what it is instead is the *error* e of the mean. So the true centred
-# numbers are c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque,
-# 1983). Neither needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`,
-# with `scale = w / s` and `shift = b - e * scale`.
-def _centre(x: np.ndarray, centred: np.ndarray) -> tuple:
-    """Writes c to `centred`; returns the rounded mean, its error e, and the variance."""
-    n = x.size // x.shape[1]
-    rounded_mean = np.einsum("acb->c", x) / n  # (C,), as the other two
-    error = np.zeros_like(rounded_mean)
-    square = np.zeros_like(rounded_mean)
-
-    mean_spread = _spread(rounded_mean, x)
-    for x_, c_, mean_, error_, square_ in _slabs(x, centred, mean_spread, error, square):
-        np.subtract(x_, mean_, out=c_)
-        error_ += np.einsum("acb->c", c_) / n
-        square_ += np.einsum("acb,acb->c", c_, c_) / n
-    return rounded_mean, error, np.maximum(square - error * error, 0)
+# Forward and back take two rounds over the slabs, for sums over a whole channel must be
+# known before the first number of the result. This is the first round of both. (A slab
+# of some images has a part of every channel; so the slabs add up what they have.)
+def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
+    """c = x - mean; and the sums per channel of g and of g * c. (If None, g is c.)"""
+    c = np.empty_like(x)
+    sum_g = np.zeros_like(mean)
+    sum_gc = np.zeros_like(mean)
+    spread_mean = _spread(mean, x)
+    for images, channels in _slabs(x):
+        c_ = c[images, channels]
+        np.subtract(x[images, channels], spread_mean[channels], out=c_)
+        g_ = c_ if g is None else g[images, channels]
+        sum_g[channels] += np.einsum("ncp->c", g_)
+        sum_gc[channels] += np.einsum("ncp,ncp->c", g_, c_)
+    return c, sum_g, sum_gc
 
 
+# The mean of large numbers comes out rounded. With an exact one, the mean of c would be
+# 0; what it is instead is the *error* e of the mean. So the true centred numbers are
+# c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque, 1983). Neither
+# needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`, with
+# `scale = w / s` and `shift = b - e * scale`.
 @fused(_batch_norm_definition, operands=3)
 @_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
+    shape = x.shape
     x = x.astype(np.result_type(x, weight, bias), copy=False)
-    batch_last = not x.flags.c_contiguous
-    images = _by_channel(x, batch_last)  # (A, C, B)
-    n = images.size // len(weight)
+    x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
+    n = x.shape[0] * x.shape[2]
 
-    c = np.empty_like(images)
-    rounded_mean, error, variance = _centre(images, c)
+    rounded_mean = np.einsum("ncp->c", x) / n  # (C,), as all that follow from it
+    c, sum_c, sum_cc = _centre(x, rounded_mean)
+    error = sum_c / n
     mean = rounded_mean + error
+    variance = np.maximum(sum_cc / n - error * error, 0)
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
 
-    inverse = 1 / np.sqrt(variance + eps)  # 1 / s, (C,)
+    inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    shift = bias - error * scale
+    spread_scale = _spread(scale, x)
+    spread_shift = _spread(bias - error * scale, x)
     y = c  # from here on
-    for y_, scale_, shift_ in _slabs(y, _spread(scale, y), _spread(shift, y)):
-        y_ *= scale_
-        y_ += shift_
+    for images, channels in _slabs(x):
+        y_ = y[images, channels]
+        y_ *= spread_scale[channels]
+        y_ += spread_shift[channels]
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = _by_channel(g, batch_last)
-        dx, dweight, dbias = _batch_norm_back(g, images, mean, inverse, scale)
-        return _from_channels(dx, x.shape, batch_last), dweight, dbias
+        g = g.reshape(x.shape)
+        dx, dweight, dbias = _batch_norm_back(g, x, mean, inverse, scale)
+        return dx.reshape(shape), dweight, dbias
 
-    return _from_channels(y, x.shape, batch_last), pullback
+    return y.reshape(shape), pullback
 
 
-# Backward, `dx = w/s * (g - mean(g) - c * sum(g * c) / (n s^2))` takes two rounds, for
-# both sums must be known before the first number of dx. (c is computed again; to keep
-# it would take as much memory as x.)
-def _batch_norm_back(g, images, mean, inverse, scale):
-    """The gradients by images, weight and bias."""
-    n = images.size // len(mean)
-    c = np.empty_like(images)
-    sum_g = np.zeros_like(mean)  # (C,)
-    sum_gc = np.zeros_like(mean)
+# Backward, w is one number per channel, and so comes out of the means of `h = g * w`:
+#
+#     dx = (g - mean(g) - xhat * mean(g * xhat)) * w / s
+#
+# As `xhat = c / s`, what is taken away last is `c * slope`, with
+# `slope = mean(g * c) / s^2`. (c is computed again: to keep it would take as much memory
+# as x.)
+def _batch_norm_back(g, x, mean, inverse, scale):
+    """The gradients by x, (N, C, P), weight and bias."""
+    n = x.shape[0] * x.shape[2]
+    c, sum_g, sum_gc = _centre(x, mean, g)
+    slope = sum_gc / n * inverse * inverse
 
-    arrays = images, g, c, _spread(mean, images), sum_g, sum_gc
-    for x_, g_, c_, mean_, sum_g_, sum_gc_ in _slabs(*arrays):
-        np.subtract(x_, mean_, out=c_)
-        sum_g_ += np.einsum("acb->c", g_)
-        sum_gc_ += np.einsum("acb,acb->c", g_, c_)
-
-    per_channel = -sum_gc * inverse * inverse / n, sum_g / n, scale
-    spread = [_spread(numbers, images) for numbers in per_channel]
+    minus_slope = _spread(-slope, x)
+    mean_g = _spread(sum_g / n, x)
+    scale = _spread(scale, x)
     dx = c  # from here on
-    for dx_, g_, slope_, mean_g_, scale_ in _slabs(dx, g, *spread):
-        dx_ *= slope_
-        dx_ += g_
-        dx_ -= mean_g_
-        dx_ *= scale_
+    for images, channels in _slabs(x):
+        dx_ = dx[images, channels]
+        dx_ *= minus_slope[channels]  # -xhat * mean(g * xhat)
+        dx_ += g[images, channels]
+        dx_ -= mean_g[channels]
+        dx_ *= scale[channels]  # w / s
     return dx, sum_gc * inverse, sum_g
 
 
@@ -5014,8 +5027,10 @@ def _attention_definition(q, k, v, is_causal=False):
 # 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
 #    `dS^T Q / sqrt(D)`.
 #
-# The kernel does just that. To add the -inf of a mask is faster than to select, but only
-# where the scores are finite: inf + -inf would be nan.
+# The kernel does just that, with two shortcuts where the scores are of moderate size, as
+# they nearly always are. Then exp cannot overflow, and need not be told the maximum of
+# each row (II.5). And the mask, -inf, can be added, which is faster than to select, but
+# would make nan of a score of inf.
 def _attend(q, k, v, is_causal, out=None):
     """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
@@ -5036,7 +5051,7 @@ def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """The gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
     ds = g @ _mT(v)  # dP, (..., T, S)
-    ds -= _row_dot(g, y)
+    ds -= _row_dot(g, y)  # d, by step 3
     ds *= p
     dq = np.matmul(ds, k * scale, out=out[0])
     dk = np.matmul(_mT(ds), q * scale, out=out[1])
@@ -5066,9 +5081,9 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
 
 
 # A transformer computes q, k and v of all heads by one product, side by side in one
-# array. The kernel for that takes them out as views, and writes their gradients into
-# views of one array, which saves the copies. It takes a few sequences at a time, whose
-# P, of about two blocks, stays in the cache.
+# array. The kernel below takes them out as views, and writes their gradients into views
+# of one array, which saves the copies. And it goes by a few sequences, a *group*, at a
+# time: their P, of about two blocks, stays in the cache.
 def _heads(qkv: Any, num_heads: int) -> Any:
     """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
     b, t, c = qkv.shape
@@ -5100,7 +5115,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
                          f"{num_heads} heads divide")
     heads = _heads(qkv, num_heads)  # (3, B, H, T, D)
     _, b, h, t, d = heads.shape
-    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D)
+    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), for _merge a view
     step = max(1, 2 * _BLOCK // max(1, h * t * t))
     groups = [slice(i, i + step) for i in range(0, b, step)]
     results = [_attend(*heads[:, group], is_causal=True, out=y[group])
@@ -5184,8 +5199,8 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 # says by itself:
 #
 #     >>> sentence = "she sells sea shells by the sea shore."
-#     >>> tokenizer = CharTokenizer(sentence)
-#     >>> ids = tokenizer.encode(sentence)
+#     >>> tokenizer = CharTokenizer(sentence)  # each character has a number, its id
+#     >>> ids = tokenizer.encode(sentence)  # (38,)
 #     >>> windows = np.lib.stride_tricks.sliding_window_view(ids, 9)  # (30, 9)
 #     >>> x, y = windows[:, :-1], windows[:, 1:]  # what it reads, what is next: (30, 8)
 #     >>> manual_seed(0)
@@ -5293,6 +5308,7 @@ class GPT(Module):
         terms = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
+                # The last Linear of the attention, and of the MLP.
                 writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
                 scale = 0.02 / math.sqrt(terms) if writes else 0.02
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
@@ -5351,6 +5367,7 @@ class GPT(Module):
         if top_k is not None:
             _positive("generate", top_k=top_k)
         ids = np.array(self._token_ids("generate", idx), np.int64)
+        # A generator runs, and refuses, only when it is asked for its first token.
         return self._write(ids, max_new_tokens, temperature, top_k)
 
     def _write(self, ids: np.ndarray, count: int, temperature: float,
@@ -5360,6 +5377,7 @@ class GPT(Module):
         for _ in range(count):
             with _evaluating(modules):
                 logits = next_logits(ids)  # (B, V)
+            # (A float64 for the temperature would make one of float32 logits.)
             new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
             ids = np.concatenate([ids, new], axis=1)
             yield new[:, 0]
@@ -5379,9 +5397,18 @@ class GPT(Module):
 #
 # But for one new token it reads all the old ones again. What is new about them?
 # Nothing: attention is causal, so no position is touched by what comes after it. All
-# that a new position asks of the old ones is their keys and values, once in each block.
-# Let a *reader* keep these, and each token costs the work of one position. (`generate`
-# above does so; the lines here say what it must equal.)
+# that a new position asks of the old ones is their keys and values, in each block. A
+# *reader* keeps these, and each token costs the work of one position. For the network
+# above, of 2 blocks with 4 heads of 8 numbers, it keeps two arrays:
+#
+#     >>> reader = _Reader(gpt, batch=1)
+#     >>> print([kept.shape for kept in reader.cache])  # k and v, B, H, positions, D
+#     [(2, 1, 4, 8, 8), (2, 1, 4, 8, 8)]
+#     >>> logits = reader.next_logits(prompt[:, :3])  # "she" fills positions 0, 1 and 2
+#     >>> logits = reader.next_logits(prompt[:, :4])  # "she ", of which only " " is read
+#     >>> plain = gpt(prompt[:, :4]).numpy()[:, -1]
+#     >>> print(reader.length, np.allclose(logits, plain, atol=1e-5))
+#     4 True
 #
 # Once the text is longer than block_size, the window slides. Every token then stands
 # one place further to the left and has another position's row added to it, so all is
@@ -5390,53 +5417,6 @@ class GPT(Module):
 # The reader repeats the lines of GPT.forward, Block.forward and
 # MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
 # `generate` alone; and at the end of the last block, only the last position goes on.
-# (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
-# do.) So a network with other blocks, or whose attention is not causal,
-# is read the plain way instead. (One with another GPT.forward is refused, for that may
-# return anything.)
-
-
-def _choose_reader(gpt: GPT, batch: int) -> Callable:
-    """The function from ids (B, T) to the logits (B, V) of what may come next."""
-    if not _computes(gpt, GPT.forward):
-        raise TypeError("generate: reads as GPT.forward does, but "
-                        f"{type(gpt).__name__} has a forward of its own; write a "
-                        "generate to go with it")
-    if all(map(_can_be_cached, gpt.blocks)):
-        return _Reader(gpt, batch).next_logits
-    return functools.partial(_read_plainly, gpt)
-
-
-def _can_be_cached(block: Module) -> bool:
-    """Whether it computes what `_Reader` does: the forward methods above, causally."""
-    if not _computes(block, Block.forward):
-        return False
-    return _computes(block.attn, MultiHeadAttention.forward) and block.attn.is_causal
-
-
-def _computes(module: Module, forward: Callable) -> bool:
-    """Whether to call the module is to call this method."""
-    is_called = type(module).__call__ is Module.__call__
-    return is_called and getattr(module.forward, "__func__", None) is forward
-
-
-@no_grad()
-def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, T)."""
-    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
-
-
-@contextlib.contextmanager
-def _evaluating(modules: list[Module]) -> Iterator[None]:
-    """Inside, the modules are in evaluation mode; afterwards each in its own."""
-    training = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, was_training in zip(modules, training):
-            module.training = was_training
 
 
 class _Reader:
@@ -5495,6 +5475,50 @@ class _Reader:
         return attn.proj(_merge(y))
 
 
+# A network with other blocks, or whose attention is not causal, is read the plain way
+# instead. (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself,
+# as these do.) One with another GPT.forward is refused, for that may return anything.
+
+
+def _choose_reader(gpt: GPT, batch: int) -> Callable:
+    """The function from ids (B, T) to the logits (B, V) of what may come next."""
+    if not _computes(gpt, GPT.forward):
+        raise TypeError("generate: reads as GPT.forward does, but "
+                        f"{type(gpt).__name__} has a forward of its own; write a "
+                        "generate to go with it")
+    for block in gpt.blocks:
+        if not (_computes(block, Block.forward)
+                and _computes(block.attn, MultiHeadAttention.forward)
+                and block.attn.is_causal):
+            return functools.partial(_read_plainly, gpt)
+    return _Reader(gpt, batch).next_logits
+
+
+def _computes(module: Module, forward: Callable) -> bool:
+    """Whether to call the module is to call this method."""
+    is_called = type(module).__call__ is Module.__call__
+    return is_called and getattr(module.forward, "__func__", None) is forward
+
+
+@no_grad()
+def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
+    """The logits (B, V) of what follows `ids` (B, T)."""
+    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[Module]) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode; afterwards each in its own."""
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, training):
+            module.training = was_training
+
+
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
     """An index for each row of logits (B, V), drawn from its softmax or top k: (B, 1)."""
     if top_k is not None and top_k < logits.shape[1]:
@@ -5510,46 +5534,44 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #
 # Cut the batch into shares, let each processor compute one, and add up. For the mean
 # loss of a batch is a weighted mean itself, of the mean losses of its shares; and so is
-# its gradient. One after another, it looks like this:
+# its gradient. Take one parameter w = 2, a loss whose slope is the mean of x, and a
+# batch of five rows. One share after another:
 #
-#     >>> x, y = make_moons(10)
-#     >>> model = MLP(2, [8, 1])
-#     >>> def loss(x, y):
-#     ...     return binary_cross_entropy_with_logits(model(x), y)
-#     >>> for rows in np.array_split(np.arange(10), 3):  # shares of 4, 3 and 3 rows
-#     ...     part = loss(x[rows], y[rows]) * (len(rows) / 10)
+#     >>> w, x = Tensor(2.0), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+#     >>> def loss(x):
+#     ...     return (w * x).mean()
+#     ...
+#     >>> value = 0.0
+#     >>> for rows in np.array_split(x, 2):  # 3 rows and 2
+#     ...     part = loss(rows) * (len(rows) / 5)
 #     ...     part.backward()  # adds to .grad
+#     ...     value += part.item()
+#     ...
+#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
+#     6 3
 #
-# And here side by side; the gradients are the same, up to rounding:
+# And both at the same time:
 #
-#     >>> one_by_one = [p.grad.numpy() for p in model.parameters()]
-#     >>> with DataParallel(model, loss, processes=3) as parallel:
-#     ...     value = parallel(x, y)
-#     >>> all(np.allclose(p.grad.numpy(), g, atol=1e-6)
-#     ...     for p, g in zip(model.parameters(), one_by_one))
-#     True
+#     >>> with DataParallel(w, loss, processes=2) as parallel:
+#     ...     value = parallel(x)
+#     ...
+#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
+#     6 3
 #
-# **Why not threads?** Python's threads take turns: only one of them runs, and at every
-# call of NumPy it hands over a lock, and waits for it again afterwards. A step of
-# training is a thousand short calls. The step of a GPT of width 64 took 22.1 ms, and
-# 21.9 with two threads that had half of the batch each (Intel Sapphire Rapids, two
-# cores). Two *processes* have a lock each: about 13 ms.
+# **Why not threads?** Python's threads take turns: only one of them runs, the one that
+# has a lock. NumPy lets go of it while it computes, and then has to wait for it again;
+# and a step of training is a thousand short computations. The step of a GPT of width 64
+# took 22.1 ms, and 21.9 with two threads that had half of the batch each (Intel
+# Sapphire Rapids, two cores). Two *processes* have a lock each: about 13 ms.
 #
 # **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a second
 # process that is a copy of the first, with the same variables, the same model, and the
-# same loss function, be it a lambda. From then on each writes to its own memory, except
-# for memory that was set aside to be common to both. The parameters lie there, and one
-# array of gradients for each new process, which we call a *worker*. All else goes
-# through a *pipe*, a queue of bytes between two processes.
+# same loss function, be it a lambda. It is our *worker*. From then on each writes to
+# its own memory, except for some that was set aside to be common to both: for the
+# parameters, and for the gradients of each worker. All else goes through a *pipe*, a
+# queue of bytes between two processes.
 #
-# **One step, followed through.** Two processes, one parameter w = 2, the loss
-# `(w * x).mean()`, whose slope is the mean of x, and a batch of five rows:
-#
-#     >>> w = Tensor(2.0)
-#     >>> with DataParallel(w, lambda x: (w * x).mean(), processes=2) as parallel:
-#     ...     value = parallel(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
-#     6 3
+# **The step above, followed through:**
 #
 #        the parent: share 0                             the worker: share 1
 #        -------------------                             -------------------
@@ -5574,11 +5596,14 @@ class _Job(NamedTuple):
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
     tracked: list[bool]  # which parameters are, now (one may be frozen, and thaw)
-    state: tuple[list, list] | None  # the module's training flags and constants
+    training: list[bool]  # which modules are
+    constants: list[np.ndarray]  # what the module saves and does not train
 
 
 class DataParallel:
     """Share every batch among forked processes; each computes a part of the gradient.
+
+    `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
 
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
       `training` flags, which parameters are frozen, and what else it saves (running
@@ -5587,25 +5612,12 @@ class DataParallel:
       changes (a number among the attributes, a layer put in place of another) workers
       know nothing: then make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
-      a scalar Tensor. Any function will do, also a lambda. It runs in all processes:
-      what it changes, other than the arrays above, it changes in the process that it
-      runs in.
+      a scalar Tensor. What it changes, other than the arrays above, it changes in the
+      process that it runs in.
     - `evaluate(*arrays)` is given a share, too, and returns a number or an array.
     - `processes` is how many there are, this one included (default: as many as cores).
       With 1, or where the system cannot fork (Windows, macOS: a warning says so), this
       one computes all.
-
-        >>> model = MLP(2, [16, 1])
-        >>> points, labels = make_moons(100)
-        >>> def loss(x, y):
-        ...     return binary_cross_entropy_with_logits(model(x), y)
-        >>> optimizer = Adam(model, lr=0.05)
-        >>> with DataParallel(model, loss, processes=2) as parallel:
-        ...     for step in range(50):
-        ...         value = parallel(points, labels)
-        ...         optimizer.step()
-        >>> value < 0.3
-        True
 
     While it is open, parameters live in memory common to all processes (but one whose
     array somebody took by `p.data` stays where it is, and is copied over at each call),
@@ -5633,7 +5645,7 @@ class DataParallel:
         self._module = params if isinstance(params, Module) else None
         self._modules = params.modules() if isinstance(params, Module) else []
         self._calls = 0
-        # Another after another manual_seed; from a copy, to leave the stream as it is.
+        # Some number that manual_seed decides; from a copy, to leave the stream as it is.
         self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
         self.flat_gradients: list[np.ndarray] = []
 
@@ -5725,36 +5737,34 @@ class DataParallel:
             raise ValueError("DataParallel: needs arrays with equally many rows, "
                              f"not {shapes}")
 
+        # A module's flags and constants change in the parent (`model.eval()`, batch
+        # norm's statistics), where workers, being copies, do not see it.
         tracked = [p.requires_grad for p in self._params]
-        state = self._module_state()
+        training = [module.training for module in self._modules]
+        constants = _constants(self._module) if self._team.workers else []
+        state = (tracked, training, list(map(_value, constants)))
         shares = zip(*[np.array_split(a, self.processes) for a in arrays])
-        return [_Job(kind, share, len(share[0]) / lengths[0], stream, tracked, state)
+        return [_Job(kind, share, len(share[0]) / lengths[0], stream, *state)
                 for share in shares if len(share[0]) > 0]
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The parent's share, or its exception, to be raised when all have answered."""
         try:
-            self._require_same_parameters()
+            # To ask a module for its parameters takes a moment: so while workers compute.
+            now = self._params if self._module is None else self._module.parameters()
+            if list(map(id, now)) != list(map(id, self._params)):
+                raise RuntimeError("DataParallel: the module has other parameters than it "
+                                   "had; make a new DataParallel")
             return self._compute(0, job, pieces)
         except Exception as error:
             return error
-
-    def _require_same_parameters(self) -> None:
-        if self._module is None:
-            return
-        now = self._module.parameters()
-        if list(map(id, now)) != list(map(id, self._params)):
-            raise RuntimeError("DataParallel: the module has other parameters than it "
-                               "had; make a new DataParallel")
 
     # What follows is computed in all processes: the parent's share is number 0.
 
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job; a gradient goes into `pieces`."""
         if share > 0:
-            for p, is_tracked in zip(self._params, job.tracked):
-                p.requires_grad = is_tracked
-            self._take_state(job.state)
+            self._take_state(job)
         before = _mode.rng
         manual_seed((*job.stream, share))
         try:
@@ -5778,30 +5788,20 @@ class DataParallel:
             piece[...] = slopes[p]._data if p in slopes else 0
         return loss.item(), [p in slopes for p in self._params]
 
-    # What a module has beside its parameters changes in the parent (`model.eval()`, the
-    # statistics of batch norm), where workers, being copies, do not see it. So it is
-    # sent along.
-
-    def _module_state(self) -> tuple[list, list] | None:
-        """The module's training flags and constants, if there is anybody to tell."""
-        if self._module is None or not self._team.workers:
-            return None
-        training = [module.training for module in self._modules]
-        constants = [_value(constant) for constant in _constants(self._module)]
-        return training, constants
-
-    def _take_state(self, state: tuple[list, list] | None) -> None:
-        if state is None:
-            return
-        training, constants = state
-        for module, is_training in zip(self._modules, training):
+    def _take_state(self, job: _Job) -> None:
+        """Give parameters and module the state that the parent's have."""
+        for p, is_tracked in zip(self._params, job.tracked):
+            p.requires_grad = is_tracked
+        for module, is_training in zip(self._modules, job.training):
             module.training = is_training
-        for constant, sent in zip(_constants(self._module), constants, strict=True):
+        for constant, sent in zip(_constants(self._module), job.constants, strict=True):
             _overwrite(constant, sent)
 
 
-def _constants(module: Module) -> list:
+def _constants(module: Module | None) -> list:
     """The Tensors and arrays that a module saves and does not train, each once."""
+    if module is None:
+        return []
     saved = [value for _, value in module._contents() if _is_saved(value)]
     by_identity = {id(value): value for value in saved if not _is_trained(value)}
     return list(by_identity.values())
@@ -5822,13 +5822,16 @@ def _constants(module: Module) -> list:
 #     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
 #
 # NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
-# handed out (`t.data`), and compared whenever its elements are read: by an operation,
-# or by a walk that needs them as they were. (That is what touching `p.data` costs: from
-# then on, each operation on p reads p once more, for a crc32.) `t._checksum` is None as
-# long as nobody outside has the array. `t._written` is the time of the last write that
-# is known of, and a tensor made after that time has seen what was written. (Of a
-# constant, of a raw array that is an operand, and of a view such as `t.detach()` or
-# `t.T`, nothing is known: who writes there gets another gradient.)
+# handed out (`t.data`), and taken again whenever its elements are read: by an operation,
+# or by a walk that needs them as they were. If it has changed, the moment is noted.
+# Above, x was made at 1 and y at 2, and the write is noted at 3: after y, so it is an
+# error. (A result made at 4 has seen what was written, and may walk back.)
+#
+# `t._checksum` is None as long as nobody outside has the array, and `t._written` is the
+# time of the last write that is known of. The price of touching `p.data` is that each
+# operation on p reads p once more from then on, for a crc32. Of a constant, of a raw
+# array that is an operand, and of a view such as `t.detach()` or `t.T`, nothing is
+# known: who writes there gets another gradient.
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
@@ -5845,11 +5848,6 @@ def _renew_checksum(t: Tensor) -> None:
     if t._checksum not in (None, now):
         _note_write(t)
     t._checksum = now
-
-
-def _handed_out(t: Tensor) -> bool:
-    """Whether somebody outside has the array, and may expect to find it there still."""
-    return t._checksum is not None
 
 
 def _note_write(t: Tensor) -> None:
@@ -5878,7 +5876,7 @@ def _replace_data(t: Tensor, value: Any) -> None:
 
 
 # *Gradients are written to, too,* as when they are clipped. So one that is kept shares
-# its memory with nobody: not with another gradient, not with what it was computed from.
+# its memory with no other, and with nothing that it was computed from.
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -5896,7 +5894,7 @@ def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
     """The same of which no two are one, where `gradients` was asked twice for one input."""
-    return [_copy(slope) if slope.requires_grad else Tensor(slope, False) for slope in slopes]
+    return [as_tensor(_copied(slope)) for slope in slopes]
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
@@ -5955,27 +5953,47 @@ Tensor.__reduce__ = _reduce
 # ## IV.2 Checkpoint: memory for time?
 #
 # A tape keeps every intermediate result until the walk has passed it. A checkpoint
-# keeps none, and computes them again when the walk arrives. It is an operation whose
-# pullback runs the function:
+# keeps none, and computes them again when the walk arrives: it is one operation, whose
+# rule runs the function.
 #
-#     >>> def deep(x):
-#     ...     for _ in range(50):
-#     ...         x = np.sin(x)
-#     ...     return x
+#     >>> def naive_checkpoint(f, x):
+#     ...     def rule(g, y, x):
+#     ...         y, pull = vjp(f, x)  # f again, now with a tape
+#     ...         return pull(g)[0]  # and back along it
+#     ...     return primitive(rule)(f)(x)  # f on bare arrays: no tape
 #     ...
-#     >>> x = Tensor(1.0)
-#     >>> print(deep(x)._operands[0] is x, checkpoint(deep, x)._operands[0] is x)
-#     False True
+#     >>> def f(x):
+#     ...     return np.exp(np.sin(x))
+#     ...
+#     >>> x = Tensor(0.0)
+#     >>> y = naive_checkpoint(f, x)
+#     >>> print(y._operands[0] is x)  # nothing between them
+#     True
+#     >>> y.backward()
+#     >>> print(x.grad)  # exp(sin(0)) * cos(0)
+#     1.0
 #
-# What are its operands? Not only the arguments, for f may close over Tensors, such as
-# the parameters of a module. The tape of the first run tells. All that f makes is
-# younger than the moment when it began, and all that it reads is older. So the search
-# for a route (I.5), with that moment for its horizon, finds what f has read: what it
-# calls `older`. Then that tape is dropped.
+# What does it lack? *Other operands*: f may close over Tensors, such as the parameters
+# of a module, and these receive nothing. *Chance*: where f drops out, the second run
+# must draw the numbers that the first one drew. And *a check* that the second run gives
+# what the first one gave.
 #
-# When a walk arrives here with a cotangent, f runs again, and a small walk goes back
-# along the new tape. Its horizon is the moment when the second run began: so it ends at
-# the operands, and what reaches them is what the checkpoint returns, as a rule would.
+# How do we find out what f reads? Run it once with a tape, which is then dropped. All
+# that f makes is younger than the moment when it began, and all that it reads is older.
+# So the search for a route (I.5), with that moment for its horizon, finds what f has
+# read: what it calls `older`. Here f closes over w, and h is its own:
+#
+#     >>> w, x = Tensor(3.0, label="w"), Tensor(2.0, label="x")  # w:1, x:2
+#     >>> began = next(_clock)  # 3
+#     >>> h = w * x  # h:4
+#     >>> y = np.sin(h)  # y:5
+#     >>> print([t.label for t in _find_route([y], [], horizon=began).older])
+#     ['x', 'w']
+#
+# The search goes from 5 to 4, and from there to 2 and 1, which are older than 3. These
+# are the operands of the checkpoint. In the backward pass f runs again, and a small walk
+# goes back along this new tape. Its horizon is the moment when the second run began: so
+# it ends at the operands, and what reaches them is what the checkpoint hands to them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5989,18 +6007,21 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     """
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
+    kind_of_random = type(_mode.rng.bit_generator)
     random_state = _mode.rng.bit_generator.state
     began = next(_clock)
-    (y,) = _outputs("checkpoint", [f(*args)])
-    reads = _find_route([y], [], horizon=began).older
-    if not reads or not _mode.recording:
+    (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
+    operands = tuple(_find_route([y], [], horizon=began).older)
+    if not operands or not _mode.recording:
         return y.detach()
 
     def run_again() -> Tensor:
-        with _mode.set(recording=True, rng=_generator_at(random_state)):
+        rng = np.random.Generator(kind_of_random())
+        rng.bit_generator.state = random_state
+        with _mode.set(recording=True, rng=rng):
             return f(*args)
 
-    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, tuple(reads), pullback=run_again)
+    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
@@ -6008,16 +6029,15 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     began = next(_clock)
     again = t._pullback()
     _require_same(again, t)
-    inputs = [a for a, due in zip(t._operands, wanted) if due]
+    inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
-    slopes = _gradients([(again, g)], inputs, create_graph, create_graph, route)
-    shares = dict(zip(inputs, slopes))
-    return [shares.get(a) for a in t._operands]  # None where nothing is due
+    reached = _reached([(again, g)], inputs, create_graph, create_graph, route)
+    return [reached.get(a) for a in t._operands]  # None where nothing is wanted
 
 
 def _require_same(again: Any, t: Tensor) -> None:
     """RuntimeError if the second run gave something else, but for rounding."""
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
     same = np.shape(again) == t.shape and np.allclose(
         _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
     if not same:
@@ -6026,59 +6046,25 @@ def _require_same(again: Any, t: Tensor) -> None:
                            "module's training flag?")
 
 
-# So it is an operation, with any number of operands.
+# To the walk (I.5) it is an operation, with any number of operands.
 checkpoint.operands = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
 
-def _generator_at(state: dict) -> np.random.Generator:
-    """A generator of random numbers in this state."""
-    generator = np.random.Generator(type(_mode.rng.bit_generator)())
-    generator.bit_generator.state = state
-    return generator
-
-
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
 #
-# First nests, which are taken apart and put together; then what a transform asks of its
-# arguments, of what the function returns and of cotangents, before it walks.
-#
-# What a function is differentiated by may be nested dicts, lists and tuples of arrays,
-# as the parameters of a model are. The gradient is built alike:
-#
-#     >>> def loss(model):
-#     ...     return (model["w"] * 2.0 + model["b"]).sum()
-#     ...
-#     >>> slopes = grad(loss)({"w": np.ones(2), "b": 1.0})
-#     >>> print(slopes["w"], slopes["b"])
-#     [2. 2.] 2.0
-#
-# The transforms only know flat lists of tensors. So a nest is taken apart into the list
-# of its *items*, and what comes out is put together like the nest that went in:
+# What a function is differentiated by may be a *nest*: dicts, lists and tuples of
+# arrays, as the parameters of a model are. The transforms only know flat lists of
+# tensors. So a nest is taken apart into the list of its *items*, and what comes out is
+# put together like the nest that went in:
 #
 #     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
 #     >>> print(items, rebuild([10, 20, 30]))
 #     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
 #
-# What is an item? All that is no dict, list or tuple. And a list of numbers is one, an
-# array to be; so is a list of lists of numbers, if an array can be made of it:
-# [[1.0], [2.0]] is one item, and [[1.0], 2.0] two.
-
-
-def _is_item(tree: Any) -> bool:
-    if isinstance(tree, list):
-        return _shape_of_numbers(tree) is not None
-    return not isinstance(tree, (dict, tuple))
-
-
-def _shape_of_numbers(tree: Any) -> tuple | None:
-    """The shape of the array that nested lists of numbers would make; None if they are no such."""
-    if not isinstance(tree, list):
-        return () if np.isscalar(tree) else None
-    shapes = {_shape_of_numbers(item) for item in tree}
-    if len(shapes) > 1 or None in shapes:
-        return None
-    return (len(tree), *(shapes.pop() if shapes else ()))
+# Both halves are one function, which goes through a nest and builds the same of what
+# `f` makes of each item. `_flatten` calls it to note the items; `rebuild`, to put the
+# next of the others in the place of each.
 
 
 def _map_tree(f: Callable, tree: Any) -> Any:
@@ -6100,15 +6086,42 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
 
     def rebuild(others: Iterable) -> Any:
         others = iter(others)
-        return _map_tree(lambda item: next(others), tree)  # each in place of one item
+        return _map_tree(lambda item: next(others), tree)
 
     return items, rebuild
 
 
+# What is an item? All that is no dict, list or tuple. And a list of numbers, for it is
+# an array to be; so is a list of lists of numbers, if they are equally long. Of
+# [[1.0], [2.0]] there is one item, and of [[1.0], 2.0] there are two.
+
+
+def _is_item(tree: Any) -> bool:
+    if isinstance(tree, list):
+        return _shape_of_numbers(tree) is not None
+    return not isinstance(tree, (dict, tuple))
+
+
+def _shape_of_numbers(tree: Any) -> tuple | None:
+    """The shape of the array that nested lists of numbers would make; None if they are no such."""
+    if not isinstance(tree, list):
+        return () if np.isscalar(tree) else None
+    shapes = {_shape_of_numbers(item) for item in tree}
+    if len(shapes) > 1 or None in shapes:
+        return None
+    inner = shapes.pop() if shapes else ()
+    return (len(tree), *inner)
+
+
 # A cotangent is built like the result that it belongs to, and a tangent like its
-# argument. To pair them, walk through both nests at once, dicts by key. (What stands
-# beside two results, say, may be [1.0, 1.0]: so the nest that is wanted decides what is
-# an item.)
+# argument. To pair them, walk through both nests at once, dicts by key. The nest that
+# is wanted, `like`, decides what is an item, for [1.0, 1.0] may stand beside one array
+# or beside two results:
+#
+#     >>> for like in np.ones(2), (1.0, 1.0):
+#     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
+#     [(2,)]
+#     [(), ()]
 
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
@@ -6146,6 +6159,12 @@ def _outline(tree: Any) -> str:
 # In the order of a run (I.7): which arguments, and each as a fresh input; what the
 # function returned; the cotangents that a walk starts with; and, for an input, whether a
 # walk can come to it at all.
+#
+#     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
+#     >>> print(chosen, put_back((10.0, 30.0)))
+#     (1.0, 3.0) [10.0, 2.0, 30.0]
+
+
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
     """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
     if not isinstance(args, (tuple, list)):
@@ -6157,7 +6176,7 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
     if any(i not in range(-len(args), len(args)) for i in positions):
         raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
                          "are counted from 0")
-    positions = [i % len(args) for i in positions]
+    positions = [i % len(args) for i in positions]  # -1 is the last
     if len(set(positions)) < len(positions):
         raise ValueError(f"{name}: argnums={argnums} names an argument twice")
 
@@ -6224,8 +6243,8 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     if create_graph:  # somebody may want to differentiate by it, also inside no_grad
         with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
-    copied = np.array if output._op is None else np.asarray  # for a leaf keeps it
-    return copied(_value(cotangent), output.dtype)
+    array = np.asarray(_value(cotangent), output.dtype)
+    return np.array(array) if output._op is None else array  # a copy, where a leaf keeps it
 
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
@@ -6260,18 +6279,29 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
     return inputs
 
 
-# *A tape that was let go* cannot be searched for the inputs (I.5). But a function that is
-# differentiated by x may use a tensor that has seen a `backward` of its own, and the
-# answer is known if that met no part of x. Whom it met is in `_sources`: the time of each
-# leaf, and with `retain_grads` of every tensor.
+# *A tape that was let go.* The search for a route (I.5) asks each tensor that it meets
+# what it was made of. One that has seen a `backward` of its own cannot say any more; and
+# that is an error, unless it cannot matter. (When does it come up? In a function with a
+# training loop inside, which returns x times its last loss, say.) So `backward` leaves
+# in `_sources` the times of the leaves that it met. Below, s was made of w alone:
+#
+#     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
+#     >>> s = w * w  # s:3
+#     >>> s.backward()  # lets go; s._sources is {2}
+#     >>> print(gradients(s * x, [x])[0])  # 1 is not among them: nobody need look behind s
+#     4.0
+#     >>> gradients(s * x, [w])  # 2 is
+#     Traceback (most recent call last):
+#     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, among which somebody looks for `inputs`. RuntimeError if
-    they were let go, and may have been made of one."""
-    if t._operands is None and t._sources is not None:
+    """The operands of `t`, behind which somebody looks for `inputs`: none, if they were
+    let go and no input had a part in them; RuntimeError, if one may have had."""
+    if t._operands is None:
         older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
-        if all(x._op is None and x._time not in t._sources for x in older):
+        noted = t._sources is not None and all(x._op is None for x in older)  # leaves are
+        if not older or noted and all(x._time not in t._sources for x in older):
             return ()
     return _require_operands(t)
 
@@ -6301,7 +6331,7 @@ def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarra
 # to some.
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))  # 0: of this process
     return os.cpu_count() or 1
 
 
@@ -6340,9 +6370,10 @@ def _set_blas_threads(count: int) -> int | None:
 def _openblas() -> tuple[Callable, Callable] | None:
     """Its functions that get and set the number of threads, if NumPy has loaded it."""
     import ctypes
-    names = ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_",
-             "openblas_{}_num_threads")
-    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:
+    names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
+             "openblas_{}_num_threads64_",  # with NumPy 1
+             "openblas_{}_num_threads")  # and with the system
+    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:  # (of Linux)
         for path in {line.split()[-1] for line in loaded if "openblas" in line}:
             library = ctypes.CDLL(path)
             for name in names:
@@ -6352,40 +6383,52 @@ def _openblas() -> tuple[Callable, Callable] | None:
 
 
 # **The allocator.** A step of training makes and drops the same arrays of a few
-# megabytes each time. By default glibc gives such memory back to the system at once,
-# and gets it again page by page: 70,000 pages in a step of a GPT of width 256, 16,000
-# if it may keep what it has, and half of the time of a CNN's step. So while training,
-# it keeps (mallopt(3)) what was freed, and takes blocks of up to 32 MiB, the most it
-# can, from there. When the last optimizer is gone, all is given back, and it keeps no
-# more than by its own rule, twice the size from which blocks are the system's. That size
-# stays. For glibc raises it by itself, to the largest block that it has seen freed; but
-# not once mallopt was called, and from its first 128 KiB on every array would be new.
-_trainers: set[int] = set()
+# megabytes each time. By default glibc, the C library of most Linuxes, gives such memory
+# back to the system at once, and gets it again page by page: 70,000 pages in a step of a
+# GPT of width 256, where 16,000 would do; and half of the time of a CNN's step goes
+# there. Two settings rule it (mallopt(3)), and while training we raise both:
+#
+# - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
+#   The most that may be set is 32 MiB.
+# - Smaller ones come from a heap, at whose end up to M_TRIM_THRESHOLD free bytes are
+#   kept. The most is the largest C int: that is, all are kept.
+#
+# When the last optimizer is gone, all is given back, and it keeps what it would by its
+# own rule: twice the first setting. The first stays at 32 MiB, for where nobody sets
+# it, glibc raises it by itself from 128 KiB, to the largest block that it has seen
+# freed; but once anybody called mallopt, never again, and at 128 KiB, every array would
+# be new.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
+_LARGEST_INT = (1 << 31) - 1
+_LARGEST_THRESHOLD = 32 << 20  # 32 MiB
+_trainers: set[int] = set()  # the id of each that lives
+
 
 def _keep_freed_memory(trainer: Any) -> None:
     """Let glibc keep freed memory as long as `trainer` lives."""
     if _glibc() is None:
         return
-    _glibc().mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    _glibc().mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    _glibc().mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    _glibc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _trainers.add(id(trainer))
-    weakref.finalize(trainer, _give_back, id(trainer)).atexit = False
+    when_gone = weakref.finalize(trainer, _give_back, id(trainer))
+    when_gone.atexit = False  # at Python's end, the system takes back all anyhow
 
 
 def _give_back(trainer: int) -> None:
     """After the last trainer's end, give back what is kept, and keep no more."""
     _trainers.discard(trainer)
     if not _trainers:
-        _glibc().mallopt(-1, 1 << 26)  # 2 * 32 MiB
-        _glibc().malloc_trim(0)
+        _glibc().mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+        _glibc().malloc_trim(0)  # with 0 bytes to spare
 
 
 @functools.cache
 def _glibc() -> Any:
     """The C library, if it is glibc."""
     import ctypes
-    with contextlib.suppress(OSError, TypeError):
-        library = ctypes.CDLL(None)
+    with contextlib.suppress(OSError, TypeError):  # (TypeError: on Windows)
+        library = ctypes.CDLL(None)  # what this process has loaded
         if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
             return library
     return None
@@ -6425,7 +6468,8 @@ def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros in memory that is common to this process and all that it forks later."""
     import mmap  # only here, for it is slow to load, as are some below
 
-    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # goes with its last user
+    bytes_needed = max(1, size * dtype.itemsize)  # 0 is refused
+    memory = mmap.mmap(-1, bytes_needed)  # -1: of no file; it goes with its last user
     return np.frombuffer(memory, dtype, size)
 
 
@@ -6480,7 +6524,7 @@ class _Team:
         _, self._common = self._layout.allocate(_shared)
         for p, common in zip(self._params, self._common):
             common[...] = p._data
-            if not _handed_out(p):
+            if p._checksum is None:  # else somebody has the array, and may write to it (IV.1)
                 p._data = common
 
         threads = _set_blas_threads(1)  # (IV.4)
@@ -6490,14 +6534,14 @@ class _Team:
             with _interrupts_held():
                 for share in range(1, processes):
                     flats, pieces = self._layout.allocate(_shared)
-                    answer = functools.partial(compute, share, pieces=pieces)
+                    answer = functools.partial(compute, share, pieces=pieces)  # of a job
                     self.workers.append(_Worker(self, flats, answer))
         except BaseException:  # such as: no more processes
             self.close()
             raise
 
     def copy_moved_parameters(self) -> None:
-        """Bring what was replaced (by `p.data = ...`) to where workers look for it."""
+        """Copy what is not in common memory (p.data was taken, or replaced) to there."""
         for p, common in zip(self._params, self._common):
             if p._data is common:
                 continue
@@ -6506,13 +6550,26 @@ class _Team:
                                 f"{p.dtype}; make a new DataParallel after astype")
             common[...] = p._data
 
-    def work(self, pipe: Any, answer: Callable) -> NoReturn:
-        """The loop of a worker."""
+    def live_as_worker(self, pipe: Any, answer: Callable) -> NoReturn:
+        """A worker's whole life. It must not return into the program it is a copy of."""
+        import signal
+
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
+            gc.freeze()  # to look at old objects would copy the memory that they lie in
+            self._work(pipe, answer)
+        finally:
+            os._exit(1)
+
+    def _work(self, pipe: Any, answer: Callable) -> NoReturn:
         import traceback
 
         for p, common in zip(self._params, self._common):
             p._data = common
-        _mode.recording = True
+        _mode.recording = True  # also if it was made inside no_grad()
         while True:
             job = pipe.recv()  # EOFError if nobody is left to send one
             try:
@@ -6532,7 +6589,7 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and not _handed_out(p):
+                if p._data is common and p._checksum is None:
                     p._data = array
             self._common = []
 
@@ -6547,14 +6604,12 @@ class _Worker:
         self._pipe, workers_end = Pipe()
         self._has_ended = False
         self._exit_code: int | None = None  # -n: killed by signal n
-        parent = os.getpid()
         self.pid = _fork()
         if self.pid == 0:
             # Fork copies all open ends, and a pipe with a forgotten copy never closes.
             for worker in [self, *team.workers]:
                 worker._pipe.close()
-            work = functools.partial(team.work, workers_end, answer)
-            _live_as_worker(parent, work)
+            team.live_as_worker(workers_end, answer)
         workers_end.close()
 
     def send(self, job: _Job) -> None:
@@ -6575,7 +6630,7 @@ class _Worker:
         """What to say of a worker whose end of the pipe is closed."""
         import signal
 
-        self._wait(seconds=1)  # a pipe is closed a moment before the end is told
+        self._wait(seconds=1)  # plenty: a pipe is closed a moment before the end is told
         code = self._exit_code
         if not self._has_ended:
             how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
@@ -6605,7 +6660,7 @@ class _Worker:
         deadline = time.monotonic() + seconds
         while not self._has_ended:
             try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                pid, status = os.waitpid(self.pid, os.WNOHANG)  # (0, 0): it still runs
             except ChildProcessError:  # somebody else has waited for it
                 self._has_ended = True
                 return
@@ -6615,22 +6670,7 @@ class _Worker:
             elif time.monotonic() >= deadline:
                 return
             else:
-                time.sleep(0.001)
-
-
-def _live_as_worker(parent: int, work: Callable) -> NoReturn:
-    """A worker's whole life. It must not return into the program it is a copy of."""
-    import signal
-
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        threading.Thread(target=_follow, args=[parent], daemon=True).start()
-        gc.freeze()  # to look at old objects would copy the memory that they lie in
-        work()
-    finally:
-        os._exit(1)
+                time.sleep(0.001)  # not to ask all the time
 
 
 def _follow(parent: int) -> None:
@@ -6657,8 +6697,8 @@ def _interrupts_held() -> Iterator[None]:
     """Ctrl-C has to wait until this is done."""
     import signal
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    try:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # asks, and blocks nothing
+    try:  # from here on, what is blocked is let through in the end
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         yield
     finally:
