@@ -126,16 +126,21 @@ def build_model(settings: dict, image_shape: tuple[int, int, int]) -> nanoad.Mod
     """A network that turns images (N, C, H, W) into logits (N, 10) of what they show."""
     channels, height, width = image_shape
     few, many = settings["width"], 2 * settings["width"]
+
+    def convolution(before: int, after: int) -> nanoad.Module:
+        # batch norm has a bias of its own, and takes away any other
+        return nanoad.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
+
     return nanoad.Sequential(
-        nanoad.Conv2d(channels, few, kernel_size=3, padding=1),
+        convolution(channels, few),
         nanoad.BatchNorm2d(few),
-        nanoad.ReLU(),
         nanoad.MaxPool2d(2),  # (N, few, H/2, W/2)
-        nanoad.Conv2d(few, many, kernel_size=3, padding=1),
+        nanoad.ReLU(),  # of the maxima: the maximum of the ReLUs, for a quarter of the work
+        convolution(few, many),
         nanoad.BatchNorm2d(many),
-        nanoad.ReLU(),
         nanoad.MaxPool2d(2),  # (N, many, H/4, W/4)
-        nanoad.Conv2d(many, many, kernel_size=3, padding=1),
+        nanoad.ReLU(),
+        convolution(many, many),
         nanoad.BatchNorm2d(many),
         nanoad.ReLU(),
         nanoad.Flatten(),
