@@ -7205,9 +7205,9 @@ def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
     return rebuilt if kind == "list" else tuple(rebuilt)
 
 
-# A file must appear under its final name whole or not at all, even if the power fails
-# or two processes write it at once. The loaders' downloads are written by this
-# function, too. It takes five steps, of which only the fourth changes what others see:
+# A file (a download, too) must appear under its final name whole or not at all, even if
+# the power fails or two processes write it at once. That takes five steps, of which only
+# the fourth changes what others see:
 #
 # 1. Open a file of a name that nobody else has, *in the same folder*: a rename is
 #    atomic only within one file system.
@@ -7586,18 +7586,18 @@ def _draw_curves(means: list[np.ndarray], low: float, high: float,
     return ["".join(row) for row in grid]
 
 
-# The line runs through the middle of a character, `─`, as long as it stays in its row.
-# Where it comes from another row, that column has a corner in both, and strokes in the
-# rows between. Falling by two rows, and rising by two:
+# Where the line comes from another row, a column has a corner in both, and strokes in
+# the rows between. Falling by two rows, and rising by two:
 #
 #     ─╮           ╭─     row 0
 #      │           │      row 1
 #      ╰─         ─╯      row 2
 def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
     """Draw a curve into `grid`, given its row in each column, or nan for a gap."""
-    for x in np.isfinite(rows).nonzero()[0]:
+    (columns,) = np.isfinite(rows).nonzero()
+    for x in columns:
         row = int(rows[x])
-        goes_on = x > 0 and np.isfinite(rows[x - 1])  # after a gap it begins anew
+        goes_on = x - 1 in columns  # after a gap it begins anew
         before = int(rows[x - 1]) if goes_on else row
         if before == row:
             grid[row, x] = "─"
@@ -7918,8 +7918,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
     The weights have the shape of x, or, for a single axis, its length.
     """
     if weights is None:
-        x = as_tensor(x)
-        weights = np.ones_like(x)
+        weights = np.ones_like(as_tensor(x))
     x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
         if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
@@ -8326,11 +8325,10 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
 
 # ## IV.11 Names: where is X?
 #
-# This is the index of the file, by namespace and topic. All names are flat, and for
-# those who like them sorted there are modules too, `nanoad.nn` and its like, made here
-# and entered in `sys.modules`. They are named after this file's module, whatever that
-# is called and wherever it is. A name that Python has itself (`sum`) stands in the file
-# with a `_` behind it (`sum_`).
+# This is the index of the file, by namespace and topic. All names are flat; for those
+# who like them sorted there are modules too, `nanoad.nn` and its like, made here and
+# named after this file's module, whatever that is called. A name that Python has itself
+# (`sum`) stands in the file with a `_` behind it (`sum_`).
 _INDEX = {
     "": {
         "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
