@@ -19,8 +19,8 @@ The file has four parts, and whoever stops early has something whole:
     II   the rule book   operations on arrays, their derivatives; how to add one, and make it fast
     III  networks        losses, modules, optimizers, convolution, attention, a GPT; many cores
     IV   the craft       what a good tool needs and the idea does not: the watch over writes,
-                         memory, nests, the machine, workers, data, saving, drawing; NumPy's
-                         other names; an index of all names; a tour
+                         memory, nests, the machine, workers, data, saving, drawing, plots;
+                         NumPy's other names; an index of all names; a tour
 
 You need NumPy, calculus, and no other file. `python nanoad.py` gives the tour. (After
 the imports, which are Python's own and NumPy, the essay begins.)
@@ -91,9 +91,10 @@ class Tensor:
     TypeError for what is no real number.
 
     With `requires_grad` it is tracked, and without, a constant. (Made of a tracked
-    Tensor, it is a copy that is still tied to that, and so no leaf.) Operators (I.2),
-    NumPy's functions such as `np.exp(t)` (II.2) and methods (II.8) differentiate, and
-    take all that is no Tensor for a constant. Comparisons give plain bool arrays.
+    Tensor, it is a copy that is still tied to that, and so no leaf, but inside
+    no_grad().) Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and
+    methods (II.8) differentiate, and take all that is no Tensor for a constant.
+    Comparisons give plain bool arrays.
     """
 
     __slots__ = (
@@ -455,8 +456,7 @@ Tensor.__neg__ = neg
 # younger than t*. When t is the youngest that waits, nothing that uses it is waiting; and
 # nothing younger can come to wait later, since from here on only operands are added,
 # which are older still. So all that used t has been taken before, and its cotangent is
-# complete. Take `y = a * b` and
-# `z = y + a`, with the times 1, 2, 3, 4:
+# complete. Take `y = a * b` and `z = y + a`, where a, b, y, z have the times 1, 2, 3, 4:
 #
 #          z:4         what waits, with its cotangent     is taken
 #         /   \        z:4 <- 1                           z, whose shares go to y and a
@@ -469,8 +469,7 @@ Tensor.__neg__ = neg
 # Where does this walk fail, or waste?
 #
 # - Let `x` have the shape (3,) and be added to a table (4, 3): it receives (4, 3). (I.4)
-# - Of `2 * x`, the 2 would have to wait, and has no time; and no rule is told its
-#   settings, such as an axis. (I.5)
+# - Of `2 * x`, the 2 would have to wait, and has no time. (I.5)
 # - `max` looks at all that waits, at each step. (I.5: a heap)
 # - All it passed stays in memory until the last tensor is dropped. (I.5: letting go)
 # - It always goes to all leaves, whoever asks. (I.5: routes)
@@ -498,7 +497,10 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     if g.dtype == np.float16:
         g = g.astype(np.float32)  # many small numbers would not add up
     padded = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front: (1, 3)
-    stretched = tuple(i for i, n in enumerate(padded) if n != g.shape[i])  # here (0,)
+    stretched = tuple(i for i, n in enumerate(g.shape) if n != padded[i])  # here (0,)
+    if len(padded) > g.ndim or any(padded[i] != 1 for i in stretched):
+        raise ValueError(f"a rule returned a cotangent of shape {g.shape} for an operand of shape "
+                         f"{shape}, which does not stretch to it")
     return np.sum(g, axis=stretched).reshape(shape)
 
 
@@ -507,21 +509,26 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 # First, *where to go*. For the derivatives of some outputs by certain inputs, only what
 # lies between them need be visited, the *route*. Say we want that of z by x:
 #
-#     k:1     x:2     y:3 = k * x     w:4 = sin(k)     z:5 = y * w
+#     j:1     k:2 = exp(j)     x:3     y:4 = k * x     w:5 = sin(k)     z:6 = y * w
 #
-# First we go from z back to all that it was made of, which is 5, 4, 3, 2 and 1, but not
-# behind the *horizon*: the oldest input, x. What is older, as k is, was not made of x,
-# and nothing behind it was. It is met and noted, as `older`, and not gone on from. (The
-# operands of x itself, if it has any, are met and noted as well: I.7 needs to know.)
-# Then we go forwards through what was found. On the route are the inputs, here 2,
-# and all that has an operand on the route: 3 has x, and 5 has y; but 4 has none.
+# First the search goes from z back to what it was made of, but not behind the *horizon*:
+# the oldest input, here x. What is older, as k is, was not made of x, and nothing behind
+# it was. It is noted, as `older`, and not gone on from. (So are the operands of x itself,
+# if it has any: I.7 needs to know.) Then it goes forwards through what it found. On the
+# route are the inputs, and whatever has an operand on the route:
 #
-#     >>> k, x = Tensor(1.0, label="k"), Tensor(2.0)
+#     found           6, 5, 4, 3, 2; and not 1, which is behind 2
+#     older           2
+#     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
+#
+#     >>> j = Tensor(1.0)
+#     >>> k = np.exp(j)
+#     >>> x = Tensor(2.0)
 #     >>> y, w = k * x, np.sin(k)
 #     >>> z = y * w
 #     >>> route = _find_route([z], [x])
-#     >>> print([t._time in route.times for t in (k, x, y, w, z)], route.older[0].label)
-#     [False, True, True, False, True] k
+#     >>> print([t._time in route.times for t in (j, k, x, y, w, z)], route.older[0] is k)
+#     [False, False, True, True, False, True] True
 
 
 class _Route(NamedTuple):
@@ -578,7 +585,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
         if t._op is None or (route is not None and t._time <= route.horizon):
-            continue  # a leaf; or nobody looks for anything behind it
+            continue  # a leaf; or the oldest input, behind which no other can be
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue
@@ -609,7 +616,8 @@ def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
     return wanted
 
 
-# **A.** A cotangent has its tensor's shape and dtype, whatever a rule returns.
+# **A.** A cotangent has its tensor's shape and dtype, also where that was stretched
+# (I.4), or the rule computed in another dtype.
 #
 # **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
 # have one array for their gradients: whoever wrote to one would change the other. So a
@@ -759,10 +767,11 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # records every walk. But of a single `grad(f)(3.0)` nobody can ask for a second
 # derivative: so the walk should run on bare ndarrays, and the gradient be a constant.
 #
-# How do we know? Whoever asks later will ask by a tensor that exists already, is
-# tracked, and had a part in the result. Our inputs are made when the run begins: so it
-# is older than they are, and the search for the route has met it as `older` (I.5). Look
-# into `grad(grad(f))(3.0)`, for an f that returns `x * x`:
+# How do we know? *A walk is recorded if the search for its route has met a tracked tensor
+# that is older than our inputs* (`older`, I.5). For whoever asks later asks by a tensor
+# of their own, which had a part in the result; and our inputs are made when the run
+# begins, so theirs is older. Look into `grad(grad(f))(3.0)`, for an f that returns
+# `x * x`:
 #
 #     time                                      the search of the inner run
 #     1   the outer run's input, 3.0            older than the horizon: somebody may ask
@@ -777,7 +786,7 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # (A parameter of a network that f reads is older, too: its trainer may ask. Where nobody
 # will, call `grad(f)` inside `no_grad()`, and nothing is recorded.)
 #
-# With one input and one output, then, a run of f by a transform is
+# With one input and one output, then, a run of f by a transform is in outline
 #
 #     x = a new Tensor, tied to the argument if that is tracked
 #     y = f(x)
@@ -803,11 +812,12 @@ class _Run:
         with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
             self.output = f(*args, **kwargs or {})  # its y
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        self.recorded = self.is_asked_by(())
+        self.recorded = self.must_record()
 
-    def is_asked_by(self, others: Any) -> bool:
+    def must_record(self, others: Any = ()) -> bool:
         """Whether somebody may ask for derivatives of what a walk gives: by an older
-        tensor, or by one of `others`, such as the tangents of I.8."""
+        tensor, or by one of `others`, such as the tangents of I.8.
+        """
         items, _ = _flatten(others)
         return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
 
@@ -819,7 +829,7 @@ class _Run:
         return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
 
     def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
-             retain_graph: bool = False) -> list[Tensor]:
+                  retain_graph: bool = False) -> list[Tensor]:
         """What reaches the inputs from these cotangents of the outputs (None: 1, for a
         scalar)."""
         seeds = _seeds(self.name, outputs, cotangents, create_graph)
@@ -961,7 +971,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
             cotangents = [None] * len(outputs)
         else:
             cotangents = _match("vjp", cotangent, run.output)
-        create_graph = run.is_asked_by(cotangents)
+        create_graph = run.must_record(cotangents)
         return run.rebuild(run.walk_back(outputs, cotangents, create_graph, retain_graph=True))
 
     return run.value, vjp_fn
@@ -976,7 +986,7 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     """
     _require_tuples("jvp", primals, tangents)
     run = _Run("jvp", f, primals)
-    run.recorded = run.is_asked_by(tangents)
+    run.recorded = run.must_record(tangents)
     items, rebuild = _flatten(run.output)
     outputs = _outputs("jvp", items)
     u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
@@ -994,7 +1004,7 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
     """
     _require_tuples("hvp", primals, vector)
     run = _Run("hvp", f, primals)
-    run.recorded = run.is_asked_by(vector)
+    run.recorded = run.must_record(vector)
     slopes = run.slopes()
     v = _match("hvp", tuple(vector), tuple(primals))
     seeds = _seeds("hvp", slopes, v, run.recorded)
@@ -1306,7 +1316,7 @@ fmod = _op("fmod", np.fmod,
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
-def _raise(x: Any, p: Any) -> Any:
+def _to_the_power(x: Any, p: Any) -> Any:
     """x ** p. Small powers are products, ten times faster than the C library's pow."""
     if isinstance(p, (int, float)) and p in _PRODUCTS:
         return _PRODUCTS[p](x)
@@ -1314,13 +1324,14 @@ def _raise(x: Any, p: Any) -> Any:
 
 
 def _power_slope(x: Any, p: Any) -> Any:
-    """p x ** (p - 1); but where both are 0 the exponent is 0, for 0 * 0 ** 0 = 0."""
+    """p x ** (p - 1)"""
     if isinstance(p, (int, float)) and p != 0:
-        return p * _raise(x, p - 1)
-    return p * x ** (p - 1 + ((p == 0) & (x == 0)))
+        return p * _to_the_power(x, p - 1)
+    is_zero = (p == 0) & (x == 0)  # there the exponent is 0, for 0 * 0 ** 0 = 0
+    return p * x ** np.where(is_zero, 0, p - 1)
 
 
-power = _op("power", _raise,
+power = _op("power", _to_the_power,
             lambda g, y, x, p: g * _power_slope(x, p),
             lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
             answers=np.power)
@@ -1522,6 +1533,8 @@ def _names_none_twice(index: Any) -> bool:
 #     [[1 0]
 #      [3 4]]
 #
+# So a cotangent [[5, 6], [7, 8]] of that goes, as 5, 6, 7 and 8, to the positions 1, 0,
+# 3 and 4.
 _np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
 
 
@@ -1941,7 +1954,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
     ordered = sort(x, -1)
-    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
+    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # (..., 1 for each q)
     y = where(np.isnan(last), np.nan, _interpolated(ordered, place))  # a nan sorts last
     if keepdims:
         y = expand_dims(y, axes)
@@ -1974,11 +1987,15 @@ def _rows(x: Any) -> Any:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+# For rows of 5 float32, OpenBLAS 0.3.31 also reads memory that nobody has written. Its
+# result is right; but what lay there may be no number, and then NumPy warns.
+_NOISY_LENGTH = 5
+
+
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    unsafe = n == 5  # there OpenBLAS 0.3.31 reads unwritten memory, and NumPy may warn
-    if axis not in (-1, x.ndim - 1) or unsafe:
+    if axis not in (-1, x.ndim - 1) or n == _NOISY_LENGTH:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -2155,11 +2172,12 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
 
 
 # The rule takes for granted that all is said by letters, that no letter is twice in one
-# operand, and that each axis of A has a partner, of its letter and its length, in the
-# output or in another operand: else the loop backwards would not know how far it runs.
-# NumPy allows more, so `einsum` first brings what it is given into this form. Steps 4
-# and 5 touch the operands, by operations that have their own rules. (If two axes of 1
-# remain beside longer ones, NumPy stretches them, and the walk adds up: I.4.)
+# operand, and that each axis of A has a partner: another place, in the output or in an
+# operand, with the same letter and the same length. Else the loop backwards would not
+# know how far it runs. NumPy allows more, so `einsum` first brings what it is given
+# into this form. Steps 4 and 5 touch the operands, by operations that have their own
+# rules. (In `"ij,jk,jl->ikl"` with j of lengths 1, 1 and 4, the first two are partners.
+# NumPy stretches them, and the walk adds up: I.4.)
 #
 #     1  numbers become letters              a, [0, 1], [1]      ->  "AB->B"
 #     2  no arrow: keep what occurs once     "ij,jk"             ->  "ij,jk->ik"
@@ -2369,8 +2387,9 @@ def solve(a: Any, b: Any) -> Tensor:
 #
 #     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
 #     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
-#     3  Horner (c_k is Newton's)   B <- A B + c_k I, from I on,  c_k = -trace(A B) / k
-#     4  H = (-1)^k B; at the end   A H = (-1)^n c_n I = det(A) I, so H is the adjugate
+#     3  one power at a time        B <- A B + c_k I,  from I on
+#     4  Newton (taken on trust)    c_k = -trace(A B) / k
+#     5  H_k = (-1)^k B_k turns     3 into the recursion above, and 2 into A H = det(A) I
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -2466,8 +2485,8 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     4  on the diagonal            P_ii = dw_i
 #     5  elsewhere                  P_ij = dC_ij w_j - w_i dC_ij
 #     6  so                         dC_ij = P_ij / (w_j - w_i)
-#     7  the loss moves by          <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
-#                                   with c = V^T gV
+#     7  as dV = V dC, for V is     <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
+#        square, the loss moves by  with c = V^T gV
 #     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
 #     9  A receives                 V M V^T, or its symmetric part
 #
@@ -2521,8 +2540,9 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #                                   with gap_ij = s_j^2 - s_i^2
 #
 # (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
-# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. P_ij is in two
-# terms of `<c, dC>`: by step 6 in dC_ij, and by step 6 with i and j exchanged in dC_ji:
+# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. What stands beside
+# one P_ij in it? `<c, dC>` is the sum of `c_ij dC_ij` over all i and j, and P_ij is in
+# two of its terms: in dC_ij (step 6), and in dC_ji (step 6 with i and j exchanged):
 #
 #     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
 #     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
@@ -2552,7 +2572,7 @@ def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     if m > n:
         ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 17
     if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ d, s))
+        ga = ga + u @ _mT(_ratio(gv - v @ d, s))  # step 17, transposed
     return ga
 
 
@@ -2645,7 +2665,8 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 # 1973). Write `E = I - A P` and `F = I - P A`. Then `E E = E`, `P E = 0` and `A^T E = 0`.
 #
 #     1  P = P A P moves by         dP = dP A P + P dA P + P A dP
-#     2  so                         dP E + F dP = dP + P dA P
+#     2  dP E and F dP, written out, dP E + F dP = 2 dP - (dP A P + P A dP), and by 1
+#                                   = 2 dP - (dP - P dA P) = dP + P dA P
 #     3  P E = 0 moves by           dP E = P d(A P)
 #     4  A P = P^T A^T moves by     d(A P) = dP^T A^T + P^T dA^T
 #     5  3 times E, as A^T E = 0    dP E = P P^T dA^T E
@@ -2710,8 +2731,8 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
     `definition` computes the same by other operations. The first `operands` arguments
     (all that are given by position, if it is not said) are differentiated by.
     `pullback(g, wanted)` returns a cotangent for each, and may give None where `wanted`
-    is False. It must not write to `g` or to what it remembers: a tape may be walked
-    twice.
+    is False. Each is an array of its own, or `g`, or a view. It must not write to `g`
+    or to what it remembers: a tape may be walked twice.
     """
     def decorate(kernel: Callable) -> Callable:
         count = sys.maxsize if operands is None else operands
@@ -3045,24 +3066,24 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation as its function and rules may have them."""
     if settings:
-        args, settings = _put_in_place(operation, args, settings)  # (A)
+        args, settings = _put_in_place(operation, args, settings)  # (1a)
 
     count = operation.operands
-    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)  # (B)
+    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)  # (1b)
                 for a in args[:count]]
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
         exempt = [i for i in range(len(operands))  # such as where's condition
                   if operation.rules and operation.rules[i] is None]
-        operands = _to_floating(operands, exempt)  # (C)
+        operands = _to_floating(operands, exempt)  # (1c)
 
     if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]  # (D)
+        operands += [_admit_setting(operation, a) for a in args[count:]]  # (1d)
         settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
     return tuple(operands), settings
 
 
-# **A.** Operands that are given by name become positional, for rules belong to
+# **1a.** Operands that are given by name become positional, for rules belong to
 # positions. Whatever else has a name is a setting. The names are those of the function
 # that computes:
 #
@@ -3092,9 +3113,9 @@ def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tup
     return args, settings
 
 
-# **B.** Each operand by itself: a list or tuple becomes an array, or a Tensor if it holds
-# one. Numbers of Python's stay, for they take the dtype of what they meet. What is none
-# of these stays, too, and the function will refuse it.
+# **1b.** Each operand by itself: a list or tuple becomes an array, or a Tensor if it
+# holds one. Numbers of Python's stay, for they take the dtype of what they meet. What
+# is none of these stays, too, and the function will refuse it.
 #
 #     >>> print(_admit_operand("mul", (1, 2)), type(_admit_operand("mul", [t, t])).__name__)
 #     [1 2] Tensor
@@ -3119,7 +3140,7 @@ def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
 
-# **C.** All operands together: integers and bools become floating-point. (A uint8 would
+# **1c.** All operands together: integers and bools become floating-point. (A uint8 would
 # wrap at 255, and its logarithm would be float16.) To which type? Beside floating-point
 # arrays to what NumPy would compute in, and without any to float64; so a mask beside
 # float32 leaves the result float32. If there are only numbers of Python's, they become
@@ -3158,7 +3179,7 @@ def _admit_together(*operands: Any) -> list[Tensor]:
     return [as_tensor(a) for a in _to_floating(admitted)]
 
 
-# **D.** What follows the operands are settings. They have no derivative: a constant goes
+# **1d.** What follows the operands are settings. They have no derivative: a constant goes
 # in as its array, and a Tensor that wants a derivative is refused there.
 
 
@@ -3552,9 +3573,9 @@ class Module:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run `forward`, on arrays in the dtype of the parameters.
 
-        So float64 data does not make a float32 network compute in float64. A list is
-        stacked to one array or Tensor; a tuple stays, for it may be a setting, as in
-        `axis=(0, 1)`.
+        So float64 data does not make a float32 network compute in float64. A list given
+        by position is stacked to one array or Tensor; a tuple stays, for it may be a
+        setting, as in `axis=(0, 1)`.
         """
         args = [self._convert(self._stack(a)) for a in args]
         kwargs = {name: self._convert(a) for name, a in kwargs.items()}
@@ -4162,7 +4183,7 @@ class Optimizer:
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # DataParallel has laid the parameters end to end (III.9), and they are moved
+        # DataParallel has laid the parameters end to end (IV.5), and they are moved
         # where they are. Others are copied together, moved, and copied back.
         arrays = [p._data for p in params]
         x = _side_by_side(arrays)
@@ -4380,11 +4401,11 @@ class CosineWarmupLR:
 # away in one step what was learned in a thousand. So gradients are often shortened to a
 # length that is usual.
 def clip_grad_norm(params: Any, max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most max_norm; returns it.
+    """Scale all gradients so that their joint 2-norm is at most max_norm; returns the
+    norm before.
 
-    What is returned is the norm before. `params` are as for an optimizer. A norm that
-    is not finite leaves the gradients alone. ValueError unless max_norm is above 0.
-    (Pascanu, Mikolov and Bengio, 2013.)
+    `params` are as for an optimizer. A norm that is not finite leaves the gradients
+    alone. ValueError unless max_norm is above 0. (Pascanu, Mikolov and Bengio, 2013.)
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
@@ -4848,7 +4869,10 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
 # known before the first number of the result. This is the first round of both. (A slab
 # of some images has a part of every channel; so the slabs add up what they have.)
 def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
-    """c = x - mean; and the sums per channel of g and of g * c. (If None, g is c.)"""
+    """c = x - mean; and per channel, the sums of g and of g * c.
+
+    On the way forward there is no g yet, and c takes its place.
+    """
     c = np.empty_like(x)
     sum_g = np.zeros_like(mean)
     sum_gc = np.zeros_like(mean)
@@ -4862,11 +4886,13 @@ def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tup
     return c, sum_g, sum_gc
 
 
-# The mean of large numbers comes out rounded. With an exact one, the mean of c would be
-# 0; what it is instead is the *error* e of the mean. So the true centred numbers are
-# c - e, and the variance is `mean(c*c) - e^2` (Chan, Golub and LeVeque, 1983). Neither
-# needs another pass, as `(c - e) / s * w + b` is `c * scale + shift`, with
-# `scale = w / s` and `shift = b - e * scale`.
+# The mean of large numbers comes out rounded: near a million, a float32 is a multiple of
+# 1/16. With an exact one, the mean of c would be 0; what it is instead is the *error* e
+# of the mean. So the true centred numbers are c - e (Chan, Golub and LeVeque, 1983), and
+# it takes no other pass to use them:
+#
+#     variance = mean(c*c) - e^2
+#     y = (c - e) / s * w + b = c * scale + shift,  scale = w / s,  shift = b - e * scale
 @fused(_batch_norm_definition, operands=3)
 @_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
@@ -4913,7 +4939,7 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 def _batch_norm_back(g, x, mean, inverse, scale):
     """The gradients by x, (N, C, P), weight and bias."""
     n = x.shape[0] * x.shape[2]
-    c, sum_g, sum_gc = _centre(x, mean, g)
+    c, sum_g, sum_gc = _centre(x, mean, g)  # (this mean has no error any more)
     slope = sum_gc / n * inverse * inverse
 
     minus_slope = _spread(-slope, x)
@@ -5188,7 +5214,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     if not training or p == 0:
         return x
     keep = _mode.rng.random(x.shape, np.float32) >= p
-    return x * (keep * np.asarray(1 / (1 - p), x.dtype))
+    return x * (keep * np.asarray(1 / (1 - p), x.dtype))  # (inf gives nan, as in PyTorch)
 
 
 # ## III.7 A GPT: what does it learn?
@@ -5300,7 +5326,7 @@ class GPT(Module):
         self._draw_weights()
 
     def _draw_weights(self) -> None:
-        """Begin at N(0, 0.02), as GPT-2 does, and with biases 0.
+        """Begin with a deviation of 0.02, as GPT-2 does, and with biases 0.
 
         What writes to the residual stream is smaller by sqrt(2 * layers): so many terms
         add up in it, and their sum is then as large as one of them would be.
@@ -5684,7 +5710,8 @@ class DataParallel:
     def evaluate(self, *arrays: Any) -> list:
         """[evaluate(share) for each share], in the order of the rows, without a tape.
 
-        There are as many shares as processes, or rows if these are fewer.
+        There are as many shares as processes, or rows if these are fewer. Random numbers
+        are the same in every call.
         """
         if self._evaluate is None:
             raise TypeError("DataParallel: has no function for it; give evaluate=...")
@@ -5811,7 +5838,7 @@ def _constants(module: Module | None) -> list:
 #
 # ## IV.1 Writes: who changed my array?
 #
-# A tensor does not copy its operands, so writing into one between the forward and the
+# An operation does not copy its operands, so writing into one between the forward and the
 # backward pass would change the derivative without a word. This should be 6:
 #
 #     >>> x = Tensor(3.0)
@@ -5876,7 +5903,11 @@ def _replace_data(t: Tensor, value: Any) -> None:
 
 
 # *Gradients are written to, too,* as when they are clipped. So one that is kept shares
-# its memory with no other, and with nothing that it was computed from.
+# its memory with no other, and with nothing that it was computed from. Who sees to it?
+#
+#     what arrives at a leaf           `_fit` (I.5), which copies what a rule has reused
+#     the first cotangent, at a leaf   `_seed` (IV.3)
+#     all else that is kept            `_to_keep`, where the walk hands it out
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -5888,8 +5919,9 @@ def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
     """The cotangent `g` of `t` as a Tensor with memory of its own."""
     if _tracked(g):
         return _copy(g)
-    is_unshared = t._op is None and not create_graph  # the walk has seen to that (I.5)
-    return _wrap(np.asarray(g) if is_unshared else np.array(_value(g)))
+    if t._op is None and not create_graph:
+        return _wrap(np.asarray(g))  # by `_fit` or `_seed`, a leaf has its own already
+    return _wrap(np.array(_value(g)))
 
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
@@ -5978,7 +6010,8 @@ Tensor.__reduce__ = _reduce
 # must draw the numbers that the first one drew. And *a check* that the second run gives
 # what the first one gave.
 #
-# How do we find out what f reads? Run it once with a tape, which is then dropped. All
+# How do we find out what f reads? Run it once with a tape, which is then dropped. (So for
+# that moment the tape of this one f is there: what is checkpointed should be pieces.) All
 # that f makes is younger than the moment when it began, and all that it reads is older.
 # So the search for a route (I.5), with that moment for its horizon, finds what f has
 # read: what it calls `older`. Here f closes over w, and h is its own:
@@ -6012,7 +6045,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
     operands = tuple(_find_route([y], [], horizon=began).older)
-    if not operands or not _mode.recording:
+    if not operands or not _mode.recording:  # (f may return what was tracked before)
         return y.detach()
 
     def run_again() -> Tensor:
@@ -6021,6 +6054,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         with _mode.set(recording=True, rng=rng):
             return f(*args)
 
+    # (In the place where a fused operation has its pullback.)
     return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
 
 
@@ -6031,7 +6065,8 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     _require_same(again, t)
     inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
-    reached = _reached([(again, g)], inputs, create_graph, create_graph, route)
+    reached = _reached([(again, g)], inputs, create_graph, retain_graph=create_graph,
+                       route=route)
     return [reached.get(a) for a in t._operands]  # None where nothing is wanted
 
 
@@ -6240,7 +6275,7 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
         given = "none" if cotangent is None else f"one of shape {np.shape(cotangent)}"
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent of its shape,"
                          f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
-    if create_graph:  # somebody may want to differentiate by it, also inside no_grad
+    if create_graph:  # a tracked cotangent, as jvp's u (I.8), must stay on the tape
         with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
     array = np.asarray(_value(cotangent), output.dtype)
@@ -6288,7 +6323,7 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
 #     >>> s.backward()  # lets go; s._sources is {2}
-#     >>> print(gradients(s * x, [x])[0])  # 1 is not among them: nobody need look behind s
+#     >>> print(gradients(s * x, [x])[0])  # 1 is not among these: it is not behind s
 #     4.0
 #     >>> gradients(s * x, [w])  # 2 is
 #     Traceback (most recent call last):
@@ -6298,18 +6333,21 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
     """The operands of `t`, behind which somebody looks for `inputs`: none, if they were
     let go and no input had a part in them; RuntimeError, if one may have had."""
-    if t._operands is None:
-        older = [x for x in inputs if x._time < t._time]  # the others cannot be behind it
-        noted = t._sources is not None and all(x._op is None for x in older)  # leaves are
-        if not older or noted and all(x._time not in t._sources for x in older):
-            return ()
+    if t._operands is not None:
+        return t._operands
+    older = [x for x in inputs if x._time < t._time]
+    if not older:
+        return ()  # no input can be behind t
+    met = t._sources  # the leaves that its backward came to
+    if met is not None and all(x._op is None and x._time not in met for x in older):
+        return ()  # and none of them is one
     return _require_operands(t)
 
 
 # ## IV.4 The machine: what had to be measured?
 #
 # What does the ground we stand on do that we did not ask for? Here is what one would not
-# believe unmeasured, each in one place.
+# believe unmeasured. (What concerns one function only stands there.)
 #
 # **Old NumPy.** Before its version 2, NumPy made a float64 of a single float32 number
 # times 2.0, though not of an array of several. There, what an operation computes from
@@ -6382,22 +6420,23 @@ def _openblas() -> tuple[Callable, Callable] | None:
     return None
 
 
-# **The allocator.** A step of training makes and drops the same arrays of a few
-# megabytes each time. By default glibc, the C library of most Linuxes, gives such memory
-# back to the system at once, and gets it again page by page: 70,000 pages in a step of a
-# GPT of width 256, where 16,000 would do; and half of the time of a CNN's step goes
-# there. Two settings rule it (mallopt(3)), and while training we raise both:
+# **The allocator.** While an optimizer lives, this process keeps the memory that it
+# frees. A step of training makes and drops the same arrays of a few megabytes each
+# time. By default glibc, the C library of most Linuxes, gives such memory back to the
+# system at once, and gets it again page by page: 70,000 pages in a step of a GPT of
+# width 256, where 16,000 would do; and half of the time of a CNN's step goes there. Two
+# settings rule it (mallopt(3)), and we raise both:
 #
 # - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
 #   The most that may be set is 32 MiB.
 # - Smaller ones come from a heap, at whose end up to M_TRIM_THRESHOLD free bytes are
 #   kept. The most is the largest C int: that is, all are kept.
 #
-# When the last optimizer is gone, all is given back, and it keeps what it would by its
-# own rule: twice the first setting. The first stays at 32 MiB, for where nobody sets
-# it, glibc raises it by itself from 128 KiB, to the largest block that it has seen
-# freed; but once anybody called mallopt, never again, and at 128 KiB, every array would
-# be new.
+# When the last optimizer is gone, free memory is given back, and M_TRIM_THRESHOLD becomes
+# 64 MiB: twice the other, as glibc itself would choose. M_MMAP_THRESHOLD stays at 32 MiB.
+# (If nobody calls mallopt, glibc raises it step by step, from 128 KiB to the largest
+# block that it has seen freed; but after any call, never again. Set back to 128 KiB, it
+# would make every array anew.)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
 _LARGEST_INT = (1 << 31) - 1
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB
@@ -6444,8 +6483,8 @@ def _glibc() -> Any:
 #         job = pipe.recv()           # waits
 #         pipe.send(compute(job))
 #
-# The rest is about endings, where nobody may be left to wait for ever, and nothing to
-# run on. There are four:
+# The rest is about endings: no process may wait for ever, and none may run on. There are
+# four:
 #
 # 1. *We end it.* A worker has nothing to tidy up. So it is killed (SIGKILL, the signal
 #    that no process can refuse), whatever it computes, and waited for: until its parent
@@ -6579,7 +6618,11 @@ class _Team:
                 pipe.send(RuntimeError(told))
 
     def close(self) -> None:
-        """End the workers, and move the parameters back into memory of this process."""
+        """End the workers, and move the parameters back into memory of this process.
+
+        One whose array somebody holds (`p.data`) stays where it is, for they go on
+        seeing it.
+        """
         self.is_closed = True
         if self._end is None:
             return
@@ -7325,7 +7368,7 @@ def _label(node: Any, names: dict[int, str]) -> str:
     return getattr(node, "label", "") or names.get(id(node), "")
 
 
-def _name(node: Any, names: dict[int, str]) -> str:
+def _name_of(node: Any, names: dict[int, str]) -> str:
     """The label of a node, and the operation that made it: `loss = power(·, 2)`."""
     label = _label(node, names)
     if _kind(node, names) != "operation":
@@ -7401,7 +7444,7 @@ def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
         if row.again:
             text = f"{_label(row.node, names)} {mark} above".strip()
         else:
-            name = _name(row.node, names)
+            name = _name_of(row.node, names)
             kind = _kind(row.node, names)
             if kind in ("parameter", "constant") or not name:
                 name = f"{kind} {name}".strip()
@@ -7438,7 +7481,7 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
         key = str(id(row.node))
         kind = _kind(row.node, names)
         if not row.again:
-            lines = [_name(row.node, names), *_facts(row.node)]
+            lines = [_name_of(row.node, names), *_facts(row.node)]
             caption = graphviz.escape("\n".join(filter(None, lines)))
             graph.node(key, caption, **_STYLES[kind])
         if row.result is not None:
@@ -7832,7 +7875,8 @@ def _select(condlist, choicelist, default=0):
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
     """Each function gets only those x for which its condition is the last that holds."""
-    count = 1 if np.ndim(condlist) == np.ndim(x) else len(condlist)
+    is_one = np.ndim(condlist) == np.ndim(x)  # a mask alone, and no list of masks
+    count = 1 if is_one else len(condlist)
     masks = np.reshape(condlist, (count, *np.shape(x))).astype(bool)
     if len(funclist) == count + 1:  # the last one is for the rest
         masks = np.concatenate([masks, ~masks.any(axis=0, keepdims=True)])
@@ -8320,7 +8364,7 @@ for _module, _answer_of in _NEWER.items():
         _answers(getattr(_module, _key, None))(_f)
 
 for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
-    if _f.__qualname__[0] in "_<":  # such as <lambda>
+    if _f.__qualname__[0] in "_<":  # such as <lambda>, or _with_dtype.<locals>.answer
         _f.__qualname__ = f"np.{_function.__name__}"
 
 # ## IV.11 Names: where is X?

@@ -7225,6 +7225,13 @@ def test_gelu_and_arccosh_of_large_float16():
     close(slope, np.array([1 / math.sqrt(300 ** 2 - 1)]), rtol=1e-3)
 
 
+def test_a_cotangent_that_does_not_stretch_to_its_operand_is_named():
+    for rule, shape in ((lambda g, y, x: g.sum(), r"\(\)"), (lambda g, y, x: g[:2], r"\(2,\)")):
+        double = nanoad.primitive(rule)(lambda x: 2 * x)
+        with pytest.raises(ValueError, match=rf"cotangent of shape {shape} for an operand of shape \(3,"):
+            double(Tensor(np.ones(3))).backward(np.ones(3))
+
+
 def test_an_input_needs_no_tape_of_its_own():
     x = Tensor(3.0)
     h = x * x
