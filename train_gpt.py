@@ -70,8 +70,8 @@ SIZES = {
         batch_size=32, steps=2350, lr=1e-2,
     ),
     "small": dict(
-        embed_dim=176, num_heads=4, num_layers=2, block_size=128, dropout=0.0,
-        batch_size=8, steps=6500, lr=4.5e-3,
+        embed_dim=128, num_heads=4, num_layers=4, block_size=128, dropout=0.0,
+        batch_size=8, steps=5200, lr=4.5e-3,
     ),
     "large": dict(
         embed_dim=192, num_heads=3, num_layers=4, block_size=256, dropout=0.1,
