@@ -17,7 +17,8 @@ The file has four parts, and whoever stops early has something whole:
 
     I    the idea        tensor, operations, the walk back, grad and what else one walk tells
     II   the rule book   operations on arrays, their derivatives; how to add one, and make it fast
-    III  networks        losses, modules, optimizers, convolution, attention, a GPT; many cores
+    III  networks        losses, modules, optimizers, convolution, normalization, attention,
+                         a GPT; many cores
     IV   the craft       what a good tool needs and the idea does not: the watch over writes,
                          memory, nests, the machine, workers, data, saving, drawing, plots;
                          NumPy's other names; an index of all names; a tour
@@ -3072,7 +3073,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)  # (1b)
                 for a in args[:count]]
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
-    if kinds != {"f"}:  # an integer or a bool is among them, or there is no array at all
+    if kinds != {"f"}:  # an integer or a bool is among them; or, empty, only numbers are
         exempt = [i for i in range(len(operands))  # such as where's condition
                   if operation.rules and operation.rules[i] is None]
         operands = _to_floating(operands, exempt)  # (1c)
@@ -3357,8 +3358,8 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
 
 # Who has no scores, but probabilities p, can have the same loss,
 # `-t log(p) - (1 - t) log(1 - p)`, with two cares for a p of 0 or 1. The logarithm of 0
-# is held at -100, as in PyTorch. But there the slope of the held logarithm is 0, and
-# what is most wrong would not learn. So a rule of its own says what the slope is
+# is held at -100, as in PyTorch. But the slope of a held logarithm is 0, and what is most
+# wrong would not learn. So a rule of its own says what the slope is
 # elsewhere, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a denominator of
 # at least 1e-12.
 def _log_above(p: Any) -> Any:
@@ -7695,7 +7696,8 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 # ### Tables
 #
-# Compositions and rules, which NumPy code may use, by kind:
+# (A test compares the list with `_FUNCTIONS`.) Compositions and rules, which NumPy code
+# may use, by kind:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
 #                     positive square reciprocal power float_power
