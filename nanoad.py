@@ -500,8 +500,8 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     padded = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front: (1, 3)
     stretched = tuple(i for i, n in enumerate(g.shape) if n != padded[i])  # here (0,)
     if len(padded) > g.ndim or any(padded[i] != 1 for i in stretched):
-        raise ValueError(f"a rule returned a cotangent of shape {g.shape} for an operand of shape "
-                         f"{shape}, which does not stretch to it")
+        raise ValueError(f"a cotangent of shape {g.shape} for an operand of shape {shape}, which "
+                         "does not stretch to it: a rule returns the shape of its operand, or of y")
     return np.sum(g, axis=stretched).reshape(shape)
 
 
@@ -590,8 +590,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue
-        shares = t._op.pull(t, g, wanted, create_graph)
-        for a, share in zip(t._operands, shares):
+        # (Had the list of shares a name, it would keep them alive through the next step.)
+        for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
             if share is None:
                 continue
             share = _fit(share, a, g, create_graph)  # (A, B)
@@ -804,7 +804,7 @@ class _Run:
     """A function run by a transform: its inputs, fresh tensors; its output; the tape between."""
 
     def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
-                 argnums: Any = None) -> None:
+                 argnums: Any = None, tangents: Any = ()) -> None:
         self.name = name
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
@@ -813,11 +813,11 @@ class _Run:
         with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
             self.output = f(*args, **kwargs or {})  # its y
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        self.recorded = self.must_record()
+        self.recorded = self.must_record(tangents)  # (tangents: I.8)
 
-    def must_record(self, others: Any = ()) -> bool:
+    def must_record(self, others: Any) -> bool:
         """Whether somebody may ask for derivatives of what a walk gives: by an older
-        tensor, or by one of `others`, such as the tangents of I.8.
+        tensor, or by one of `others`.
         """
         items, _ = _flatten(others)
         return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
@@ -986,8 +986,7 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
         2.0
     """
     _require_tuples("jvp", primals, tangents)
-    run = _Run("jvp", f, primals)
-    run.recorded = run.must_record(tangents)
+    run = _Run("jvp", f, primals, tangents=tangents)
     items, rebuild = _flatten(run.output)
     outputs = _outputs("jvp", items)
     u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
@@ -1004,8 +1003,7 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
         9.0 (Tensor([ 6., 12.], dtype=float64),)
     """
     _require_tuples("hvp", primals, vector)
-    run = _Run("hvp", f, primals)
-    run.recorded = run.must_record(vector)
+    run = _Run("hvp", f, primals, tangents=vector)
     slopes = run.slopes()
     v = _match("hvp", tuple(vector), tuple(primals))
     seeds = _seeds("hvp", slopes, v, run.recorded)
@@ -7638,10 +7636,10 @@ def _draw_curves(means: list[np.ndarray], low: float, high: float,
 #      ╰─         ─╯      row 2
 def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
     """Draw a curve into `grid`, given its row in each column, or nan for a gap."""
-    (columns,) = np.isfinite(rows).nonzero()
-    for x in columns:
+    is_drawn = np.isfinite(rows)
+    for x in is_drawn.nonzero()[0]:
         row = int(rows[x])
-        goes_on = x - 1 in columns  # after a gap it begins anew
+        goes_on = x > 0 and is_drawn[x - 1]  # after a gap it begins anew
         before = int(rows[x - 1]) if goes_on else row
         if before == row:
             grid[row, x] = "─"
@@ -7940,13 +7938,18 @@ def _hstack(tup):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """Moves of the coordinates xi: NumPy is asked where their positions go."""
+    """One grid for each of the coordinates xi, stretched along the axes of the others.
+
+    Grid i varies along axis i; but "xy", NumPy's default, exchanges the first two axes.
+    """
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
-    tensors = _admit_together(*xi)
-    positions = [np.arange(t.size) for t in tensors]
-    grids = np.meshgrid(*positions, indexing=indexing, sparse=sparse)
-    return tuple(reshape(t, -1)[grid] for t, grid in zip(tensors, grids))
+    n = len(xi)
+    axes = [1, 0, *range(2, n)] if indexing == "xy" and n > 1 else range(n)
+    grids = []
+    for x, axis in zip(_admit_together(*xi), axes):
+        grids.append(reshape(x, (1,) * axis + (-1,) + (1,) * (n - 1 - axis)))
+    return tuple(grids) if sparse else np.broadcast_arrays(*grids)
 
 
 # ### Reductions and differences

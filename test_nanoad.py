@@ -7232,6 +7232,27 @@ def test_a_cotangent_that_does_not_stretch_to_its_operand_is_named():
             double(Tensor(np.ones(3))).backward(np.ones(3))
 
 
+def test_a_share_that_was_handed_on_is_not_kept_through_the_next_step():
+    """It may be larger than what it became, and its memory serves the next rule."""
+    kept = []
+
+    def stretched(g, y, a):
+        share = g * np.ones((4, 3))
+        kept.append(weakref.ref(share))
+        return share
+
+    def asked(g, y, x):
+        assert kept[0]() is None
+        return g
+
+    x = Tensor(np.ones(3))
+    a = nanoad.primitive(asked)(lambda x: 2 * x)(x)
+    y = nanoad.primitive(stretched)(lambda a: a * np.ones((4, 3)))(a)
+    y.sum().backward()
+    assert len(kept) == 1
+    close(x.grad, np.full(3, 4.0))
+
+
 def test_an_input_needs_no_tape_of_its_own():
     x = Tensor(3.0)
     h = x * x
