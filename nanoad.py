@@ -6375,8 +6375,8 @@ def _cores() -> int:
 # **Fork.** macOS has os.fork, but its own libraries do not survive it, and Windows has
 # none. Python 3.12 and later warn of a fork while other threads run, BLAS's idle ones
 # included, because a lock that a thread holds stays locked in the copy, where that
-# thread is not. A worker only computes with NumPy, whose BLAS prepares itself for a
-# fork.
+# thread is not. A worker only computes with NumPy, and what that locks is seen to by
+# IV.5's point 5.
 _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
 
 def _fork() -> int:
@@ -6483,7 +6483,7 @@ def _glibc() -> Any:
 #         pipe.send(compute(job))
 #
 # The rest is about endings: no process may wait for ever, and none may run on. There are
-# four:
+# five:
 #
 # 1. *We end it.* A worker has nothing to tidy up. So it is killed (SIGKILL, the signal
 #    that no process can refuse), whatever it computes, and waited for: until its parent
@@ -6498,6 +6498,11 @@ def _glibc() -> Any:
 # 4. *Ctrl-C* reaches all processes of a terminal. Workers ignore it, and the parent,
 #    interrupted, ends them. Where it must not be interrupted, between a fork and the
 #    note of it, Ctrl-C has to wait (`_interrupts_held`).
+# 5. *A worker never begins.* If at the moment of the fork another thread of the program
+#    is at a matrix product, it may hold OpenBLAS's lock on its buffers. The copy of that
+#    lock is never let go, and the worker's first product waits for ever. So a worker
+#    computes a product before it says that it is ready, and one that does not say so in
+#    time is ended and made again.
 #
 # The memory in common comes first.
 
@@ -6573,10 +6578,21 @@ class _Team:
                 for share in range(1, processes):
                     flats, pieces = self._layout.allocate(_shared)
                     answer = functools.partial(compute, share, pieces=pieces)  # of a job
-                    self.workers.append(_Worker(self, flats, answer))
+                    self._add_worker(flats, answer)
         except BaseException:  # such as: no more processes
             self.close()
             raise
+
+    def _add_worker(self, flats: list[np.ndarray], answer: Callable) -> None:
+        """Fork a worker, and another one for each that never begins."""
+        for seconds in _SECONDS_TO_BEGIN:
+            self.workers.append(_Worker(self, flats, answer))
+            if self.workers[-1].begins(within=seconds):
+                return
+            self.workers.pop().end()
+        raise RuntimeError(f"DataParallel: {len(_SECONDS_TO_BEGIN)} workers in a row were "
+                           "forked and never began; is another thread of this program "
+                           "in the way? Make the DataParallel before it starts")
 
     def copy_moved_parameters(self) -> None:
         """Copy what is not in common memory (p.data was taken, or replaced) to there."""
@@ -6598,6 +6614,8 @@ class _Team:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
             gc.freeze()  # to look at old objects would copy the memory that they lie in
+            _a_product()
+            pipe.send("ready")
             self._work(pipe, answer)
         finally:
             os._exit(1)
@@ -6636,6 +6654,15 @@ class _Team:
             self._common = []
 
 
+# How long to wait for a worker's beginning, which takes about a millisecond: longer each
+# time, for it may be the machine that is slow.
+_SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
+
+def _a_product() -> None:
+    """A matrix product for which OpenBLAS needs a buffer: a smaller one may need none."""
+    np.ones((128, 128)) @ np.ones((128, 128))
+
+
 class _Worker:
     """A forked process, as the parent sees it."""
 
@@ -6653,6 +6680,10 @@ class _Worker:
                 worker._pipe.close()
             team.live_as_worker(workers_end, answer)
         workers_end.close()
+
+    def begins(self, within: float) -> bool:
+        """Whether it says in so many seconds that it is ready. RuntimeError if it is dead."""
+        return self._pipe.poll(within) and self.receive() == "ready"
 
     def send(self, job: _Job) -> None:
         """Give the worker its share. RuntimeError if it is dead."""

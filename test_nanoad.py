@@ -6344,6 +6344,30 @@ def test_a_fork_while_other_threads_run_and_none_that_they_make_is_ours():
 
 @linux
 @forks
+def test_a_worker_that_never_begins_is_made_again():
+    # OpenBLAS may leave a fork with a lock that nobody lets go; here a sleep is the lock.
+    assert in_a_new_process("""
+        model, loss, x, y = small_task()
+        forks = []
+        os.register_at_fork(before=lambda: forks.append(1),
+                            after_in_child=lambda: len(forks) == hung and time.sleep(60))
+        hung = 2
+        with DataParallel(model, loss, processes=4) as parallel:
+            assert len(forks) == 4 and len(children()) == 3
+            assert parallel(x, y) > 0
+
+        os.register_at_fork(after_in_child=lambda: time.sleep(60))
+        nanoad._SECONDS_TO_BEGIN = (0.1, 0.2)
+        try:
+            DataParallel(model, loss, processes=2)
+        except RuntimeError as error:
+            print(error)
+        assert children() == []
+    """).startswith("DataParallel: 2 workers in a row were forked and never began")
+
+
+@linux
+@forks
 def test_blas_has_one_thread_in_all_processes_and_as_many_as_before_in_the_end():
     if nanoad._set_blas_threads(1) is None:
         pytest.skip("NumPy's BLAS is not OpenBLAS")
