@@ -1175,9 +1175,9 @@ class _EachRule:
 # (`array * t` is np.multiply to NumPy, and arrives here, too.) What becomes of a call?
 #
 # - Functions that have an answer are in one table, `_FUNCTIONS`, filled where the
-#   operations stand; IV.10 adds the rest.
+#   operations stand; IV.11 adds the rest.
 # - What has derivative zero wherever it has one, such as `np.sign`, or asks for a shape,
-#   gives a plain array (IV.10).
+#   gives a plain array (IV.11).
 # - All else is a TypeError for a tracked Tensor: to convert it silently would cut the
 #   tape, and the gradient would be wrong.
 # - A constant has no gradient to lose. It goes in as the array it holds.
@@ -2060,9 +2060,8 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 #
 # The first page, down to `linear`, is easy, and all that the networks of part III need.
 # Of einsum read the rule, and skip the five steps that prepare its operands. Then see
-# how `inv` comes to its rule. All that follows does it in the same way, in numbered
-# steps to which the code points: follow one with a pencil, and leave the others until
-# you need them.
+# how `inv` comes to its rule. Determinants and decompositions, which do it in the same
+# way, are in IV.10, for no chapter before needs them.
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
@@ -2309,7 +2308,7 @@ def _einsum_places(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
     return places + [(letter, sizes.get(letter, 1)) for letter in output]
 
 
-# ### Inverse and determinant: how is a rule of matrices found?
+# ### The inverse: how is a rule of matrices found?
 #
 # All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that the loss moves
 # by `<g, dY>` if Y moves by dY. Then:
@@ -2356,339 +2355,6 @@ def solve(a: Any, b: Any) -> Tensor:
                          "(..., n, n) and a vector (n,) or columns (..., n, k); else lstsq")
     x = _solve(a, columns)
     return x[..., 0] if vectors else x
-
-
-# *det*, with the cofactors C_ij:
-#
-#     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
-#     2  so A receives              g C
-#     3  and by Cramer              C = det(A) A^-T
-#
-# *log det* is that, divided by the determinant: A receives `g A^-T`.
-#
-#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
-#     [[ 5. -4.]
-#      [-1.  2.]]
-#
-# A singular matrix has cofactors, too, though no inverse. Their transpose, the
-# adjugate, is what a recursion arrives at (Faddeev and LeVerrier):
-#
-#     H = I,  and then for k = 1 to n - 1:  H <- trace(A H) / k I - A H
-#
-# For n = 2 it is one round, `trace(A) I - A`, and exchanges the diagonal as it should:
-#
-#     >>> print(_adjugate(np.array([[2.0, 1.0], [4.0, 2.0]])))
-#     [[ 2. -1.]
-#      [-4.  2.]]
-#
-# It never divides by zero; but its products are many, and lose digits from n = 10 or so
-# on. Why it is right:
-#
-#     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
-#     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
-#     3  one power at a time        B <- A B + c_k I,  from I on
-#     4  Newton (taken on trust)    c_k = -trace(A B) / k
-#     5  H_k = (-1)^k B_k turns     3 into the recursion above, and 2 into A H = det(A) I
-def _adjugate(a: Any) -> Any:
-    """The transposed cofactors of a, by products alone."""
-    eye = np.eye(a.shape[-1], dtype=a.dtype)
-    h = eye
-    for k in range(1, a.shape[-1]):
-        product = a @ h
-        traces = np.einsum("...ii->...", product)[..., None, None]
-        h = traces / k * eye - product
-    return h
-
-
-def _det_rule(g: Any, y: Any, a: Any) -> Any:
-    if np.all(y != 0):
-        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
-    return g[..., None, None] * _mT(_adjugate(a))  # step 2
-
-
-det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
-
-
-# What has several results packs them into one array, to be one operation; they are cut
-# apart by indexing, whose rule we have, and returned as NumPy returns them.
-@functools.cache
-def _result_type(function: Callable) -> Callable:
-    """NumPy's own namedtuple for what `function` returns."""
-    return type(function(np.eye(1)))._make
-
-
-@primitive(lambda g, y, a: g[1][..., None, None] * _mT(np.linalg.inv(a)))
-def _slogdet(a: Any) -> Tensor:
-    return np.stack(np.linalg.slogdet(a))  # (2, ...): the signs, the logarithms
-
-
-@_answers(np.linalg.slogdet)
-def slogdet(a: Any) -> tuple[Tensor, Tensor]:
-    """(sign, logabsdet) of the determinant, which itself may over- or underflow."""
-    packed = _slogdet(a)
-    return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
-
-
-# ### Decompositions: what can a factor's motion be?
-#
-# Here A is a product of factors of a certain kind: triangular, or with orthonormal
-# columns. Differentiate `A = ...`, and the kind of each factor says which part of the
-# equation moves it. Where that part is `X + X^T` with a lower triangular X, `low` takes
-# the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X. As it only scales
-# elements, `<X, low(Y)>` is `<low(X), Y>`.
-#
-# *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
-#
-#     1  A moves by                 dA = dL L^T + L dL^T
-#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T     with X = L^-1 dL
-#     3  L, dL, so X are lower      X = low(L^-1 dA L^-T)
-#     4  hence                      dL = L X = L low(L^-1 dA L^-T)
-#     5  bring over L, then low     <g, dL> = <low(L^T g), L^-1 dA L^-T>
-#     6  then the rest              A receives L^-T low(L^T g) L^-1
-#     7  as dA is symmetric         or the symmetric part of that
-#
-# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
-# each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
-# as `x @ x.T` does.
-def _low(x: Any) -> Any:
-    """The lower triangle of x, with half of its diagonal."""
-    n = x.shape[-1]
-    return (np.tril(np.ones((n, n), x.dtype)) - np.eye(n, dtype=x.dtype) / 2) * x
-
-
-def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _low(_mT(y) @ g)  # step 5
-    left = np.linalg.solve(_mT(y), inside)  # step 6: L^-T before it
-    ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
-    return (ga + _mT(ga)) / 2  # step 7
-
-
-_cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
-
-
-@_answers(np.linalg.cholesky)
-def cholesky(a: Any, *, upper: bool = False) -> Tensor:
-    """The lower triangular L with L @ L.T = a for symmetric a, or with `upper` its
-    transpose. LinAlgError if a is not positive definite.
-    """
-    lower = _cholesky(a)
-    return _mT(lower) if upper else lower
-
-
-# *eigh*, `A = V W V^T`, with `W = diag(w)` and orthonormal columns, `V^T V = I`:
-#
-#     1  A moves by                 dA = dV W V^T + V dW V^T + V W dV^T
-#     2  between V^T and V          P = dC W + dW + W dC^T
-#                                   with P = V^T dA V and dC = V^T dV
-#     3  V^T V = I moves by         dC + dC^T = 0, so dC^T = -dC, whose diagonal is 0
-#     4  on the diagonal            P_ii = dw_i
-#     5  elsewhere                  P_ij = dC_ij w_j - w_i dC_ij
-#     6  so                         dC_ij = P_ij / (w_j - w_i)
-#     7  as dV = V dC, for V is     <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
-#        square, the loss moves by  with c = V^T gV
-#     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
-#     9  A receives                 V M V^T, or its symmetric part
-#
-# Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
-# 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
-# w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
-def _ratio(a: Any, b: Any) -> Any:
-    """a / b, and 0 where both are 0."""
-    return a / np.where((a == 0) & (b == 0), 1, b)
-
-
-def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
-    w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
-    gw, gv = np.split(g, [1], axis=-2)
-    c = _mT(v) @ gv  # step 7
-    eye = np.eye(a.shape[-1], dtype=a.dtype)
-    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 8
-    ga = v @ m @ _mT(v)  # step 9
-    return (ga + _mT(ga)) / 2
-
-
-@primitive(_eigh_rule)
-def _eigh(a: Any, uplo: str = "L") -> Tensor:
-    w, v = np.linalg.eigh(a, uplo)
-    return np.concatenate([w[..., None, :], v], axis=-2)  # (..., 1 + n, n)
-
-
-@_answers(np.linalg.eigh)
-def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
-    """(eigenvalues, eigenvectors) of symmetric a: (..., n) and, in columns, (..., n, n).
-
-    Eigenvectors of equal eigenvalues have no derivative (inf or nan). Of the equal
-    eigenvalues themselves, the first derivative is right for what does not depend on
-    their order.
-    """
-    packed = _eigh(a, uplo=UPLO)
-    return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
-
-
-# *svd*, `A = U S V^T`, with `S = diag(s)` and orthonormal columns in both U and V, which
-# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016). It begins as eigh
-# does, but now two factors turn, by `dC = U^T dU` and `dD = V^T dV`:
-#
-#     1  A moves by                 dA = dU S V^T + U dS V^T + U S dV^T
-#     2  between U^T and V          P = dC S + dS - S dD       with P = U^T dA V
-#     3  on the diagonal            P_ii = ds_i
-#     4  elsewhere, element ij      P_ij =  dC_ij s_j - s_i dD_ij
-#     5  and element ji             P_ji = -dC_ij s_i + s_j dD_ij
-#     6  s_j (4) + s_i (5)          dC_ij = (s_j P_ij + s_i P_ji) / gap_ij
-#     7  s_i (4) + s_j (5)          dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
-#                                   with gap_ij = s_j^2 - s_i^2
-#
-# (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
-# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. What stands beside
-# one P_ij in it? `<c, dC>` is the sum of `c_ij dC_ij` over all i and j, and P_ij is in
-# two of its terms: in dC_ij (step 6), and in dC_ji (step 6 with i and j exchanged):
-#
-#     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
-#     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
-#    10  so beside P_ij stands      (c_ij - c_ji) / gap_ij s_j
-#    11  likewise, from <d, dD>     s_i (d_ij - d_ji) / gap_ij
-#    12  and beside P_ii            gs_i
-#    13  A receives                 U M V^T,  where M has the sum of 10, 11 and 12
-#
-# If A is tall, U is not square, and dU also has a part outside of the space of U's
-# columns (if A is wide, the same goes for V, transposed):
-#
-#    14  dU has two parts           dU = U dC + E dU           with E = I - U U^T
-#    15  1 between E and V          E dA V = E dU S            as E U = 0
-#    16  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
-#    17  A also receives            E gU S^-1 V^T              where E gU = gU - U c
-def _svd_rule(g: Any, y: Any, a: Any) -> Any:
-    m, n = a.shape[-2:]
-    u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
-    gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
-    gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
-
-    by_c = _ratio(c - _mT(c), gaps) * s  # step 10
-    by_d = _mT(s) * _ratio(d - _mT(d), gaps)  # step 11
-    on_diagonal = np.eye(min(m, n), dtype=a.dtype) * gs  # step 12
-    ga = u @ (by_c + on_diagonal + by_d) @ _mT(v)  # step 13
-    if m > n:
-        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 17
-    if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ d, s))  # step 17, transposed
-    return ga
-
-
-@primitive(_svd_rule)
-def _svd(a: Any) -> Tensor:
-    u, s, vt = np.linalg.svd(a, full_matrices=False)
-    return np.concatenate([u, s[..., None, :], _mT(vt)], axis=-2)  # (..., m + 1 + n, k)
-
-
-@_answers(np.linalg.svd)
-def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
-    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv` S alone.
-
-    Equal singular values, and zeros, are to U and Vh what equal eigenvalues are to
-    `eigh`. TypeError if `full_matrices` asks for columns that a does not determine.
-    """
-    a = as_tensor(a)
-    m = a.shape[-2] if a.ndim > 1 else 0  # (a vector is refused by NumPy, below)
-    packed = _svd(a)
-    singular = packed[..., m, :]
-    if not compute_uv:
-        return singular
-    if full_matrices and a.shape[-1] != m:
-        raise TypeError(f"svd of {a.shape}: with full_matrices some columns are "
-                        "arbitrary, without a derivative; write np.linalg.svd(a, "
-                        "full_matrices=False)")
-    u, v = packed[..., :m, :], packed[..., m + 1:, :]
-    return _result_type(np.linalg.svd)([u, singular, _mT(v)])
-
-
-# *qr*, `A = Q R`, with orthonormal columns in Q, and R upper triangular. It goes as
-# Cholesky does (Seeger and others, 2017):
-#
-#     1  A moves by                 dA = dQ R + Q dR
-#     2  times R^-1 from the right  dA R^-1 = dQ + Q X         with X = dR R^-1
-#     3  times Q^T from the left    P = Q^T dQ + X             with P = Q^T dA R^-1
-#     4  add the transpose          P + P^T = X + X^T          as Q^T dQ is antisymmetric
-#     5  R, dR, so X are upper      X^T = low(P + P^T)
-#     6  the loss moves by          <gQ, dA R^-1 - Q X> + <gR, X R>
-#     7  collect                    <gQ, dA R^-1> + <M, X>     with M = gR R^T - Q^T gQ
-#     8  transpose, bring low over  <M, X> = <low(M^T), P + P^T>
-#     9  collect                    = <N, P>       with N = low(M^T) + low(M^T)^T
-#    10  P is Q^T dA R^-1           together <gQ + Q N, dA R^-1>
-#    11  A receives                 (gQ + Q N) R^-T
-#
-# A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
-# `R2 = Q^T A2`.
-def _qr_rule(g: Any, y: Any, a: Any) -> Any:
-    q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
-    gq, gr = np.split(g, [a.shape[-2]], axis=-2)
-    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8: low(M^T)
-    left = gq + q @ (low + _mT(low))  # steps 9 and 10
-    _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
-    return _mT(np.linalg.solve(r, _mT(left)))  # step 11
-
-
-def _refuse_dependent_columns(r: np.ndarray, longer: int) -> None:
-    """R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0."""
-    diagonal = np.abs(np.diagonal(r, axis1=-2, axis2=-1))  # (..., n)
-    largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
-    if np.any(diagonal <= longer * np.finfo(r.dtype).eps * largest):
-        raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
-                                    "(R has a 0 on its diagonal, up to rounding)")
-
-
-@primitive(_qr_rule)
-def _qr(a: Any) -> Tensor:
-    return np.concatenate(np.linalg.qr(a), axis=-2)  # (..., m + n, n)
-
-
-@_answers(np.linalg.qr)
-def qr(a: Any, mode: str = "reduced") -> Any:
-    """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle; for mode "r",
-    R alone. Backward, LinAlgError where the first columns of a depend on each other.
-    """
-    a = as_tensor(a)
-    if a.ndim < 2 or mode not in ("reduced", "r"):
-        raise TypeError(f"qr of {a.shape}, mode {mode!r}: needs matrices and mode "
-                        "'reduced' or 'r'; what the others add has no derivative")
-    m, n = a.shape[-2:]
-    packed = _qr(a[..., :m])
-    q, r = packed[..., :m, :], packed[..., m:, :]
-    if n > m:
-        r = concatenate([r, _mT(q) @ a[..., m:]], axis=-1)
-    return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
-
-
-# *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
-# symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra,
-# 1973). Write `E = I - A P` and `F = I - P A`. Then `E E = E`, `P E = 0` and `A^T E = 0`.
-#
-#     1  P = P A P moves by         dP = dP A P + P dA P + P A dP
-#     2  dP E and F dP, written out, dP E + F dP = 2 dP - (dP A P + P A dP), and by 1
-#                                   = 2 dP - (dP - P dA P) = dP + P dA P
-#     3  P E = 0 moves by           dP E = P d(A P)
-#     4  A P = P^T A^T moves by     d(A P) = dP^T A^T + P^T dA^T
-#     5  3 times E, as A^T E = 0    dP E = P P^T dA^T E
-#     6  in the same way            F dP = F dA^T P^T P
-#     7  by steps 2, 5 and 6        dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
-#
-# (A dA^T transposes what it receives; E, F and `P P^T` are symmetric.)
-def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
-    gt, pt = _mT(g), _mT(y)
-    second = gt @ y @ pt  # g^T P P^T
-    third = pt @ y @ gt  # P^T P g^T
-    # step 8
-    return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
-
-
-@_answers(np.linalg.pinv)
-@primitive(_pinv_rule)
-def pinv(a: Any, rcond: Any = None) -> Tensor:
-    """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
-    Its derivative is right for changes of a that leave the rank as it is.
-    """
-    return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
 
 
 # ## II.7 Fused operations: how is one made fast?
@@ -7684,7 +7350,347 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
             grid[row, x] = "╭"
 
 
-# ## IV.10 NumPy's other names: what needs no new idea?
+# ## IV.10 Decompositions: what can a factor's motion be?
+#
+# How a rule of matrices is found was said in II.6: differentiate what defines Y; bring
+# what stands around dA over to g; what then stands beside dA is what A receives. It is
+# all that is done here, in numbered steps to which the code points. Follow one with a
+# pencil, and leave the others until you need them. First the determinant.
+#
+# *det*, with the cofactors C_ij:
+#
+#     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
+#     2  so A receives              g C
+#     3  and by Cramer              C = det(A) A^-T
+#
+# *log det* is that, divided by the determinant: A receives `g A^-T`.
+#
+#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
+#     [[ 5. -4.]
+#      [-1.  2.]]
+#
+# A singular matrix has cofactors, too, though no inverse. Their transpose, the
+# adjugate, is what a recursion arrives at (Faddeev and LeVerrier):
+#
+#     H = I,  and then for k = 1 to n - 1:  H <- trace(A H) / k I - A H
+#
+# For n = 2 it is one round, `trace(A) I - A`, and exchanges the diagonal as it should:
+#
+#     >>> print(_adjugate(np.array([[2.0, 1.0], [4.0, 2.0]])))
+#     [[ 2. -1.]
+#      [-4.  2.]]
+#
+# It never divides by zero; but its products are many, and lose digits from n = 10 or so
+# on. Why it is right:
+#
+#     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
+#     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
+#     3  one power at a time        B <- A B + c_k I,  from I on
+#     4  Newton (taken on trust)    c_k = -trace(A B) / k
+#     5  H_k = (-1)^k B_k turns     3 into the recursion above, and 2 into A H = det(A) I
+def _adjugate(a: Any) -> Any:
+    """The transposed cofactors of a, by products alone."""
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    h = eye
+    for k in range(1, a.shape[-1]):
+        product = a @ h
+        traces = np.einsum("...ii->...", product)[..., None, None]
+        h = traces / k * eye - product
+    return h
+
+
+def _det_rule(g: Any, y: Any, a: Any) -> Any:
+    if np.all(y != 0):
+        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
+    return g[..., None, None] * _mT(_adjugate(a))  # step 2
+
+
+det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
+
+
+# What has several results packs them into one array, to be one operation; they are cut
+# apart by indexing, whose rule we have, and returned as NumPy returns them.
+@functools.cache
+def _result_type(function: Callable) -> Callable:
+    """NumPy's own namedtuple for what `function` returns."""
+    return type(function(np.eye(1)))._make
+
+
+@primitive(lambda g, y, a: g[1][..., None, None] * _mT(np.linalg.inv(a)))
+def _slogdet(a: Any) -> Tensor:
+    return np.stack(np.linalg.slogdet(a))  # (2, ...): the signs, the logarithms
+
+
+@_answers(np.linalg.slogdet)
+def slogdet(a: Any) -> tuple[Tensor, Tensor]:
+    """(sign, logabsdet) of the determinant, which itself may over- or underflow."""
+    packed = _slogdet(a)
+    return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
+
+
+# ### Factors: triangular, or orthonormal
+#
+# Here A is a product of factors of a certain kind: triangular, or with orthonormal
+# columns. Differentiate `A = ...`, and the kind of each factor says which part of the
+# equation moves it. Where that part is `X + X^T` with a lower triangular X, `low` takes
+# the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X. As it only scales
+# elements, `<X, low(Y)>` is `<low(X), Y>`.
+#
+# *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
+#
+#     1  A moves by                 dA = dL L^T + L dL^T
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T     with X = L^-1 dL
+#     3  L, dL, so X are lower      X = low(L^-1 dA L^-T)
+#     4  hence                      dL = L X = L low(L^-1 dA L^-T)
+#     5  bring over L, then low     <g, dL> = <low(L^T g), L^-1 dA L^-T>
+#     6  then the rest              A receives L^-T low(L^T g) L^-1
+#     7  as dA is symmetric         or the symmetric part of that
+#
+# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
+# each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
+# as `x @ x.T` does.
+def _low(x: Any) -> Any:
+    """The lower triangle of x, with half of its diagonal."""
+    n = x.shape[-1]
+    return (np.tril(np.ones((n, n), x.dtype)) - np.eye(n, dtype=x.dtype) / 2) * x
+
+
+def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
+    inside = _low(_mT(y) @ g)  # step 5
+    left = np.linalg.solve(_mT(y), inside)  # step 6: L^-T before it
+    ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
+    return (ga + _mT(ga)) / 2  # step 7
+
+
+_cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
+
+
+@_answers(np.linalg.cholesky)
+def cholesky(a: Any, *, upper: bool = False) -> Tensor:
+    """The lower triangular L with L @ L.T = a for symmetric a, or with `upper` its
+    transpose. LinAlgError if a is not positive definite.
+    """
+    lower = _cholesky(a)
+    return _mT(lower) if upper else lower
+
+
+# *eigh*, `A = V W V^T`, with `W = diag(w)` and orthonormal columns, `V^T V = I`:
+#
+#     1  A moves by                 dA = dV W V^T + V dW V^T + V W dV^T
+#     2  between V^T and V          P = dC W + dW + W dC^T
+#                                   with P = V^T dA V and dC = V^T dV
+#     3  V^T V = I moves by         dC + dC^T = 0, so dC^T = -dC, whose diagonal is 0
+#     4  on the diagonal            P_ii = dw_i
+#     5  elsewhere                  P_ij = dC_ij w_j - w_i dC_ij
+#     6  so                         dC_ij = P_ij / (w_j - w_i)
+#     7  as dV = V dC, for V is     <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
+#        square, the loss moves by  with c = V^T gV
+#     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
+#     9  A receives                 V M V^T, or its symmetric part
+#
+# Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
+# 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
+# w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
+def _ratio(a: Any, b: Any) -> Any:
+    """a / b, and 0 where both are 0."""
+    return a / np.where((a == 0) & (b == 0), 1, b)
+
+
+def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
+    w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
+    gw, gv = np.split(g, [1], axis=-2)
+    c = _mT(v) @ gv  # step 7
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 8
+    ga = v @ m @ _mT(v)  # step 9
+    return (ga + _mT(ga)) / 2
+
+
+@primitive(_eigh_rule)
+def _eigh(a: Any, uplo: str = "L") -> Tensor:
+    w, v = np.linalg.eigh(a, uplo)
+    return np.concatenate([w[..., None, :], v], axis=-2)  # (..., 1 + n, n)
+
+
+@_answers(np.linalg.eigh)
+def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
+    """(eigenvalues, eigenvectors) of symmetric a: (..., n) and, in columns, (..., n, n).
+
+    Eigenvectors of equal eigenvalues have no derivative (inf or nan). Of the equal
+    eigenvalues themselves, the first derivative is right for what does not depend on
+    their order.
+    """
+    packed = _eigh(a, uplo=UPLO)
+    return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
+
+
+# *svd*, `A = U S V^T`, with `S = diag(s)` and orthonormal columns in both U and V, which
+# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016). It begins as eigh
+# does, but now two factors turn, by `dC = U^T dU` and `dD = V^T dV`:
+#
+#     1  A moves by                 dA = dU S V^T + U dS V^T + U S dV^T
+#     2  between U^T and V          P = dC S + dS - S dD       with P = U^T dA V
+#     3  on the diagonal            P_ii = ds_i
+#     4  elsewhere, element ij      P_ij =  dC_ij s_j - s_i dD_ij
+#     5  and element ji             P_ji = -dC_ij s_i + s_j dD_ij
+#     6  s_j (4) + s_i (5)          dC_ij = (s_j P_ij + s_i P_ji) / gap_ij
+#     7  s_i (4) + s_j (5)          dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
+#                                   with gap_ij = s_j^2 - s_i^2
+#
+# (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
+# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. What stands beside
+# one P_ij in it? `<c, dC>` is the sum of `c_ij dC_ij` over all i and j, and P_ij is in
+# two of its terms: in dC_ij (step 6), and in dC_ji (step 6 with i and j exchanged):
+#
+#     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
+#     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
+#    10  so beside P_ij stands      (c_ij - c_ji) / gap_ij s_j
+#    11  likewise, from <d, dD>     s_i (d_ij - d_ji) / gap_ij
+#    12  and beside P_ii            gs_i
+#    13  A receives                 U M V^T,  where M has the sum of 10, 11 and 12
+#
+# If A is tall, U is not square, and dU also has a part outside of the space of U's
+# columns (if A is wide, the same goes for V, transposed):
+#
+#    14  dU has two parts           dU = U dC + E dU           with E = I - U U^T
+#    15  1 between E and V          E dA V = E dU S            as E U = 0
+#    16  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
+#    17  A also receives            E gU S^-1 V^T              where E gU = gU - U c
+def _svd_rule(g: Any, y: Any, a: Any) -> Any:
+    m, n = a.shape[-2:]
+    u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
+    gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
+    c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
+    gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
+
+    by_c = _ratio(c - _mT(c), gaps) * s  # step 10
+    by_d = _mT(s) * _ratio(d - _mT(d), gaps)  # step 11
+    on_diagonal = np.eye(min(m, n), dtype=a.dtype) * gs  # step 12
+    ga = u @ (by_c + on_diagonal + by_d) @ _mT(v)  # step 13
+    if m > n:
+        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 17
+    if n > m:
+        ga = ga + u @ _mT(_ratio(gv - v @ d, s))  # step 17, transposed
+    return ga
+
+
+@primitive(_svd_rule)
+def _svd(a: Any) -> Tensor:
+    u, s, vt = np.linalg.svd(a, full_matrices=False)
+    return np.concatenate([u, s[..., None, :], _mT(vt)], axis=-2)  # (..., m + 1 + n, k)
+
+
+@_answers(np.linalg.svd)
+def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
+    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv` S alone.
+
+    Equal singular values, and zeros, are to U and Vh what equal eigenvalues are to
+    `eigh`. TypeError if `full_matrices` asks for columns that a does not determine.
+    """
+    a = as_tensor(a)
+    m = a.shape[-2] if a.ndim > 1 else 0  # (a vector is refused by NumPy, below)
+    packed = _svd(a)
+    singular = packed[..., m, :]
+    if not compute_uv:
+        return singular
+    if full_matrices and a.shape[-1] != m:
+        raise TypeError(f"svd of {a.shape}: with full_matrices some columns are "
+                        "arbitrary, without a derivative; write np.linalg.svd(a, "
+                        "full_matrices=False)")
+    u, v = packed[..., :m, :], packed[..., m + 1:, :]
+    return _result_type(np.linalg.svd)([u, singular, _mT(v)])
+
+
+# *qr*, `A = Q R`, with orthonormal columns in Q, and R upper triangular. It goes as
+# Cholesky does (Seeger and others, 2017):
+#
+#     1  A moves by                 dA = dQ R + Q dR
+#     2  times R^-1 from the right  dA R^-1 = dQ + Q X         with X = dR R^-1
+#     3  times Q^T from the left    P = Q^T dQ + X             with P = Q^T dA R^-1
+#     4  add the transpose          P + P^T = X + X^T          as Q^T dQ is antisymmetric
+#     5  R, dR, so X are upper      X^T = low(P + P^T)
+#     6  the loss moves by          <gQ, dA R^-1 - Q X> + <gR, X R>
+#     7  collect                    <gQ, dA R^-1> + <M, X>     with M = gR R^T - Q^T gQ
+#     8  transpose, bring low over  <M, X> = <low(M^T), P + P^T>
+#     9  collect                    = <N, P>       with N = low(M^T) + low(M^T)^T
+#    10  P is Q^T dA R^-1           together <gQ + Q N, dA R^-1>
+#    11  A receives                 (gQ + Q N) R^-T
+#
+# A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
+# `R2 = Q^T A2`.
+def _qr_rule(g: Any, y: Any, a: Any) -> Any:
+    q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
+    gq, gr = np.split(g, [a.shape[-2]], axis=-2)
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8: low(M^T)
+    left = gq + q @ (low + _mT(low))  # steps 9 and 10
+    _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 11
+
+
+def _refuse_dependent_columns(r: np.ndarray, longer: int) -> None:
+    """R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0."""
+    diagonal = np.abs(np.diagonal(r, axis1=-2, axis2=-1))  # (..., n)
+    largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
+    if np.any(diagonal <= longer * np.finfo(r.dtype).eps * largest):
+        raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
+                                    "(R has a 0 on its diagonal, up to rounding)")
+
+
+@primitive(_qr_rule)
+def _qr(a: Any) -> Tensor:
+    return np.concatenate(np.linalg.qr(a), axis=-2)  # (..., m + n, n)
+
+
+@_answers(np.linalg.qr)
+def qr(a: Any, mode: str = "reduced") -> Any:
+    """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle; for mode "r",
+    R alone. Backward, LinAlgError where the first columns of a depend on each other.
+    """
+    a = as_tensor(a)
+    if a.ndim < 2 or mode not in ("reduced", "r"):
+        raise TypeError(f"qr of {a.shape}, mode {mode!r}: needs matrices and mode "
+                        "'reduced' or 'r'; what the others add has no derivative")
+    m, n = a.shape[-2:]
+    packed = _qr(a[..., :m])
+    q, r = packed[..., :m, :], packed[..., m:, :]
+    if n > m:
+        r = concatenate([r, _mT(q) @ a[..., m:]], axis=-1)
+    return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
+
+
+# *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
+# symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra,
+# 1973). Write `E = I - A P` and `F = I - P A`. Then `E E = E`, `P E = 0` and `A^T E = 0`.
+#
+#     1  P = P A P moves by         dP = dP A P + P dA P + P A dP
+#     2  dP E and F dP, written out, dP E + F dP = 2 dP - (dP A P + P A dP), and by 1
+#                                   = 2 dP - (dP - P dA P) = dP + P dA P
+#     3  P E = 0 moves by           dP E = P d(A P)
+#     4  A P = P^T A^T moves by     d(A P) = dP^T A^T + P^T dA^T
+#     5  3 times E, as A^T E = 0    dP E = P P^T dA^T E
+#     6  in the same way            F dP = F dA^T P^T P
+#     7  by steps 2, 5 and 6        dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#
+# (A dA^T transposes what it receives; E, F and `P P^T` are symmetric.)
+def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
+    gt, pt = _mT(g), _mT(y)
+    second = gt @ y @ pt  # g^T P P^T
+    third = pt @ y @ gt  # P^T P g^T
+    # step 8
+    return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
+
+
+@_answers(np.linalg.pinv)
+@primitive(_pinv_rule)
+def pinv(a: Any, rcond: Any = None) -> Tensor:
+    """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
+    Its derivative is right for changes of a that leave the rank as it is.
+    """
+    return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
+
+
+# ## IV.11 NumPy's other names: what needs no new idea?
 #
 # NumPy has hundreds of functions. One that meets a Tensor gets one of four kinds of
 # answer.
@@ -7719,7 +7725,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #        Traceback (most recent call last):
 #        TypeError: numpy.add.reduce: nanoad has no derivative for this; use np.sum, ...
 #
-# **A reader may stop here and go on with IV.11**: the rest is for looking up. (The file
+# **A reader may stop here and go on with IV.12**: the rest is for looking up. (The file
 # needs it to run. Rules call np.sum and others, of Tensors when they write a tape: I.6.
 # The protocol asks `_WITHOUT_GRADIENT`: II.2. And `dot` calls `tensordot`: II.6.)
 #
@@ -8403,7 +8409,7 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
     if _f.__qualname__[0] in "_<":  # such as <lambda>, or _with_dtype.<locals>.answer
         _f.__qualname__ = f"np.{_function.__name__}"
 
-# ## IV.11 Names: where is X?
+# ## IV.12 Names: where is X?
 #
 # This is the index of the file, by namespace and topic. All names are flat; for those
 # who like them sorted there are modules too, `nanoad.nn` and its like, made here and
@@ -8507,7 +8513,7 @@ __all__: list[str] = []
 _make_namespaces()
 _unquote_annotations()
 
-# ## IV.12 The tour: what can all this do?
+# ## IV.13 The tour: what can all this do?
 #
 # `python nanoad.py` shows it in a few seconds.
 _TOUR = r"""

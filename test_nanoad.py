@@ -24,7 +24,7 @@ Contents:
     II.3 Elementwise: ties, infinities
     II.4 Moving elements
     II.5 Reductions: softmax and its kin of large numbers, float16
-    II.6 Linear algebra: einsum, np.linalg, programs that use them
+    II.6 Linear algebra: einsum, np.linalg (IV.10), programs that use them
     II.7 Fused: kernels and their definitions
     II.8 Methods
     II.9 Arguments: by name, as settings
@@ -46,8 +46,8 @@ Contents:
     IV.7 Saving
     IV.8 Drawing
     IV.9 Plot
-    IV.11 Names: the file itself, its index, its signatures, its pointers
-    IV.12 Tour: it and all examples
+    IV.12 Names: the file itself, its index, its signatures, its pointers
+    IV.13 Tour: it and all examples
     Wrong calls
     README.md
     bench.py
@@ -58,9 +58,9 @@ Contents:
 Nothing here asks how the engine works inside. The private names of nanoad that are used are the
 tables `_FUNCTIONS`, `_WITHOUT_GRADIENT`, `_INDEX` and `_STYLES`, so that nothing can be added to
 the first three without a test; `_batch_norm` and `_lookup`, which are compared with their
-definitions, and `_Reader`, with the network it reads by; `_side_by_side` and `_constants`; `_sample`, `_content`,
-`_download`, `_SOURCES`, `_STAMP`, `_TIMEOUT`, `_mode`, `_CAN_FORK`, `_fork` and
-`_set_blas_threads`, by which tests listen or play tricks; and `_tour`.
+definitions, and `_Reader`, with the network it reads by; `_side_by_side` and `_constants`;
+`_sample`, `_content`, `_download`, `_SOURCES`, `_STAMP`, `_TIMEOUT`, `_SECONDS_TO_BEGIN`, `_mode`,
+`_CAN_FORK`, `_fork` and `_set_blas_threads`, by which tests listen or play tricks; and `_tour`.
 """
 
 import ast
@@ -8429,7 +8429,7 @@ def test_a_gap_in_a_line_is_not_bridged():
     assert [row[3:].ljust(5) for row in rows] == ["   ──", "──   "]
 
 
-# ## IV.11 Names
+# ## IV.12 Names
 #
 # People rename the file, vendor it, import it twice, run it under -O and where nothing can be
 # written.
@@ -8939,7 +8939,7 @@ def test_the_names_that_comments_speak_of_exist():
                 assert not unknown, f"line {line} speaks of {name}"
 
 
-# ## IV.12 Tour
+# ## IV.13 Tour
 
 
 def test_the_tour_runs():
