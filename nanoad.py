@@ -91,11 +91,11 @@ class Tensor:
     another floating-point type to convert to. A list that holds Tensors is stacked. A
     TypeError for what is no real number.
 
-    With `requires_grad` it is tracked, and without, a constant. (Made of a tracked
-    Tensor, it is a copy that is still tied to that, and so no leaf, but inside
-    no_grad().) Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and
-    methods (II.8) differentiate, and take all that is no Tensor for a constant.
-    Comparisons give plain bool arrays.
+    With `requires_grad` it is tracked, and without, a constant. (A tracked copy of a
+    tracked Tensor is tied to that, so it is no leaf; unless made inside no_grad().)
+    Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and methods (II.8)
+    differentiate, and take all that is no Tensor for a constant. Comparisons give plain
+    bool arrays.
     """
 
     __slots__ = (
@@ -512,15 +512,16 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 #
 #     j:1     k:2 = exp(j)     x:3     y:4 = k * x     w:5 = sin(k)     z:6 = y * w
 #
-# First the search goes from z back to what it was made of, but not behind the *horizon*:
-# the oldest input, here x. What is older, as k is, was not made of x, and nothing behind
-# it was. It is noted, as `older`, and not gone on from. (So are the operands of x itself,
-# if it has any: I.7 needs to know.) Then it goes forwards through what it found. On the
-# route are the inputs, and whatever has an operand on the route:
+# Search back from z to all that it was made of. Then go forwards through what was found:
+# on the route are the inputs, and whatever has an operand on the route.
 #
-#     found           6, 5, 4, 3, 2; and not 1, which is behind 2
-#     older           2
+#     found           6, 5, 4, 3, 2
 #     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
+#
+# Why was j not found? A tensor is made of older ones. So k, which is older than x, was
+# not made of x, nor was anything behind k; and there the search turns back. The oldest
+# input is its *horizon*. The tracked tensors at which it turned back are noted, as
+# `older`, for I.7 will ask whether there were any.
 #
 #     >>> j = Tensor(1.0)
 #     >>> k = np.exp(j)
@@ -551,7 +552,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
         t = to_visit.pop()
         if t._time not in found:
             found[t._time] = t
-            if t._time >= horizon:
+            if t._time >= horizon:  # else it is older: turn back
                 to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.3)
 
     times = {t._time for t in inputs}
