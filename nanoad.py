@@ -780,7 +780,7 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # another object and not on the inner route. But the inner result was computed from `x`,
 # so the outer walk meets `x` there like any other operand.
 #
-# What does the real one add? First, *a tape only when somebody can ask*. The naive one
+# What does the real one add? *A tape only when somebody can ask.* The naive one
 # records every walk. But of a single `grad(f)(3.0)` nobody can ask for a second
 # derivative: so the walk should run on bare ndarrays, and the gradient be a constant.
 #
@@ -819,7 +819,7 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # **Whoever has come this far has the whole idea.** The rest of the file is its use, and
 # the rest of this section is the same in full.
 #
-# For there are nests: x and y may be dicts, lists and tuples. `_flatten` makes a list
+# It also takes nests: x and y may be dicts, lists and tuples. `_flatten` makes a list
 # of the items, and gives a function that builds the same nest of others. IV.3 has that,
 # and what chooses the arguments to differentiate by.
 
