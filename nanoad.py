@@ -7352,42 +7352,55 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.10 Decompositions: what can a factor's motion be?
 #
-# How a rule of matrices is found was said in II.6: differentiate what defines Y; bring
-# what stands around dA over to g; what then stands beside dA is what A receives. It is
-# all that is done here, in numbered steps to which the code points. Follow one with a
-# pencil, and leave the others until you need them. First the determinant.
+# The way to each rule is that of II.6: say how the result moves if A moves by dA, put
+# that into the motion of the loss, and read off what stands beside dA. The steps are
+# numbered, and the code points to them. Follow one with a pencil; each of the others can
+# wait until you need it. In all of them:
 #
-# *det*, with the cofactors C_ij:
+# - dX is how X moves, and gX is the cotangent of X. I is the identity.
+# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by the sum of `<gX, dX>` over
+#   the results X. In it, `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is `<X^T, Y^T>`.
+#
+# ### The determinant: what if there is no inverse?
+#
+# Let C_ij be the cofactor of A_ij, the determinant without row i and column j, times 1
+# or -1:
 #
 #     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
 #     2  so A receives              g C
-#     3  and by Cramer              C = det(A) A^-T
+#     3  and by Cramer              A C^T = det(A) I, so C = det(A) A^-T
 #
-# *log det* is that, divided by the determinant: A receives `g A^-T`.
+# The logarithm of the determinant divides that by it: A receives `g A^-T`.
 #
 #     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
 #     [[ 5. -4.]
 #      [-1.  2.]]
 #
 # A singular matrix has cofactors, too, though no inverse. Their transpose, the
-# adjugate, is what a recursion arrives at (Faddeev and LeVerrier):
+# adjugate, can be had by products alone (Faddeev and LeVerrier): it is H_(n-1) of
 #
-#     H = I,  and then for k = 1 to n - 1:  H <- trace(A H) / k I - A H
+#     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
-# For n = 2 it is one round, `trace(A) I - A`, and exchanges the diagonal as it should:
+# For n = 2 that is `trace(A) I - A`, which exchanges the diagonal as it should:
 #
 #     >>> print(_adjugate(np.array([[2.0, 1.0], [4.0, 2.0]])))
 #     [[ 2. -1.]
 #      [-4.  2.]]
 #
-# It never divides by zero; but its products are many, and lose digits from n = 10 or so
-# on. Why it is right:
+# Why it is right: look at A + t I. Its determinant and its adjugate are polynomials in t,
 #
-#     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
-#     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
-#     3  one power at a time        B <- A B + c_k I,  from I on
-#     4  Newton (taken on trust)    c_k = -trace(A B) / k
-#     5  H_k = (-1)^k B_k turns     3 into the recursion above, and 2 into A H = det(A) I
+#     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
+#
+# and the adjugate of A is H(0), which is H_(n-1):
+#
+#     1  Cramer                      (A + t I) H(t) = p(t) I
+#     2  beside t^(n-k) stands       A H_(k-1) + H_k = p_k I,  the recursion
+#     3  and its trace is            trace(A H_(k-1)) + trace(H_k) = n p_k
+#     4  dA = dt I in step 2 of det  p'(t) = trace(H(t))
+#     5  beside t^(n-k-1) stands     (n - k) p_k = trace(H_k)
+#     6  5 in 3                      trace(A H_(k-1)) = k p_k
+#
+# Its products lose digits from n = 10 or so on, so the inverse is used where there is one.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -7428,23 +7441,19 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
 
 
-# ### Factors: triangular, or orthonormal
+# ### Cholesky: how does a triangle move?
 #
-# Here A is a product of factors of a certain kind: triangular, or with orthonormal
-# columns. Differentiate `A = ...`, and the kind of each factor says which part of the
-# equation moves it. Where that part is `X + X^T` with a lower triangular X, `low` takes
-# the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X. As it only scales
-# elements, `<X, low(Y)>` is `<low(X), Y>`.
-#
-# *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
+# A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). L stays triangular
+# when it moves, and that is enough to find dL. Write `low(Y)` for the lower triangle of
+# Y with *half* of its diagonal. If X is lower triangular, `low(X + X^T)` is X. And as low
+# only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 #     1  A moves by                 dA = dL L^T + L dL^T
-#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T     with X = L^-1 dL
-#     3  L, dL, so X are lower      X = low(L^-1 dA L^-T)
-#     4  hence                      dL = L X = L low(L^-1 dA L^-T)
-#     5  bring over L, then low     <g, dL> = <low(L^T g), L^-1 dA L^-T>
-#     6  then the rest              A receives L^-T low(L^T g) L^-1
-#     7  as dA is symmetric         or the symmetric part of that
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T        with X = L^-1 dL
+#     3  X is lower triangular      X = low(L^-1 dA L^-T),        and dL = L X
+#     4  the loss moves by          <gL, L X> = <L^T gL, X> = <low(L^T gL), L^-1 dA L^-T>
+#     5  A receives                 L^-T low(L^T gL) L^-1
+#     6  as dA is symmetric         or the symmetric part of that
 #
 # NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
 # each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
@@ -7456,10 +7465,10 @@ def _low(x: Any) -> Any:
 
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _low(_mT(y) @ g)  # step 5
-    left = np.linalg.solve(_mT(y), inside)  # step 6: L^-T before it
+    inside = _low(_mT(y) @ g)
+    left = np.linalg.solve(_mT(y), inside)  # step 5: L^-T before it
     ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
-    return (ga + _mT(ga)) / 2  # step 7
+    return (ga + _mT(ga)) / 2  # step 6
 
 
 _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
@@ -7474,23 +7483,33 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
     return _mT(lower) if upper else lower
 
 
-# *eigh*, `A = V W V^T`, with `W = diag(w)` and orthonormal columns, `V^T V = I`:
+# ### eigh: how do eigenvectors turn?
 #
-#     1  A moves by                 dA = dV W V^T + V dW V^T + V W dV^T
-#     2  between V^T and V          P = dC W + dW + W dC^T
-#                                   with P = V^T dA V and dC = V^T dV
-#     3  V^T V = I moves by         dC + dC^T = 0, so dC^T = -dC, whose diagonal is 0
-#     4  on the diagonal            P_ii = dw_i
-#     5  elsewhere                  P_ij = dC_ij w_j - w_i dC_ij
-#     6  so                         dC_ij = P_ij / (w_j - w_i)
-#     7  as dV = V dC, for V is     <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
-#        square, the loss moves by  with c = V^T gV
-#     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
-#     9  A receives                 V M V^T, or its symmetric part
+# A symmetric A has orthonormal eigenvectors, the columns of V: `A V = V W`, with
+# `W = diag(w)` and `V^T V = I`. They can only turn, `dV = V C`: the same columns, mixed
+# by a small C. As `V^T V = I` stays, `C + C^T = 0`, so C is antisymmetric, and its
+# diagonal is 0.
+#
+#     1  A V = V W moves by         dA V + A V C = V C W + V dW
+#     2  V^T before it              P + W C = C W + dW            with P = V^T dA V
+#     3  on the diagonal            dw_i = P_ii
+#     4  elsewhere                  P_ij + w_i C_ij = C_ij w_j
+#     5  so                         C_ij = P_ij / (w_j - w_i)
+#     6  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
+#     7  C is antisymmetric         <V^T gV, C> = <c, C>,  with c = antisym(V^T gV)
+#     8  3 and 5 in this            <M, P>,  with M_ii = gw_i,  M_ij = c_ij / (w_j - w_i)
+#     9  A receives                 V M V^T
+#
+# In 7, antisym(X) is `(X - X^T) / 2`: the other half of X, `(X + X^T) / 2`, has nothing
+# to say beside an antisymmetric C.
 #
 # Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
 # 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
 # w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
+def _antisym(x: Any) -> Any:
+    return (x - _mT(x)) / 2
+
+
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, and 0 where both are 0."""
     return a / np.where((a == 0) & (b == 0), 1, b)
@@ -7499,11 +7518,9 @@ def _ratio(a: Any, b: Any) -> Any:
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
-    c = _mT(v) @ gv  # step 7
-    eye = np.eye(a.shape[-1], dtype=a.dtype)
-    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 8
-    ga = v @ m @ _mT(v)  # step 9
-    return (ga + _mT(ga)) / 2
+    c = _antisym(_mT(v) @ gv)  # step 7
+    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 8
+    return v @ m @ _mT(v)  # step 9
 
 
 @primitive(_eigh_rule)
@@ -7524,53 +7541,49 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
 
 
-# *svd*, `A = U S V^T`, with `S = diag(s)` and orthonormal columns in both U and V, which
-# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016). It begins as eigh
-# does, but now two factors turn, by `dC = U^T dU` and `dD = V^T dV`:
+# ### svd: what if two bases turn?
 #
-#     1  A moves by                 dA = dU S V^T + U dS V^T + U S dV^T
-#     2  between U^T and V          P = dC S + dS - S dD       with P = U^T dA V
-#     3  on the diagonal            P_ii = ds_i
-#     4  elsewhere, element ij      P_ij =  dC_ij s_j - s_i dD_ij
-#     5  and element ji             P_ji = -dC_ij s_i + s_j dD_ij
-#     6  s_j (4) + s_i (5)          dC_ij = (s_j P_ij + s_i P_ji) / gap_ij
-#     7  s_i (4) + s_j (5)          dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
-#                                   with gap_ij = s_j^2 - s_i^2
+# `A V = U S`, with `S = diag(s)` and orthonormal columns in both U and V. First let A be
+# square. Both bases turn, `dU = U C` and `dV = V D`, with antisymmetric C and D. So there
+# are two unknowns, and two equations, for `A^T U = V S` as well:
 #
-# (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
-# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. What stands beside
-# one P_ij in it? `<c, dC>` is the sum of `c_ij dC_ij` over all i and j, and P_ij is in
-# two of its terms: in dC_ij (step 6), and in dC_ji (step 6 with i and j exchanged):
+#     1  as for eigh, with U^T      P + S D = C S + dS            with P = U^T dA V
+#     2  of A^T U = V S, with V^T   P^T + S C = D S + dS
+#     3  on the diagonal            ds_i = P_ii
+#     4  elsewhere, 1 plus 2        (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
+#     5  and 1 minus 2              (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
+#     6  the loss moves by          <gs, ds> + <c, C> + <d, D>,   with
+#                                   c = antisym(U^T gU) and d = antisym(V^T gV)
+#     7  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
+#     8  by 4 and 5, that is        <X / 2, P + P^T> + <Y / 2, P - P^T>,   with
+#                                   X_ij = (c + d)_ij / (s_j - s_i)
+#                                   Y_ij = (c - d)_ij / (s_j + s_i)
+#     9  X is symmetric, and        = <X, P> + <Y, P>
+#        Y antisymmetric
+#    10  by 3 and 9, A receives     U (diag(gs) + X + Y) V^T
 #
-#     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
-#     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
-#    10  so beside P_ij stands      (c_ij - c_ji) / gap_ij s_j
-#    11  likewise, from <d, dD>     s_i (d_ij - d_ji) / gap_ij
-#    12  and beside P_ii            gs_i
-#    13  A receives                 U M V^T,  where M has the sum of 10, 11 and 12
+# If A is tall, (m, n) with m > n, U has fewer columns than rows, and dU also has a part
+# outside of the space they span. `E = I - U U^T` takes that part out of anything: E U = 0,
+# and E A = 0, since A's columns are in the space of U's. (If A is wide, the same goes
+# for V and A^T.)
 #
-# If A is tall, U is not square, and dU also has a part outside of the space of U's
-# columns (if A is wide, the same goes for V, transposed):
-#
-#    14  dU has two parts           dU = U dC + E dU           with E = I - U U^T
-#    15  1 between E and V          E dA V = E dU S            as E U = 0
-#    16  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
-#    17  A also receives            E gU S^-1 V^T              where E gU = gU - U c
+#    11  A V = U S, moved, times E  E dA V = E dU S
+#    12  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
+#    13  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
     gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
-    gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
+    c = _antisym(_mT(u) @ gu)  # step 6, (..., k, k)
+    d = _antisym(_mT(v) @ gv)
 
-    by_c = _ratio(c - _mT(c), gaps) * s  # step 10
-    by_d = _mT(s) * _ratio(d - _mT(d), gaps)  # step 11
-    on_diagonal = np.eye(min(m, n), dtype=a.dtype) * gs  # step 12
-    ga = u @ (by_c + on_diagonal + by_d) @ _mT(v)  # step 13
+    x = _ratio(c + d, s - _mT(s))  # step 8
+    y = _ratio(c - d, s + _mT(s))
+    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + y) @ _mT(v)  # step 10
     if m > n:
-        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 17
+        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 13
     if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ d, s))  # step 17, transposed
+        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 13, transposed
     return ga
 
 
@@ -7601,39 +7614,36 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
     return _result_type(np.linalg.svd)([u, singular, _mT(v)])
 
 
-# *qr*, `A = Q R`, with orthonormal columns in Q, and R upper triangular. It goes as
-# Cholesky does (Seeger and others, 2017):
+# ### qr: how do both kinds move together?
+#
+# `A = Q R`, with orthonormal columns in Q, so that `Q^T dQ` is antisymmetric, and R upper
+# triangular, so that `low` finds its motion, transposed (Seeger and others, 2017):
 #
 #     1  A moves by                 dA = dQ R + Q dR
-#     2  times R^-1 from the right  dA R^-1 = dQ + Q X         with X = dR R^-1
-#     3  times Q^T from the left    P = Q^T dQ + X             with P = Q^T dA R^-1
-#     4  add the transpose          P + P^T = X + X^T          as Q^T dQ is antisymmetric
-#     5  R, dR, so X are upper      X^T = low(P + P^T)
-#     6  the loss moves by          <gQ, dA R^-1 - Q X> + <gR, X R>
-#     7  collect                    <gQ, dA R^-1> + <M, X>     with M = gR R^T - Q^T gQ
-#     8  transpose, bring low over  <M, X> = <low(M^T), P + P^T>
-#     9  collect                    = <N, P>       with N = low(M^T) + low(M^T)^T
-#    10  P is Q^T dA R^-1           together <gQ + Q N, dA R^-1>
-#    11  A receives                 (gQ + Q N) R^-T
+#     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
+#     3  Q^T before it              P = Q^T dQ + X                with P = Q^T dA R^-1
+#     4  plus its transpose         P + P^T = X + X^T, so X^T = low(P + P^T)
+#     5  the loss moves by          <gQ, dQ> + <gR, dR> = <gQ, dA R^-1 - Q X> + <gR, X R>
+#     6  collect X                  = <gQ, dA R^-1> + <Y, X^T>    with Y = R gR^T - gQ^T Q
+#     7  4 in <Y, X^T>              <low(Y), P + P^T> = <N, P>    with N = low(Y) + low(Y)^T
+#     8  A receives                 (gQ + Q N) R^-T
 #
 # A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
 # `R2 = Q^T A2`.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
-    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8: low(M^T)
-    left = gq + q @ (low + _mT(low))  # steps 9 and 10
-    _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
-    return _mT(np.linalg.solve(r, _mT(left)))  # step 11
 
-
-def _refuse_dependent_columns(r: np.ndarray, longer: int) -> None:
-    """R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0."""
-    diagonal = np.abs(np.diagonal(r, axis1=-2, axis2=-1))  # (..., n)
+    # R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0.
+    diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
-    if np.any(diagonal <= longer * np.finfo(r.dtype).eps * largest):
+    if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
         raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
                                     "(R has a 0 on its diagonal, up to rounding)")
+
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # step 6
+    left = gq + q @ (low + _mT(low))  # step 7
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 8
 
 
 @primitive(_qr_rule)
@@ -7658,26 +7668,25 @@ def qr(a: Any, mode: str = "reduced") -> Any:
     return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
 
 
-# *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
-# symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra,
-# 1973). Write `E = I - A P` and `F = I - P A`. Then `E E = E`, `P E = 0` and `A^T E = 0`.
+# ### pinv: what if there is no inverse?
 #
-#     1  P = P A P moves by         dP = dP A P + P dA P + P A dP
-#     2  dP E and F dP, written out, dP E + F dP = 2 dP - (dP A P + P A dP), and by 1
-#                                   = 2 dP - (dP - P dA P) = dP + P dA P
-#     3  P E = 0 moves by           dP E = P d(A P)
-#     4  A P = P^T A^T moves by     d(A P) = dP^T A^T + P^T dA^T
-#     5  3 times E, as A^T E = 0    dP E = P P^T dA^T E
-#     6  in the same way            F dP = F dA^T P^T P
-#     7  by steps 2, 5 and 6        dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+# The pseudo-inverse P of a tall A with independent columns is what least squares needs,
+# `(A^T A)^-1 A^T`. It is found by the rule of inv:
 #
-# (A dA^T transposes what it receives; E, F and `P P^T` are symmetric.)
+#     1  in short                   P = G A^T                     with G = (A^T A)^-1 = P P^T
+#     2  G moves by                 dG = -G (dA^T A + A^T dA) G
+#     3  dP = dG A^T + G dA^T       = -P dA P + P P^T dA^T E      with E = I - A P
+#     4  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
+#     5  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#     6  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#
+# 5 is the theorem of Golub and Pereyra (1973). It has 3 and 4 in it, since the tall A has
+# P A = I, hence F = 0, and the wide one E = 0. (In 6, E, F and `P P^T` are symmetric.)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
-    # step 8
+    # step 6
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
