@@ -6446,9 +6446,8 @@ def _interrupts_held() -> Iterator[None]:
 
 # ## IV.6 Data: is it the right data?
 #
-# A training loop takes its data in batches: a few rows of `x`, the same rows of `y`,
-# and in another order on each pass. That is a `DataLoader`, and all that the loop has
-# to know of the data:
+# A training loop takes its data in batches, a few rows of `x` with the same rows of `y`,
+# and in another order on each pass:
 #
 #     >>> manual_seed(0)
 #     >>> points, labels = make_moons(10)
@@ -6568,14 +6567,12 @@ def make_moons(n_samples: int = 100,
 #
 # A network trained on half a file still learns something, and nobody suspects the file.
 # Hence one rule for all data sets: **bytes are believed only after their SHA-256 has
-# been compared**, whether they came from the disk or from a mirror. Then nothing else
-# need be checked, no header and no shape. It is the SHA-256 of the *unpacked* content,
-# because two gzip files of one text may differ in every byte. (CIFAR-10's archive has
-# one source, and counts as it is.)
+# been compared**, wherever they came from. Then no header and no shape need be checked.
+# It is the SHA-256 of the *unpacked* content, because two gzip files of one text may
+# differ in every byte. (CIFAR-10's archive has one source, and counts as it is.)
 #
 # `_content` looks in the data folder, `_download` at the mirrors, `_verified` compares.
-# What they know of a file, by its place under the data folder: its mirrors, and its
-# content's size and digest.
+# What they know of each file: its mirrors, and its content's size and digest.
 _MNIST = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
     "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
@@ -6778,10 +6775,10 @@ def load_tinyshakespeare() -> str:
 #     >>> again["step"], again["weights"][0], again["pair"]
 #     (3, array([1., 2.]), ('a', None))
 #
-# So the file is an .npz, a zip archive of arrays. Each array of the state is a member,
+# The file is an .npz, a zip archive of arrays. Each array of the state is a member,
 # named by its dotted path. All the rest, with the arrays' names, is a text in JSON, in
-# the member `nanoad`. Nothing is pickled, for a pickle is a program, and a checkpoint may
-# come from a stranger. What JSON lacks is written as a list that begins with its kind:
+# the member `nanoad`; there, what JSON lacks is a list that begins with its kind (below).
+# Nothing is pickled: a pickle is a program, and a checkpoint may come from a stranger.
 #
 #     >>> arrays = {}
 #     >>> _describe({"step": 3, "pair": ("a", np.eye(2))}, "", arrays), list(arrays)
@@ -6789,12 +6786,12 @@ def load_tinyshakespeare() -> str:
 #
 # The naive way, `np.savez(path, **arrays)`, fails in two ways, and each gets one care:
 #
-# 1. *Cut off in the middle of writing*, it has destroyed the old checkpoint and not
-#    finished the new one. So the file is written beside the old one, and then takes its
-#    name (`_write_whole`).
-# 2. *Damaged on the disk*, it may still be read, as other numbers. So its last 64
-#    characters are the SHA-256 of all before them, and `load` compares first. A zip
-#    file may end in a comment, and that is where they stand.
+# 1. *Cut off while it writes*, it has destroyed the old checkpoint and not finished the
+#    new one. So the file is written beside the old one, and then takes its name
+#    (`_write_whole`).
+# 2. *Damaged on the disk*, the file may still be read, as other numbers. So it ends, in
+#    the comment that a zip file may have, in the SHA-256 of all before: 64 characters,
+#    which `load` compares first.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
 
@@ -6806,23 +6803,29 @@ def save(path: str | os.PathLike, state: Any) -> None:
     for bit. Raises a TypeError that names what cannot be saved, OSError if the file
     cannot be written.
     """
-    import json  # here and in `load`, for it is slow to load
+    import json  # both only where they are needed, for they are slow to load
+    import zipfile
 
     arrays: dict[str, np.ndarray] = {}
     description = json.dumps(_describe(state, "", arrays))
     members = {"nanoad": np.frombuffer(description.encode(), np.uint8), **arrays}
 
-    content = _pack(members)
-    content += _sha256(content).encode()
-    target = os.path.realpath(os.fsdecode(path))  # of a link, what it points at
-    _write_whole(target, content)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.comment = _STAMP + bytes(64)  # room for the digest, at the very end
+        for name, array in members.items():
+            info = zipfile.ZipInfo(name + ".npy")  # undated: equal states, equal files
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+    content = file.getbuffer()
+    content[-64:] = _sha256(content[:-64]).encode()
+    _write_whole(os.path.realpath(os.fsdecode(path)), content)  # what a link points at
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
-    """What JSON stores for the part of a state at `path`. Its arrays go into `arrays`.
-
-    A dict stays a dict, and a plain value itself; else it is a list ["list", ...],
-    ["tuple", ...] or ["array", member].
+    """What JSON stores for the part of a state at `path`: a dict, a plain value, or a
+    list ["list", ...], ["tuple", ...], ["array", member]. Its arrays go into `arrays`.
     """
     where = path or "the state"
 
@@ -6867,20 +6870,6 @@ def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
     while name in arrays or name == "nanoad":
         name += "_"
     return name
-
-
-def _pack(members: dict[str, np.ndarray]) -> bytes:
-    """The archive of these arrays, all but the digest, which are its last 64 bytes."""
-    import zipfile  # here and in `_unpack`, for it is slow to load
-
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.comment = _STAMP + bytes(64)  # its length stands before it
-        for name, array in members.items():
-            info = zipfile.ZipInfo(name + ".npy")  # undated: equal states, equal files
-            with archive.open(info, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-    return file.getvalue()[:-64]
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -6950,25 +6939,23 @@ def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
 #
 # 1. Open a file of a name that nobody else has, *in the same folder*: a rename is
 #    atomic only within one file system.
-# 2. Give it the permissions of the file that it replaces. (A new one has what the umask
-#    grants.)
-# 3. Fill it and force it to the disk, since a rename may reach the disk before the
-#    content does.
+# 2. Give it the permissions of the file that it replaces, if there is one.
+# 3. Fill it and force it to the disk, which a rename might reach before the content.
 # 4. Rename it.
 # 5. Force the folder to the disk, to which the new name belongs.
 #
 # Only a process that is killed outright leaves its `.tmp` file behind.
-def _write_whole(path: str, content: bytes) -> None:
+def _write_whole(path: str, content: bytes | memoryview) -> None:
     """Replace the file at `path` by one with this content, atomically, or OSError."""
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file:  # step 1
             with contextlib.suppress(OSError):  # no such file, or no permissions here
-                os.chmod(temporary, os.stat(path).st_mode & 0o777)
+                os.chmod(temporary, os.stat(path).st_mode & 0o777)  # step 2
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())  # step 3
+        os.replace(temporary, path)  # step 4
     except OSError as error:
         message = f"{error.strerror}; what was there before is untouched"
         raise OSError(error.errno, message, path) from None
@@ -6979,7 +6966,7 @@ def _write_whole(path: str, content: bytes) -> None:
     with contextlib.suppress(OSError):  # not every system can do this with a folder
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(folder)  # step 5
         finally:
             os.close(folder)
 
@@ -7555,12 +7542,12 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #     6  the loss moves by          <gs, ds> + <c, C> + <d, D>,   with
 #                                   c = antisym(U^T gU) and d = antisym(V^T gV)
 #     7  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
-#     8  by 4 and 5, that is        <X / 2, P + P^T> + <Y / 2, P - P^T>,   with
+#     8  by 4 and 5, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
 #                                   X_ij = (c + d)_ij / (s_j - s_i)
-#                                   Y_ij = (c - d)_ij / (s_j + s_i)
-#     9  X is symmetric, and        = <X, P> + <Y, P>
-#        Y antisymmetric
-#    10  by 3 and 9, A receives     U (diag(gs) + X + Y) V^T
+#                                   Z_ij = (c - d)_ij / (s_j + s_i)
+#     9  X is symmetric, and        = <X, P> + <Z, P>
+#        Z antisymmetric
+#    10  by 3 and 9, A receives     U (diag(gs) + X + Z) V^T
 #
 # If A is tall, (m, n) with m > n, U has fewer columns than rows, and dU also has a part
 # outside of the space they span. `E = I - U U^T` takes that part out of anything: E U = 0,
@@ -7578,8 +7565,8 @@ def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     d = _antisym(_mT(v) @ gv)
 
     x = _ratio(c + d, s - _mT(s))  # step 8
-    y = _ratio(c - d, s + _mT(s))
-    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + y) @ _mT(v)  # step 10
+    z = _ratio(c - d, s + _mT(s))
+    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 10
     if m > n:
         ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 13
     if n > m:
