@@ -6777,8 +6777,8 @@ def load_tinyshakespeare() -> str:
 #
 # The file is an .npz, a zip archive of arrays. Each array of the state is a member,
 # named by its dotted path. All the rest, with the arrays' names, is a text in JSON, in
-# the member `nanoad`; there, what JSON lacks is a list that begins with its kind (below).
-# Nothing is pickled: a pickle is a program, and a checkpoint may come from a stranger.
+# the member `nanoad`. Nothing is pickled: a pickle is a program, and a checkpoint may
+# come from a stranger. What JSON lacks becomes a list that begins with its kind:
 #
 #     >>> arrays = {}
 #     >>> _describe({"step": 3, "pair": ("a", np.eye(2))}, "", arrays), list(arrays)
@@ -6973,8 +6973,7 @@ def _write_whole(path: str, content: bytes | memoryview) -> None:
 
 # ## IV.8 Drawing: what does a tape look like?
 #
-# Here is that of `x w + 3 x`, after a walk that left the gradients. Each operation stands
-# over its operands; what occurs twice is numbered, and told once:
+# Each operation stands over its operands; what occurs twice is numbered, and told once:
 #
 #     >>> x = Tensor(2.0, label="x")
 #     >>> w = Tensor(5.0, label="w")
@@ -6988,10 +6987,9 @@ def _write_whole(path: str, content: bytes | memoryview) -> None:
 #     └─ mul(3, ·)  6  grad 1
 #        └─ x [1] above
 #
-# As a picture (`draw(y)`, by the package graphviz) it is turned over, as one writes it
-# down: leaves above, the result below. Both are made of the same rows, one for each
-# operand of each operation. A tape may be a million operations long, of which nobody
-# reads more than the first 200.
+# The picture (`draw(y)`, by the package graphviz) has the leaves above and the result
+# below. Both are made of the same rows, one for each operand of each operation; at most
+# 200 of them, since a tape may be a million operations long.
 
 
 class _Row(NamedTuple):
@@ -7004,9 +7002,8 @@ class _Row(NamedTuple):
 
 
 def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iterator[_Row]:
-    """The rows of a tape, each operation before its operands, as they are asked for.
-
-    (So 200 rows are at most 200 calls deep, however deep the tape is.)
+    """The rows of a tape, each operation before its operands, as they are asked for: 200
+    rows are at most 200 calls deep, however deep the tape is.
     """
     again = id(node) in seen
     seen.add(id(node))
@@ -7034,9 +7031,8 @@ def _is_number(operand: Any) -> bool:
     return not isinstance(operand, Tensor) and np.ndim(operand) == 0
 
 
-# What is told of a node? First its kind: the result of an operation; a parameter, which
-# is a leaf that a module trains; another leaf; or a constant, which receives no
-# gradient. Then its name, and its value and gradient. (`names` has the parameters' names
+# What is told of a node? Its kind: operation, parameter (a leaf that a module trains),
+# leaf, or constant. Its name. Its value and gradient. (`names` has the parameters' names
 # in a module, by the id of the Tensor.)
 def _kind(node: Any, names: dict[int, str]) -> str:
     if not _tracked(node):
@@ -7067,16 +7063,12 @@ def _name_of(node: Any, names: dict[int, str]) -> str:
 def _facts(node: Any) -> list[str]:
     """The value of a node, or its dtype and shape, and its gradient, if it has one."""
     array = np.asarray(_value(node))
-    if array.size == 1:
-        facts = [f"{array.item():.5g}"]
-    else:
-        facts = [f"{array.dtype}{list(array.shape)}"]
-
+    one = array.size == 1
+    facts = [f"{array.item():.5g}" if one else f"{array.dtype}{list(array.shape)}"]
     if isinstance(node, Tensor):
         if node.grad is not None:
             g = node.grad._data
-            size = f"{g.item():.5g}" if g.size == 1 else f"norm {np.linalg.norm(g):.5g}"
-            facts.append(f"grad {size}")
+            facts.append(f"grad {g.item():.5g}" if one else f"grad norm {np.linalg.norm(g):.5g}")
         if node._op is not None and node._operands is None:
             facts.append("let go by backward")
     return facts
