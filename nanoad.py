@@ -6486,10 +6486,8 @@ class DataLoader:
         return whole if self.drop_last or rest == 0 else whole + 1
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = np.arange(len(self.x))
-        if self.shuffle:
-            order = _mode.rng.permutation(len(self.x))
-
+        length = len(self.x)
+        order = _mode.rng.permutation(length) if self.shuffle else np.arange(length)
         for i in range(len(self)):
             rows = order[i * self.batch_size:(i + 1) * self.batch_size]
             x = self.x.take(rows, axis=0)
@@ -6581,25 +6579,20 @@ _SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/{}",
 )
+_CIFAR = ("https://www.cs.toronto.edu/~kriz/{}",)
 
 _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "tinyshakespeare/input.txt": (
-        _SHAKESPEARE, 1_115_394,
+    "tinyshakespeare/input.txt": (_SHAKESPEARE, 1_115_394,
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "mnist/train-images-idx3-ubyte": (
-        _MNIST, 47_040_016,
+    "mnist/train-images-idx3-ubyte": (_MNIST, 47_040_016,
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "mnist/train-labels-idx1-ubyte": (
-        _MNIST, 60_008,
+    "mnist/train-labels-idx1-ubyte": (_MNIST, 60_008,
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "mnist/t10k-images-idx3-ubyte": (
-        _MNIST, 7_840_016,
+    "mnist/t10k-images-idx3-ubyte": (_MNIST, 7_840_016,
         "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "mnist/t10k-labels-idx1-ubyte": (
-        _MNIST, 10_008,
+    "mnist/t10k-labels-idx1-ubyte": (_MNIST, 10_008,
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-    "cifar10/cifar-10-binary.tar.gz": (
-        ("https://www.cs.toronto.edu/~kriz/{}",), 170_052_171,
+    "cifar10/cifar-10-binary.tar.gz": (_CIFAR, 170_052_171,
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
 }
 
@@ -6681,7 +6674,6 @@ def _fetch(url: str, size: int) -> bytes:
     """The bytes behind `url`, but no more of them than `size` and what gzip may add."""
     import urllib.request  # only here, for it is slow to load
 
-    show = sys.stderr is not None and sys.stderr.isatty()
     received = bytearray()
     start = time.monotonic()
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:
@@ -6693,7 +6685,7 @@ def _fetch(url: str, size: int) -> bytes:
 
             if time.monotonic() - start > _TIMEOUT + len(received) / _SLOWEST:
                 raise TimeoutError(f"only {len(received):,} bytes arrived in time")
-            if show:
+            if sys.stderr is not None and sys.stderr.isatty():
                 progress = f"{url}: {len(received) / 1e6:.1f} MB"
                 print(progress, end="\r", file=sys.stderr, flush=True)
     return bytes(received)
@@ -7110,7 +7102,7 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
 
 def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
     """One line for each row. What occurs again is numbered, and told only once."""
-    again = dict.fromkeys(id(row.node) for row in rows if row.again)
+    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # in order, each once
     marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
 
     lines = []
@@ -7185,9 +7177,10 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 # It is made in four steps:
 #
 # 1. The axis of steps is cut into columns, one for each character, and a curve becomes
-#    a number for each: the mean of its values there (`_column_means`).
+#    a number for each: the mean of its finite values there, or nan (`_by_column`).
 # 2. The first curve is to be a line. So a column between two steps, which holds none, is
-#    given what a straight line between these has there (`_by_column`).
+#    given what a straight line between these has there. Where all of a column's values
+#    are nan, so are the lines to its neighbours: a gap is not bridged.
 # 3. The axis of values is cut into rows, and each number is rounded to one
 #    (`_draw_curves`). A curve of marks is done then.
 # 4. The line gets corners where it comes from another row (`_draw_line`).
@@ -7267,26 +7260,15 @@ def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
     for i, (steps, values) in enumerate(curves.values()):
         # The first step lies in the middle of the first column, the last of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
-        mean = _column_means(column_of, values, columns)
+        is_finite = np.isfinite(values)
+        mean = np.full(columns, np.nan)
+        for column in np.unique(column_of[is_finite]):
+            mean[column] = values[is_finite & (column_of == column)].mean()  # step 1
         if i == 0:
-            # Where a column's values all are nan, so is its mean, and so are the lines
-            # to its neighbours: a gap is not bridged.
-            occupied = np.unique(column_of)
+            occupied = np.unique(column_of)  # step 2
             mean = np.interp(np.arange(columns), occupied, mean[occupied], **beyond)
         means.append(mean)
     return first, last, means
-
-
-def _column_means(column_of: np.ndarray, values: np.ndarray, columns: int) -> np.ndarray:
-    """The mean of the finite values in each column, (columns,); nan if there are none.
-
-    Value i belongs to column `column_of[i]`.
-    """
-    is_finite = np.isfinite(values)
-    means = np.full(columns, np.nan)
-    for column in np.unique(column_of[is_finite]):
-        means[column] = values[is_finite & (column_of == column)].mean()
-    return means
 
 
 def _draw_curves(means: list[np.ndarray], low: float, high: float,
@@ -7315,9 +7297,8 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
     is_drawn = np.isfinite(rows)
     for x in is_drawn.nonzero()[0]:
         row = int(rows[x])
-        goes_on = x > 0 and is_drawn[x - 1]  # after a gap it begins anew
-        before = int(rows[x - 1]) if goes_on else row
-        if before == row:
+        before = int(rows[x - 1]) if x > 0 and is_drawn[x - 1] else row
+        if before == row:  # also where it begins anew, after a gap
             grid[row, x] = "─"
         elif before < row:  # it falls: row 0 is the highest
             grid[before, x] = "╮"
@@ -7331,19 +7312,19 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.10 Decompositions: what can a factor's motion be?
 #
-# The way to each rule is that of II.6: say how the result moves if A moves by dA, put
-# that into the motion of the loss, and read off what stands beside dA. The steps are
-# numbered, and the code points to them. Follow one with a pencil; each of the others can
-# wait until you need it. In all of them:
+# Each rule is found as in II.6: say how the result moves if A moves by dA, put that into
+# the motion of the loss, and read off what stands beside dA. The steps are numbered, and
+# the code points to them; the tests compare each rule with finite differences. Follow
+# one with a pencil, and leave the others until you need them. In all of them:
 #
-# - dX is how X moves, and gX is the cotangent of X. I is the identity.
-# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by the sum of `<gX, dX>` over
-#   the results X. In it, `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is `<X^T, Y^T>`.
+# - dX is how X moves, I the identity, and gX the cotangent of X (g, of the only result).
+# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by `<gX, dX>`, added up over
+#   the results X. There, `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is `<X^T, Y^T>`.
 #
 # ### The determinant: what if there is no inverse?
 #
-# Let C_ij be the cofactor of A_ij, the determinant without row i and column j, times 1
-# or -1:
+# Let C_ij be the cofactor of A_ij: the determinant without row i and column j, with the
+# sign of the chessboard, + where i + j is even.
 #
 #     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
 #     2  so A receives              g C
@@ -7351,42 +7332,38 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 # The logarithm of the determinant divides that by it: A receives `g A^-T`.
 #
-#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
-#     [[ 5. -4.]
+# A singular matrix has cofactors, too, though no inverse:
+#
+#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 2.0]])))
+#     [[ 2. -4.]
 #      [-1.  2.]]
 #
-# A singular matrix has cofactors, too, though no inverse. Their transpose, the
-# adjugate, can be had by products alone (Faddeev and LeVerrier): it is H_(n-1) of
+# Their transpose, the adjugate, can be had by products alone. It is the last, H_(n-1), of
+# these (Faddeev and LeVerrier), so for n = 2 it is `trace(A) I - A`:
 #
 #     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
-# For n = 2 that is `trace(A) I - A`, which exchanges the diagonal as it should:
-#
-#     >>> print(_adjugate(np.array([[2.0, 1.0], [4.0, 2.0]])))
-#     [[ 2. -1.]
-#      [-4.  2.]]
-#
-# Why it is right: look at A + t I. Its determinant and its adjugate are polynomials in t,
+# Why? The determinant p and the adjugate H of A + t I are polynomials in t:
 #
 #     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
 #
-# and the adjugate of A is H(0), which is H_(n-1):
+# The adjugate of A is H(0), which is H_(n-1). And p and H depend on each other:
 #
 #     1  Cramer                      (A + t I) H(t) = p(t) I
-#     2  beside t^(n-k) stands       A H_(k-1) + H_k = p_k I,  the recursion
-#     3  and its trace is            trace(A H_(k-1)) + trace(H_k) = n p_k
+#     2  beside t^(n-k) stands       A H_(k-1) + H_k = p_k I
+#     3  whose trace is              trace(A H_(k-1)) + trace(H_k) = n p_k
 #     4  dA = dt I in step 2 of det  p'(t) = trace(H(t))
 #     5  beside t^(n-k-1) stands     (n - k) p_k = trace(H_k)
-#     6  5 in 3                      trace(A H_(k-1)) = k p_k
+#     6  3 minus 5                   trace(A H_(k-1)) = k p_k
 #
-# Its products lose digits from n = 10 or so on, so the inverse is used where there is one.
+# From n = 10 or so on this loses digits: where there is an inverse, that is used.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
     h = eye
     for k in range(1, a.shape[-1]):
         product = a @ h
-        traces = np.einsum("...ii->...", product)[..., None, None]
+        traces = np.trace(product, axis1=-2, axis2=-1)[..., None, None]
         h = traces / k * eye - product
     return h
 
@@ -7394,7 +7371,7 @@ def _adjugate(a: Any) -> Any:
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
     if np.all(y != 0):
         return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
-    return g[..., None, None] * _mT(_adjugate(a))  # step 2
+    return g[..., None, None] * _mT(_adjugate(a))  # step 2 of det
 
 
 det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
@@ -7423,8 +7400,8 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 # ### Cholesky: how does a triangle move?
 #
 # A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). L stays triangular
-# when it moves, and that is enough to find dL. Write `low(Y)` for the lower triangle of
-# Y with *half* of its diagonal. If X is lower triangular, `low(X + X^T)` is X. And as low
+# when it moves, and that is enough to find dL. Let `low(Y)` be the lower triangle of Y
+# with *half* of its diagonal. Of a lower triangular X, `low(X + X^T)` is X. And as low
 # only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 #     1  A moves by                 dA = dL L^T + L dL^T
@@ -7440,7 +7417,7 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 def _low(x: Any) -> Any:
     """The lower triangle of x, with half of its diagonal."""
     n = x.shape[-1]
-    return (np.tril(np.ones((n, n), x.dtype)) - np.eye(n, dtype=x.dtype) / 2) * x
+    return (np.tri(n, dtype=x.dtype) - np.eye(n, dtype=x.dtype) / 2) * x
 
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
@@ -7475,16 +7452,16 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     4  elsewhere                  P_ij + w_i C_ij = C_ij w_j
 #     5  so                         C_ij = P_ij / (w_j - w_i)
 #     6  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
-#     7  C is antisymmetric         <V^T gV, C> = <c, C>,  with c = antisym(V^T gV)
-#     8  3 and 5 in this            <M, P>,  with M_ii = gw_i,  M_ij = c_ij / (w_j - w_i)
+#     7  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
+#     8  by 3 and 5                 = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
 #     9  A receives                 V M V^T
 #
-# In 7, antisym(X) is `(X - X^T) / 2`: the other half of X, `(X + X^T) / 2`, has nothing
-# to say beside an antisymmetric C.
+# In 7, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
+# beside an antisymmetric C, its elements ij and ji cancel.
 #
 # Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
-# 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
-# w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
+# 0 says that they have no derivative. Near to that, they lose as many digits as
+# w_j - w_i has. But 0 / 0 is 0, for whoever asks for eigenvalues alone, with gV = 0.
 def _antisym(x: Any) -> Any:
     return (x - _mT(x)) / 2
 
@@ -7522,12 +7499,13 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 
 # ### svd: what if two bases turn?
 #
-# `A V = U S`, with `S = diag(s)` and orthonormal columns in both U and V. First let A be
-# square. Both bases turn, `dU = U C` and `dV = V D`, with antisymmetric C and D. So there
-# are two unknowns, and two equations, for `A^T U = V S` as well:
+# `A V = U S` and `A^T U = V S`, with `S = diag(s)` and orthonormal columns in both U and
+# V. First let A be square. Then both bases turn, `dU = U C` and `dV = V D`, with
+# antisymmetric C and D: two unknowns, and there are two equations.
 #
-#     1  as for eigh, with U^T      P + S D = C S + dS            with P = U^T dA V
-#     2  of A^T U = V S, with V^T   P^T + S C = D S + dS
+#     1  A V = U S moves by         dA V + A V D = U C S + U dS
+#        U^T before it              P + S D = C S + dS            with P = U^T dA V
+#     2  likewise of A^T U = V S    P^T + S C = D S + dS
 #     3  on the diagonal            ds_i = P_ii
 #     4  elsewhere, 1 plus 2        (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
 #     5  and 1 minus 2              (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
@@ -7541,14 +7519,14 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #        Z antisymmetric
 #    10  by 3 and 9, A receives     U (diag(gs) + X + Z) V^T
 #
-# If A is tall, (m, n) with m > n, U has fewer columns than rows, and dU also has a part
-# outside of the space they span. `E = I - U U^T` takes that part out of anything: E U = 0,
-# and E A = 0, since A's columns are in the space of U's. (If A is wide, the same goes
-# for V and A^T.)
+# If A is tall, U has fewer columns than rows, and dU also has a part outside of the space
+# that they span. That part is E dU, with `E = I - U U^T`, for which E U = 0 and E A = 0:
 #
-#    11  A V = U S, moved, times E  E dA V = E dU S
+#    11  E before A V = U S, moved  E dA V = E dU S
 #    12  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
 #    13  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
+#
+# If A is wide, the same goes for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
@@ -7596,16 +7574,17 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 # ### qr: how do both kinds move together?
 #
 # `A = Q R`, with orthonormal columns in Q, so that `Q^T dQ` is antisymmetric, and R upper
-# triangular, so that `low` finds its motion, transposed (Seeger and others, 2017):
+# triangular, so that `low` finds its motion (Seeger and others, 2017):
 #
 #     1  A moves by                 dA = dQ R + Q dR
 #     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
 #     3  Q^T before it              P = Q^T dQ + X                with P = Q^T dA R^-1
-#     4  plus its transpose         P + P^T = X + X^T, so X^T = low(P + P^T)
-#     5  the loss moves by          <gQ, dQ> + <gR, dR> = <gQ, dA R^-1 - Q X> + <gR, X R>
-#     6  collect X                  = <gQ, dA R^-1> + <Y, X^T>    with Y = R gR^T - gQ^T Q
-#     7  4 in <Y, X^T>              <low(Y), P + P^T> = <N, P>    with N = low(Y) + low(Y)^T
-#     8  A receives                 (gQ + Q N) R^-T
+#     4  plus its transpose         P + P^T = X + X^T
+#     5  X^T is lower triangular    X^T = low(P + P^T)
+#     6  the loss moves by          <gQ, dQ> + <gR, dR> = <gQ, dA R^-1 - Q X> + <gR, X R>
+#     7  collect X                  = <gQ, dA R^-1> + <Y, X^T>    with Y = R gR^T - gQ^T Q
+#     8  by 5, <Y, X^T> is          <low(Y), P + P^T> = <N, P>    with N = low(Y) + low(Y)^T
+#     9  A receives                 (gQ + Q N) R^-T
 #
 # A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
 # `R2 = Q^T A2`.
@@ -7620,9 +7599,9 @@ def _qr_rule(g: Any, y: Any, a: Any) -> Any:
         raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
                                     "(R has a 0 on its diagonal, up to rounding)")
 
-    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # step 6
-    left = gq + q @ (low + _mT(low))  # step 7
-    return _mT(np.linalg.solve(r, _mT(left)))  # step 8
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8
+    left = gq + q @ (low + _mT(low))  # step 9
+    return _mT(np.linalg.solve(r, _mT(left)))
 
 
 @primitive(_qr_rule)
@@ -7649,10 +7628,10 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 
 # ### pinv: what if there is no inverse?
 #
-# The pseudo-inverse P of a tall A with independent columns is what least squares needs,
-# `(A^T A)^-1 A^T`. It is found by the rule of inv:
+# If A is tall and its columns are independent, its pseudo-inverse is `(A^T A)^-1 A^T`, by
+# which least squares are solved. So the rule of inv leads to its own:
 #
-#     1  in short                   P = G A^T                     with G = (A^T A)^-1 = P P^T
+#     1  P, in short                P = G A^T, with G = (A^T A)^-1, which is P P^T
 #     2  G moves by                 dG = -G (dA^T A + A^T dA) G
 #     3  dP = dG A^T + G dA^T       = -P dA P + P P^T dA^T E      with E = I - A P
 #     4  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
