@@ -6743,9 +6743,8 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_tinyshakespeare() -> str:
-    """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on.
-
-    Raises OSError if the file is neither in the data folder nor online.
+    """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on;
+    fails as `load_mnist` does.
     """
     return _content("tinyshakespeare/input.txt").decode("utf-8")
 
@@ -7060,7 +7059,8 @@ def _facts(node: Any) -> list[str]:
     if isinstance(node, Tensor):
         if node.grad is not None:
             g = node.grad._data
-            facts.append(f"grad {g.item():.5g}" if one else f"grad norm {np.linalg.norm(g):.5g}")
+            size = f"{g.item():.5g}" if one else f"norm {np.linalg.norm(g):.5g}"
+            facts.append(f"grad {size}")
         if node._op is not None and node._operands is None:
             facts.append("let go by backward")
     return facts
@@ -7102,7 +7102,7 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
 
 def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
     """One line for each row. What occurs again is numbered, and told only once."""
-    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # in order, each once
+    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # each once
     marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
 
     lines = []
@@ -7321,7 +7321,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 # - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by `<gX, dX>`, added up over
 #   the results X. There, `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is `<X^T, Y^T>`.
 #
-# ### The determinant: what if there is no inverse?
+# ### The determinant: what is its slope where it is 0?
 #
 # Let C_ij be the cofactor of A_ij: the determinant without row i and column j, with the
 # sign of the chessboard, + where i + j is even.
@@ -7454,7 +7454,7 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     6  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
 #     7  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
 #     8  by 3 and 5                 = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
-#     9  A receives                 V M V^T
+#     9  A receives                 V M V^T, a symmetric matrix
 #
 # In 7, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
 # beside an antisymmetric C, its elements ij and ji cancel.
@@ -7583,7 +7583,8 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #     5  X^T is lower triangular    X^T = low(P + P^T)
 #     6  the loss moves by          <gQ, dQ> + <gR, dR> = <gQ, dA R^-1 - Q X> + <gR, X R>
 #     7  collect X                  = <gQ, dA R^-1> + <Y, X^T>    with Y = R gR^T - gQ^T Q
-#     8  by 5, <Y, X^T> is          <low(Y), P + P^T> = <N, P>    with N = low(Y) + low(Y)^T
+#     8  by 5, <Y, X^T> is          <low(Y), P + P^T> = <N, P>
+#                                   with N = low(Y) + low(Y)^T
 #     9  A receives                 (gQ + Q N) R^-T
 #
 # A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
@@ -7626,12 +7627,12 @@ def qr(a: Any, mode: str = "reduced") -> Any:
     return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
 
 
-# ### pinv: what if there is no inverse?
+# ### pinv: what stands for an inverse?
 #
 # If A is tall and its columns are independent, its pseudo-inverse is `(A^T A)^-1 A^T`, by
 # which least squares are solved. So the rule of inv leads to its own:
 #
-#     1  P, in short                P = G A^T, with G = (A^T A)^-1, which is P P^T
+#     1  in short                   P = G A^T, with G = (A^T A)^-1, which is P P^T
 #     2  G moves by                 dG = -G (dA^T A + A^T dA) G
 #     3  dP = dG A^T + G dA^T       = -P dA P + P P^T dA^T E      with E = I - A P
 #     4  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
