@@ -6468,9 +6468,8 @@ def _interrupts_held() -> Iterator[None]:
 
 # ## IV.6 Data: is it the right data?
 #
-# A training loop takes its data in batches: a few rows of `x`, the same rows of `y`,
-# and in another order on each pass. That is a `DataLoader`, and all that the loop has
-# to know of the data:
+# A training loop takes its data in batches, a few rows of `x` with the same rows of `y`,
+# and in another order on each pass:
 #
 #     >>> manual_seed(0)
 #     >>> points, labels = make_moons(10)
@@ -6509,10 +6508,8 @@ class DataLoader:
         return whole if self.drop_last or rest == 0 else whole + 1
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = np.arange(len(self.x))
-        if self.shuffle:
-            order = _mode.rng.permutation(len(self.x))
-
+        length = len(self.x)
+        order = _mode.rng.permutation(length) if self.shuffle else np.arange(length)
         for i in range(len(self)):
             rows = order[i * self.batch_size:(i + 1) * self.batch_size]
             x = self.x.take(rows, axis=0)
@@ -6590,14 +6587,12 @@ def make_moons(n_samples: int = 100,
 #
 # A network trained on half a file still learns something, and nobody suspects the file.
 # Hence one rule for all data sets: **bytes are believed only after their SHA-256 has
-# been compared**, whether they came from the disk or from a mirror. Then nothing else
-# need be checked, no header and no shape. It is the SHA-256 of the *unpacked* content,
-# because two gzip files of one text may differ in every byte. (CIFAR-10's archive has
-# one source, and counts as it is.)
+# been compared**, wherever they came from. Then no header and no shape need be checked.
+# It is the SHA-256 of the *unpacked* content, because two gzip files of one text may
+# differ in every byte. (CIFAR-10's archive has one source, and counts as it is.)
 #
 # `_content` looks in the data folder, `_download` at the mirrors, `_verified` compares.
-# What they know of a file, by its place under the data folder: its mirrors, and its
-# content's size and digest.
+# What they know of each file: its mirrors, and its content's size and digest.
 _MNIST = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
     "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
@@ -6606,25 +6601,20 @@ _SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/{}",
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/{}",
 )
+_CIFAR = ("https://www.cs.toronto.edu/~kriz/{}",)
 
 _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "tinyshakespeare/input.txt": (
-        _SHAKESPEARE, 1_115_394,
+    "tinyshakespeare/input.txt": (_SHAKESPEARE, 1_115_394,
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "mnist/train-images-idx3-ubyte": (
-        _MNIST, 47_040_016,
+    "mnist/train-images-idx3-ubyte": (_MNIST, 47_040_016,
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "mnist/train-labels-idx1-ubyte": (
-        _MNIST, 60_008,
+    "mnist/train-labels-idx1-ubyte": (_MNIST, 60_008,
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "mnist/t10k-images-idx3-ubyte": (
-        _MNIST, 7_840_016,
+    "mnist/t10k-images-idx3-ubyte": (_MNIST, 7_840_016,
         "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "mnist/t10k-labels-idx1-ubyte": (
-        _MNIST, 10_008,
+    "mnist/t10k-labels-idx1-ubyte": (_MNIST, 10_008,
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-    "cifar10/cifar-10-binary.tar.gz": (
-        ("https://www.cs.toronto.edu/~kriz/{}",), 170_052_171,
+    "cifar10/cifar-10-binary.tar.gz": (_CIFAR, 170_052_171,
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
 }
 
@@ -6706,7 +6696,6 @@ def _fetch(url: str, size: int) -> bytes:
     """The bytes behind `url`, but no more of them than `size` and what gzip may add."""
     import urllib.request  # only here, for it is slow to load
 
-    show = sys.stderr is not None and sys.stderr.isatty()
     received = bytearray()
     start = time.monotonic()
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:
@@ -6718,7 +6707,7 @@ def _fetch(url: str, size: int) -> bytes:
 
             if time.monotonic() - start > _TIMEOUT + len(received) / _SLOWEST:
                 raise TimeoutError(f"only {len(received):,} bytes arrived in time")
-            if show:
+            if sys.stderr is not None and sys.stderr.isatty():
                 progress = f"{url}: {len(received) / 1e6:.1f} MB"
                 print(progress, end="\r", file=sys.stderr, flush=True)
     return bytes(received)
@@ -6776,9 +6765,8 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_tinyshakespeare() -> str:
-    """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on.
-
-    Raises OSError if the file is neither in the data folder nor online.
+    """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on;
+    fails as `load_mnist` does.
     """
     return _content("tinyshakespeare/input.txt").decode("utf-8")
 
@@ -6800,10 +6788,10 @@ def load_tinyshakespeare() -> str:
 #     >>> again["step"], again["weights"][0], again["pair"]
 #     (3, array([1., 2.]), ('a', None))
 #
-# So the file is an .npz, a zip archive of arrays. Each array of the state is a member,
+# The file is an .npz, a zip archive of arrays. Each array of the state is a member,
 # named by its dotted path. All the rest, with the arrays' names, is a text in JSON, in
-# the member `nanoad`. Nothing is pickled, for a pickle is a program, and a checkpoint may
-# come from a stranger. What JSON lacks is written as a list that begins with its kind:
+# the member `nanoad`. Nothing is pickled: a pickle is a program, and a checkpoint may
+# come from a stranger. What JSON lacks becomes a list that begins with its kind:
 #
 #     >>> arrays = {}
 #     >>> _describe({"step": 3, "pair": ("a", np.eye(2))}, "", arrays), list(arrays)
@@ -6811,12 +6799,12 @@ def load_tinyshakespeare() -> str:
 #
 # The naive way, `np.savez(path, **arrays)`, fails in two ways, and each gets one care:
 #
-# 1. *Cut off in the middle of writing*, it has destroyed the old checkpoint and not
-#    finished the new one. So the file is written beside the old one, and then takes its
-#    name (`_write_whole`).
-# 2. *Damaged on the disk*, it may still be read, as other numbers. So its last 64
-#    characters are the SHA-256 of all before them, and `load` compares first. A zip
-#    file may end in a comment, and that is where they stand.
+# 1. *Cut off while it writes*, it has destroyed the old checkpoint and not finished the
+#    new one. So the file is written beside the old one, and then takes its name
+#    (`_write_whole`).
+# 2. *Damaged on the disk*, the file may still be read, as other numbers. So it ends, in
+#    the comment that a zip file may have, in the SHA-256 of all before: 64 characters,
+#    which `load` compares first.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
 
@@ -6828,23 +6816,29 @@ def save(path: str | os.PathLike, state: Any) -> None:
     for bit. Raises a TypeError that names what cannot be saved, OSError if the file
     cannot be written.
     """
-    import json  # here and in `load`, for it is slow to load
+    import json  # both only where they are needed, for they are slow to load
+    import zipfile
 
     arrays: dict[str, np.ndarray] = {}
     description = json.dumps(_describe(state, "", arrays))
     members = {"nanoad": np.frombuffer(description.encode(), np.uint8), **arrays}
 
-    content = _pack(members)
-    content += _sha256(content).encode()
-    target = os.path.realpath(os.fsdecode(path))  # of a link, what it points at
-    _write_whole(target, content)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.comment = _STAMP + bytes(64)  # room for the digest, at the very end
+        for name, array in members.items():
+            info = zipfile.ZipInfo(name + ".npy")  # undated: equal states, equal files
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+    content = file.getbuffer()
+    content[-64:] = _sha256(content[:-64]).encode()
+    _write_whole(os.path.realpath(os.fsdecode(path)), content)  # what a link points at
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
-    """What JSON stores for the part of a state at `path`. Its arrays go into `arrays`.
-
-    A dict stays a dict, and a plain value itself; else it is a list ["list", ...],
-    ["tuple", ...] or ["array", member].
+    """What JSON stores for the part of a state at `path`: a dict, a plain value, or a
+    list ["list", ...], ["tuple", ...], ["array", member]. Its arrays go into `arrays`.
     """
     where = path or "the state"
 
@@ -6889,20 +6883,6 @@ def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
     while name in arrays or name == "nanoad":
         name += "_"
     return name
-
-
-def _pack(members: dict[str, np.ndarray]) -> bytes:
-    """The archive of these arrays, all but the digest, which are its last 64 bytes."""
-    import zipfile  # here and in `_unpack`, for it is slow to load
-
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.comment = _STAMP + bytes(64)  # its length stands before it
-        for name, array in members.items():
-            info = zipfile.ZipInfo(name + ".npy")  # undated: equal states, equal files
-            with archive.open(info, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-    return file.getvalue()[:-64]
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -6972,25 +6952,23 @@ def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
 #
 # 1. Open a file of a name that nobody else has, *in the same folder*: a rename is
 #    atomic only within one file system.
-# 2. Give it the permissions of the file that it replaces. (A new one has what the umask
-#    grants.)
-# 3. Fill it and force it to the disk, since a rename may reach the disk before the
-#    content does.
+# 2. Give it the permissions of the file that it replaces, if there is one.
+# 3. Fill it and force it to the disk, which a rename might reach before the content.
 # 4. Rename it.
 # 5. Force the folder to the disk, to which the new name belongs.
 #
 # Only a process that is killed outright leaves its `.tmp` file behind.
-def _write_whole(path: str, content: bytes) -> None:
+def _write_whole(path: str, content: bytes | memoryview) -> None:
     """Replace the file at `path` by one with this content, atomically, or OSError."""
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file:  # step 1
             with contextlib.suppress(OSError):  # no such file, or no permissions here
-                os.chmod(temporary, os.stat(path).st_mode & 0o777)
+                os.chmod(temporary, os.stat(path).st_mode & 0o777)  # step 2
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())  # step 3
+        os.replace(temporary, path)  # step 4
     except OSError as error:
         message = f"{error.strerror}; what was there before is untouched"
         raise OSError(error.errno, message, path) from None
@@ -7001,15 +6979,14 @@ def _write_whole(path: str, content: bytes) -> None:
     with contextlib.suppress(OSError):  # not every system can do this with a folder
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(folder)  # step 5
         finally:
             os.close(folder)
 
 
 # ## IV.8 Drawing: what does a tape look like?
 #
-# Here is that of `x w + 3 x`, after a walk that left the gradients. Each operation stands
-# over its operands; what occurs twice is numbered, and told once:
+# Each operation stands over its operands; what occurs twice is numbered, and told once:
 #
 #     >>> x = Tensor(2.0, label="x")
 #     >>> w = Tensor(5.0, label="w")
@@ -7023,10 +7000,9 @@ def _write_whole(path: str, content: bytes) -> None:
 #     └─ mul(3, ·)  6  grad 1
 #        └─ x [1] above
 #
-# As a picture (`draw(y)`, by the package graphviz) it is turned over, as one writes it
-# down: leaves above, the result below. Both are made of the same rows, one for each
-# operand of each operation. A tape may be a million operations long, of which nobody
-# reads more than the first 200.
+# The picture (`draw(y)`, by the package graphviz) has the leaves above and the result
+# below. Both are made of the same rows, one for each operand of each operation; at most
+# 200 of them, since a tape may be a million operations long.
 
 
 class _Row(NamedTuple):
@@ -7039,9 +7015,8 @@ class _Row(NamedTuple):
 
 
 def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iterator[_Row]:
-    """The rows of a tape, each operation before its operands, as they are asked for.
-
-    (So 200 rows are at most 200 calls deep, however deep the tape is.)
+    """The rows of a tape, each operation before its operands, as they are asked for: 200
+    rows are at most 200 calls deep, however deep the tape is.
     """
     again = id(node) in seen
     seen.add(id(node))
@@ -7069,9 +7044,8 @@ def _is_number(operand: Any) -> bool:
     return not isinstance(operand, Tensor) and np.ndim(operand) == 0
 
 
-# What is told of a node? First its kind: the result of an operation; a parameter, which
-# is a leaf that a module trains; another leaf; or a constant, which receives no
-# gradient. Then its name, and its value and gradient. (`names` has the parameters' names
+# What is told of a node? Its kind: operation, parameter (a leaf that a module trains),
+# leaf, or constant. Its name. Its value and gradient. (`names` has the parameters' names
 # in a module, by the id of the Tensor.)
 def _kind(node: Any, names: dict[int, str]) -> str:
     if not _tracked(node):
@@ -7102,15 +7076,12 @@ def _name_of(node: Any, names: dict[int, str]) -> str:
 def _facts(node: Any) -> list[str]:
     """The value of a node, or its dtype and shape, and its gradient, if it has one."""
     array = np.asarray(_value(node))
-    if array.size == 1:
-        facts = [f"{array.item():.5g}"]
-    else:
-        facts = [f"{array.dtype}{list(array.shape)}"]
-
+    one = array.size == 1
+    facts = [f"{array.item():.5g}" if one else f"{array.dtype}{list(array.shape)}"]
     if isinstance(node, Tensor):
         if node.grad is not None:
             g = node.grad._data
-            size = f"{g.item():.5g}" if g.size == 1 else f"norm {np.linalg.norm(g):.5g}"
+            size = f"{g.item():.5g}" if one else f"norm {np.linalg.norm(g):.5g}"
             facts.append(f"grad {size}")
         if node._op is not None and node._operands is None:
             facts.append("let go by backward")
@@ -7153,7 +7124,7 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
 
 def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
     """One line for each row. What occurs again is numbered, and told only once."""
-    again = dict.fromkeys(id(row.node) for row in rows if row.again)
+    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # each once
     marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
 
     lines = []
@@ -7228,9 +7199,10 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 # It is made in four steps:
 #
 # 1. The axis of steps is cut into columns, one for each character, and a curve becomes
-#    a number for each: the mean of its values there (`_column_means`).
+#    a number for each: the mean of its finite values there, or nan (`_by_column`).
 # 2. The first curve is to be a line. So a column between two steps, which holds none, is
-#    given what a straight line between these has there (`_by_column`).
+#    given what a straight line between these has there. Where all of a column's values
+#    are nan, so are the lines to its neighbours: a gap is not bridged.
 # 3. The axis of values is cut into rows, and each number is rounded to one
 #    (`_draw_curves`). A curve of marks is done then.
 # 4. The line gets corners where it comes from another row (`_draw_line`).
@@ -7310,26 +7282,15 @@ def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
     for i, (steps, values) in enumerate(curves.values()):
         # The first step lies in the middle of the first column, the last of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
-        mean = _column_means(column_of, values, columns)
+        is_finite = np.isfinite(values)
+        mean = np.full(columns, np.nan)
+        for column in np.unique(column_of[is_finite]):
+            mean[column] = values[is_finite & (column_of == column)].mean()  # step 1
         if i == 0:
-            # Where a column's values all are nan, so is its mean, and so are the lines
-            # to its neighbours: a gap is not bridged.
-            occupied = np.unique(column_of)
+            occupied = np.unique(column_of)  # step 2
             mean = np.interp(np.arange(columns), occupied, mean[occupied], **beyond)
         means.append(mean)
     return first, last, means
-
-
-def _column_means(column_of: np.ndarray, values: np.ndarray, columns: int) -> np.ndarray:
-    """The mean of the finite values in each column, (columns,); nan if there are none.
-
-    Value i belongs to column `column_of[i]`.
-    """
-    is_finite = np.isfinite(values)
-    means = np.full(columns, np.nan)
-    for column in np.unique(column_of[is_finite]):
-        means[column] = values[is_finite & (column_of == column)].mean()
-    return means
 
 
 def _draw_curves(means: list[np.ndarray], low: float, high: float,
@@ -7358,9 +7319,8 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
     is_drawn = np.isfinite(rows)
     for x in is_drawn.nonzero()[0]:
         row = int(rows[x])
-        goes_on = x > 0 and is_drawn[x - 1]  # after a gap it begins anew
-        before = int(rows[x - 1]) if goes_on else row
-        if before == row:
+        before = int(rows[x - 1]) if x > 0 and is_drawn[x - 1] else row
+        if before == row:  # also where it begins anew, after a gap
             grid[row, x] = "─"
         elif before < row:  # it falls: row 0 is the highest
             grid[before, x] = "╮"
@@ -7374,49 +7334,58 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.10 Decompositions: what can a factor's motion be?
 #
-# How a rule of matrices is found was said in II.6: differentiate what defines Y; bring
-# what stands around dA over to g; what then stands beside dA is what A receives. It is
-# all that is done here, in numbered steps to which the code points. Follow one with a
-# pencil, and leave the others until you need them. First the determinant.
+# Each rule is found as in II.6: say how the result moves if A moves by dA, put that into
+# the motion of the loss, and read off what stands beside dA. The steps are numbered, and
+# the code points to them; the tests compare each rule with finite differences. Follow
+# one with a pencil, and leave the others until you need them. In all of them:
 #
-# *det*, with the cofactors C_ij:
+# - dX is how X moves, I the identity, and gX the cotangent of X (g, of the only result).
+# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by `<gX, dX>`, added up over
+#   the results X. There, `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is `<X^T, Y^T>`.
+#
+# ### The determinant: what is its slope where it is 0?
+#
+# Let C_ij be the cofactor of A_ij: the determinant without row i and column j, with the
+# sign of the chessboard, + where i + j is even.
 #
 #     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
 #     2  so A receives              g C
-#     3  and by Cramer              C = det(A) A^-T
+#     3  and by Cramer              A C^T = det(A) I, so C = det(A) A^-T
 #
-# *log det* is that, divided by the determinant: A receives `g A^-T`.
+# The logarithm of the determinant divides that by it: A receives `g A^-T`.
 #
-#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 5.0]])))
-#     [[ 5. -4.]
+# A singular matrix has cofactors, too, though no inverse:
+#
+#     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 2.0]])))
+#     [[ 2. -4.]
 #      [-1.  2.]]
 #
-# A singular matrix has cofactors, too, though no inverse. Their transpose, the
-# adjugate, is what a recursion arrives at (Faddeev and LeVerrier):
+# Their transpose, the adjugate, can be had by products alone. It is the last, H_(n-1), of
+# these (Faddeev and LeVerrier), so for n = 2 it is `trace(A) I - A`:
 #
-#     H = I,  and then for k = 1 to n - 1:  H <- trace(A H) / k I - A H
+#     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
-# For n = 2 it is one round, `trace(A) I - A`, and exchanges the diagonal as it should:
+# Why? The determinant p and the adjugate H of A + t I are polynomials in t:
 #
-#     >>> print(_adjugate(np.array([[2.0, 1.0], [4.0, 2.0]])))
-#     [[ 2. -1.]
-#      [-4.  2.]]
+#     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
 #
-# It never divides by zero; but its products are many, and lose digits from n = 10 or so
-# on. Why it is right:
+# The adjugate of A is H(0), which is H_(n-1). And p and H depend on each other:
 #
-#     1  Cayley and Hamilton        A^n + c_1 A^(n-1) + ... + c_n I = 0
-#     2  take A out in front        A B = -c_n I   with B = A^(n-1) + ... + c_(n-1) I
-#     3  one power at a time        B <- A B + c_k I,  from I on
-#     4  Newton (taken on trust)    c_k = -trace(A B) / k
-#     5  H_k = (-1)^k B_k turns     3 into the recursion above, and 2 into A H = det(A) I
+#     1  Cramer                      (A + t I) H(t) = p(t) I
+#     2  beside t^(n-k) stands       A H_(k-1) + H_k = p_k I
+#     3  whose trace is              trace(A H_(k-1)) + trace(H_k) = n p_k
+#     4  dA = dt I in step 2 of det  p'(t) = trace(H(t))
+#     5  beside t^(n-k-1) stands     (n - k) p_k = trace(H_k)
+#     6  3 minus 5                   trace(A H_(k-1)) = k p_k
+#
+# From n = 10 or so on this loses digits: where there is an inverse, that is used.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
     h = eye
     for k in range(1, a.shape[-1]):
         product = a @ h
-        traces = np.einsum("...ii->...", product)[..., None, None]
+        traces = np.trace(product, axis1=-2, axis2=-1)[..., None, None]
         h = traces / k * eye - product
     return h
 
@@ -7424,7 +7393,7 @@ def _adjugate(a: Any) -> Any:
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
     if np.all(y != 0):
         return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
-    return g[..., None, None] * _mT(_adjugate(a))  # step 2
+    return g[..., None, None] * _mT(_adjugate(a))  # step 2 of det
 
 
 det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
@@ -7450,23 +7419,19 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
 
 
-# ### Factors: triangular, or orthonormal
+# ### Cholesky: how does a triangle move?
 #
-# Here A is a product of factors of a certain kind: triangular, or with orthonormal
-# columns. Differentiate `A = ...`, and the kind of each factor says which part of the
-# equation moves it. Where that part is `X + X^T` with a lower triangular X, `low` takes
-# the lower triangle, with *half* of its diagonal: `low(X + X^T)` is X. As it only scales
-# elements, `<X, low(Y)>` is `<low(X), Y>`.
-#
-# *cholesky*, `A = L L^T`, with L lower triangular (Murray, 2016):
+# A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). L stays triangular
+# when it moves, and that is enough to find dL. Let `low(Y)` be the lower triangle of Y
+# with *half* of its diagonal. Of a lower triangular X, `low(X + X^T)` is X. And as low
+# only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 #     1  A moves by                 dA = dL L^T + L dL^T
-#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T     with X = L^-1 dL
-#     3  L, dL, so X are lower      X = low(L^-1 dA L^-T)
-#     4  hence                      dL = L X = L low(L^-1 dA L^-T)
-#     5  bring over L, then low     <g, dL> = <low(L^T g), L^-1 dA L^-T>
-#     6  then the rest              A receives L^-T low(L^T g) L^-1
-#     7  as dA is symmetric         or the symmetric part of that
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T        with X = L^-1 dL
+#     3  X is lower triangular      X = low(L^-1 dA L^-T),        and dL = L X
+#     4  the loss moves by          <gL, L X> = <L^T gL, X> = <low(L^T gL), L^-1 dA L^-T>
+#     5  A receives                 L^-T low(L^T gL) L^-1
+#     6  as dA is symmetric         or the symmetric part of that
 #
 # NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
 # each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
@@ -7474,14 +7439,14 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 def _low(x: Any) -> Any:
     """The lower triangle of x, with half of its diagonal."""
     n = x.shape[-1]
-    return (np.tril(np.ones((n, n), x.dtype)) - np.eye(n, dtype=x.dtype) / 2) * x
+    return (np.tri(n, dtype=x.dtype) - np.eye(n, dtype=x.dtype) / 2) * x
 
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _low(_mT(y) @ g)  # step 5
-    left = np.linalg.solve(_mT(y), inside)  # step 6: L^-T before it
+    inside = _low(_mT(y) @ g)
+    left = np.linalg.solve(_mT(y), inside)  # step 5: L^-T before it
     ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
-    return (ga + _mT(ga)) / 2  # step 7
+    return (ga + _mT(ga)) / 2  # step 6
 
 
 _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
@@ -7496,23 +7461,33 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
     return _mT(lower) if upper else lower
 
 
-# *eigh*, `A = V W V^T`, with `W = diag(w)` and orthonormal columns, `V^T V = I`:
+# ### eigh: how do eigenvectors turn?
 #
-#     1  A moves by                 dA = dV W V^T + V dW V^T + V W dV^T
-#     2  between V^T and V          P = dC W + dW + W dC^T
-#                                   with P = V^T dA V and dC = V^T dV
-#     3  V^T V = I moves by         dC + dC^T = 0, so dC^T = -dC, whose diagonal is 0
-#     4  on the diagonal            P_ii = dw_i
-#     5  elsewhere                  P_ij = dC_ij w_j - w_i dC_ij
-#     6  so                         dC_ij = P_ij / (w_j - w_i)
-#     7  as dV = V dC, for V is     <gw, dw> + <gV, V dC> = <gw, dw> + <c, dC>
-#        square, the loss moves by  with c = V^T gV
-#     8  which is <M, P>, with      M_ii = gw_i,   M_ij = c_ij / (w_j - w_i)
-#     9  A receives                 V M V^T, or its symmetric part
+# A symmetric A has orthonormal eigenvectors, the columns of V: `A V = V W`, with
+# `W = diag(w)` and `V^T V = I`. They can only turn, `dV = V C`: the same columns, mixed
+# by a small C. As `V^T V = I` stays, `C + C^T = 0`, so C is antisymmetric, and its
+# diagonal is 0.
+#
+#     1  A V = V W moves by         dA V + A V C = V C W + V dW
+#     2  V^T before it              P + W C = C W + dW            with P = V^T dA V
+#     3  on the diagonal            dw_i = P_ii
+#     4  elsewhere                  P_ij + w_i C_ij = C_ij w_j
+#     5  so                         C_ij = P_ij / (w_j - w_i)
+#     6  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
+#     7  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
+#     8  by 3 and 5                 = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
+#     9  A receives                 V M V^T, a symmetric matrix
+#
+# In 7, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
+# beside an antisymmetric C, its elements ij and ji cancel.
 #
 # Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
-# 0 says that they have no derivative. Of nearly equal ones, they lose as many digits as
-# w_j - w_i has lost. But 0 / 0 is 0, so that the eigenvalues' own sum has a derivative.
+# 0 says that they have no derivative. Near to that, they lose as many digits as
+# w_j - w_i has. But 0 / 0 is 0, for whoever asks for eigenvalues alone, with gV = 0.
+def _antisym(x: Any) -> Any:
+    return (x - _mT(x)) / 2
+
+
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, and 0 where both are 0."""
     return a / np.where((a == 0) & (b == 0), 1, b)
@@ -7521,11 +7496,9 @@ def _ratio(a: Any, b: Any) -> Any:
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
-    c = _mT(v) @ gv  # step 7
-    eye = np.eye(a.shape[-1], dtype=a.dtype)
-    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 8
-    ga = v @ m @ _mT(v)  # step 9
-    return (ga + _mT(ga)) / 2
+    c = _antisym(_mT(v) @ gv)  # step 7
+    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 8
+    return v @ m @ _mT(v)  # step 9
 
 
 @primitive(_eigh_rule)
@@ -7546,53 +7519,50 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
 
 
-# *svd*, `A = U S V^T`, with `S = diag(s)` and orthonormal columns in both U and V, which
-# are (m, k) and (n, k) with k the smaller of m and n (Townsend, 2016). It begins as eigh
-# does, but now two factors turn, by `dC = U^T dU` and `dD = V^T dV`:
+# ### svd: what if two bases turn?
 #
-#     1  A moves by                 dA = dU S V^T + U dS V^T + U S dV^T
-#     2  between U^T and V          P = dC S + dS - S dD       with P = U^T dA V
-#     3  on the diagonal            P_ii = ds_i
-#     4  elsewhere, element ij      P_ij =  dC_ij s_j - s_i dD_ij
-#     5  and element ji             P_ji = -dC_ij s_i + s_j dD_ij
-#     6  s_j (4) + s_i (5)          dC_ij = (s_j P_ij + s_i P_ji) / gap_ij
-#     7  s_i (4) + s_j (5)          dD_ij = (s_i P_ij + s_j P_ji) / gap_ij
-#                                   with gap_ij = s_j^2 - s_i^2
+# `A V = U S` and `A^T U = V S`, with `S = diag(s)` and orthonormal columns in both U and
+# V. First let A be square. Then both bases turn, `dU = U C` and `dV = V D`, with
+# antisymmetric C and D: two unknowns, and there are two equations.
 #
-# (In 5, dC_ji is -dC_ij.) If A is square, dU is U dC and dV is V dD, so the loss moves
-# by `<c, dC> + <gs, ds> + <d, dD>` with `c = U^T gU` and `d = V^T gV`. What stands beside
-# one P_ij in it? `<c, dC>` is the sum of `c_ij dC_ij` over all i and j, and P_ij is in
-# two of its terms: in dC_ij (step 6), and in dC_ji (step 6 with i and j exchanged):
+#     1  A V = U S moves by         dA V + A V D = U C S + U dS
+#        U^T before it              P + S D = C S + dS            with P = U^T dA V
+#     2  likewise of A^T U = V S    P^T + S C = D S + dS
+#     3  on the diagonal            ds_i = P_ii
+#     4  elsewhere, 1 plus 2        (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
+#     5  and 1 minus 2              (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
+#     6  the loss moves by          <gs, ds> + <c, C> + <d, D>,   with
+#                                   c = antisym(U^T gU) and d = antisym(V^T gV)
+#     7  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
+#     8  by 4 and 5, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
+#                                   X_ij = (c + d)_ij / (s_j - s_i)
+#                                   Z_ij = (c - d)_ij / (s_j + s_i)
+#     9  X is symmetric, and        = <X, P> + <Z, P>
+#        Z antisymmetric
+#    10  by 3 and 9, A receives     U (diag(gs) + X + Z) V^T
 #
-#     8  c_ij dC_ij has             P_ij c_ij s_j / gap_ij
-#     9  c_ji dC_ji has             P_ij c_ji s_j / gap_ji, and gap_ji = -gap_ij
-#    10  so beside P_ij stands      (c_ij - c_ji) / gap_ij s_j
-#    11  likewise, from <d, dD>     s_i (d_ij - d_ji) / gap_ij
-#    12  and beside P_ii            gs_i
-#    13  A receives                 U M V^T,  where M has the sum of 10, 11 and 12
+# If A is tall, U has fewer columns than rows, and dU also has a part outside of the space
+# that they span. That part is E dU, with `E = I - U U^T`, for which E U = 0 and E A = 0:
 #
-# If A is tall, U is not square, and dU also has a part outside of the space of U's
-# columns (if A is wide, the same goes for V, transposed):
+#    11  E before A V = U S, moved  E dA V = E dU S
+#    12  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
+#    13  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
 #
-#    14  dU has two parts           dU = U dC + E dU           with E = I - U U^T
-#    15  1 between E and V          E dA V = E dU S            as E U = 0
-#    16  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
-#    17  A also receives            E gU S^-1 V^T              where E gU = gU - U c
+# If A is wide, the same goes for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
     gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    c, d = _mT(u) @ gu, _mT(v) @ gv  # (..., k, k)
-    gaps = (s - _mT(s)) * (s + _mT(s))  # s_j^2 - s_i^2
+    c = _antisym(_mT(u) @ gu)  # step 6, (..., k, k)
+    d = _antisym(_mT(v) @ gv)
 
-    by_c = _ratio(c - _mT(c), gaps) * s  # step 10
-    by_d = _mT(s) * _ratio(d - _mT(d), gaps)  # step 11
-    on_diagonal = np.eye(min(m, n), dtype=a.dtype) * gs  # step 12
-    ga = u @ (by_c + on_diagonal + by_d) @ _mT(v)  # step 13
+    x = _ratio(c + d, s - _mT(s))  # step 8
+    z = _ratio(c - d, s + _mT(s))
+    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 10
     if m > n:
-        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 17
+        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 13
     if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ d, s))  # step 17, transposed
+        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 13, transposed
     return ga
 
 
@@ -7623,39 +7593,38 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
     return _result_type(np.linalg.svd)([u, singular, _mT(v)])
 
 
-# *qr*, `A = Q R`, with orthonormal columns in Q, and R upper triangular. It goes as
-# Cholesky does (Seeger and others, 2017):
+# ### qr: how do both kinds move together?
+#
+# `A = Q R`, with orthonormal columns in Q, so that `Q^T dQ` is antisymmetric, and R upper
+# triangular, so that `low` finds its motion (Seeger and others, 2017):
 #
 #     1  A moves by                 dA = dQ R + Q dR
-#     2  times R^-1 from the right  dA R^-1 = dQ + Q X         with X = dR R^-1
-#     3  times Q^T from the left    P = Q^T dQ + X             with P = Q^T dA R^-1
-#     4  add the transpose          P + P^T = X + X^T          as Q^T dQ is antisymmetric
-#     5  R, dR, so X are upper      X^T = low(P + P^T)
-#     6  the loss moves by          <gQ, dA R^-1 - Q X> + <gR, X R>
-#     7  collect                    <gQ, dA R^-1> + <M, X>     with M = gR R^T - Q^T gQ
-#     8  transpose, bring low over  <M, X> = <low(M^T), P + P^T>
-#     9  collect                    = <N, P>       with N = low(M^T) + low(M^T)^T
-#    10  P is Q^T dA R^-1           together <gQ + Q N, dA R^-1>
-#    11  A receives                 (gQ + Q N) R^-T
+#     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
+#     3  Q^T before it              P = Q^T dQ + X                with P = Q^T dA R^-1
+#     4  plus its transpose         P + P^T = X + X^T
+#     5  X^T is lower triangular    X^T = low(P + P^T)
+#     6  the loss moves by          <gQ, dQ> + <gR, dR> = <gQ, dA R^-1 - Q X> + <gR, X R>
+#     7  collect X                  = <gQ, dA R^-1> + <Y, X^T>    with Y = R gR^T - gQ^T Q
+#     8  by 5, <Y, X^T> is          <low(Y), P + P^T> = <N, P>
+#                                   with N = low(Y) + low(Y)^T
+#     9  A receives                 (gQ + Q N) R^-T
 #
 # A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
 # `R2 = Q^T A2`.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
-    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8: low(M^T)
-    left = gq + q @ (low + _mT(low))  # steps 9 and 10
-    _refuse_dependent_columns(_value(r), max(a.shape[-2:]))
-    return _mT(np.linalg.solve(r, _mT(left)))  # step 11
 
-
-def _refuse_dependent_columns(r: np.ndarray, longer: int) -> None:
-    """R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0."""
-    diagonal = np.abs(np.diagonal(r, axis1=-2, axis2=-1))  # (..., n)
+    # R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0.
+    diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
-    if np.any(diagonal <= longer * np.finfo(r.dtype).eps * largest):
+    if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
         raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
                                     "(R has a 0 on its diagonal, up to rounding)")
+
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8
+    left = gq + q @ (low + _mT(low))  # step 9
+    return _mT(np.linalg.solve(r, _mT(left)))
 
 
 @primitive(_qr_rule)
@@ -7680,26 +7649,25 @@ def qr(a: Any, mode: str = "reduced") -> Any:
     return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
 
 
-# *pinv*: the pseudo-inverse P has `P A P = P` and `A P A = A`, with A P and P A
-# symmetric; and P moves smoothly as long as the rank of A stays (Golub and Pereyra,
-# 1973). Write `E = I - A P` and `F = I - P A`. Then `E E = E`, `P E = 0` and `A^T E = 0`.
+# ### pinv: what stands for an inverse?
 #
-#     1  P = P A P moves by         dP = dP A P + P dA P + P A dP
-#     2  dP E and F dP, written out, dP E + F dP = 2 dP - (dP A P + P A dP), and by 1
-#                                   = 2 dP - (dP - P dA P) = dP + P dA P
-#     3  P E = 0 moves by           dP E = P d(A P)
-#     4  A P = P^T A^T moves by     d(A P) = dP^T A^T + P^T dA^T
-#     5  3 times E, as A^T E = 0    dP E = P P^T dA^T E
-#     6  in the same way            F dP = F dA^T P^T P
-#     7  by steps 2, 5 and 6        dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+# If A is tall and its columns are independent, its pseudo-inverse is `(A^T A)^-1 A^T`, by
+# which least squares are solved. So the rule of inv leads to its own:
 #
-# (A dA^T transposes what it receives; E, F and `P P^T` are symmetric.)
+#     1  in short                   P = G A^T, with G = (A^T A)^-1, which is P P^T
+#     2  G moves by                 dG = -G (dA^T A + A^T dA) G
+#     3  dP = dG A^T + G dA^T       = -P dA P + P P^T dA^T E      with E = I - A P
+#     4  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
+#     5  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#     6  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#
+# 5 is the theorem of Golub and Pereyra (1973). It has 3 and 4 in it, since the tall A has
+# P A = I, hence F = 0, and the wide one E = 0. (In 6, E, F and `P P^T` are symmetric.)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
-    # step 8
+    # step 6
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
