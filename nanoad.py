@@ -2059,9 +2059,8 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 #     [[30. 50.]] [[10. 20.]]
 #
 # The first page, down to `linear`, is easy, and all that the networks of part III need.
-# Of einsum read the rule, and skip the five steps that prepare its operands. Then see
-# how `inv` comes to its rule. Determinants and decompositions, which do it in the same
-# way, are in IV.10, for no chapter before needs them.
+# Then einsum has a rule of one sentence, and `inv` shows how one finds a rule for
+# matrices. (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
@@ -2135,25 +2134,25 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 # ### einsum: what do the letters say?
 #
-# `einsum("ij,jk->ik", A, B)` names the axes of its operands by letters, multiplies
-# whatever has equal letters, and adds up over the letters that the output lacks. As a
-# loop over all letters:
+# `einsum("ij,jk->ik", A, B)` gives each axis a letter. It multiplies what has equal
+# letters, and adds up over the letters that the output lacks: here, `A @ B`.
+#
+# **The rule: g takes the operand's place, and its letters and those of the output
+# change places.** So A receives the einsum "ik,jk->ij" of g and B; with the numbers
+# from above:
+#
+#     >>> B, g = np.array([[3.0], [5.0]]), np.array([[10.0]])
+#     >>> print(np.einsum("ik,jk->ij", g, B))
+#     [[30. 50.]]
+#
+# Why? Both are loops over all letters, forwards and backwards:
 #
 #     for all i, j, k:    Y[i, k]  += A[i, j] * B[j, k]
-#
-# Now backwards. In each round `A[i, j]` meets `B[j, k]`, and goes into `Y[i, k]`. So in
-# each round it receives `g[i, k] * B[j, k]`:
-#
 #     for all i, j, k:    gA[i, j] += g[i, k] * B[j, k]
 #
-# This loop is an einsum as well, "ik,jk->ij" of g and B: g stands where A stood, and
-# the letters of A and of the output have changed places. That is the whole rule,
-# whatever the letters, and for any number of operands. With the numbers from above,
-# where `A[0, 1]` receives `10 * 5`:
-#
-#     >>> A, B, g = np.array([[1.0, 2.0]]), np.array([[3.0], [5.0]]), np.array([[10.0]])
-#     >>> print(_einsum_rule(0, g, A @ B, A, B, subscripts="ij,jk->ik"))
-#     [[30. 50.]]
+# In each round of the first, `A[i, j]` meets `B[j, k]`, and goes into `Y[i, k]`. So in
+# each round of the second it receives `g[i, k] * B[j, k]`. Nothing in this depends on
+# the letters, or on how many other operands there are.
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
@@ -2169,21 +2168,18 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# The rule takes for granted that all is said by letters, that no letter is twice in one
-# operand, and that each axis of A has a partner: another place, in the output or in an
-# operand, with the same letter and the same length. Else the loop backwards would not
-# know how far it runs. NumPy allows more, so `einsum` first brings what it is given
-# into this form. Steps 4 and 5 touch the operands, by operations that have their own
-# rules. (In `"ij,jk,jl->ikl"` with j of lengths 1, 1 and 4, the first two are partners.
-# NumPy stretches them, and the walk adds up: I.4.)
+# The loop backwards fills A only if it runs over each axis of A by itself, and knows how
+# far. So no letter may stand twice in A, and each axis of A must have a *partner*: an
+# axis of the output or of another operand with the same letter and the same length.
+# NumPy demands neither. What lacks it is mended before, by operations that have rules
+# of their own:
 #
-#     1  numbers become letters              a, [0, 1], [1]      ->  "AB->B"
-#     2  no arrow: keep what occurs once     "ij,jk"             ->  "ij,jk->ik"
-#     3  dots become letters                 "...i,i->..."       ->  "Ai,i->A"
-#     4  a letter twice: the diagonal        "ii->i"             ->  "i->i"
-#     5  no partner: added up                "ij,jk->k"          ->  "j,jk->k"
-#        (an axis of 1 that NumPy would      "ij,jk->ik" of      ->  "i,k->ik"
-#        stretch is no partner of a longer)  (2, 1), (3, 4)
+#     a letter twice in A: the diagonal        "ii->i"     is  "i->i" of it
+#     an axis without a partner: its sum       "ij,jk->k"  is  "j,jk->k" of that
+#
+# (An axis of length 1 is no partner of a longer one, though NumPy stretches it. In
+# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has one: it is "i,k->ik" of two
+# sums.)
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
@@ -2193,34 +2189,63 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     not fit together, or if it takes more than 52 letters.
     """
     if not isinstance(subscripts, str):
-        subscripts, operands = _einsum_by_letters(subscripts, *operands)  # step 1
+        subscripts, operands = _einsum_by_letters(subscripts, *operands)
     operands = [_with_shape(x) for x in operands]
     shapes = tuple(x.shape for x in operands)
     try:
-        terms, output = _einsum_terms(subscripts, shapes)  # steps 2 and 3
-        factors = list(map(_einsum_diagonal, terms, operands))  # step 4
-        places = _einsum_places(factors, output)
+        terms, output = _einsum_terms(subscripts, shapes)
+        factors = [_einsum_diagonal(term, x) for term, x in zip(terms, operands)]
+        factors = _einsum_add_up(factors, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
         raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
-
-    for i, (term, x) in enumerate(factors):  # step 5
-        partners = [places.count(place) - 1 for place in zip(term, x.shape)]
-        if 0 in partners:
-            alone = tuple(axis for axis, n in enumerate(partners) if n == 0)
-            kept = "".join(c for c, n in zip(term, partners) if n > 0)
-            factors[i] = kept, np.sum(x, axis=alone)
 
     inputs = ",".join(term for term, _ in factors)
     return _einsum(*(x for _, x in factors), subscripts=f"{inputs}->{output}")
 
 
+def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
+    """Of each letter that occurs more than once in the term, the diagonal."""
+    for letter in term:
+        while term.count(letter) > 1:
+            i = term.index(letter)
+            j = term.index(letter, i + 1)
+            if x.shape[i] != x.shape[j]:
+                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
+                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
+            term = term.replace(letter, "", 2) + letter
+    return term, x
+
+
+def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, Any]]:
+    """The operands without the axes that have no partner."""
+    axes: list[tuple[str, int]] = []  # all there are, as (letter, length)
+    for term, x in factors:
+        axes += zip(term, x.shape)
+    lengths: dict[str, int] = {}  # of each letter the one length, apart from 1
+    for letter, n in axes:
+        if n != 1 and n != lengths.setdefault(letter, n):
+            raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are {letter!r}")
+    axes += [(letter, lengths.get(letter, 1)) for letter in output]
+
+    with_partners = []
+    for term, x in factors:
+        alone = [i for i, axis in enumerate(zip(term, x.shape)) if axes.count(axis) == 1]
+        if alone:
+            term = "".join(letter for i, letter in enumerate(term) if i not in alone)
+            x = np.sum(x, axis=tuple(alone))
+        with_partners.append((term, x))
+    return with_partners
+
+
+# The rest is notation: numbers for letters, dots, and an output that is not said.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
-    """Step 1. Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
+    """Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
     operands, lists = arguments[:-1:2], arguments[1::2]
     output = arguments[2 * len(lists):]  # the last argument, if their number is odd
     terms = []
@@ -2235,77 +2260,45 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
 
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """Steps 2 and 3: the letters of each operand, and of the output."""
+    """The letters of each operand, and of the output.
+
+    Dots become letters that are free. Those of all operands end in the same ones, as in
+    broadcasting:
+
+        >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
+        (('yzi', 'iz'), 'yz')
+    """
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
         raise ValueError(f"the subscripts are of {more} operands")
     if not arrow:  # as NumPy has it: the dots, then what occurs once, in order
-        letters = inputs.replace(",", "").replace(".", "")
-        once = [c for c in sorted(letters) if letters.count(c) == 1]
-        output = "".join(["..." if "..." in inputs else "", *once])
+        output = "..." + "".join(c for c in _LETTERS if inputs.count(c) == 1)
 
-    terms, output = _einsum_dots(terms, output, shapes)
-    for term, shape in zip(terms, shapes):
+    free = "".join(c for c in _LETTERS if c not in inputs)
+    dots = ""
+    for i, (term, shape) in enumerate(zip(terms, shapes)):
+        if "..." in term:
+            n = len(shape) - len(term.replace("...", ""))  # axes for the dots
+            if n > len(free):
+                raise ValueError("with its dots this takes more than 52 letters")
+            of_term = free[len(free) - n:]
+            terms[i] = term = term.replace("...", of_term, 1)
+            dots = max(dots, of_term, key=len)
         if not set(term) <= set(_LETTERS):
             raise ValueError("subscripts are letters, ',', '->' and '...'")
         if len(term) != len(shape):
             many = "many" if len(term) > len(shape) else "few"
             raise ValueError(f"too {many} subscripts for shape {shape}")
+
+    if dots and "..." not in output:
+        raise ValueError("the output needs the dots, too; to add up over their axes, "
+                         "give them letters")
+    output = output.replace("...", dots, 1)
     if not set(output) <= set("".join(terms)) or len(set(output)) < len(output):
         raise ValueError("the output must name letters of the operands, each once")
     return tuple(terms), output
-
-
-def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str], str]:
-    """Step 3: new letters for the axes that an operand's own letters leave over.
-
-    As in broadcasting, operands share the last of these axes, here the one called B:
-
-        >>> _einsum_dots(["...i", "i..."], "...", [(2, 5, 3), (3, 5)])
-        (['ABi', 'iB'], 'AB')
-    """
-    counts = [len(shape) - len(term.replace("...", "")) if "..." in term else 0
-              for term, shape in zip(terms, shapes)]  # here [2, 1]
-    most = max(0, *counts)
-    if most and "..." not in output:
-        raise ValueError("the output needs the dots, too; to add up over their axes, "
-                         "give them letters")
-    free = [c for c in _LETTERS if c not in "".join(terms)]
-    if most > len(free):
-        raise ValueError("with its dots this takes more than 52 letters")
-
-    dots = "".join(free[:most])
-    lettered = [term.replace("...", dots[most - n:], 1) for term, n in zip(terms, counts)]
-    return lettered, output.replace("...", dots, 1)
-
-
-def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
-    """Step 4: of a letter that occurs more than once in the term, the diagonal."""
-    for letter in term:
-        while term.count(letter) > 1:
-            i = term.index(letter)
-            j = term.index(letter, i + 1)
-            if x.shape[i] != x.shape[j]:
-                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
-            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
-            term = term.replace(letter, "", 2) + letter
-    return term, x
-
-
-def _einsum_places(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, int]]:
-    """For step 5: each axis of operands and output, as its letter and its length."""
-    places: list[tuple[str, int]] = []
-    for term, x in factors:
-        places += zip(term, x.shape)
-
-    sizes: dict[str, int] = {}  # of each letter the one size, apart from 1
-    for letter, n in places:
-        if n != 1 and n != sizes.setdefault(letter, n):
-            raise ValueError(f"axes of sizes {sizes[letter]} and {n} both are {letter!r}")
-    return places + [(letter, sizes.get(letter, 1)) for letter in output]
 
 
 # ### The inverse: how is a rule of matrices found?
