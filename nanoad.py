@@ -2352,11 +2352,10 @@ def solve(a: Any, b: Any) -> Tensor:
 
 # ## II.7 Fused operations: how is one made fast?
 #
-# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written as it stands, it
-# is a tape of two operations, each with arrays of its own. In a fast version all of it
-# is one operation, a **kernel**, which computes on bare arrays and returns two things:
-# the result, and its whole backward step, the `pullback`, a function that remembers
-# what it needs:
+# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written so, it is a tape
+# of two operations, each with arrays of its own. To make it one, write a **kernel**: a
+# function on bare arrays that returns two things, the result and its whole backward
+# step. That is the `pullback`, a function that remembers what it needs:
 #
 #     >>> def definition(x):
 #     ...     return x * sigmoid(x)
@@ -2372,15 +2371,14 @@ def solve(a: Any, b: Any) -> Tensor:
 #     0.731059 0.927671 0.927671
 #
 # A kernel may be clever, in place, and without a thought for second derivatives. For
-# when the gradient is to be differentiated (`create_graph`), the walk does not call the
-# pullback at all, but differentiates the definition:
+# with `create_graph` the walk does not call the pullback, but differentiates the
+# definition:
 #
 #     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
 #     0.302366118810 0.302366118810
 #
 # So the definition is at once the explanation, the oracle for the tests, and the source
-# of every higher derivative. Each fused operation in this file stands in the section of
-# its definition, and below it.
+# of every higher derivative.
 
 
 def fused(definition: Callable, operands: int | None = None) -> Callable:
@@ -2390,12 +2388,12 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
     (all that are given by position, if it is not said) are differentiated by.
     `pullback(g, wanted)` returns a cotangent for each, and may give None where `wanted`
     is False. Each is an array of its own, or `g`, or a view. It must not write to `g`
-    or to what it remembers: a tape may be walked twice.
+    or to what it remembers: a tape may be walked twice. Both see float16 as float32.
     """
     def decorate(kernel: Callable) -> Callable:
         count = sys.maxsize if operands is None else operands
-        operation = _operation(kernel, count, _pull_fused, fused=True)
-        operation.definition = definition
+        operation = _operation(_in_float32(kernel), count, _pull_fused, fused=True)
+        operation.definition = _in_float32(definition)
         return operation
 
     return decorate
@@ -2410,10 +2408,10 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 
 # "By the definition" means to compute the result once more, by other operations, and to
-# walk the new tape back to the operands. Each place has to receive its own share, even
-# in f(x, x), or in f(x, 2 * x), where one operand was made of the other. So every
-# operand is replaced by an `identity` of it: a new tensor, met nowhere else, at which
-# the walk ends.
+# walk the new tape back to the operands. Where f(x, 2 * x) was called, x is to receive
+# the share of the first place only: that of the second is the other operand's, and the
+# outer walk takes it from there to x. So every operand is replaced by an `identity` of
+# it: a new tensor, met nowhere else, at which the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
@@ -2428,19 +2426,45 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
     return [next(shares) if is_wanted else None for is_wanted in wanted]
 
 
+# *float16* is infinite beyond 65,504, and a sum of squares is soon there. So kernels and
+# definitions (and the losses, III.1) compute in float32, and the result is rounded to
+# float16, unless a wider operand makes it wider.
+
+
+def _in_float32(f: Callable) -> Callable:
+    """Let `f`, which returns an array or is a kernel, compute in float32 what is float16."""
+    @functools.wraps(f)
+    def wide(*operands: Any, **settings: Any) -> Any:
+        dtypes = [getattr(a, "dtype", None) for a in operands]
+        if np.float16 not in dtypes:
+            return f(*operands, **settings)
+
+        operands = [a.astype(np.float32) if dtype == np.float16 else a
+                    for a, dtype in zip(operands, dtypes)]
+        result = f(*operands, **settings)
+        if np.float32 in dtypes or np.float64 in dtypes:
+            return result
+        if not isinstance(result, tuple):
+            return result.astype(np.float16)
+
+        y, pullback = result
+        return (y.astype(np.float16),
+                lambda g, wanted: pullback(g.astype(np.float32), wanted))
+
+    return wide
+
+
 # ### What NumPy is slow at
 #
-# The kernels below compute what their definitions say, and look different only where
-# NumPy is slow. These are its slow places; a kernel that goes around one points here by
-# the word in capitals. The figures are for float32 on one core of an Intel server
-# (Sapphire Rapids), with NumPy 2.4.
+# Kernels look different from their definitions only where NumPy is slow. These are the
+# places; a kernel that goes around one points here by the word in capitals. (Times are
+# for float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones, `[3 4 5] @ [1 1 1] = 12`
-#   (`_row_sum`, II.5), which rounds off more than np.sum, for that adds in pairs. The
-#   maxima take 330 us, and 200 us by reduceat (`_row_max`); the maximum of the whole
-#   array takes 9 us, and often is enough (`_is_moderate`). Inner products of rows are
-#   fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
+#   (`_row_sum`, II.5). The maxima take 330 us, and 200 us by reduceat (`_row_max`); the
+#   maximum of the whole array takes 9 us, and often is enough (`_is_moderate`). Inner
+#   products of rows are fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
 #   pays for each that it begins. So the longest axis should lie last: adding (128, 16,
 #   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
@@ -2456,48 +2480,6 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 #   (II.4): the gradient of 1,024 rows of an embedding takes several times as long as a
 #   product with one-hot rows.
 #
-# And float16 needs care for another reason: beyond 65,504 it is infinite, and a sum of
-# squares is soon there. So kernels, their definitions and the losses compute in float32,
-# and round the result to float16, unless a wider operand makes it wider.
-def _widened(operands: tuple) -> tuple[Sequence, bool]:
-    """The operands with float32 for float16, and whether the result is to be float16."""
-    dtypes = [getattr(a, "dtype", None) for a in operands]
-    if np.float16 not in dtypes:
-        return operands, False
-
-    wide = [a.astype(np.float32) if dtype == np.float16 else a
-            for a, dtype in zip(operands, dtypes)]
-    return wide, np.float32 not in dtypes and np.float64 not in dtypes
-
-
-def _in_float32(f: Callable) -> Callable:
-    """Let `f`, whose operands are positional, compute in float32 what is float16."""
-    @functools.wraps(f)
-    def wide(*operands: Any, **settings: Any) -> Any:
-        operands, is_half = _widened(operands)
-        y = f(*operands, **settings)
-        return y.astype(np.float16) if is_half else y
-
-    return wide
-
-
-def _kernel_in_float32(kernel: Callable) -> Callable:
-    """The same for a kernel, which returns its pullback, too."""
-    @functools.wraps(kernel)
-    def wide(*operands: Any, **settings: Any) -> tuple:
-        operands, is_half = _widened(operands)
-        y, pullback = kernel(*operands, **settings)
-        if not is_half:
-            return y, pullback
-
-        def wide_pullback(g: np.ndarray, wanted: list) -> Sequence:
-            return pullback(g.astype(np.float32), wanted)
-
-        return y.astype(np.float16), wide_pullback
-
-    return wide
-
-
 # *In blocks.* gelu, below, takes a dozen passes (see PASSES) over an array. So all of
 # them go over one block while it is in the processor's cache, and then over the next.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
@@ -2535,13 +2517,11 @@ _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
 
-@_in_float32
 def _gelu_definition(x):
     return 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x))))
 
 
 @fused(_gelu_definition, operands=1)
-@_kernel_in_float32
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
     x = _dense(x)
@@ -2921,7 +2901,6 @@ def _require_flag(what: str, value: Any) -> None:
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
-@_in_float32
 def _cross_entropy_definition(logits, targets):
     rows = np.arange(len(targets))
     return -np.mean(log_softmax(logits)[rows, targets])
@@ -2953,7 +2932,6 @@ def _check_classes(logits: np.ndarray, targets: Any) -> None:
 
 
 @fused(_cross_entropy_definition, operands=1)
-@_kernel_in_float32
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
 
@@ -4199,7 +4177,6 @@ def _around(padding: Any, kernel: Sequence[int], stride: Any,
 
 
 # Said with these, a convolution is three lines: pad, gather, weighted sum.
-@_in_float32
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     o, c, *kernel = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
@@ -4241,7 +4218,6 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 
 
 @fused(_conv2d_definition, operands=3)
-@_kernel_in_float32
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
            padding: Any = 0) -> Tensor:
     """The weighted sums over windows, as in PyTorch: (N, C, H, W) -> (N, O, oh, ow).
@@ -4331,13 +4307,11 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     return y, pullback
 
 
-@_in_float32
 def _avg_pool2d_definition(x, kernel_size, stride=None):
     return np.mean(np.stack(_gather(x, kernel_size, stride)), axis=0)
 
 
 @fused(_avg_pool2d_definition, operands=1)
-@_kernel_in_float32
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The mean of each window, with the arguments of `max_pool2d`."""
     views = _gather(x, kernel_size, stride)
@@ -4413,7 +4387,6 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 # and the bias `g`.
 #
 # ### Layer norm
-@_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
     variance = mean(centred * centred, -1, keepdims=True)
@@ -4422,7 +4395,6 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
 
 
 @fused(_layer_norm_definition, operands=3)
-@_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Each row along the last axis, (..., n), less its mean and over its deviation.
 
@@ -4477,7 +4449,6 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 # arrays, the *running* mean and variance, some of the way towards those of each batch,
 # and evaluation takes them. (The definition leaves them alone: to differentiate twice
 # must not move them again.)
-@_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
     axes = tuple(range(x.ndim - 1))
@@ -4552,7 +4523,6 @@ def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tup
 #     variance = mean(c*c) - e^2
 #     y = (c - e) / s * w + b = c * scale + shift,  scale = w / s,  shift = b - e * scale
 @fused(_batch_norm_definition, operands=3)
-@_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
     shape = x.shape
@@ -4692,7 +4662,6 @@ def _minus_infinity_ahead(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     return np.where(_ahead(shape), -np.inf, 0).astype(dtype)
 
 
-@_in_float32
 def _attention_definition(q, k, v, is_causal=False):
     scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
     if is_causal:
@@ -4744,7 +4713,6 @@ def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
 
 
 @fused(_attention_definition, operands=3)
-@_kernel_in_float32
 def scaled_dot_product_attention(q: Any, k: Any, v: Any,
                                  is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, for q (..., T, D), k (..., S, D) and v (..., S, Dv).
@@ -4787,7 +4755,6 @@ def _causal_self_attention_definition(qkv, num_heads):
 
 
 @fused(_causal_self_attention_definition, operands=1)
-@_kernel_in_float32
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
 
