@@ -2408,10 +2408,10 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 
 # "By the definition" means to compute the result once more, by other operations, and to
-# walk the new tape back to the operands. Where f(x, 2 * x) was called, x is to receive
-# the share of the first place only: that of the second is the other operand's, and the
-# outer walk takes it from there to x. So every operand is replaced by an `identity` of
-# it: a new tensor, met nowhere else, at which the walk ends.
+# walk the new tape back to the operands. Each place has to receive its own share alone.
+# But in f(x, x) both places are one tensor, and in f(x, 2 * x) the walk would go on from
+# the second to the first. So every operand is replaced by an `identity` of it: a new
+# tensor, met nowhere else, at which the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
@@ -2554,8 +2554,8 @@ def gelu(x: Any) -> Tensor:
 
 # ## II.8 Methods: what else can a Tensor do?
 #
-# What ndarray does by a method or an operator, a Tensor does by the same name. Most of
-# that stands above: a function whose first argument is the tensor is a method as it is.
+# What ndarray does by a method or an operator, a Tensor does by the same name. A function
+# whose first argument is the tensor is a method as it is.
 #
 #     >>> t = Tensor([1.0, 2.0, 4.0])
 #     >>> print(t.sum(), t // 2, t > 1)
@@ -2619,11 +2619,10 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, _comparison(_name))
 
 
-# And what Python's own functions and brackets ask for. `math.sin(x)` asks x for a plain
+# And what Python's own functions and brackets ask for. `math.sin(t)` asks t for a plain
 # float, and returns one: it knows nothing of the tape. So while a transform runs your
-# function, `float(t)` and `int(t)` are errors for a `t` that was made from the
-# transform's inputs. (`t.item()` says that one means it, and `bool(t)` only chooses a
-# branch.)
+# function, `float(t)` and `int(t)` are errors if t was made from the transform's inputs.
+# (`t.item()` says that one means it.)
 def _plain_number(t: Tensor) -> float:
     for run in _mode.runs:
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
@@ -2657,8 +2656,7 @@ for _name, _f in dict(
     setattr(Tensor, f"__{_name}__", _f)
 
 
-# A gradient may also be set by hand, as in `t.grad = 0.0`; a number stands for an array
-# that is full of it.
+# A gradient may be set by hand, as in `t.grad = 0.0`: a number stands for all elements.
 def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     """`value` as a gradient that `t` can have: None, or a Tensor of its shape and dtype."""
     if value is None:
@@ -2676,63 +2674,59 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 # ## II.9 Arguments: what may be an operand?
 #
 # The functions and the rules of this part only ever meet floating-point arrays and
-# Python's numbers. A user gives more than that: lists, masks, integers, and all of it
-# by name. Let us follow such a call:
+# Python's numbers. A user gives more: lists, masks, integers, and all of it by name.
 #
 #     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
-#     >>> y = where([True, False], b=np.array([7, 7]), a=t)  # t, or else 7
-#     >>> print(y)
+#     >>> print(where([True, False], b=np.array([7, 7]), a=t))  # t, or else 7
 #     [0.5 7. ]
 #
-# 1. `_operation` (I.2) looks at the arguments. Tensors, floats and ints alone, with a
-#    Tensor among them, could go in as they are. But here are names, a list and an
-#    array; so `_admit` puts the operands into their order, makes an array of the list,
-#    and floating-point numbers of the integers:
+# Where Tensors meet only each other and Python's numbers, nothing is to be done. In all
+# other calls `_operation` (I.2) first has the arguments converted, in four steps:
 #
-#        >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
-#        >>> print(args[0], args[1] is t, args[2], settings)
-#        [ True False] True [7. 7.] {}
+# a. Operands that are given by name go to their positions, for rules go by position.
+# b. A list becomes an array.
+# c. Integers and bools become floating-point numbers. (Not those of the condition: its
+#    rule is None, for it has no derivative.)
+# d. All other arguments are settings, and must not want a derivative.
 #
-# 2. The Tensor is unpacked. The arrays are now `[True False]`, `[0.5 0.25]`, `[7. 7.]`.
-# 3. The function computes `np.where` of these. If it had failed, `_explained` would say
-#    where, and on what shapes.
-# 4. t is tracked, so the result remembers `where` and `args`.
+#     >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
+#     >>> print(args[0], args[1] is t, args[2], settings)
+#     [ True False] True [7. 7.] {}
 #
-# The rest of this section is step 1, in four parts.
+# Then the function computes `np.where` of three arrays. (If that failed, `_explained`
+# would say where, and on what shapes.) And as t is tracked, the result remembers `where`
+# and `args`.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation as its function and rules may have them."""
+    name, count = operation.__name__, operation.operands
     if settings:
-        args, settings = _put_in_place(operation, args, settings)  # (1a)
+        settings = dict(settings)
+        operand_names, _ = _argument_names(operation)
+        for operand in operand_names[len(args):]:  # (a)
+            if operand not in settings:
+                break
+            args = (*args, settings.pop(operand))
 
-    count = operation.operands
-    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)  # (1b)
-                for a in args[:count]]
+    operands = [a if type(a) in _PLAIN else _admit_operand(name, a) for a in args[:count]]  # (b)
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     if kinds != {"f"}:  # an integer or a bool is among them; or, empty, only numbers are
-        exempt = [i for i in range(len(operands))  # such as where's condition
-                  if operation.rules and operation.rules[i] is None]
-        operands = _to_floating(operands, exempt)  # (1c)
+        exempt = [i for i in range(len(operands)) if operation.rules and operation.rules[i] is None]
+        operands = _to_floating(operands, exempt)  # (c)
 
     if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]  # (1d)
+        operands += [_admit_setting(operation, a) for a in args[count:]]  # (d)
         settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
     return tuple(operands), settings
 
 
-# **1a.** Operands that are given by name become positional, for rules belong to
-# positions. Whatever else has a name is a setting. The names are those of the function
-# that computes:
-#
-#     >>> _argument_names(where), _argument_names(sum_)
-#     ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
-#     >>> _put_in_place(sum_, (), dict(axis=0, x=t))[0] == (t,)
-#     True
-
-
 def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
-    """The names of its operands, and of its settings. (A function of C has none.)"""
+    """The names of its operands, and of its settings. (A function of C has none.)
+
+        >>> _argument_names(where), _argument_names(sum_)
+        ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
+    """
     code = getattr(inspect.unwrap(operation), "__code__", None)
     if code is None:
         return (), ()
@@ -2741,22 +2735,9 @@ def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
     return names[:count], names[count:]
 
 
-def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    operands, _ = _argument_names(operation)
-    settings = dict(settings)
-    for name in operands[len(args):]:
-        if name not in settings:
-            break
-        args = (*args, settings.pop(name))
-    return args, settings
-
-
-# **1b.** Each operand by itself: a list or tuple becomes an array, or a Tensor if it
-# holds one. Numbers of Python's stay, for they take the dtype of what they meet. What
-# is none of these stays, too, and the function will refuse it.
-#
-#     >>> print(_admit_operand("mul", (1, 2)), type(_admit_operand("mul", [t, t])).__name__)
-#     [1 2] Tensor
+# **b** makes `t * [1, 2]` possible, and `t * [t, 2]`, where the list becomes a Tensor.
+# Python's numbers stay, for they take the dtype of what they meet. What is none of
+# these stays, too, and the function will refuse it.
 
 
 def _admit_operand(name: str, a: Any) -> Any:
@@ -2778,11 +2759,10 @@ def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
 
-# **1c.** All operands together: integers and bools become floating-point. (A uint8 would
-# wrap at 255, and its logarithm would be float16.) To which type? Beside floating-point
-# arrays to what NumPy would compute in, and without any to float64; so a mask beside
-# float32 leaves the result float32. If there are only numbers of Python's, they become
-# arrays here.
+# **c** makes `t * mask` and `np.log(counts)` possible. (A uint8 would wrap at 255, and
+# its logarithm would be float16.) Beside floating-point arrays an integer takes the
+# dtype that NumPy would compute in, so a mask beside float32 leaves the result float32;
+# without any it is float64. If there are only numbers of Python's, they become arrays.
 #
 #     >>> mask, counts = np.array([True, False]), np.array([7, 7])
 #     >>> [a.dtype.name for a in _to_floating([t, mask, counts])]
@@ -2806,9 +2786,9 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     return floating
 
 
-# A function of several operations admits its operands together, too, before the first of
-# them. For a reshape, say, would make float64 of a bool mask that it meets alone; and
-# then of the float32 beside which it was to stand.
+# A function that calls several operations, such as `solve`, converts its operands
+# together, before the first of them: a reshape of a bool mask alone would make it
+# float64, and then the float32 that it was to meet.
 
 
 def _admit_together(*operands: Any) -> list[Tensor]:
@@ -2817,8 +2797,8 @@ def _admit_together(*operands: Any) -> list[Tensor]:
     return [as_tensor(a) for a in _to_floating(admitted)]
 
 
-# **1d.** What follows the operands are settings. They have no derivative: a constant goes
-# in as its array, and a Tensor that wants a derivative is refused there.
+# **d** lets a constant Tensor be a setting, as in `layer_norm(x, w, b, eps=Tensor(1e-5,
+# False))`. One that wants a derivative is refused: it would get none there.
 
 
 def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
@@ -2834,18 +2814,15 @@ def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
                     f"{known}")
 
 
-# Step 3 may fail. The error keeps its kind, and says more.
-
-
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
-    """NumPy's error, which now says which operation failed, and on what."""
+    """An error of the same kind, which also says which operation failed, and on what."""
     shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
     kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
     kind = next(kind for kind in kinds if isinstance(error, kind))
     return kind(f"{operation.__name__} of {shapes}: {error}")
 
 
-# And what is to become a Tensor (I.1) is converted by itself.
+# What is to become a Tensor (I.1) is no operand yet, and converted by itself.
 
 
 def _float_array(data: Any) -> np.ndarray:
