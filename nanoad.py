@@ -2168,11 +2168,11 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# The loop backwards fills A only if it runs over each axis of A by itself, and knows how
-# far. So no letter may stand twice in A, and each axis of A must have a *partner*: an
-# axis of the output or of another operand with the same letter and the same length.
-# NumPy demands neither. What lacks it is mended before, by operations that have rules
-# of their own:
+# Where does the rule fail? Of "ii->i" it would make "i->ii", and no einsum has a letter
+# twice in its output. And of "ij,jk->k" it would make "k,jk->ij", where nobody knows how
+# long i is. For each axis of A must have a *partner*: an axis of the output, or of
+# another operand, with its letter and its length. So `einsum` first takes diagonals and
+# sums, which have rules of their own:
 #
 #     a letter twice in A: the diagonal        "ii->i"     is  "i->i" of it
 #     an axis without a partner: its sum       "ij,jk->k"  is  "j,jk->k" of that
@@ -2427,12 +2427,12 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 
 
 # *float16* is infinite beyond 65,504, and a sum of squares is soon there. So kernels and
-# definitions (and the losses, III.1) compute in float32, and the result is rounded to
-# float16, unless a wider operand makes it wider.
+# definitions compute in float32, and the result is rounded to float16, unless a wider
+# operand makes it wider.
 
 
 def _in_float32(f: Callable) -> Callable:
-    """Let `f`, which returns an array or is a kernel, compute in float32 what is float16."""
+    """Let `f`, a kernel or what returns an array, compute in float32 what is float16."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
         dtypes = [getattr(a, "dtype", None) for a in operands]
@@ -2470,18 +2470,14 @@ def _in_float32(f: Callable) -> Callable:
 #   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
 #   200 us with the batch last.
 # - PASSES. Each operation reads and writes whole arrays, and beyond a few hundred
-#   kilobytes that is all one waits for. So kernels work in place, in blocks that fit
-#   the cache where passes are many.
+#   kilobytes that is all one waits for. So kernels work in place. And where passes are
+#   many, a dozen in gelu below, all go over one block while it is in the processor's
+#   cache, and then over the next.
 # - PRODUCTS. Only matmul and dot reach BLAS, the library that multiplies matrices at
-#   full speed; an einsum of two operands seldom does. Of `A @ B^T` and `(B @ A^T)^T`,
-#   which are equal, OpenBLAS is up to twice as fast at the one whose product has more
-#   rows.
+#   full speed. Of `A @ B^T` and `(B @ A^T)^T`, which are equal, OpenBLAS is up to twice
+#   as fast at the one whose product has more rows.
 # - SCATTER. To add rows where several have one place, NumPy goes element by element
-#   (II.4): the gradient of 1,024 rows of an embedding takes several times as long as a
-#   product with one-hot rows.
-#
-# *In blocks.* gelu, below, takes a dozen passes (see PASSES) over an array. So all of
-# them go over one block while it is in the processor's cache, and then over the next.
+#   (II.4): a product with one-hot rows is several times faster.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 
@@ -2511,8 +2507,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p for the way back. All else it computes in the arrays that it returns,
-# but for one new block, `1 - p`: more would drive the others out of the cache.
+# The kernel keeps p for the way back. All else it computes, block by block, in the arrays
+# that it returns.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2580,15 +2576,12 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
+# (NumPy's own come back to us: II.2.)
 _METHODS = [
     _item, _tolist, _numpy,
-    # element by element (II.3)
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
-    # moving elements (II.4)
     reshape, transpose, swapaxes, squeeze, flatten, repeat, take, diagonal, sort,
-    # reductions (II.5) and products (II.6)
     sum_, mean, var, std, max_, min_, prod, cumsum, cumprod, trace, dot,
-    # NumPy's own, which come back to us (II.2)
     np.ravel, np.argmax, np.argmin, np.argsort, np.round, np.nonzero, np.any, np.all,
 ]
 for _f in _METHODS:
@@ -2606,8 +2599,8 @@ for _name, _f in dict(
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
 
 
-# Comparisons give plain bool arrays. (Set one by one, they leave `__hash__` as it is:
-# tensors that are equal in value are still two.)
+# Comparisons give plain bool arrays. (Set from outside, `__eq__` leaves `__hash__` as it
+# is: tensors that are equal in value are still two.)
 def _comparison(name: str) -> Callable:
     def compare(self: Tensor, other: Any) -> np.ndarray:
         return getattr(np.asarray(self._data), name)(_value(other))
@@ -2709,10 +2702,12 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
                 break
             args = (*args, settings.pop(operand))
 
-    operands = [a if type(a) in _PLAIN else _admit_operand(name, a) for a in args[:count]]  # (b)
+    operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
+                for a in args[:count]]  # (b)
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     if kinds != {"f"}:  # an integer or a bool is among them; or, empty, only numbers are
-        exempt = [i for i in range(len(operands)) if operation.rules and operation.rules[i] is None]
+        exempt = [i for i in range(len(operands))
+                  if operation.rules and operation.rules[i] is None]
         operands = _to_floating(operands, exempt)  # (c)
 
     if len(args) > count or settings:
