@@ -2370,9 +2370,8 @@ def solve(a: Any, b: Any) -> Tensor:
 #     >>> print(f"{swish(1.0):.6f} {grad(swish)(1.0):.6f} {grad(definition)(1.0):.6f}")
 #     0.731059 0.927671 0.927671
 #
-# A kernel may be clever, in place, and without a thought for second derivatives. For
-# with `create_graph` the walk does not call the pullback, but differentiates the
-# definition:
+# A kernel may be clever, in place, and without a thought for second derivatives: with
+# `create_graph` the walk does not call the pullback, but differentiates the definition.
 #
 #     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
 #     0.302366118810 0.302366118810
@@ -2388,7 +2387,7 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
     (all that are given by position, if it is not said) are differentiated by.
     `pullback(g, wanted)` returns a cotangent for each, and may give None where `wanted`
     is False. Each is an array of its own, or `g`, or a view. It must not write to `g`
-    or to what it remembers: a tape may be walked twice. Both see float16 as float32.
+    or to what it remembers: a tape may be walked twice. float16 arrives as float32.
     """
     def decorate(kernel: Callable) -> Callable:
         count = sys.maxsize if operands is None else operands
@@ -2507,8 +2506,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p for the way back. All else it computes, block by block, in the arrays
-# that it returns.
+# The kernel keeps p for the way back. All else but `1 - p` it computes, block by block,
+# in the arrays that it returns.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
