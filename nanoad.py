@@ -2058,9 +2058,8 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
 #
-# The first page, down to `linear`, is easy, and all that the networks of part III need.
-# Then einsum has a rule of one sentence, and `inv` shows how one finds a rule for
-# matrices. (Determinants and decompositions are in IV.10.)
+# What follows, down to `linear`, is all that the networks of part III need.
+# (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
@@ -2443,12 +2442,11 @@ def _in_float32(f: Callable) -> Callable:
         result = f(*operands, **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
             return result
-        if not isinstance(result, tuple):
-            return result.astype(np.float16)
-
-        y, pullback = result
-        return (y.astype(np.float16),
-                lambda g, wanted: pullback(g.astype(np.float32), wanted))
+        if isinstance(result, tuple):  # a kernel's
+            y, pullback = result
+            return (y.astype(np.float16),
+                    lambda g, wanted: pullback(g.astype(np.float32), wanted))
+        return result.astype(np.float16)
 
     return wide
 
@@ -2672,8 +2670,8 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     >>> print(where([True, False], b=np.array([7, 7]), a=t))  # t, or else 7
 #     [0.5 7. ]
 #
-# Where Tensors meet only each other and Python's numbers, nothing is to be done. In all
-# other calls `_operation` (I.2) first has the arguments converted, in four steps:
+# Unless Tensors meet only each other and Python's numbers, `_operation` (I.2) first has
+# the arguments converted, in four steps:
 #
 # a. Operands that are given by name go to their positions, for rules go by position.
 # b. A list becomes an array.
@@ -2685,9 +2683,8 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     >>> print(args[0], args[1] is t, args[2], settings)
 #     [ True False] True [7. 7.] {}
 #
-# Then the function computes `np.where` of three arrays. (If that failed, `_explained`
-# would say where, and on what shapes.) And as t is tracked, the result remembers `where`
-# and `args`.
+# Then the function computes `np.where` of three arrays (if it failed, `_explained` would
+# say on what shapes); and as t is tracked, the result remembers `where` and `args`.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
@@ -2711,7 +2708,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
 
     if len(args) > count or settings:
         operands += [_admit_setting(operation, a) for a in args[count:]]  # (d)
-        settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
+        settings = {key: _admit_setting(operation, a, key) for key, a in settings.items()}
     return tuple(operands), settings
 
 
@@ -2753,16 +2750,14 @@ def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
 
-# **c** makes `t * mask` and `np.log(counts)` possible. (A uint8 would wrap at 255, and
-# its logarithm would be float16.) Beside floating-point arrays an integer takes the
-# dtype that NumPy would compute in, so a mask beside float32 leaves the result float32;
+# **c** makes `t * mask` and `log(counts)` possible. (A uint8 would wrap at 255, and its
+# logarithm would be float16.) Beside floating-point arrays an integer takes the dtype
+# that NumPy would compute in, so a mask beside float32 leaves the result float32;
 # without any it is float64. If there are only numbers of Python's, they become arrays.
 #
 #     >>> mask, counts = np.array([True, False]), np.array([7, 7])
 #     >>> [a.dtype.name for a in _to_floating([t, mask, counts])]
 #     ['float32', 'float32', 'float64']
-#     >>> _to_floating([t, 2])[1], _to_floating([3, 2])[1]
-#     (2, array(2.))
 
 
 def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
