@@ -2080,10 +2080,8 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
 #
-# The first page, down to `linear`, is easy, and all that the networks of part III need.
-# Of einsum read the rule, and skip the five steps that prepare its operands. Then see
-# how `inv` comes to its rule. Determinants and decompositions, which do it in the same
-# way, are in IV.10, for no chapter before needs them.
+# What follows, down to `linear`, is all that the networks of part III need.
+# (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
     return a.swapaxes(-1, -2)
@@ -2157,25 +2155,25 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 # ### einsum: what do the letters say?
 #
-# `einsum("ij,jk->ik", A, B)` names the axes of its operands by letters, multiplies
-# whatever has equal letters, and adds up over the letters that the output lacks. As a
-# loop over all letters:
+# `einsum("ij,jk->ik", A, B)` gives each axis a letter. It multiplies what has equal
+# letters, and adds up over the letters that the output lacks: here, `A @ B`.
+#
+# **The rule: g takes the operand's place, and its letters and those of the output
+# change places.** So A receives the einsum "ik,jk->ij" of g and B; with the numbers
+# from above:
+#
+#     >>> B, g = np.array([[3.0], [5.0]]), np.array([[10.0]])
+#     >>> print(np.einsum("ik,jk->ij", g, B))
+#     [[30. 50.]]
+#
+# Why? Both are loops over all letters, forwards and backwards:
 #
 #     for all i, j, k:    Y[i, k]  += A[i, j] * B[j, k]
-#
-# Now backwards. In each round `A[i, j]` meets `B[j, k]`, and goes into `Y[i, k]`. So in
-# each round it receives `g[i, k] * B[j, k]`:
-#
 #     for all i, j, k:    gA[i, j] += g[i, k] * B[j, k]
 #
-# This loop is an einsum as well, "ik,jk->ij" of g and B: g stands where A stood, and
-# the letters of A and of the output have changed places. That is the whole rule,
-# whatever the letters, and for any number of operands. With the numbers from above,
-# where `A[0, 1]` receives `10 * 5`:
-#
-#     >>> A, B, g = np.array([[1.0, 2.0]]), np.array([[3.0], [5.0]]), np.array([[10.0]])
-#     >>> print(_einsum_rule(0, g, A @ B, A, B, subscripts="ij,jk->ik"))
-#     [[30. 50.]]
+# In each round of the first, `A[i, j]` meets `B[j, k]`, and goes into `Y[i, k]`. So in
+# each round of the second it receives `g[i, k] * B[j, k]`. Nothing in this depends on
+# the letters, or on how many other operands there are.
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
@@ -2191,21 +2189,18 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# The rule takes for granted that all is said by letters, that no letter is twice in one
-# operand, and that each axis of A has a partner: another place, in the output or in an
-# operand, with the same letter and the same length. Else the loop backwards would not
-# know how far it runs. NumPy allows more, so `einsum` first brings what it is given
-# into this form. Steps 4 and 5 touch the operands, by operations that have their own
-# rules. (In `"ij,jk,jl->ikl"` with j of lengths 1, 1 and 4, the first two are partners.
-# NumPy stretches them, and the walk adds up: I.4.)
+# Where does the rule fail? Of "ii->i" it would make "i->ii", and no einsum has a letter
+# twice in its output. And of "ij,jk->k" it would make "k,jk->ij", where nobody knows how
+# long i is. For each axis of A must have a *partner*: an axis of the output, or of
+# another operand, with its letter and its length. So `einsum` first takes diagonals and
+# sums, which have rules of their own:
 #
-#     1  numbers become letters              a, [0, 1], [1]      ->  "AB->B"
-#     2  no arrow: keep what occurs once     "ij,jk"             ->  "ij,jk->ik"
-#     3  dots become letters                 "...i,i->..."       ->  "Ai,i->A"
-#     4  a letter twice: the diagonal        "ii->i"             ->  "i->i"
-#     5  no partner: added up                "ij,jk->k"          ->  "j,jk->k"
-#        (an axis of 1 that NumPy would      "ij,jk->ik" of      ->  "i,k->ik"
-#        stretch is no partner of a longer)  (2, 1), (3, 4)
+#     a letter twice in A: the diagonal        "ii->i"     is  "i->i" of it
+#     an axis without a partner: its sum       "ij,jk->k"  is  "j,jk->k" of that
+#
+# (An axis of length 1 is no partner of a longer one, though NumPy stretches it. In
+# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has one: it is "i,k->ik" of two
+# sums.)
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
@@ -2215,34 +2210,63 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     not fit together, or if it takes more than 52 letters.
     """
     if not isinstance(subscripts, str):
-        subscripts, operands = _einsum_by_letters(subscripts, *operands)  # step 1
+        subscripts, operands = _einsum_by_letters(subscripts, *operands)
     operands = [_with_shape(x) for x in operands]
     shapes = tuple(x.shape for x in operands)
     try:
-        terms, output = _einsum_terms(subscripts, shapes)  # steps 2 and 3
-        factors = list(map(_einsum_diagonal, terms, operands))  # step 4
-        places = _einsum_places(factors, output)
+        terms, output = _einsum_terms(subscripts, shapes)
+        factors = [_einsum_diagonal(term, x) for term, x in zip(terms, operands)]
+        factors = _einsum_add_up(factors, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
         raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
-
-    for i, (term, x) in enumerate(factors):  # step 5
-        partners = [places.count(place) - 1 for place in zip(term, x.shape)]
-        if 0 in partners:
-            alone = tuple(axis for axis, n in enumerate(partners) if n == 0)
-            kept = "".join(c for c, n in zip(term, partners) if n > 0)
-            factors[i] = kept, np.sum(x, axis=alone)
 
     inputs = ",".join(term for term, _ in factors)
     return _einsum(*(x for _, x in factors), subscripts=f"{inputs}->{output}")
 
 
+def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
+    """Of each letter that occurs more than once in the term, the diagonal."""
+    for letter in term:
+        while term.count(letter) > 1:
+            i = term.index(letter)
+            j = term.index(letter, i + 1)
+            if x.shape[i] != x.shape[j]:
+                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
+                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
+            term = term.replace(letter, "", 2) + letter
+    return term, x
+
+
+def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, Any]]:
+    """The operands without the axes that have no partner."""
+    axes: list[tuple[str, int]] = []  # all there are, as (letter, length)
+    for term, x in factors:
+        axes += zip(term, x.shape)
+    lengths: dict[str, int] = {}  # of each letter the one length, apart from 1
+    for letter, n in axes:
+        if n != 1 and n != lengths.setdefault(letter, n):
+            raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are {letter!r}")
+    axes += [(letter, lengths.get(letter, 1)) for letter in output]
+
+    with_partners = []
+    for term, x in factors:
+        alone = [i for i, axis in enumerate(zip(term, x.shape)) if axes.count(axis) == 1]
+        if alone:
+            term = "".join(letter for i, letter in enumerate(term) if i not in alone)
+            x = np.sum(x, axis=tuple(alone))
+        with_partners.append((term, x))
+    return with_partners
+
+
+# The rest is notation: numbers for letters, dots, and an output that is not said.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
-    """Step 1. Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
+    """Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
     operands, lists = arguments[:-1:2], arguments[1::2]
     output = arguments[2 * len(lists):]  # the last argument, if their number is odd
     terms = []
@@ -2257,77 +2281,45 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
 
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """Steps 2 and 3: the letters of each operand, and of the output."""
+    """The letters of each operand, and of the output.
+
+    Dots become letters that are free. Those of all operands end in the same ones, as in
+    broadcasting:
+
+        >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
+        (('yzi', 'iz'), 'yz')
+    """
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
         raise ValueError(f"the subscripts are of {more} operands")
     if not arrow:  # as NumPy has it: the dots, then what occurs once, in order
-        letters = inputs.replace(",", "").replace(".", "")
-        once = [c for c in sorted(letters) if letters.count(c) == 1]
-        output = "".join(["..." if "..." in inputs else "", *once])
+        output = "..." + "".join(c for c in _LETTERS if inputs.count(c) == 1)
 
-    terms, output = _einsum_dots(terms, output, shapes)
-    for term, shape in zip(terms, shapes):
+    free = "".join(c for c in _LETTERS if c not in inputs)
+    dots = ""
+    for i, (term, shape) in enumerate(zip(terms, shapes)):
+        if "..." in term:
+            n = len(shape) - len(term.replace("...", ""))  # axes for the dots
+            if n > len(free):
+                raise ValueError("with its dots this takes more than 52 letters")
+            of_term = free[len(free) - n:]
+            terms[i] = term = term.replace("...", of_term, 1)
+            dots = max(dots, of_term, key=len)
         if not set(term) <= set(_LETTERS):
             raise ValueError("subscripts are letters, ',', '->' and '...'")
         if len(term) != len(shape):
             many = "many" if len(term) > len(shape) else "few"
             raise ValueError(f"too {many} subscripts for shape {shape}")
+
+    if dots and "..." not in output:
+        raise ValueError("the output needs the dots, too; to add up over their axes, "
+                         "give them letters")
+    output = output.replace("...", dots, 1)
     if not set(output) <= set("".join(terms)) or len(set(output)) < len(output):
         raise ValueError("the output must name letters of the operands, each once")
     return tuple(terms), output
-
-
-def _einsum_dots(terms: list[str], output: str, shapes: tuple) -> tuple[list[str], str]:
-    """Step 3: new letters for the axes that an operand's own letters leave over.
-
-    As in broadcasting, operands share the last of these axes, here the one called B:
-
-        >>> _einsum_dots(["...i", "i..."], "...", [(2, 5, 3), (3, 5)])
-        (['ABi', 'iB'], 'AB')
-    """
-    counts = [len(shape) - len(term.replace("...", "")) if "..." in term else 0
-              for term, shape in zip(terms, shapes)]  # here [2, 1]
-    most = max(0, *counts)
-    if most and "..." not in output:
-        raise ValueError("the output needs the dots, too; to add up over their axes, "
-                         "give them letters")
-    free = [c for c in _LETTERS if c not in "".join(terms)]
-    if most > len(free):
-        raise ValueError("with its dots this takes more than 52 letters")
-
-    dots = "".join(free[:most])
-    lettered = [term.replace("...", dots[most - n:], 1) for term, n in zip(terms, counts)]
-    return lettered, output.replace("...", dots, 1)
-
-
-def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
-    """Step 4: of a letter that occurs more than once in the term, the diagonal."""
-    for letter in term:
-        while term.count(letter) > 1:
-            i = term.index(letter)
-            j = term.index(letter, i + 1)
-            if x.shape[i] != x.shape[j]:
-                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
-            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
-            term = term.replace(letter, "", 2) + letter
-    return term, x
-
-
-def _einsum_places(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, int]]:
-    """For step 5: each axis of operands and output, as its letter and its length."""
-    places: list[tuple[str, int]] = []
-    for term, x in factors:
-        places += zip(term, x.shape)
-
-    sizes: dict[str, int] = {}  # of each letter the one size, apart from 1
-    for letter, n in places:
-        if n != 1 and n != sizes.setdefault(letter, n):
-            raise ValueError(f"axes of sizes {sizes[letter]} and {n} both are {letter!r}")
-    return places + [(letter, sizes.get(letter, 1)) for letter in output]
 
 
 # ### The inverse: how is a rule of matrices found?
@@ -2381,11 +2373,10 @@ def solve(a: Any, b: Any) -> Tensor:
 
 # ## II.7 Fused operations: how is one made fast?
 #
-# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written as it stands, it
-# is a tape of two operations, each with arrays of its own. In a fast version all of it
-# is one operation, a **kernel**, which computes on bare arrays and returns two things:
-# the result, and its whole backward step, the `pullback`, a function that remembers
-# what it needs:
+# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written so, it is a tape
+# of two operations, each with arrays of its own. To make it one, write a **kernel**: a
+# function on bare arrays that returns two things, the result and its whole backward
+# step. That is the `pullback`, a function that remembers what it needs:
 #
 #     >>> def definition(x):
 #     ...     return x * sigmoid(x)
@@ -2400,16 +2391,14 @@ def solve(a: Any, b: Any) -> Tensor:
 #     >>> print(f"{swish(1.0):.6f} {grad(swish)(1.0):.6f} {grad(definition)(1.0):.6f}")
 #     0.731059 0.927671 0.927671
 #
-# A kernel may be clever, in place, and without a thought for second derivatives. For
-# when the gradient is to be differentiated (`create_graph`), the walk does not call the
-# pullback at all, but differentiates the definition:
+# A kernel may be clever, in place, and without a thought for second derivatives: with
+# `create_graph` the walk does not call the pullback, but differentiates the definition.
 #
 #     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
 #     0.302366118810 0.302366118810
 #
 # So the definition is at once the explanation, the oracle for the tests, and the source
-# of every higher derivative. Each fused operation in this file stands in the section of
-# its definition, and below it.
+# of every higher derivative.
 
 
 def fused(definition: Callable, operands: int | None = None) -> Callable:
@@ -2419,12 +2408,12 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
     (all that are given by position, if it is not said) are differentiated by.
     `pullback(g, wanted)` returns a cotangent for each, and may give None where `wanted`
     is False. Each is an array of its own, or `g`, or a view. It must not write to `g`
-    or to what it remembers: a tape may be walked twice.
+    or to what it remembers: a tape may be walked twice. float16 arrives as float32.
     """
     def decorate(kernel: Callable) -> Callable:
         count = sys.maxsize if operands is None else operands
-        operation = _operation(kernel, count, _pull_fused, fused=True)
-        operation.definition = definition
+        operation = _operation(_in_float32(kernel), count, _pull_fused, fused=True)
+        operation.definition = _in_float32(definition)
         return operation
 
     return decorate
@@ -2439,10 +2428,10 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 
 # "By the definition" means to compute the result once more, by other operations, and to
-# walk the new tape back to the operands. Each place has to receive its own share, even
-# in f(x, x), or in f(x, 2 * x), where one operand was made of the other. So every
-# operand is replaced by an `identity` of it: a new tensor, met nowhere else, at which
-# the walk ends.
+# walk the new tape back to the operands. Each place has to receive its own share alone.
+# But in f(x, x) both places are one tensor, and in f(x, 2 * x) the walk would go on from
+# the second to the first. So every operand is replaced by an `identity` of it: a new
+# tensor, met nowhere else, at which the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
@@ -2457,78 +2446,57 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
     return [next(shares) if is_wanted else None for is_wanted in wanted]
 
 
+# *float16* is infinite beyond 65,504, and a sum of squares is soon there. So kernels and
+# definitions compute in float32, and the result is rounded to float16, unless a wider
+# operand makes it wider.
+
+
+def _in_float32(f: Callable) -> Callable:
+    """Let `f`, a kernel or what returns an array, compute in float32 what is float16."""
+    @functools.wraps(f)
+    def wide(*operands: Any, **settings: Any) -> Any:
+        dtypes = [getattr(a, "dtype", None) for a in operands]
+        if np.float16 not in dtypes:
+            return f(*operands, **settings)
+
+        operands = [a.astype(np.float32) if dtype == np.float16 else a
+                    for a, dtype in zip(operands, dtypes)]
+        result = f(*operands, **settings)
+        if np.float32 in dtypes or np.float64 in dtypes:
+            return result
+        if isinstance(result, tuple):  # a kernel's
+            y, pullback = result
+            return (y.astype(np.float16),
+                    lambda g, wanted: pullback(g.astype(np.float32), wanted))
+        return result.astype(np.float16)
+
+    return wide
+
+
 # ### What NumPy is slow at
 #
-# The kernels below compute what their definitions say, and look different only where
-# NumPy is slow. These are its slow places; a kernel that goes around one points here by
-# the word in capitals. The figures are for float32 on one core of an Intel server
-# (Sapphire Rapids), with NumPy 2.4.
+# Kernels look different from their definitions only where NumPy is slow. These are the
+# places; a kernel that goes around one points here by the word in capitals. (Times are
+# for float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones, `[3 4 5] @ [1 1 1] = 12`
-#   (`_row_sum`, II.5), which rounds off more than np.sum, for that adds in pairs. The
-#   maxima take 330 us, and 200 us by reduceat (`_row_max`); the maximum of the whole
-#   array takes 9 us, and often is enough (`_is_moderate`). Inner products of rows are
-#   fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
+#   (`_row_sum`, II.5). The maxima take 330 us, and 200 us by reduceat (`_row_max`); the
+#   maximum of the whole array takes 9 us, and often is enough (`_is_moderate`). Inner
+#   products of rows are fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
 #   pays for each that it begins. So the longest axis should lie last: adding (128, 16,
 #   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
 #   200 us with the batch last.
 # - PASSES. Each operation reads and writes whole arrays, and beyond a few hundred
-#   kilobytes that is all one waits for. So kernels work in place, in blocks that fit
-#   the cache where passes are many.
+#   kilobytes that is all one waits for. So kernels work in place. And where passes are
+#   many, a dozen in gelu below, all go over one block while it is in the processor's
+#   cache, and then over the next.
 # - PRODUCTS. Only matmul and dot reach BLAS, the library that multiplies matrices at
-#   full speed; an einsum of two operands seldom does. Of `A @ B^T` and `(B @ A^T)^T`,
-#   which are equal, OpenBLAS is up to twice as fast at the one whose product has more
-#   rows.
+#   full speed. Of `A @ B^T` and `(B @ A^T)^T`, which are equal, OpenBLAS is up to twice
+#   as fast at the one whose product has more rows.
 # - SCATTER. To add rows where several have one place, NumPy goes element by element
-#   (II.4): the gradient of 1,024 rows of an embedding takes several times as long as a
-#   product with one-hot rows.
-#
-# And float16 needs care for another reason: beyond 65,504 it is infinite, and a sum of
-# squares is soon there. So kernels, their definitions and the losses compute in float32,
-# and round the result to float16, unless a wider operand makes it wider.
-def _widened(operands: tuple) -> tuple[Sequence, bool]:
-    """The operands with float32 for float16, and whether the result is to be float16."""
-    dtypes = [getattr(a, "dtype", None) for a in operands]
-    if np.float16 not in dtypes:
-        return operands, False
-
-    wide = [a.astype(np.float32) if dtype == np.float16 else a
-            for a, dtype in zip(operands, dtypes)]
-    return wide, np.float32 not in dtypes and np.float64 not in dtypes
-
-
-def _in_float32(f: Callable) -> Callable:
-    """Let `f`, whose operands are positional, compute in float32 what is float16."""
-    @functools.wraps(f)
-    def wide(*operands: Any, **settings: Any) -> Any:
-        operands, is_half = _widened(operands)
-        y = f(*operands, **settings)
-        return y.astype(np.float16) if is_half else y
-
-    return wide
-
-
-def _kernel_in_float32(kernel: Callable) -> Callable:
-    """The same for a kernel, which returns its pullback, too."""
-    @functools.wraps(kernel)
-    def wide(*operands: Any, **settings: Any) -> tuple:
-        operands, is_half = _widened(operands)
-        y, pullback = kernel(*operands, **settings)
-        if not is_half:
-            return y, pullback
-
-        def wide_pullback(g: np.ndarray, wanted: list) -> Sequence:
-            return pullback(g.astype(np.float32), wanted)
-
-        return y.astype(np.float16), wide_pullback
-
-    return wide
-
-
-# *In blocks.* gelu, below, takes a dozen passes (see PASSES) over an array. So all of
-# them go over one block while it is in the processor's cache, and then over the next.
+#   (II.4): a product with one-hot rows is several times faster.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 
@@ -2558,19 +2526,17 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p for the way back. All else it computes in the arrays that it returns,
-# but for one new block, `1 - p`: more would drive the others out of the cache.
+# The kernel keeps p for the way back. All else but `1 - p` it computes, block by block,
+# in the arrays that it returns.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
 
-@_in_float32
 def _gelu_definition(x):
     return 0.5 * x * (1 + np.tanh(x * (_GELU_SCALE + _GELU_CUBIC * (x * x))))
 
 
 @fused(_gelu_definition, operands=1)
-@_kernel_in_float32
 def gelu(x: Any) -> Tensor:
     """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
     x = _dense(x)
@@ -2603,8 +2569,8 @@ def gelu(x: Any) -> Tensor:
 
 # ## II.8 Methods: what else can a Tensor do?
 #
-# What ndarray does by a method or an operator, a Tensor does by the same name. Most of
-# that stands above: a function whose first argument is the tensor is a method as it is.
+# What ndarray does by a method or an operator, a Tensor does by the same name. A function
+# whose first argument is the tensor is a method as it is.
 #
 #     >>> t = Tensor([1.0, 2.0, 4.0])
 #     >>> print(t.sum(), t // 2, t > 1)
@@ -2629,15 +2595,12 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
+# (NumPy's own come back to us: II.2.)
 _METHODS = [
     _item, _tolist, _numpy,
-    # element by element (II.3)
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
-    # moving elements (II.4)
     reshape, transpose, swapaxes, squeeze, flatten, repeat, take, diagonal, sort,
-    # reductions (II.5) and products (II.6)
     sum_, mean, var, std, max_, min_, prod, cumsum, cumprod, trace, dot,
-    # NumPy's own, which come back to us (II.2)
     np.ravel, np.argmax, np.argmin, np.argsort, np.round, np.nonzero, np.any, np.all,
 ]
 for _f in _METHODS:
@@ -2655,8 +2618,8 @@ for _name, _f in dict(
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
 
 
-# Comparisons give plain bool arrays. (Set one by one, they leave `__hash__` as it is:
-# tensors that are equal in value are still two.)
+# Comparisons give plain bool arrays. (Set from outside, `__eq__` leaves `__hash__` as it
+# is: tensors that are equal in value are still two.)
 def _comparison(name: str) -> Callable:
     def compare(self: Tensor, other: Any) -> np.ndarray:
         return getattr(np.asarray(self._data), name)(_value(other))
@@ -2668,11 +2631,10 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, _comparison(_name))
 
 
-# And what Python's own functions and brackets ask for. `math.sin(x)` asks x for a plain
+# And what Python's own functions and brackets ask for. `math.sin(t)` asks t for a plain
 # float, and returns one: it knows nothing of the tape. So while a transform runs your
-# function, `float(t)` and `int(t)` are errors for a `t` that was made from the
-# transform's inputs. (`t.item()` says that one means it, and `bool(t)` only chooses a
-# branch.)
+# function, `float(t)` and `int(t)` are errors if t was made from the transform's inputs.
+# (`t.item()` says that one means it.)
 def _plain_number(t: Tensor) -> float:
     for run in _mode.runs:
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
@@ -2706,8 +2668,7 @@ for _name, _f in dict(
     setattr(Tensor, f"__{_name}__", _f)
 
 
-# A gradient may also be set by hand, as in `t.grad = 0.0`; a number stands for an array
-# that is full of it.
+# A gradient may be set by hand, as in `t.grad = 0.0`: a number stands for all elements.
 def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     """`value` as a gradient that `t` can have: None, or a Tensor of its shape and dtype."""
     if value is None:
@@ -2725,63 +2686,60 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 # ## II.9 Arguments: what may be an operand?
 #
 # The functions and the rules of this part only ever meet floating-point arrays and
-# Python's numbers. A user gives more than that: lists, masks, integers, and all of it
-# by name. Let us follow such a call:
+# Python's numbers. A user gives more: lists, masks, integers, and all of it by name.
 #
 #     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
-#     >>> y = where([True, False], b=np.array([7, 7]), a=t)  # t, or else 7
-#     >>> print(y)
+#     >>> print(where([True, False], b=np.array([7, 7]), a=t))  # t, or else 7
 #     [0.5 7. ]
 #
-# 1. `_operation` (I.2) looks at the arguments. Tensors, floats and ints alone, with a
-#    Tensor among them, could go in as they are. But here are names, a list and an
-#    array; so `_admit` puts the operands into their order, makes an array of the list,
-#    and floating-point numbers of the integers:
+# Unless Tensors meet only each other and Python's numbers, `_operation` (I.2) first has
+# the arguments converted, in four steps:
 #
-#        >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
-#        >>> print(args[0], args[1] is t, args[2], settings)
-#        [ True False] True [7. 7.] {}
+# a. Operands that are given by name go to their positions, for rules go by position.
+# b. A list becomes an array.
+# c. Integers and bools become floating-point numbers. (Not those of the condition: its
+#    rule is None, for it has no derivative.)
+# d. All other arguments are settings, and must not want a derivative.
 #
-# 2. The Tensor is unpacked. The arrays are now `[True False]`, `[0.5 0.25]`, `[7. 7.]`.
-# 3. The function computes `np.where` of these. If it had failed, `_explained` would say
-#    where, and on what shapes.
-# 4. t is tracked, so the result remembers `where` and `args`.
+#     >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
+#     >>> print(args[0], args[1] is t, args[2], settings)
+#     [ True False] True [7. 7.] {}
 #
-# The rest of this section is step 1, in four parts.
+# Then the function computes `np.where` of three arrays (if it failed, `_explained` would
+# say on what shapes); and as t is tracked, the result remembers `where` and `args`.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation as its function and rules may have them."""
+    name, count = operation.__name__, operation.operands
     if settings:
-        args, settings = _put_in_place(operation, args, settings)  # (1a)
+        settings = dict(settings)
+        operand_names, _ = _argument_names(operation)
+        for operand in operand_names[len(args):]:  # (a)
+            if operand not in settings:
+                break
+            args = (*args, settings.pop(operand))
 
-    count = operation.operands
-    operands = [a if type(a) in _PLAIN else _admit_operand(operation.__name__, a)  # (1b)
-                for a in args[:count]]
+    operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
+                for a in args[:count]]  # (b)
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     if kinds != {"f"}:  # an integer or a bool is among them; or, empty, only numbers are
-        exempt = [i for i in range(len(operands))  # such as where's condition
+        exempt = [i for i in range(len(operands))
                   if operation.rules and operation.rules[i] is None]
-        operands = _to_floating(operands, exempt)  # (1c)
+        operands = _to_floating(operands, exempt)  # (c)
 
     if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]  # (1d)
-        settings = {name: _admit_setting(operation, a, name) for name, a in settings.items()}
+        operands += [_admit_setting(operation, a) for a in args[count:]]  # (d)
+        settings = {key: _admit_setting(operation, a, key) for key, a in settings.items()}
     return tuple(operands), settings
 
 
-# **1a.** Operands that are given by name become positional, for rules belong to
-# positions. Whatever else has a name is a setting. The names are those of the function
-# that computes:
-#
-#     >>> _argument_names(where), _argument_names(sum_)
-#     ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
-#     >>> _put_in_place(sum_, (), dict(axis=0, x=t))[0] == (t,)
-#     True
-
-
 def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
-    """The names of its operands, and of its settings. (A function of C has none.)"""
+    """The names of its operands, and of its settings. (A function of C has none.)
+
+        >>> _argument_names(where), _argument_names(sum_)
+        ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
+    """
     code = getattr(inspect.unwrap(operation), "__code__", None)
     if code is None:
         return (), ()
@@ -2790,22 +2748,9 @@ def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
     return names[:count], names[count:]
 
 
-def _put_in_place(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    operands, _ = _argument_names(operation)
-    settings = dict(settings)
-    for name in operands[len(args):]:
-        if name not in settings:
-            break
-        args = (*args, settings.pop(name))
-    return args, settings
-
-
-# **1b.** Each operand by itself: a list or tuple becomes an array, or a Tensor if it
-# holds one. Numbers of Python's stay, for they take the dtype of what they meet. What
-# is none of these stays, too, and the function will refuse it.
-#
-#     >>> print(_admit_operand("mul", (1, 2)), type(_admit_operand("mul", [t, t])).__name__)
-#     [1 2] Tensor
+# **b** makes `t * [1, 2]` possible, and `t * [t, 2]`, where the list becomes a Tensor.
+# Python's numbers stay, for they take the dtype of what they meet. What is none of
+# these stays, too, and the function will refuse it.
 
 
 def _admit_operand(name: str, a: Any) -> Any:
@@ -2827,17 +2772,14 @@ def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
 
-# **1c.** All operands together: integers and bools become floating-point. (A uint8 would
-# wrap at 255, and its logarithm would be float16.) To which type? Beside floating-point
-# arrays to what NumPy would compute in, and without any to float64; so a mask beside
-# float32 leaves the result float32. If there are only numbers of Python's, they become
-# arrays here.
+# **c** makes `t * mask` and `log(counts)` possible. (A uint8 would wrap at 255, and its
+# logarithm would be float16.) Beside floating-point arrays an integer takes the dtype
+# that NumPy would compute in, so a mask beside float32 leaves the result float32;
+# without any it is float64. If there are only numbers of Python's, they become arrays.
 #
 #     >>> mask, counts = np.array([True, False]), np.array([7, 7])
 #     >>> [a.dtype.name for a in _to_floating([t, mask, counts])]
 #     ['float32', 'float32', 'float64']
-#     >>> _to_floating([t, 2])[1], _to_floating([3, 2])[1]
-#     (2, array(2.))
 
 
 def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
@@ -2855,9 +2797,9 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     return floating
 
 
-# A function of several operations admits its operands together, too, before the first of
-# them. For a reshape, say, would make float64 of a bool mask that it meets alone; and
-# then of the float32 beside which it was to stand.
+# A function that calls several operations, such as `solve`, converts its operands
+# together, before the first of them: a reshape of a bool mask alone would make it
+# float64, and then the float32 that it was to meet.
 
 
 def _admit_together(*operands: Any) -> list[Tensor]:
@@ -2866,8 +2808,8 @@ def _admit_together(*operands: Any) -> list[Tensor]:
     return [as_tensor(a) for a in _to_floating(admitted)]
 
 
-# **1d.** What follows the operands are settings. They have no derivative: a constant goes
-# in as its array, and a Tensor that wants a derivative is refused there.
+# **d** lets a constant Tensor be a setting, as in `layer_norm(x, w, b, eps=Tensor(1e-5,
+# False))`. One that wants a derivative is refused: it would get none there.
 
 
 def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
@@ -2883,18 +2825,15 @@ def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
                     f"{known}")
 
 
-# Step 3 may fail. The error keeps its kind, and says more.
-
-
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
-    """NumPy's error, which now says which operation failed, and on what."""
+    """An error of the same kind, which also says which operation failed, and on what."""
     shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
     kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
     kind = next(kind for kind in kinds if isinstance(error, kind))
     return kind(f"{operation.__name__} of {shapes}: {error}")
 
 
-# And what is to become a Tensor (I.1) is converted by itself.
+# What is to become a Tensor (I.1) is no operand yet, and converted by itself.
 
 
 def _float_array(data: Any) -> np.ndarray:
@@ -2950,7 +2889,6 @@ def _require_flag(what: str, value: Any) -> None:
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
-@_in_float32
 def _cross_entropy_definition(logits, targets):
     rows = np.arange(len(targets))
     return -np.mean(log_softmax(logits)[rows, targets])
@@ -2982,7 +2920,6 @@ def _check_classes(logits: np.ndarray, targets: Any) -> None:
 
 
 @fused(_cross_entropy_definition, operands=1)
-@_kernel_in_float32
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
 
@@ -4228,7 +4165,6 @@ def _around(padding: Any, kernel: Sequence[int], stride: Any,
 
 
 # Said with these, a convolution is three lines: pad, gather, weighted sum.
-@_in_float32
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     o, c, *kernel = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
@@ -4270,7 +4206,6 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 
 
 @fused(_conv2d_definition, operands=3)
-@_kernel_in_float32
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
            padding: Any = 0) -> Tensor:
     """The weighted sums over windows, as in PyTorch: (N, C, H, W) -> (N, O, oh, ow).
@@ -4360,13 +4295,11 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     return y, pullback
 
 
-@_in_float32
 def _avg_pool2d_definition(x, kernel_size, stride=None):
     return np.mean(np.stack(_gather(x, kernel_size, stride)), axis=0)
 
 
 @fused(_avg_pool2d_definition, operands=1)
-@_kernel_in_float32
 def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The mean of each window, with the arguments of `max_pool2d`."""
     views = _gather(x, kernel_size, stride)
@@ -4442,7 +4375,6 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 # and the bias `g`.
 #
 # ### Layer norm
-@_in_float32
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     centred = x - mean(x, -1, keepdims=True)
     variance = mean(centred * centred, -1, keepdims=True)
@@ -4451,7 +4383,6 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
 
 
 @fused(_layer_norm_definition, operands=3)
-@_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Each row along the last axis, (..., n), less its mean and over its deviation.
 
@@ -4506,7 +4437,6 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 # arrays, the *running* mean and variance, some of the way towards those of each batch,
 # and evaluation takes them. (The definition leaves them alone: to differentiate twice
 # must not move them again.)
-@_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
     axes = tuple(range(x.ndim - 1))
@@ -4581,7 +4511,6 @@ def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tup
 #     variance = mean(c*c) - e^2
 #     y = (c - e) / s * w + b = c * scale + shift,  scale = w / s,  shift = b - e * scale
 @fused(_batch_norm_definition, operands=3)
-@_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
     shape = x.shape
@@ -4721,7 +4650,6 @@ def _minus_infinity_ahead(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     return np.where(_ahead(shape), -np.inf, 0).astype(dtype)
 
 
-@_in_float32
 def _attention_definition(q, k, v, is_causal=False):
     scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
     if is_causal:
@@ -4773,7 +4701,6 @@ def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
 
 
 @fused(_attention_definition, operands=3)
-@_kernel_in_float32
 def scaled_dot_product_attention(q: Any, k: Any, v: Any,
                                  is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, for q (..., T, D), k (..., S, D) and v (..., S, Dv).
@@ -4816,7 +4743,6 @@ def _causal_self_attention_definition(qkv, num_heads):
 
 
 @fused(_causal_self_attention_definition, operands=1)
-@_kernel_in_float32
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
 
