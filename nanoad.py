@@ -4361,11 +4361,16 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 # To normalize a row of numbers, take their mean from them, and divide by their standard
 # deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
-# to the scale, the next one meets what it is used to. **Layer norm** does this to each
-# row; then it scales and shifts by a learned weight and bias, here 1 and 0.
+# to the scale, the next one meets what it is used to.
 #
+#     >>> def normalize(x, axis=-1, eps=1e-5):  # eps: for a row of equal numbers
+#     ...     centred = x - x.mean(axis, keepdims=True)
+#     ...     s = np.sqrt((centred * centred).mean(axis, keepdims=True) + eps)
+#     ...     return centred / s, s
+#     ...
 #     >>> x = np.array([[1.0, 2.0, 6.0], [2.0, 3.0, 7.0], [-1.0, 1.0, 9.0]])
-#     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
+#     >>> xhat, s = normalize(x)
+#     >>> print(xhat.round(2))
 #     [[-0.93 -0.46  1.39]
 #      [-0.93 -0.46  1.39]
 #      [-0.93 -0.46  1.39]]
@@ -4387,24 +4392,24 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 # The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
 # and the part is `mean(h)`. For "out", v is xhat, and the part `xhat * mean(h * xhat)`:
 # here, too, v @ v is n, for the squares of xhat have the mean 1. And as the sum of xhat
-# is 0, the two are at right angles, and can be taken away one after the other.
+# is 0, the two are at right angles, and can be taken away one after the other. So the
+# way back is three lines:
 #
-#     >>> def normalize(x, eps=1e-5):  # (n,)
-#     ...     c = x - x.mean()  # centred
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     return c / s, s
+#     >>> def normalize_back(h, xhat, s, axis=-1):
+#     ...     up = h.mean(axis, keepdims=True)
+#     ...     out = xhat * (h * xhat).mean(axis, keepdims=True)
+#     ...     return (h - up - out) / s
 #     ...
-#     >>> def normalize_back(h, xhat, s):
-#     ...     return (h - h.mean() - xhat * (h * xhat).mean()) / s
-#     ...
-#     >>> x, h = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0])
-#     >>> print(normalize_back(h, *normalize(x)).round(3))
-#     [ 0.176 -0.22   0.044]
-#     >>> print(grad(lambda x: (normalize(x)[0] * h).sum())(x).numpy().round(3))
-#     [ 0.176 -0.22   0.044]
+#     >>> h = np.array([[1.0, 0.0, 0.0]] * 3)
+#     >>> dx = normalize_back(h, xhat, s)
+#     >>> print(dx.round(3))
+#     [[ 0.176 -0.22   0.044]
+#      [ 0.176 -0.22   0.044]
+#      [ 0.088 -0.11   0.022]]
+#     >>> np.allclose(dx, grad(lambda x: (normalize(x)[0] * h).sum())(x))
+#     True
 #
-# The picture leaves out eps, which keeps rows of equal numbers from a division by 0.
-# With it, too, the formula is exact. Let x move by v:
+# The picture leaves out eps. With it, too, the three lines are exact. Let x move by v:
 #
 # 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
 # 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
@@ -4416,8 +4421,24 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 # 4. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
 #
-# As `y = xhat * weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat`
-# and the bias `g`.
+# **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes each
+# channel, which is all its numbers in the whole batch: of (N, C) along axis 0, and of
+# images (N, C, H, W) along the axes (0, 2, 3).
+#
+#     >>> ones, zeros = np.ones(3), np.zeros(3)
+#     >>> np.allclose(layer_norm(x, ones, zeros), normalize(x, axis=-1)[0])
+#     True
+#     >>> running_mean, running_var = np.zeros(3), np.ones(3)
+#     >>> y = batch_norm(x, running_mean, running_var, ones, zeros, training=True)
+#     >>> np.allclose(y, normalize(x, axis=0)[0])
+#     True
+#
+# Both then scale and shift by a learned weight and bias, here 1 and 0. From `y = xhat *
+# weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat` and the bias `g`.
+#
+# In evaluation, an image is judged by itself, without a batch. So batch norm in training
+# also moves two arrays, the *running* mean and variance, some of the way towards those
+# of each batch, and in evaluation takes them instead.
 #
 # ### Layer norm
 @_in_float32
@@ -4428,6 +4449,9 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
+# The kernel adds one care. The mean of large numbers comes out rounded: near a million,
+# a float32 is a multiple of 1/16. So the mean of `x - mean(x)` is not quite 0. It is the
+# *error* of the mean, and is taken away in turn (Chan, Golub and LeVeque, 1983).
 @fused(_layer_norm_definition, operands=3)
 @_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -4444,7 +4468,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
     rows = _rows(x)
     xhat = rows - _row_sum(rows) / n
-    xhat -= _row_sum(xhat) / n  # again, for a mean of large numbers is itself rounded
+    xhat -= _row_sum(xhat) / n  # the error of the mean
     inverse = 1 / np.sqrt(_row_dot(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
     xhat *= inverse
     y = xhat * weight
@@ -4470,20 +4494,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
 # ### Batch norm
 #
-# **Batch norm** is the same with "row" read as "channel": all numbers of one channel, in
-# the whole batch. Of an array (N, C), the channels are the columns:
-#
-#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-#     >>> running = np.zeros(3), np.ones(3)
-#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
-#     >>> print(y.numpy().round(2))
-#     [[-1. -1. -1.]
-#      [ 1.  1.  1.]]
-#
-# In evaluation an image is judged by itself, without a batch. So training also moves two
-# arrays, the *running* mean and variance, some of the way towards those of each batch,
-# and evaluation takes them. (The definition leaves them alone: to differentiate twice
-# must not move them again.)
+# (The definition leaves the running statistics alone: to differentiate twice must not
+# move them again.)
 @_in_float32
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
@@ -4494,70 +4506,26 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with a line of P pixels for each image and
-# channel. Several passes go over one *slab* of them while it is in the cache, and then
-# over the next (see PASSES, II.7). What a slab is depends on what lies together in
-# memory:
+# The kernel sees the images as (N, C, P), with P pixels each, and has two cares.
 #
-#     order in memory                              a slab is        as (N, C, P)
-#     (C, P, N): batch last, as conv2d leaves it   some channels    x[:, channels]
-#     (N, C, P): as a user makes images            some images      x[images]
+# *The error e of the mean*, as in layer norm. The centred numbers are `c - e`, where c
+# is `x - mean`; but here to take it away would be a pass over a large array (see PASSES,
+# II.7), and it can go into numbers that there is one of per channel:
 #
-# Both are `x[images, channels]`, two slices, of which one takes everything.
-def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether the images of one channel lie closer than the channels of one image."""
-    return x.strides[0] < x.strides[1]
-
-
-def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
-    """Cuts x, (N, C, P), into slabs of about a block: (images, channels) of each."""
-    n, c, _ = x.shape
-    everything = slice(None)
-    if _is_batch_last(x):
-        step = max(1, _BLOCK * c // x.size)
-        return [(everything, slice(i, i + step)) for i in range(0, c, step)]
-    step = max(1, _BLOCK * n // x.size)
-    return [(slice(i, i + step), everything) for i in range(0, n, step)]
-
-
+#     variance = mean((c - e)^2) = mean(c*c) - e^2
+#     y = (c - e) / s * weight + bias = c * scale + (bias - e * scale),  scale = weight / s
+#
+# *Long loops.* One number per channel broadcasts as (C, 1). If images lie in memory as a
+# user makes them, (N, C, P), the loop then begins anew every P pixels (see LOOPS, II.7).
+# Spread out to (C, P), it runs through a whole image. (With the batch last, as conv2d
+# leaves it, a channel is one long line as it is.)
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, (C,), to broadcast with x, (N, C, P).
-
-    With the batch last it is (C, 1). Otherwise, as lines of P numbers may be short, it is
-    (C, P), and NumPy's loops run over a whole image (see LOOPS, II.7).
-    """
+    """One number per channel, (C,), to broadcast with x, (N, C, P): (C, 1) or (C, P)."""
     column = numbers[:, None]
-    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
+    is_batch_last = x.strides[0] < x.strides[1]
+    return column if is_batch_last else np.repeat(column, x.shape[2], axis=1)
 
 
-# Forward and back take two rounds over the slabs, for sums over a whole channel must be
-# known before the first number of the result. This is the first round of both. (A slab
-# of some images has a part of every channel; so the slabs add up what they have.)
-def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
-    """c = x - mean; and per channel, the sums of g and of g * c.
-
-    On the way forward there is no g yet, and c takes its place.
-    """
-    c = np.empty_like(x)
-    sum_g = np.zeros_like(mean)
-    sum_gc = np.zeros_like(mean)
-    spread_mean = _spread(mean, x)
-    for images, channels in _slabs(x):
-        c_ = c[images, channels]
-        np.subtract(x[images, channels], spread_mean[channels], out=c_)
-        g_ = c_ if g is None else g[images, channels]
-        sum_g[channels] += np.einsum("ncp->c", g_)
-        sum_gc[channels] += np.einsum("ncp,ncp->c", g_, c_)
-    return c, sum_g, sum_gc
-
-
-# The mean of large numbers comes out rounded: near a million, a float32 is a multiple of
-# 1/16. With an exact one, the mean of c would be 0; what it is instead is the *error* e
-# of the mean. So the true centred numbers are c - e (Chan, Golub and LeVeque, 1983), and
-# it takes no other pass to use them:
-#
-#     variance = mean(c*c) - e^2
-#     y = (c - e) / s * w + b = c * scale + shift,  scale = w / s,  shift = b - e * scale
 @fused(_batch_norm_definition, operands=3)
 @_kernel_in_float32
 def _batch_norm(x, weight, bias, eps, running, momentum):
@@ -4568,23 +4536,19 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     n = x.shape[0] * x.shape[2]
 
     rounded_mean = np.einsum("ncp->c", x) / n  # (C,), as all that follow from it
-    c, sum_c, sum_cc = _centre(x, rounded_mean)
-    error = sum_c / n
+    c = x - _spread(rounded_mean, x)
+    error = np.einsum("ncp->c", c) / n
     mean = rounded_mean + error
-    variance = np.maximum(sum_cc / n - error * error, 0)
+    variance = np.maximum(np.einsum("ncp,ncp->c", c, c) / n - error * error, 0)
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    spread_scale = _spread(scale, x)
-    spread_shift = _spread(bias - error * scale, x)
     y = c  # from here on
-    for images, channels in _slabs(x):
-        y_ = y[images, channels]
-        y_ *= spread_scale[channels]
-        y_ += spread_shift[channels]
+    y *= _spread(scale, x)
+    y += _spread(bias - error * scale, x)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
@@ -4594,9 +4558,10 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     return y.reshape(shape), pullback
 
 
-# Backward, w is one number per channel, and so comes out of the means of `h = g * w`:
+# Backward, the weight is one number per channel, and comes out of the means of `h = g *
+# weight`:
 #
-#     dx = (g - mean(g) - xhat * mean(g * xhat)) * w / s
+#     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
 #
 # As `xhat = c / s`, what is taken away last is `c * slope`, with
 # `slope = mean(g * c) / s^2`. (c is computed again: to keep it would take as much memory
@@ -4604,19 +4569,16 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 def _batch_norm_back(g, x, mean, inverse, scale):
     """The gradients by x, (N, C, P), weight and bias."""
     n = x.shape[0] * x.shape[2]
-    c, sum_g, sum_gc = _centre(x, mean, g)  # (this mean has no error any more)
+    c = x - _spread(mean, x)
+    sum_g = np.einsum("ncp->c", g)  # (C,)
+    sum_gc = np.einsum("ncp,ncp->c", g, c)
     slope = sum_gc / n * inverse * inverse
 
-    minus_slope = _spread(-slope, x)
-    mean_g = _spread(sum_g / n, x)
-    scale = _spread(scale, x)
     dx = c  # from here on
-    for images, channels in _slabs(x):
-        dx_ = dx[images, channels]
-        dx_ *= minus_slope[channels]  # -xhat * mean(g * xhat)
-        dx_ += g[images, channels]
-        dx_ -= mean_g[channels]
-        dx_ *= scale[channels]  # w / s
+    dx *= _spread(-slope, x)
+    dx += g
+    dx -= _spread(sum_g / n, x)
+    dx *= _spread(scale, x)
     return dx, sum_gc * inverse, sum_g
 
 
