@@ -5020,20 +5020,8 @@ class GPT(Module):
         if top_k is not None:
             _positive("generate", top_k=top_k)
         ids = np.array(self._token_ids("generate", idx), np.int64)
-        # A generator runs, and refuses, only when it is asked for its first token.
-        return self._write(ids, max_new_tokens, temperature, top_k)
-
-    def _write(self, ids: np.ndarray, count: int, temperature: float,
-               top_k: int | None) -> Iterator[np.ndarray]:
-        next_logits = _choose_reader(self, batch=len(ids))  # (III.8)
-        modules = self.modules()
-        for _ in range(count):
-            with _evaluating(modules):
-                logits = next_logits(ids)  # (B, V)
-            # (A float64 for the temperature would make one of float32 logits.)
-            new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
-            ids = np.concatenate([ids, new], axis=1)
-            yield new[:, 0]
+        # (A generator refuses nothing before it is asked for its first token.)
+        return _write(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
 
 
 # ## III.8 Writing: what need not be computed again?
@@ -5051,112 +5039,109 @@ class GPT(Module):
 # But for one new token it reads all the old ones again. What is new about them?
 # Nothing: attention is causal, so no position is touched by what comes after it. All
 # that a new position asks of the old ones is their keys and values, in each block. A
-# *reader* keeps these, and each token costs the work of one position. For the network
-# above, of 2 blocks with 4 heads of 8 numbers, it keeps two arrays:
+# *cache* keeps these, and each token costs the work of one position. For the network
+# above, of 2 blocks with 4 heads of 8 numbers, it is two arrays:
 #
-#     >>> reader = _Reader(gpt, batch=1)
-#     >>> print([kept.shape for kept in reader.cache])  # k and v, B, H, positions, D
+#     >>> cache = _new_cache(gpt, batch=1)
+#     >>> print([kept.shape for kept in cache])  # k and v, B, H, positions, D
 #     [(2, 1, 4, 8, 8), (2, 1, 4, 8, 8)]
-#     >>> logits = reader.next_logits(prompt[:, :3])  # "she" fills positions 0, 1 and 2
-#     >>> logits = reader.next_logits(prompt[:, :4])  # "she ", of which only " " is read
-#     >>> plain = gpt(prompt[:, :4]).numpy()[:, -1]
-#     >>> print(reader.length, np.allclose(logits, plain, atol=1e-5))
-#     4 True
+#     >>> logits = _read_on(gpt, prompt[:, :3], cache, start=0)  # "she", at 0, 1 and 2
+#     >>> logits = _read_on(gpt, prompt[:, 3:4], cache, start=3)  # " ", which sees them
+#     >>> np.allclose(logits, gpt(prompt[:, :4]).numpy()[:, -1], atol=1e-5)
+#     True
 #
 # Once the text is longer than block_size, the window slides. Every token then stands
 # one place further to the left and has another position's row added to it, so all is
 # new, and is read anew.
-#
-# The reader repeats the lines of GPT.forward, Block.forward and
-# MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
+
+
+def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
+           top_k: int | None) -> Iterator[np.ndarray]:
+    """Yields `count` tokens (B,) that continue `ids` (B, T), one after another."""
+    cache = _new_cache(gpt, len(ids)) if _can_be_cached(gpt) else None
+    modules = gpt.modules()
+    start = 0  # how many positions are in the cache
+    for _ in range(count):
+        window = ids[:, -gpt.block_size:]
+        if ids.shape[1] > gpt.block_size:
+            start = 0  # the window has moved
+        with _evaluating(modules), no_grad():
+            if cache is None:
+                logits = gpt(window).numpy()[:, -1]  # (B, V)
+            else:
+                logits = _read_on(gpt, window[:, start:], cache, start)
+        start = window.shape[1]
+
+        # (A float64 for the temperature would make one of float32 logits.)
+        new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
+        ids = np.concatenate([ids, new], axis=1)
+        yield new[:, 0]
+
+
+# To read with a cache is to repeat the lines of GPT.forward, Block.forward and
+# MultiHeadAttention.forward, with two differences: there is no tape, so this is for
 # `generate` alone; and at the end of the last block, only the last position goes on.
 
 
-class _Reader:
-    """Reads a text that grows, each position once, and knows what may come next.
+def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
+    """Room for the keys and values of each block: (2, B, H, block_size, D)."""
+    weight = gpt.tok_emb.weight  # (V, C)
+    heads = [block.attn.num_heads for block in gpt.blocks]
+    return [np.empty((2, batch, h, gpt.block_size, weight.shape[1] // h), weight.dtype)
+            for h in heads]
 
-    `cache[i]` has block i's keys and values (2, B, H, block_size, D) of the positions
-    read, which are the first `length`.
+
+def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> np.ndarray:
+    """Read `ids` (B, N) at positions start, start + 1, ...; the logits (B, V) of the last.
+
+    The positions before `start` are in the cache, and these are added to it.
     """
-
-    def __init__(self, gpt: GPT, batch: int) -> None:
-        self.gpt = gpt
-        self.length = 0
-        self.cache = []
-        weight = gpt.tok_emb.weight  # (V, C)
-        for block in gpt.blocks:
-            heads = block.attn.num_heads
-            shape = (2, batch, heads, gpt.block_size, weight.shape[1] // heads)
-            self.cache.append(np.empty(shape, weight.dtype))
-
-    def next_logits(self, ids: np.ndarray) -> np.ndarray:
-        """The logits (B, V) of what follows `ids` (B, T): those of before, and new ones."""
-        window = ids[:, -self.gpt.block_size:]
-        if ids.shape[1] > self.gpt.block_size:
-            self.length = 0  # the window has moved
-        unread = window[:, self.length:]  # (B, N): at first all, then one by one
-        logits = self._read(unread)
-        self.length += unread.shape[1]
-        return logits
-
-    @no_grad()
-    def _read(self, ids: np.ndarray) -> np.ndarray:
-        """As GPT.forward and Block.forward, of new positions: (B, N) -> (B, V)."""
-        gpt = self.gpt
-        positions = self.length + np.arange(ids.shape[1])  # (N,)
-        x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
-        last = len(gpt.blocks) - 1
-        for i, block in enumerate(gpt.blocks):
-            x = x + self._attend(block.attn, block.ln1(x), self.cache[i])
-            if i == last:
-                x = x[:, -1:]  # (B, 1, C): nobody asks about the others any more
-            x = x + block.mlp(block.ln2(x))
-        logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
-        return logits.numpy()[:, 0]
-
-    def _attend(self, attn: MultiHeadAttention, x: Tensor, cache: np.ndarray) -> Tensor:
-        """As MultiHeadAttention.forward, of new positions: (B, N, C) -> (B, N, C)."""
-        q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
-        end = self.length + q.shape[2]
-        cache[0, :, :, self.length:end] = k
-        cache[1, :, :, self.length:end] = v
-        keys, values = cache[:, :, :, :end]  # (B, H, end, D) each
-
-        # A single new position sees all the others. Several are the beginning of a
-        # text, and among them none may see a later one.
-        y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
-        return attn.proj(_merge(y))
+    positions = start + np.arange(ids.shape[1])  # (N,)
+    x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
+    for block, kept in zip(gpt.blocks, cache):
+        x = x + _attend_cached(block.attn, block.ln1(x), kept, start)
+        if kept is cache[-1]:
+            x = x[:, -1:]  # (B, 1, C): nobody asks about the others any more
+        x = x + block.mlp(block.ln2(x))
+    logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
+    return logits.numpy()[:, 0]
 
 
-# A network with other blocks, or whose attention is not causal, is read the plain way
-# instead. (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself,
-# as these do.) One with another GPT.forward is refused, for that may return anything.
+def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
+                   start: int) -> Tensor:
+    """As MultiHeadAttention.forward, of new positions: (B, N, C) -> (B, N, C)."""
+    q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
+    end = start + q.shape[2]
+    kept[0, :, :, start:end] = k
+    kept[1, :, :, start:end] = v
+    keys, values = kept[:, :, :, :end]  # (B, H, end, D) each
+
+    # A single new position sees all the others. Several are the beginning of a text, and
+    # among them none may see a later one.
+    y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
+    return attn.proj(_merge(y))
 
 
-def _choose_reader(gpt: GPT, batch: int) -> Callable:
-    """The function from ids (B, T) to the logits (B, V) of what may come next."""
+# A network with other blocks, or whose attention is not causal, is read the plain way.
+# (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
+# do.) One with another GPT.forward is refused, for that may return anything.
+
+
+def _can_be_cached(gpt: GPT) -> bool:
+    """Whether `_read_on` computes what the network does."""
     if not _computes(gpt, GPT.forward):
         raise TypeError("generate: reads as GPT.forward does, but "
                         f"{type(gpt).__name__} has a forward of its own; write a "
                         "generate to go with it")
-    for block in gpt.blocks:
-        if not (_computes(block, Block.forward)
-                and _computes(block.attn, MultiHeadAttention.forward)
-                and block.attn.is_causal):
-            return functools.partial(_read_plainly, gpt)
-    return _Reader(gpt, batch).next_logits
+    return all(_computes(block, Block.forward)
+               and _computes(block.attn, MultiHeadAttention.forward)
+               and block.attn.is_causal for block in gpt.blocks)
 
 
 def _computes(module: Module, forward: Callable) -> bool:
     """Whether to call the module is to call this method."""
     is_called = type(module).__call__ is Module.__call__
     return is_called and getattr(module.forward, "__func__", None) is forward
-
-
-@no_grad()
-def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, T)."""
-    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
 
 
 @contextlib.contextmanager
