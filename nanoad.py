@@ -5173,7 +5173,7 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # Cut the batch into shares, let each processor compute one, and add up. For the mean
 # loss of a batch is a weighted mean itself, of the mean losses of its shares; and so is
 # its gradient. Take one parameter w = 2, a loss whose slope is the mean of x, and a
-# batch of five rows. One share after another:
+# batch of five rows. One share after another, and then both at the same time:
 #
 #     >>> w, x = Tensor(2.0), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 #     >>> def loss(x):
@@ -5187,27 +5187,23 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #     ...
 #     >>> print(f"{value:.4g} {w.grad.item():.4g}")
 #     6 3
-#
-# And both at the same time:
-#
 #     >>> with DataParallel(w, loss, processes=2) as parallel:
 #     ...     value = parallel(x)
 #     ...
 #     >>> print(f"{value:.4g} {w.grad.item():.4g}")
 #     6 3
 #
-# **Why not threads?** Python's threads take turns: only one of them runs, the one that
-# has a lock. NumPy lets go of it while it computes, and then has to wait for it again;
-# and a step of training is a thousand short computations. The step of a GPT of width 64
-# took 22.1 ms, and 21.9 with two threads that had half of the batch each (Intel
-# Sapphire Rapids, two cores). Two *processes* have a lock each: about 13 ms.
+# **Why not threads?** Of Python's threads only one runs at a time, the one that has a
+# lock. NumPy lets go of it while it computes, but has to wait for it again; and a step
+# of training is a thousand short computations. So two threads on two cores, with half
+# of the batch each, took as long as one, 22 ms for a step of a GPT of width 64. Two
+# *processes* have a lock each, and took 13 ms (Intel Sapphire Rapids).
 #
-# **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a second
-# process that is a copy of the first, with the same variables, the same model, and the
-# same loss function, be it a lambda. It is our *worker*. From then on each writes to
-# its own memory, except for some that was set aside to be common to both: for the
-# parameters, and for the gradients of each worker. All else goes through a *pipe*, a
-# queue of bytes between two processes.
+# **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a copy of
+# this process, our *worker*, with the same model and the same loss function, be it a
+# lambda. From then on each writes to its own memory, except for some that is common to
+# both: there lie the parameters, and the gradients of each worker. All else goes through
+# a *pipe*, a queue of bytes between two processes.
 #
 # **The step above, followed through:**
 #
@@ -5222,8 +5218,9 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #     5. optimizer.step()                 == common ==>  sees the new w in the next step
 #
 # The parent adds up in the order of the shares, whoever was first. So the result is the
-# same, bit for bit, whenever the number of processes is the same. Below are the steps 1
-# to 4. How a worker is made, and what happens when one dies, is in IV.5.
+# same, bit for bit, whenever the number of processes is the same. Below is what a user
+# calls, and then the steps 1 to 4. How a worker is made, and what happens when one dies,
+# is in IV.5.
 
 
 class _Job(NamedTuple):
@@ -5233,9 +5230,7 @@ class _Job(NamedTuple):
     arrays: tuple  # the share's rows of each array
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
-    tracked: list[bool]  # which parameters are, now (one may be frozen, and thaw)
-    training: list[bool]  # which modules are
-    constants: list[np.ndarray]  # what the module saves and does not train
+    state: tuple  # what has changed in the parent (see `_state`)
 
 
 class DataParallel:
@@ -5244,11 +5239,10 @@ class DataParallel:
     `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
 
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
-      `training` flags, which parameters are frozen, and what else it saves (running
-      statistics and other constants: III.2) go along with each batch, so that all
-      processes have the parent's; what a worker makes of its own is forgotten. Of other
-      changes (a number among the attributes, a layer put in place of another) workers
-      know nothing: then make a new DataParallel.
+      `training` flags, which parameters are frozen, and what else it saves (such as
+      running statistics: III.2) go along with each batch; what a worker makes of its own
+      is forgotten. Of other changes (a number among the attributes, another layer)
+      workers know nothing: then make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
       a scalar Tensor. What it changes, other than the arrays above, it changes in the
       process that it runs in.
@@ -5257,10 +5251,9 @@ class DataParallel:
       With 1, or where the system cannot fork (Windows, macOS: a warning says so), this
       one computes all.
 
-    While it is open, parameters live in memory common to all processes (but one whose
-    array somebody took by `p.data` stays where it is, and is copied over at each call),
-    and BLAS is held to one thread. Make it before other threads run, and call it from
-    one thread at a time. `close()`, or the end of `with`, ends the workers.
+    While it is open, parameters live in memory common to all processes, and BLAS is held
+    to one thread. Make it before other threads run, and call it from one thread at a
+    time. `close()`, or the end of `with`, ends the workers.
 
     After a call, `flat_gradients` has all gradients side by side, in one array for each
     dtype among the parameters: each `.grad` is a view of its piece, or None where the
@@ -5376,15 +5369,19 @@ class DataParallel:
             raise ValueError("DataParallel: needs arrays with equally many rows, "
                              f"not {shapes}")
 
-        # A module's flags and constants change in the parent (`model.eval()`, batch
-        # norm's statistics), where workers, being copies, do not see it.
+        state = self._state() if self._team.workers else ()
+        shares = zip(*[np.array_split(a, self.processes) for a in arrays])
+        return [_Job(kind, share, len(share[0]) / lengths[0], stream, state)
+                for share in shares if len(share[0]) > 0]
+
+    def _state(self) -> tuple:
+        """What may change in the parent (by `model.eval()`, by batch norm in training),
+        where workers, being copies, do not see it.
+        """
         tracked = [p.requires_grad for p in self._params]
         training = [module.training for module in self._modules]
-        constants = _constants(self._module) if self._team.workers else []
-        state = (tracked, training, list(map(_value, constants)))
-        shares = zip(*[np.array_split(a, self.processes) for a in arrays])
-        return [_Job(kind, share, len(share[0]) / lengths[0], stream, *state)
-                for share in shares if len(share[0]) > 0]
+        constants = [_value(constant) for constant in _constants(self._module)]
+        return tracked, training, constants
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The parent's share, or its exception, to be raised when all have answered."""
@@ -5403,16 +5400,12 @@ class DataParallel:
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job; a gradient goes into `pieces`."""
         if share > 0:
-            self._take_state(job)
-        before = _mode.rng
-        manual_seed((*job.stream, share))
-        try:
+            self._take_state(*job.state)
+        with _mode.set(rng=np.random.default_rng((*job.stream, share))):
             if job.kind == "gradient":
                 return self._compute_gradient(job, pieces)
             with no_grad():
                 return self._evaluate(*job.arrays)
-        finally:
-            _mode.rng = before
 
     def _compute_gradient(self, job: _Job, pieces: list) -> tuple[float, list[bool]]:
         """Write gradients to `pieces`. Returns the loss, and who has a gradient."""
@@ -5427,13 +5420,13 @@ class DataParallel:
             piece[...] = slopes[p]._data if p in slopes else 0
         return loss.item(), [p in slopes for p in self._params]
 
-    def _take_state(self, job: _Job) -> None:
+    def _take_state(self, tracked: list, training: list, constants: list) -> None:
         """Give parameters and module the state that the parent's have."""
-        for p, is_tracked in zip(self._params, job.tracked):
+        for p, is_tracked in zip(self._params, tracked):
             p.requires_grad = is_tracked
-        for module, is_training in zip(self._modules, job.training):
+        for module, is_training in zip(self._modules, training):
             module.training = is_training
-        for constant, sent in zip(_constants(self._module), job.constants, strict=True):
+        for constant, sent in zip(_constants(self._module), constants, strict=True):
             _overwrite(constant, sent)
 
 
