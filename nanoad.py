@@ -5092,7 +5092,8 @@ def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
 
 
 def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> np.ndarray:
-    """Read `ids` (B, N) at positions start, start + 1, ...; the logits (B, V) of the last.
+    """Read `ids` (B, N) at positions start, start + 1, ...; the logits (B, V) of the
+    last.
 
     The positions before `start` are in the cache, and these are added to it.
     """
