@@ -4225,16 +4225,6 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 #
 # and backward the weight receives `g @ columns^T` and the columns `weight^T @ g`, which
 # is scattered back to the image.
-def _batch_last(x: np.ndarray) -> np.ndarray:
-    """(N, C, ...) -> (C, ..., N), a view."""
-    return x.transpose(*range(1, x.ndim), 0)
-
-
-def _batch_first(x: np.ndarray) -> np.ndarray:
-    """(C, ..., N) -> (N, C, ...), a view."""
-    return x.transpose(-1, *range(x.ndim - 1))
-
-
 def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
@@ -4261,10 +4251,11 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     o, _, *kernel = weight.shape
     (top, bottom), (left, right) = _around(padding, kernel, stride)
     inside = np.s_[:, :, top:top + h, left:left + w]
-    padded = _batch_first(np.zeros((c, top + h + bottom, left + w + right, n), x.dtype))
+    padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
+    padded = padded.transpose(3, 0, 1, 2)  # (N, C, ...), a view
     padded[inside] = x
 
-    views = [_batch_last(view) for view in _gather(padded, kernel, stride)]
+    views = [view.transpose(1, 2, 3, 0) for view in _gather(padded, kernel, stride)]
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
 
@@ -4276,7 +4267,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         y = _plus(y, bias[:, None])
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = _batch_last(g).reshape(y.shape)  # (O, oh ow N)
+        g = g.transpose(1, 2, 3, 0).reshape(y.shape)  # (O, oh ow N)
         dx = dweight = dbias = None
         if wanted[0]:
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
@@ -4288,7 +4279,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
 
-    return _batch_first(y.reshape(o, *shape[2:])), pullback
+    return y.reshape(o, *shape[2:]).transpose(3, 0, 1, 2), pullback  # (N, O, oh, ow)
 
 
 # The largest element of a window receives the window's cotangent, and the others
@@ -4519,6 +4510,10 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # user makes them, (N, C, P), the loop then begins anew every P pixels (see LOOPS, II.7).
 # Spread out to (C, P), it runs through a whole image. (With the batch last, as conv2d
 # leaves it, a channel is one long line as it is.)
+#
+# Backward, the weight is one number per channel, and comes out of the means of h:
+#
+#     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
     """One number per channel, (C,), to broadcast with x, (N, C, P): (C, 1) or (C, P)."""
     column = numbers[:, None]
@@ -4552,34 +4547,18 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
-        dx, dweight, dbias = _batch_norm_back(g, x, mean, inverse, scale)
+        c = x - _spread(mean, x)  # again: to keep it would take as much memory as x
+        dbias = np.einsum("ncp->c", g)  # (C,)
+        dweight = np.einsum("ncp,ncp->c", g, c) * inverse  # the sum of g * xhat
+
+        dx = c  # from here on
+        dx *= _spread(-dweight / n * inverse, x)  # -xhat * mean(g * xhat)
+        dx += g
+        dx -= _spread(dbias / n, x)  # mean(g)
+        dx *= _spread(scale, x)
         return dx.reshape(shape), dweight, dbias
 
     return y.reshape(shape), pullback
-
-
-# Backward, the weight is one number per channel, and comes out of the means of `h = g *
-# weight`:
-#
-#     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
-#
-# As `xhat = c / s`, what is taken away last is `c * slope`, with
-# `slope = mean(g * c) / s^2`. (c is computed again: to keep it would take as much memory
-# as x.)
-def _batch_norm_back(g, x, mean, inverse, scale):
-    """The gradients by x, (N, C, P), weight and bias."""
-    n = x.shape[0] * x.shape[2]
-    c = x - _spread(mean, x)
-    sum_g = np.einsum("ncp->c", g)  # (C,)
-    sum_gc = np.einsum("ncp,ncp->c", g, c)
-    slope = sum_gc / n * inverse * inverse
-
-    dx = c  # from here on
-    dx *= _spread(-slope, x)
-    dx += g
-    dx -= _spread(sum_g / n, x)
-    dx *= _spread(scale, x)
-    return dx, sum_gc * inverse, sum_g
 
 
 @_in_float32
@@ -5174,20 +5153,12 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # Cut the batch into shares, let each processor compute one, and add up. For the mean
 # loss of a batch is a weighted mean itself, of the mean losses of its shares; and so is
 # its gradient. Take one parameter w = 2, a loss whose slope is the mean of x, and a
-# batch of five rows. One share after another, and then both at the same time:
+# batch of five rows:
 #
 #     >>> w, x = Tensor(2.0), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 #     >>> def loss(x):
 #     ...     return (w * x).mean()
 #     ...
-#     >>> value = 0.0
-#     >>> for rows in np.array_split(x, 2):  # 3 rows and 2
-#     ...     part = loss(rows) * (len(rows) / 5)
-#     ...     part.backward()  # adds to .grad
-#     ...     value += part.item()
-#     ...
-#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
-#     6 3
 #     >>> with DataParallel(w, loss, processes=2) as parallel:
 #     ...     value = parallel(x)
 #     ...
@@ -5206,7 +5177,7 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # both: there lie the parameters, and the gradients of each worker. All else goes through
 # a *pipe*, a queue of bytes between two processes.
 #
-# **The step above, followed through:**
+# **The step above**, with shares of 3 rows and 2:
 #
 #        the parent: share 0                             the worker: share 1
 #        -------------------                             -------------------
