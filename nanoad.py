@@ -4534,7 +4534,8 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     c = x - _spread(rounded_mean, x)
     error = np.einsum("ncp->c", c) / n
     mean = rounded_mean + error
-    variance = np.maximum(np.einsum("ncp,ncp->c", c, c) / n - error * error, 0)
+    variance = np.einsum("ncp,ncp->c", c, c) / n - error * error
+    variance = np.maximum(variance, 0)  # where all numbers are equal, it is rounded, too
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
@@ -4629,22 +4630,18 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 # query or key, Dv in a value. A product of two rows of D random numbers grows like the
 # root of D, and is divided by that.
 @functools.lru_cache(8)
-def _ahead(shape: tuple[int, int]) -> np.ndarray:
-    """True where a key (column) lies ahead of a query (row): (T, S)."""
-    return np.triu(np.ones(shape, bool), 1)
-
-
-@functools.lru_cache(8)
-def _minus_infinity_ahead(shape: tuple[int, int], dtype: Any) -> np.ndarray:
-    """What is added to finite scores: -inf where `_ahead`, else 0."""
-    return np.where(_ahead(shape), -np.inf, 0).astype(dtype)
+def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    """-inf where a key (column) lies ahead of a query (row), else 0: (T, S)."""
+    ahead = np.triu(np.ones(shape, bool), 1)
+    return np.where(ahead, -np.inf, 0).astype(dtype)
 
 
 @_in_float32
 def _attention_definition(q, k, v, is_causal=False):
     scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
     if is_causal:
-        scores = np.where(_ahead(scores.shape[-2:]), -np.inf, scores)
+        ahead = _mask(scores.shape[-2:], scores.dtype) < 0
+        scores = np.where(ahead, -np.inf, scores)
     return softmax(scores) @ v  # (..., T, Dv)
 
 
@@ -4667,12 +4664,13 @@ def _attend(q, k, v, is_causal, out=None):
     """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
     p = q @ np.multiply(_mT(k), scale, order="C")  # the scores (see PRODUCTS, II.7)
+    mask = _mask(p.shape[-2:], p.dtype) if is_causal else None
     if _is_moderate(p):
         if is_causal:
-            p += _minus_infinity_ahead(p.shape[-2:], p.dtype)
+            p += mask
     else:
         if is_causal:
-            np.copyto(p, -np.inf, where=_ahead(p.shape[-2:]))
+            np.copyto(p, -np.inf, where=mask < 0)
         p -= _row_max(p)
     np.exp(p, out=p)
     p *= 1 / _row_sum(p)
@@ -5166,10 +5164,9 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #     6 3
 #
 # **Why not threads?** Of Python's threads only one runs at a time, the one that has a
-# lock. NumPy lets go of it while it computes, but has to wait for it again; and a step
-# of training is a thousand short computations. So two threads on two cores, with half
-# of the batch each, took as long as one, 22 ms for a step of a GPT of width 64. Two
-# *processes* have a lock each, and took 13 ms (Intel Sapphire Rapids).
+# lock. NumPy lets go of it while it computes, but then waits for it again; and a step of
+# training is a thousand short computations. A step of a GPT took two threads as long as
+# one, 22 ms. Two *processes*, which have a lock each, took 13 ms (two cores).
 #
 # **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a copy of
 # this process, our *worker*, with the same model and the same loss function, be it a
