@@ -4225,18 +4225,6 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 #
 # and backward the weight receives `g @ columns^T` and the columns `weight^T @ g`, which
 # is scattered back to the image.
-def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
-    if x.ndim != 4 or weight.ndim != 4:
-        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
-                         "one image is x[None]")
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
-                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError("the bias must have one number for each of "
-                         f"{len(weight)} output channels, not {bias.shape}")
-
-
 @fused(_conv2d_definition, operands=3)
 @_kernel_in_float32
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
@@ -4280,6 +4268,18 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         return dx, dweight, dbias
 
     return y.reshape(o, *shape[2:]).transpose(3, 0, 1, 2), pullback  # (N, O, oh, ow)
+
+
+def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
+    if x.ndim != 4 or weight.ndim != 4:
+        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
+                         "one image is x[None]")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
+                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError("the bias must have one number for each of "
+                         f"{len(weight)} output channels, not {bias.shape}")
 
 
 # The largest element of a window receives the window's cotangent, and the others
@@ -4440,9 +4440,10 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# The kernel adds one care. The mean of large numbers comes out rounded: near a million,
-# a float32 is a multiple of 1/16. So the mean of `x - mean(x)` is not quite 0. It is the
-# *error* of the mean, and is taken away in turn (Chan, Golub and LeVeque, 1983).
+# The kernel (whose sums of rows are products: ROWS, II.7) adds one care. The mean of
+# large numbers comes out rounded: near a million, a float32 is a multiple of 1/16. So
+# the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is taken
+# away in turn (Chan, Golub and LeVeque, 1983).
 @fused(_layer_norm_definition, operands=3)
 @_kernel_in_float32
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -4470,7 +4471,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # As h = g * weight, both means are products with the weight (see ROWS, II.7).
+        # As h = g * weight, both means are products with the weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
@@ -4535,14 +4536,14 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     error = np.einsum("ncp->c", c) / n
     mean = rounded_mean + error
     variance = np.einsum("ncp,ncp->c", c, c) / n - error * error
-    variance = np.maximum(variance, 0)  # where all numbers are equal, it is rounded, too
+    variance = np.maximum(variance, 0)  # rounding may take it below 0
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    y = c  # from here on
+    y = c  # in place
     y *= _spread(scale, x)
     y += _spread(bias - error * scale, x)
 
@@ -4552,7 +4553,7 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
         dbias = np.einsum("ncp->c", g)  # (C,)
         dweight = np.einsum("ncp,ncp->c", g, c) * inverse  # the sum of g * xhat
 
-        dx = c  # from here on
+        dx = c  # in place
         dx *= _spread(-dweight / n * inverse, x)  # -xhat * mean(g * xhat)
         dx += g
         dx -= _spread(dbias / n, x)  # mean(g)
