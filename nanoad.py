@@ -5070,10 +5070,9 @@ def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
 
 
 def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> np.ndarray:
-    """Read `ids` (B, N) at positions start, start + 1, ...; the logits (B, V) of the
-    last.
+    """The logits (B, V) of what follows `ids` (B, N), which stand at `start` and beyond.
 
-    The positions before `start` are in the cache, and these are added to it.
+    The positions before are in the cache, and these are added to it.
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
     x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
@@ -5211,8 +5210,7 @@ class DataParallel:
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
       `training` flags, which parameters are frozen, and what else it saves (such as
       running statistics: III.2) go along with each batch; what a worker makes of its own
-      is forgotten. Of other changes (a number among the attributes, another layer)
-      workers know nothing: then make a new DataParallel.
+      is forgotten. After other changes (another layer), make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
       a scalar Tensor. What it changes, other than the arrays above, it changes in the
       process that it runs in.
