@@ -4183,28 +4183,6 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 #
 # and backward the weight receives `g @ columns^T` and the columns `weight^T @ g`, which
 # is scattered back to the image.
-def _batch_last(x: np.ndarray) -> np.ndarray:
-    """(N, C, ...) -> (C, ..., N), a view."""
-    return x.transpose(*range(1, x.ndim), 0)
-
-
-def _batch_first(x: np.ndarray) -> np.ndarray:
-    """(C, ..., N) -> (N, C, ...), a view."""
-    return x.transpose(-1, *range(x.ndim - 1))
-
-
-def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
-    if x.ndim != 4 or weight.ndim != 4:
-        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
-                         "one image is x[None]")
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
-                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError("the bias must have one number for each of "
-                         f"{len(weight)} output channels, not {bias.shape}")
-
-
 @fused(_conv2d_definition, operands=3)
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
            padding: Any = 0) -> Tensor:
@@ -4218,10 +4196,11 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     o, _, *kernel = weight.shape
     (top, bottom), (left, right) = _around(padding, kernel, stride)
     inside = np.s_[:, :, top:top + h, left:left + w]
-    padded = _batch_first(np.zeros((c, top + h + bottom, left + w + right, n), x.dtype))
+    padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
+    padded = padded.transpose(3, 0, 1, 2)  # (N, C, ...), a view
     padded[inside] = x
 
-    views = [_batch_last(view) for view in _gather(padded, kernel, stride)]
+    views = [view.transpose(1, 2, 3, 0) for view in _gather(padded, kernel, stride)]
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
 
@@ -4233,7 +4212,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         y = _plus(y, bias[:, None])
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = _batch_last(g).reshape(y.shape)  # (O, oh ow N)
+        g = g.transpose(1, 2, 3, 0).reshape(y.shape)  # (O, oh ow N)
         dx = dweight = dbias = None
         if wanted[0]:
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
@@ -4245,7 +4224,19 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
 
-    return _batch_first(y.reshape(o, *shape[2:])), pullback
+    return y.reshape(o, *shape[2:]).transpose(3, 0, 1, 2), pullback  # (N, O, oh, ow)
+
+
+def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
+    if x.ndim != 4 or weight.ndim != 4:
+        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
+                         "one image is x[None]")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
+                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError("the bias must have one number for each of "
+                         f"{len(weight)} output channels, not {bias.shape}")
 
 
 # The largest element of a window receives the window's cotangent, and the others
@@ -4316,11 +4307,16 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #
 # To normalize a row of numbers, take their mean from them, and divide by their standard
 # deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
-# to the scale, the next one meets what it is used to. **Layer norm** does this to each
-# row; then it scales and shifts by a learned weight and bias, here 1 and 0.
+# to the scale, the next one meets what it is used to.
 #
+#     >>> def normalize(x, axis=-1, eps=1e-5):  # eps: for a row of equal numbers
+#     ...     centred = x - x.mean(axis, keepdims=True)
+#     ...     s = np.sqrt((centred * centred).mean(axis, keepdims=True) + eps)
+#     ...     return centred / s, s
+#     ...
 #     >>> x = np.array([[1.0, 2.0, 6.0], [2.0, 3.0, 7.0], [-1.0, 1.0, 9.0]])
-#     >>> print(layer_norm(x, np.ones(3), np.zeros(3)).numpy().round(2))
+#     >>> xhat, s = normalize(x)
+#     >>> print(xhat.round(2))
 #     [[-0.93 -0.46  1.39]
 #      [-0.93 -0.46  1.39]
 #      [-0.93 -0.46  1.39]]
@@ -4342,24 +4338,24 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 # The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
 # and the part is `mean(h)`. For "out", v is xhat, and the part `xhat * mean(h * xhat)`:
 # here, too, v @ v is n, for the squares of xhat have the mean 1. And as the sum of xhat
-# is 0, the two are at right angles, and can be taken away one after the other.
+# is 0, the two are at right angles, and can be taken away one after the other. So the
+# way back is three lines:
 #
-#     >>> def normalize(x, eps=1e-5):  # (n,)
-#     ...     c = x - x.mean()  # centred
-#     ...     s = np.sqrt((c * c).mean() + eps)
-#     ...     return c / s, s
+#     >>> def normalize_back(h, xhat, s, axis=-1):
+#     ...     up = h.mean(axis, keepdims=True)
+#     ...     out = xhat * (h * xhat).mean(axis, keepdims=True)
+#     ...     return (h - up - out) / s
 #     ...
-#     >>> def normalize_back(h, xhat, s):
-#     ...     return (h - h.mean() - xhat * (h * xhat).mean()) / s
-#     ...
-#     >>> x, h = np.array([1.0, 2.0, 6.0]), np.array([1.0, 0.0, 0.0])
-#     >>> print(normalize_back(h, *normalize(x)).round(3))
-#     [ 0.176 -0.22   0.044]
-#     >>> print(grad(lambda x: (normalize(x)[0] * h).sum())(x).numpy().round(3))
-#     [ 0.176 -0.22   0.044]
+#     >>> h = np.array([[1.0, 0.0, 0.0]] * 3)
+#     >>> dx = normalize_back(h, xhat, s)
+#     >>> print(dx.round(3))
+#     [[ 0.176 -0.22   0.044]
+#      [ 0.176 -0.22   0.044]
+#      [ 0.088 -0.11   0.022]]
+#     >>> np.allclose(dx, grad(lambda x: (normalize(x)[0] * h).sum())(x))
+#     True
 #
-# The picture leaves out eps, which keeps rows of equal numbers from a division by 0.
-# With it, too, the formula is exact. Let x move by v:
+# The picture leaves out eps. With it, too, the three lines are exact. Let x move by v:
 #
 # 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
 # 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
@@ -4371,8 +4367,24 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 # 4. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
 #
-# As `y = xhat * weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat`
-# and the bias `g`.
+# **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes each
+# channel, which is all its numbers in the whole batch: of (N, C) along axis 0, and of
+# images (N, C, H, W) along the axes (0, 2, 3).
+#
+#     >>> ones, zeros = np.ones(3), np.zeros(3)
+#     >>> np.allclose(layer_norm(x, ones, zeros), normalize(x, axis=-1)[0])
+#     True
+#     >>> running_mean, running_var = np.zeros(3), np.ones(3)
+#     >>> y = batch_norm(x, running_mean, running_var, ones, zeros, training=True)
+#     >>> np.allclose(y, normalize(x, axis=0)[0])
+#     True
+#
+# Both then scale and shift by a learned weight and bias, here 1 and 0. From `y = xhat *
+# weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat` and the bias `g`.
+#
+# In evaluation, an image is judged by itself, without a batch. So batch norm in training
+# also moves two arrays, the *running* mean and variance, some of the way towards those
+# of each batch, and in evaluation takes them instead.
 #
 # ### Layer norm
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
@@ -4382,6 +4394,10 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
+# The kernel (whose sums of rows are products: ROWS, II.7) adds one care. The mean of
+# large numbers comes out rounded: near a million, a float32 is a multiple of 1/16. So
+# the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is taken
+# away in turn (Chan, Golub and LeVeque, 1983).
 @fused(_layer_norm_definition, operands=3)
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Each row along the last axis, (..., n), less its mean and over its deviation.
@@ -4397,7 +4413,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
     rows = _rows(x)
     xhat = rows - _row_sum(rows) / n
-    xhat -= _row_sum(xhat) / n  # again, for a mean of large numbers is itself rounded
+    xhat -= _row_sum(xhat) / n  # the error of the mean
     inverse = 1 / np.sqrt(_row_dot(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
     xhat *= inverse
     y = xhat * weight
@@ -4408,7 +4424,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # As h = g * weight, both means are products with the weight (see ROWS, II.7).
+        # As h = g * weight, both means are products with the weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
@@ -4423,20 +4439,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
 # ### Batch norm
 #
-# **Batch norm** is the same with "row" read as "channel": all numbers of one channel, in
-# the whole batch. Of an array (N, C), the channels are the columns:
-#
-#     >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-#     >>> running = np.zeros(3), np.ones(3)
-#     >>> y = batch_norm(x, *running, np.ones(3), np.zeros(3), training=True)
-#     >>> print(y.numpy().round(2))
-#     [[-1. -1. -1.]
-#      [ 1.  1.  1.]]
-#
-# In evaluation an image is judged by itself, without a batch. So training also moves two
-# arrays, the *running* mean and variance, some of the way towards those of each batch,
-# and evaluation takes them. (The definition leaves them alone: to differentiate twice
-# must not move them again.)
+# The definition is the same along other axes. (It leaves the running statistics alone: to
+# differentiate twice must not move them again.)
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
     axes = tuple(range(x.ndim - 1))
@@ -4446,70 +4450,30 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with a line of P pixels for each image and
-# channel. Several passes go over one *slab* of them while it is in the cache, and then
-# over the next (see PASSES, II.7). What a slab is depends on what lies together in
-# memory:
+# The kernel sees the images as (N, C, P), with P pixels each, and has two cares.
 #
-#     order in memory                              a slab is        as (N, C, P)
-#     (C, P, N): batch last, as conv2d leaves it   some channels    x[:, channels]
-#     (N, C, P): as a user makes images            some images      x[images]
+# *The error e of the mean*, as in layer norm. The centred numbers are `c - e`, where c
+# is `x - mean`; but here to take it away would be a pass over a large array (see PASSES,
+# II.7), and it can go into numbers that there is one of per channel:
 #
-# Both are `x[images, channels]`, two slices, of which one takes everything.
-def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether the images of one channel lie closer than the channels of one image."""
-    return x.strides[0] < x.strides[1]
-
-
-def _slabs(x: np.ndarray) -> list[tuple[slice, slice]]:
-    """Cuts x, (N, C, P), into slabs of about a block: (images, channels) of each."""
-    n, c, _ = x.shape
-    everything = slice(None)
-    if _is_batch_last(x):
-        step = max(1, _BLOCK * c // x.size)
-        return [(everything, slice(i, i + step)) for i in range(0, c, step)]
-    step = max(1, _BLOCK * n // x.size)
-    return [(slice(i, i + step), everything) for i in range(0, n, step)]
-
-
+#     variance = mean((c - e)^2) = mean(c*c) - e^2
+#     y = (c - e) / s * weight + bias = c * scale + (bias - e * scale),  scale = weight / s
+#
+# *Long loops.* One number per channel broadcasts as (C, 1). If images lie in memory as a
+# user makes them, (N, C, P), the loop then begins anew every P pixels (see LOOPS, II.7).
+# Spread out to (C, P), it runs through a whole image. (With the batch last, as conv2d
+# leaves it, a channel is one long line as it is.)
+#
+# Backward, the weight is one number per channel, and comes out of the means of h:
+#
+#     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, (C,), to broadcast with x, (N, C, P).
-
-    With the batch last it is (C, 1). Otherwise, as lines of P numbers may be short, it is
-    (C, P), and NumPy's loops run over a whole image (see LOOPS, II.7).
-    """
+    """One number per channel, (C,), to broadcast with x, (N, C, P): (C, 1) or (C, P)."""
     column = numbers[:, None]
-    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
+    is_batch_last = x.strides[0] < x.strides[1]
+    return column if is_batch_last else np.repeat(column, x.shape[2], axis=1)
 
 
-# Forward and back take two rounds over the slabs, for sums over a whole channel must be
-# known before the first number of the result. This is the first round of both. (A slab
-# of some images has a part of every channel; so the slabs add up what they have.)
-def _centre(x: np.ndarray, mean: np.ndarray, g: np.ndarray | None = None) -> tuple:
-    """c = x - mean; and per channel, the sums of g and of g * c.
-
-    On the way forward there is no g yet, and c takes its place.
-    """
-    c = np.empty_like(x)
-    sum_g = np.zeros_like(mean)
-    sum_gc = np.zeros_like(mean)
-    spread_mean = _spread(mean, x)
-    for images, channels in _slabs(x):
-        c_ = c[images, channels]
-        np.subtract(x[images, channels], spread_mean[channels], out=c_)
-        g_ = c_ if g is None else g[images, channels]
-        sum_g[channels] += np.einsum("ncp->c", g_)
-        sum_gc[channels] += np.einsum("ncp,ncp->c", g_, c_)
-    return c, sum_g, sum_gc
-
-
-# The mean of large numbers comes out rounded: near a million, a float32 is a multiple of
-# 1/16. With an exact one, the mean of c would be 0; what it is instead is the *error* e
-# of the mean. So the true centred numbers are c - e (Chan, Golub and LeVeque, 1983), and
-# it takes no other pass to use them:
-#
-#     variance = mean(c*c) - e^2
-#     y = (c - e) / s * w + b = c * scale + shift,  scale = w / s,  shift = b - e * scale
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4519,56 +4483,35 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     n = x.shape[0] * x.shape[2]
 
     rounded_mean = np.einsum("ncp->c", x) / n  # (C,), as all that follow from it
-    c, sum_c, sum_cc = _centre(x, rounded_mean)
-    error = sum_c / n
+    c = x - _spread(rounded_mean, x)
+    error = np.einsum("ncp->c", c) / n
     mean = rounded_mean + error
-    variance = np.maximum(sum_cc / n - error * error, 0)
+    variance = np.einsum("ncp,ncp->c", c, c) / n - error * error
+    variance = np.maximum(variance, 0)  # rounding may take it below 0
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
         array += momentum * (new - array)
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    spread_scale = _spread(scale, x)
-    spread_shift = _spread(bias - error * scale, x)
-    y = c  # from here on
-    for images, channels in _slabs(x):
-        y_ = y[images, channels]
-        y_ *= spread_scale[channels]
-        y_ += spread_shift[channels]
+    y = c  # in place
+    y *= _spread(scale, x)
+    y += _spread(bias - error * scale, x)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
-        dx, dweight, dbias = _batch_norm_back(g, x, mean, inverse, scale)
+        c = x - _spread(mean, x)  # again: to keep it would take as much memory as x
+        dbias = np.einsum("ncp->c", g)  # (C,)
+        dweight = np.einsum("ncp,ncp->c", g, c) * inverse  # the sum of g * xhat
+
+        dx = c  # in place
+        dx *= _spread(-dweight / n * inverse, x)  # -xhat * mean(g * xhat)
+        dx += g
+        dx -= _spread(dbias / n, x)  # mean(g)
+        dx *= _spread(scale, x)
         return dx.reshape(shape), dweight, dbias
 
     return y.reshape(shape), pullback
-
-
-# Backward, w is one number per channel, and so comes out of the means of `h = g * w`:
-#
-#     dx = (g - mean(g) - xhat * mean(g * xhat)) * w / s
-#
-# As `xhat = c / s`, what is taken away last is `c * slope`, with
-# `slope = mean(g * c) / s^2`. (c is computed again: to keep it would take as much memory
-# as x.)
-def _batch_norm_back(g, x, mean, inverse, scale):
-    """The gradients by x, (N, C, P), weight and bias."""
-    n = x.shape[0] * x.shape[2]
-    c, sum_g, sum_gc = _centre(x, mean, g)  # (this mean has no error any more)
-    slope = sum_gc / n * inverse * inverse
-
-    minus_slope = _spread(-slope, x)
-    mean_g = _spread(sum_g / n, x)
-    scale = _spread(scale, x)
-    dx = c  # from here on
-    for images, channels in _slabs(x):
-        dx_ = dx[images, channels]
-        dx_ *= minus_slope[channels]  # -xhat * mean(g * xhat)
-        dx_ += g[images, channels]
-        dx_ -= mean_g[channels]
-        dx_ *= scale[channels]  # w / s
-    return dx, sum_gc * inverse, sum_g
 
 
 @_in_float32
@@ -4639,21 +4582,17 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 # query or key, Dv in a value. A product of two rows of D random numbers grows like the
 # root of D, and is divided by that.
 @functools.lru_cache(8)
-def _ahead(shape: tuple[int, int]) -> np.ndarray:
-    """True where a key (column) lies ahead of a query (row): (T, S)."""
-    return np.triu(np.ones(shape, bool), 1)
-
-
-@functools.lru_cache(8)
-def _minus_infinity_ahead(shape: tuple[int, int], dtype: Any) -> np.ndarray:
-    """What is added to finite scores: -inf where `_ahead`, else 0."""
-    return np.where(_ahead(shape), -np.inf, 0).astype(dtype)
+def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    """-inf where a key (column) lies ahead of a query (row), else 0: (T, S)."""
+    ahead = np.triu(np.ones(shape, bool), 1)
+    return np.where(ahead, -np.inf, 0).astype(dtype)
 
 
 def _attention_definition(q, k, v, is_causal=False):
     scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
     if is_causal:
-        scores = np.where(_ahead(scores.shape[-2:]), -np.inf, scores)
+        ahead = _mask(scores.shape[-2:], scores.dtype) < 0
+        scores = np.where(ahead, -np.inf, scores)
     return softmax(scores) @ v  # (..., T, Dv)
 
 
@@ -4676,12 +4615,13 @@ def _attend(q, k, v, is_causal, out=None):
     """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
     p = q @ np.multiply(_mT(k), scale, order="C")  # the scores (see PRODUCTS, II.7)
+    mask = _mask(p.shape[-2:], p.dtype) if is_causal else None
     if _is_moderate(p):
         if is_causal:
-            p += _minus_infinity_ahead(p.shape[-2:], p.dtype)
+            p += mask
     else:
         if is_causal:
-            np.copyto(p, -np.inf, where=_ahead(p.shape[-2:]))
+            np.copyto(p, -np.inf, where=mask < 0)
         p -= _row_max(p)
     np.exp(p, out=p)
     p *= 1 / _row_sum(p)
@@ -5006,20 +4946,8 @@ class GPT(Module):
         if top_k is not None:
             _positive("generate", top_k=top_k)
         ids = np.array(self._token_ids("generate", idx), np.int64)
-        # A generator runs, and refuses, only when it is asked for its first token.
-        return self._write(ids, max_new_tokens, temperature, top_k)
-
-    def _write(self, ids: np.ndarray, count: int, temperature: float,
-               top_k: int | None) -> Iterator[np.ndarray]:
-        next_logits = _choose_reader(self, batch=len(ids))  # (III.8)
-        modules = self.modules()
-        for _ in range(count):
-            with _evaluating(modules):
-                logits = next_logits(ids)  # (B, V)
-            # (A float64 for the temperature would make one of float32 logits.)
-            new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
-            ids = np.concatenate([ids, new], axis=1)
-            yield new[:, 0]
+        # (A generator refuses nothing before it is asked for its first token.)
+        return _write(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
 
 
 # ## III.8 Writing: what need not be computed again?
@@ -5037,112 +4965,109 @@ class GPT(Module):
 # But for one new token it reads all the old ones again. What is new about them?
 # Nothing: attention is causal, so no position is touched by what comes after it. All
 # that a new position asks of the old ones is their keys and values, in each block. A
-# *reader* keeps these, and each token costs the work of one position. For the network
-# above, of 2 blocks with 4 heads of 8 numbers, it keeps two arrays:
+# *cache* keeps these, and each token costs the work of one position. For the network
+# above, of 2 blocks with 4 heads of 8 numbers, it is two arrays:
 #
-#     >>> reader = _Reader(gpt, batch=1)
-#     >>> print([kept.shape for kept in reader.cache])  # k and v, B, H, positions, D
+#     >>> cache = _new_cache(gpt, batch=1)
+#     >>> print([kept.shape for kept in cache])  # k and v, B, H, positions, D
 #     [(2, 1, 4, 8, 8), (2, 1, 4, 8, 8)]
-#     >>> logits = reader.next_logits(prompt[:, :3])  # "she" fills positions 0, 1 and 2
-#     >>> logits = reader.next_logits(prompt[:, :4])  # "she ", of which only " " is read
-#     >>> plain = gpt(prompt[:, :4]).numpy()[:, -1]
-#     >>> print(reader.length, np.allclose(logits, plain, atol=1e-5))
-#     4 True
+#     >>> logits = _read_on(gpt, prompt[:, :3], cache, start=0)  # "she", at 0, 1 and 2
+#     >>> logits = _read_on(gpt, prompt[:, 3:4], cache, start=3)  # " ", which sees them
+#     >>> np.allclose(logits, gpt(prompt[:, :4]).numpy()[:, -1], atol=1e-5)
+#     True
 #
 # Once the text is longer than block_size, the window slides. Every token then stands
 # one place further to the left and has another position's row added to it, so all is
 # new, and is read anew.
-#
-# The reader repeats the lines of GPT.forward, Block.forward and
-# MultiHeadAttention.forward, with two differences: it writes no tape, so it is for
+
+
+def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
+           top_k: int | None) -> Iterator[np.ndarray]:
+    """Yields `count` tokens (B,) that continue `ids` (B, T), one after another."""
+    cache = _new_cache(gpt, len(ids)) if _can_be_cached(gpt) else None
+    modules = gpt.modules()
+    start = 0  # how many positions are in the cache
+    for _ in range(count):
+        window = ids[:, -gpt.block_size:]
+        if ids.shape[1] > gpt.block_size:
+            start = 0  # the window has moved
+        with _evaluating(modules), no_grad():
+            if cache is None:
+                logits = gpt(window).numpy()[:, -1]  # (B, V)
+            else:
+                logits = _read_on(gpt, window[:, start:], cache, start)
+        start = window.shape[1]
+
+        # (A float64 for the temperature would make one of float32 logits.)
+        new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
+        ids = np.concatenate([ids, new], axis=1)
+        yield new[:, 0]
+
+
+# To read with a cache is to repeat the lines of GPT.forward, Block.forward and
+# MultiHeadAttention.forward, with two differences: there is no tape, so this is for
 # `generate` alone; and at the end of the last block, only the last position goes on.
 
 
-class _Reader:
-    """Reads a text that grows, each position once, and knows what may come next.
+def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
+    """Room for the keys and values of each block: (2, B, H, block_size, D)."""
+    weight = gpt.tok_emb.weight  # (V, C)
+    heads = [block.attn.num_heads for block in gpt.blocks]
+    return [np.empty((2, batch, h, gpt.block_size, weight.shape[1] // h), weight.dtype)
+            for h in heads]
 
-    `cache[i]` has block i's keys and values (2, B, H, block_size, D) of the positions
-    read, which are the first `length`.
+
+def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> np.ndarray:
+    """The logits (B, V) of what follows `ids` (B, N), which stand at `start` and beyond.
+
+    The positions before are in the cache, and these are added to it.
     """
-
-    def __init__(self, gpt: GPT, batch: int) -> None:
-        self.gpt = gpt
-        self.length = 0
-        self.cache = []
-        weight = gpt.tok_emb.weight  # (V, C)
-        for block in gpt.blocks:
-            heads = block.attn.num_heads
-            shape = (2, batch, heads, gpt.block_size, weight.shape[1] // heads)
-            self.cache.append(np.empty(shape, weight.dtype))
-
-    def next_logits(self, ids: np.ndarray) -> np.ndarray:
-        """The logits (B, V) of what follows `ids` (B, T): those of before, and new ones."""
-        window = ids[:, -self.gpt.block_size:]
-        if ids.shape[1] > self.gpt.block_size:
-            self.length = 0  # the window has moved
-        unread = window[:, self.length:]  # (B, N): at first all, then one by one
-        logits = self._read(unread)
-        self.length += unread.shape[1]
-        return logits
-
-    @no_grad()
-    def _read(self, ids: np.ndarray) -> np.ndarray:
-        """As GPT.forward and Block.forward, of new positions: (B, N) -> (B, V)."""
-        gpt = self.gpt
-        positions = self.length + np.arange(ids.shape[1])  # (N,)
-        x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
-        last = len(gpt.blocks) - 1
-        for i, block in enumerate(gpt.blocks):
-            x = x + self._attend(block.attn, block.ln1(x), self.cache[i])
-            if i == last:
-                x = x[:, -1:]  # (B, 1, C): nobody asks about the others any more
-            x = x + block.mlp(block.ln2(x))
-        logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
-        return logits.numpy()[:, 0]
-
-    def _attend(self, attn: MultiHeadAttention, x: Tensor, cache: np.ndarray) -> Tensor:
-        """As MultiHeadAttention.forward, of new positions: (B, N, C) -> (B, N, C)."""
-        q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
-        end = self.length + q.shape[2]
-        cache[0, :, :, self.length:end] = k
-        cache[1, :, :, self.length:end] = v
-        keys, values = cache[:, :, :, :end]  # (B, H, end, D) each
-
-        # A single new position sees all the others. Several are the beginning of a
-        # text, and among them none may see a later one.
-        y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
-        return attn.proj(_merge(y))
+    positions = start + np.arange(ids.shape[1])  # (N,)
+    x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
+    for block, kept in zip(gpt.blocks, cache):
+        x = x + _attend_cached(block.attn, block.ln1(x), kept, start)
+        if kept is cache[-1]:
+            x = x[:, -1:]  # (B, 1, C): nobody asks about the others any more
+        x = x + block.mlp(block.ln2(x))
+    logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
+    return logits.numpy()[:, 0]
 
 
-# A network with other blocks, or whose attention is not causal, is read the plain way
-# instead. (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself,
-# as these do.) One with another GPT.forward is refused, for that may return anything.
+def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
+                   start: int) -> Tensor:
+    """As MultiHeadAttention.forward, of new positions: (B, N, C) -> (B, N, C)."""
+    q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
+    end = start + q.shape[2]
+    kept[0, :, :, start:end] = k
+    kept[1, :, :, start:end] = v
+    keys, values = kept[:, :, :, :end]  # (B, H, end, D) each
+
+    # A single new position sees all the others. Several are the beginning of a text, and
+    # among them none may see a later one.
+    y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
+    return attn.proj(_merge(y))
 
 
-def _choose_reader(gpt: GPT, batch: int) -> Callable:
-    """The function from ids (B, T) to the logits (B, V) of what may come next."""
+# A network with other blocks, or whose attention is not causal, is read the plain way.
+# (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
+# do.) One with another GPT.forward is refused, for that may return anything.
+
+
+def _can_be_cached(gpt: GPT) -> bool:
+    """Whether `_read_on` computes what the network does."""
     if not _computes(gpt, GPT.forward):
         raise TypeError("generate: reads as GPT.forward does, but "
                         f"{type(gpt).__name__} has a forward of its own; write a "
                         "generate to go with it")
-    for block in gpt.blocks:
-        if not (_computes(block, Block.forward)
-                and _computes(block.attn, MultiHeadAttention.forward)
-                and block.attn.is_causal):
-            return functools.partial(_read_plainly, gpt)
-    return _Reader(gpt, batch).next_logits
+    return all(_computes(block, Block.forward)
+               and _computes(block.attn, MultiHeadAttention.forward)
+               and block.attn.is_causal for block in gpt.blocks)
 
 
 def _computes(module: Module, forward: Callable) -> bool:
     """Whether to call the module is to call this method."""
     is_called = type(module).__call__ is Module.__call__
     return is_called and getattr(module.forward, "__func__", None) is forward
-
-
-@no_grad()
-def _read_plainly(gpt: GPT, ids: np.ndarray) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, T)."""
-    return gpt(ids[:, -gpt.block_size:]).numpy()[:, -1]
 
 
 @contextlib.contextmanager
@@ -5174,43 +5099,30 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # Cut the batch into shares, let each processor compute one, and add up. For the mean
 # loss of a batch is a weighted mean itself, of the mean losses of its shares; and so is
 # its gradient. Take one parameter w = 2, a loss whose slope is the mean of x, and a
-# batch of five rows. One share after another:
+# batch of five rows:
 #
 #     >>> w, x = Tensor(2.0), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 #     >>> def loss(x):
 #     ...     return (w * x).mean()
 #     ...
-#     >>> value = 0.0
-#     >>> for rows in np.array_split(x, 2):  # 3 rows and 2
-#     ...     part = loss(rows) * (len(rows) / 5)
-#     ...     part.backward()  # adds to .grad
-#     ...     value += part.item()
-#     ...
-#     >>> print(f"{value:.4g} {w.grad.item():.4g}")
-#     6 3
-#
-# And both at the same time:
-#
 #     >>> with DataParallel(w, loss, processes=2) as parallel:
 #     ...     value = parallel(x)
 #     ...
 #     >>> print(f"{value:.4g} {w.grad.item():.4g}")
 #     6 3
 #
-# **Why not threads?** Python's threads take turns: only one of them runs, the one that
-# has a lock. NumPy lets go of it while it computes, and then has to wait for it again;
-# and a step of training is a thousand short computations. The step of a GPT of width 64
-# took 22.1 ms, and 21.9 with two threads that had half of the batch each (Intel
-# Sapphire Rapids, two cores). Two *processes* have a lock each: about 13 ms.
+# **Why not threads?** Of Python's threads only one runs at a time, the one that has a
+# lock. NumPy lets go of it while it computes, but then waits for it again; and a step of
+# training is a thousand short computations. A step of a GPT took two threads as long as
+# one, 22 ms. Two *processes*, which have a lock each, took 13 ms (two cores).
 #
-# **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a second
-# process that is a copy of the first, with the same variables, the same model, and the
-# same loss function, be it a lambda. It is our *worker*. From then on each writes to
-# its own memory, except for some that was set aside to be common to both: for the
-# parameters, and for the gradients of each worker. All else goes through a *pipe*, a
-# queue of bytes between two processes.
+# **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a copy of
+# this process, our *worker*, with the same model and the same loss function, be it a
+# lambda. From then on each writes to its own memory, except for some that is common to
+# both: there lie the parameters, and the gradients of each worker. All else goes through
+# a *pipe*, a queue of bytes between two processes.
 #
-# **The step above, followed through:**
+# **The step above**, with shares of 3 rows and 2:
 #
 #        the parent: share 0                             the worker: share 1
 #        -------------------                             -------------------
@@ -5223,8 +5135,9 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #     5. optimizer.step()                 == common ==>  sees the new w in the next step
 #
 # The parent adds up in the order of the shares, whoever was first. So the result is the
-# same, bit for bit, whenever the number of processes is the same. Below are the steps 1
-# to 4. How a worker is made, and what happens when one dies, is in IV.5.
+# same, bit for bit, whenever the number of processes is the same. Below is what a user
+# calls, and then the steps 1 to 4. How a worker is made, and what happens when one dies,
+# is in IV.5.
 
 
 class _Job(NamedTuple):
@@ -5234,9 +5147,7 @@ class _Job(NamedTuple):
     arrays: tuple  # the share's rows of each array
     weight: float  # their part of all rows
     stream: tuple[int, ...]  # the name of the share's random numbers
-    tracked: list[bool]  # which parameters are, now (one may be frozen, and thaw)
-    training: list[bool]  # which modules are
-    constants: list[np.ndarray]  # what the module saves and does not train
+    state: tuple  # what has changed in the parent (see `_state`)
 
 
 class DataParallel:
@@ -5245,11 +5156,9 @@ class DataParallel:
     `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
 
     - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
-      `training` flags, which parameters are frozen, and what else it saves (running
-      statistics and other constants: III.2) go along with each batch, so that all
-      processes have the parent's; what a worker makes of its own is forgotten. Of other
-      changes (a number among the attributes, a layer put in place of another) workers
-      know nothing: then make a new DataParallel.
+      `training` flags, which parameters are frozen, and what else it saves (such as
+      running statistics: III.2) go along with each batch; what a worker makes of its own
+      is forgotten. After other changes (another layer), make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
       a scalar Tensor. What it changes, other than the arrays above, it changes in the
       process that it runs in.
@@ -5258,10 +5167,9 @@ class DataParallel:
       With 1, or where the system cannot fork (Windows, macOS: a warning says so), this
       one computes all.
 
-    While it is open, parameters live in memory common to all processes (but one whose
-    array somebody took by `p.data` stays where it is, and is copied over at each call),
-    and BLAS is held to one thread. Make it before other threads run, and call it from
-    one thread at a time. `close()`, or the end of `with`, ends the workers.
+    While it is open, parameters live in memory common to all processes, and BLAS is held
+    to one thread. Make it before other threads run, and call it from one thread at a
+    time. `close()`, or the end of `with`, ends the workers.
 
     After a call, `flat_gradients` has all gradients side by side, in one array for each
     dtype among the parameters: each `.grad` is a view of its piece, or None where the
@@ -5377,15 +5285,19 @@ class DataParallel:
             raise ValueError("DataParallel: needs arrays with equally many rows, "
                              f"not {shapes}")
 
-        # A module's flags and constants change in the parent (`model.eval()`, batch
-        # norm's statistics), where workers, being copies, do not see it.
+        state = self._state() if self._team.workers else ()
+        shares = zip(*[np.array_split(a, self.processes) for a in arrays])
+        return [_Job(kind, share, len(share[0]) / lengths[0], stream, state)
+                for share in shares if len(share[0]) > 0]
+
+    def _state(self) -> tuple:
+        """What may change in the parent (by `model.eval()`, by batch norm in training),
+        where workers, being copies, do not see it.
+        """
         tracked = [p.requires_grad for p in self._params]
         training = [module.training for module in self._modules]
-        constants = _constants(self._module) if self._team.workers else []
-        state = (tracked, training, list(map(_value, constants)))
-        shares = zip(*[np.array_split(a, self.processes) for a in arrays])
-        return [_Job(kind, share, len(share[0]) / lengths[0], stream, *state)
-                for share in shares if len(share[0]) > 0]
+        constants = [_value(constant) for constant in _constants(self._module)]
+        return tracked, training, constants
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The parent's share, or its exception, to be raised when all have answered."""
@@ -5404,16 +5316,12 @@ class DataParallel:
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job; a gradient goes into `pieces`."""
         if share > 0:
-            self._take_state(job)
-        before = _mode.rng
-        manual_seed((*job.stream, share))
-        try:
+            self._take_state(*job.state)
+        with _mode.set(rng=np.random.default_rng((*job.stream, share))):
             if job.kind == "gradient":
                 return self._compute_gradient(job, pieces)
             with no_grad():
                 return self._evaluate(*job.arrays)
-        finally:
-            _mode.rng = before
 
     def _compute_gradient(self, job: _Job, pieces: list) -> tuple[float, list[bool]]:
         """Write gradients to `pieces`. Returns the loss, and who has a gradient."""
@@ -5428,13 +5336,13 @@ class DataParallel:
             piece[...] = slopes[p]._data if p in slopes else 0
         return loss.item(), [p in slopes for p in self._params]
 
-    def _take_state(self, job: _Job) -> None:
+    def _take_state(self, tracked: list, training: list, constants: list) -> None:
         """Give parameters and module the state that the parent's have."""
-        for p, is_tracked in zip(self._params, job.tracked):
+        for p, is_tracked in zip(self._params, tracked):
             p.requires_grad = is_tracked
-        for module, is_training in zip(self._modules, job.training):
+        for module, is_training in zip(self._modules, training):
             module.training = is_training
-        for constant, sent in zip(_constants(self._module), job.constants, strict=True):
+        for constant, sent in zip(_constants(self._module), constants, strict=True):
             _overwrite(constant, sent)
 
 

@@ -58,9 +58,10 @@ Contents:
 Nothing here asks how the engine works inside. The private names of nanoad that are used are the
 tables `_FUNCTIONS`, `_WITHOUT_GRADIENT`, `_INDEX` and `_STYLES`, so that nothing can be added to
 the first three without a test; `_batch_norm` and `_lookup`, which are compared with their
-definitions, and `_Reader`, with the network it reads by; `_side_by_side` and `_constants`;
-`_sample`, `_content`, `_download`, `_SOURCES`, `_STAMP`, `_TIMEOUT`, `_SECONDS_TO_BEGIN`, `_mode`,
-`_CAN_FORK`, `_fork` and `_set_blas_threads`, by which tests listen or play tricks; and `_tour`.
+definitions, and `_read_on` and its `_new_cache`, with the network that is read; `_side_by_side` and
+`_constants`; `_sample`, `_content`, `_download`, `_SOURCES`, `_STAMP`, `_TIMEOUT`,
+`_SECONDS_TO_BEGIN`, `_mode`, `_CAN_FORK`, `_fork` and `_set_blas_threads`, by which tests listen or
+play tricks; and `_tour`.
 """
 
 import ast
@@ -5493,7 +5494,7 @@ def test_sampling_is_fixed_by_the_seed_and_follows_the_probabilities(gpt):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_reader_with_a_cache_equals_forward(dtype):
+def test_to_read_with_a_cache_equals_forward(dtype):
     """Any pieces, several sequences, and a window that slides."""
     manual_seed(0)
     model = nn.GPT(11, 16, 4, 3, 8).astype(dtype).eval()
@@ -5502,12 +5503,16 @@ def test_a_reader_with_a_cache_equals_forward(dtype):
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
     with no_grad():
         for ends in ([1, 2, 3], range(5, 21), [8, 9, 20], [20]):
-            reader = nanoad._Reader(model, batch=3)
+            cache = nanoad._new_cache(model, batch=3)
+            start = 0
             for end in ends:
-                whole = model(ids[:, max(0, end - 8):end]).numpy()[:, -1]
-                if end - reader.length > 1 and 0 < reader.length and end <= 8:
+                window = ids[:, max(0, end - 8):end]
+                start = 0 if end > 8 else start
+                if window.shape[1] - start > 1 and 0 < start:
                     continue  # generate reads one new token at a time
-                close(reader.next_logits(ids[:, :end]), whole, rtol=1e-4, atol=1e-5)
+                logits = nanoad._read_on(model, window[:, start:], cache, start)
+                close(logits, model(window).numpy()[:, -1], rtol=1e-4, atol=1e-5)
+                start = window.shape[1]
 
 
 def test_writing_draws_what_it_drew_before():
@@ -5554,7 +5559,7 @@ class Backwards(nn.MultiHeadAttention):
 
 @pytest.mark.parametrize("what", ["not causal", "a block", "an attention"])
 def test_generate_reads_a_network_of_other_blocks_as_forward_does(what):
-    """`_Reader` would compute something else, so it is not asked."""
+    """`_read_on` would compute something else, so it is not asked."""
     manual_seed(0)
     model = nn.GPT(11, 16, 4, 2, 8, dropout=0.3)
     if what == "not causal":
@@ -5576,8 +5581,9 @@ def test_generate_reads_a_network_of_other_blocks_as_forward_does(what):
     assert np.array_equal(model.generate(start, 12, top_k=1), text)
     assert [m.training for m in model.modules()] == training
 
-    model.eval()  # and the reader does compute something else: the test can tell
-    cached = nanoad._Reader(model, batch=2).next_logits(start)
+    model.eval()  # and `_read_on` does compute something else: the test can tell
+    with no_grad():
+        cached = nanoad._read_on(model, start, nanoad._new_cache(model, batch=2), 0)
     assert not np.allclose(cached, model(start).numpy()[:, -1], atol=1e-3)
 
 
@@ -5597,7 +5603,8 @@ def test_generate_sees_a_method_that_was_replaced(what):
     start = np.array([[1, 2, 3]])
     best = model(start).numpy()[:, -1].argmax(-1)
     assert model.generate(start, 1, top_k=1)[0, -1] == best
-    cached = nanoad._Reader(model, batch=1).next_logits(start)
+    with no_grad():
+        cached = nanoad._read_on(model, start, nanoad._new_cache(model, batch=1), 0)
     assert cached.argmax(-1) != best  # the test can tell
 
 
