@@ -2934,31 +2934,6 @@ def _cross_entropy_definition(logits, targets):
     return -np.mean(log_softmax(logits)[rows, targets])
 
 
-def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
-    """`ids` as an integer array with all elements in 0..count-1, or else an error."""
-    ids = np.asarray(_value(ids))
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; if they "
-                        "are whole, write .astype(int), and of a Tensor .data.astype(int)")
-    if ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
-    return ids
-
-
-def _check_classes(logits: np.ndarray, targets: Any) -> None:
-    shape = np.shape(targets)
-    if logits.ndim >= 2 and shape == logits.shape:
-        raise ValueError("the targets are the numbers of the classes, one for each row, "
-                         f"and not one-hot rows {shape}; write targets.argmax(-1)")
-    if logits.ndim != 2:
-        raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and "
-                         "(B, T) write logits.reshape(-1, C) and targets.reshape(-1)")
-    if shape != logits.shape[:1]:
-        raise ValueError(f"needs one target for each row of logits (N, C), not targets {shape}")
-    if len(logits) == 0:
-        raise ValueError("there are no rows, and so there is no mean")
-
-
 @fused(_cross_entropy_definition, operands=1)
 @_kernel_in_float32
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
@@ -2984,9 +2959,34 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
 
 
-# The other losses are the mean of a formula, element by element. They do not broadcast: a
-# prediction (N, 1) less a target (N,) would be (N, N), and its mean a number that looks
-# like a loss.
+def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
+    """`ids` as an integer array with all elements in 0..count-1, or else an error."""
+    ids = np.asarray(_value(ids))
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; if they "
+                        "are whole, write .astype(int), and of a Tensor .data.astype(int)")
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
+    return ids
+
+
+def _check_classes(logits: np.ndarray, targets: Any) -> None:
+    shape = np.shape(targets)
+    if logits.ndim >= 2 and shape == logits.shape:
+        raise ValueError("the targets are the numbers of the classes, one for each row, "
+                         f"and not one-hot rows {shape}; write targets.argmax(-1)")
+    if logits.ndim != 2:
+        raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and "
+                         "(B, T) write logits.reshape(-1, C) and targets.reshape(-1)")
+    if shape != logits.shape[:1]:
+        raise ValueError(f"needs one target for each row of logits (N, C), not targets {shape}")
+    if len(logits) == 0:
+        raise ValueError("there are no rows, and so there is no mean")
+
+
+# The other losses are the mean of a formula, element by element. They do not broadcast:
+# a prediction (N, 1) less a target (N,) would be (N, N), and its mean would look like a
+# loss.
 @_in_float32
 def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
     """The mean of formula(prediction, target), of two arrays of one shape."""
@@ -3020,12 +3020,11 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# Who has no scores, but probabilities p, can have the same loss,
-# `-t log(p) - (1 - t) log(1 - p)`, with two cares for a p of 0 or 1. The logarithm of 0
-# is held at -100, as in PyTorch. But the slope of a held logarithm is 0, and what is most
-# wrong would not learn. So a rule of its own says what the slope is
-# elsewhere, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a denominator of
-# at least 1e-12.
+# Of probabilities p instead of scores the loss is `-t log(p) - (1 - t) log(1 - p)`, with
+# two cares for a p of 0 or 1. The logarithm of 0 is held at -100, as in PyTorch. But the
+# slope of what is held is 0, and what is most wrong would not learn; so the rule for p
+# is that of the formula, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a
+# denominator of at least 1e-12.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
@@ -3106,8 +3105,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     0.factor 1.0.weight 1.0.bias 1.2.weight 1.2.bias
 #
 # The real search also looks into lists, tuples and dicts, whose keys then stand in the
-# dotted name: `blocks.3.ln1.weight`. And what an attribute is decides what becomes of
-# it:
+# dotted name: `blocks.3.ln1.weight`. What an attribute is decides what becomes of it:
 #
 #     | attribute                       | trained | saved | for example               |
 #     | ------------------------------- | ------- | ----- | ------------------------- |
@@ -3116,30 +3114,19 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | a tracked result                | no      | no    | the last hidden state     |
 #     | a number, a text, a function    | no      | no    | a setting                 |
 #
-# A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
-# constant like others, and saved:
+# (A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
+# constant like others, and saved.)
 #
-#     >>> model.last = model(np.zeros((5, 2)))
-#     >>> "last" in model.state_dict()
-#     False
-#     >>> with no_grad():
-#     ...     model.last = model(np.zeros((5, 2)))
-#     ...
-#     >>> "last" in model.state_dict(), "last" in dict(model.named_parameters())
-#     (True, False)
-#
-# Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`; and
-# a network that silently does not learn costs an evening. What is to be kept and not
-# trained is a constant, `t.detach()`. What, then, is a Parameter for? To be frozen, by
-# `requires_grad=False`, for a part of the training: a plain Tensor would then count as
-# a constant, and a Parameter is listed still, so that the optimizer has it when it
-# thaws.
+# A plain Tensor is trained because it is what one writes first, as in `Scale`; and a
+# network that silently does not learn costs an evening. What is to be saved and not
+# trained is a constant, `t.detach()`. A Parameter can also be frozen, by
+# `p.requires_grad = False`, for a part of the training: it is listed still, so that the
+# optimizer has it when it thaws.
 #
 # Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
 # state_dict goes in both directions, with two exceptions. PyTorch's BatchNorm2d also
-# counts batches (num_batches_tracked; `strict=False` passes over it). And what is
-# qkv.weight and proj.weight in our MultiHeadAttention is in_proj_weight and
-# out_proj.weight in its own.
+# counts batches (num_batches_tracked; `strict=False` passes over it). And its attention
+# calls in_proj_weight and out_proj.weight what is qkv.weight and proj.weight in ours.
 
 class Parameter(Tensor):
     """A Tensor that its module trains, and lists even while it is frozen.
@@ -3169,21 +3156,21 @@ def _is_saved(value: Any) -> bool:
 # dicts; `Module._contents` goes on to the modules among that.
 
 def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of the Tensors, arrays and modules in a module or nest."""
+    """(dotted name, value) of all that stands in a module or nest."""
     items = vars(holder) if isinstance(holder, Module) else holder
     pairs = items.items() if isinstance(items, dict) else enumerate(items)
 
     for key, value in pairs:
         name = f"{prefix}{key}"
-        if isinstance(value, (Tensor, np.ndarray, Module)):
-            yield name, value
-        elif isinstance(value, (list, tuple, dict)):
+        if isinstance(value, (list, tuple, dict)):
             yield from _held(value, f"{name}.")
         elif isinstance(value, types.GeneratorType):
             raise TypeError(f"{name} is a generator, which is read but once; make it a list")
         elif isinstance(value, (set, frozenset)) and any(
                 isinstance(item, Module) for item in value):
             raise TypeError(f"{name} is a set, which has no order; make it a list")
+        else:
+            yield name, value
 
 
 class Module:
@@ -3211,10 +3198,10 @@ class Module:
         """
         above = (*above, self)
         for name, value in _held(self, prefix):
-            if any(value is module for module in above):
-                continue
-            yield name, value
-            if isinstance(value, Module):
+            if not isinstance(value, Module):
+                yield name, value
+            elif all(value is not module for module in above):
+                yield name, value
                 yield from value._contents(f"{name}.", above)
 
     def modules(self) -> list:
@@ -3236,11 +3223,11 @@ class Module:
         return [parameter for _, parameter in self.named_parameters()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`, on arrays in the dtype of the parameters.
+        """Run `forward`, on arrays in the dtype of the parameters: float64 data shall not
+        make a float32 network compute in float64.
 
-        So float64 data does not make a float32 network compute in float64. A list given
-        by position is stacked to one array or Tensor; a tuple stays, for it may be a
-        setting, as in `axis=(0, 1)`.
+        A list given by position is stacked to one array or Tensor; a tuple stays, for it
+        may be a setting, such as an axis.
         """
         args = [self._convert(self._stack(a)) for a in args]
         kwargs = {name: self._convert(a) for name, a in kwargs.items()}
@@ -3294,9 +3281,9 @@ class Module:
     def astype(self, dtype: Any) -> Self:
         """Convert parameters and constants in place, say to float64; returns self.
 
-        Tensors, lists and dicts stay the same objects; arrays and tuples, which cannot
-        change their type or items, are replaced. Integers and bools, such as a table of
-        indices, stay so. Gradients are forgotten.
+        Tensors, lists and dicts stay the same objects, as others may have them in hand;
+        arrays and tuples, which cannot change their type or items, are replaced. Integers
+        and bools stay so. Gradients are forgotten.
         """
         dtype = np.dtype(dtype)
         if dtype.kind != "f":
@@ -3331,15 +3318,12 @@ class Module:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def _children(self) -> list[tuple[str, Any]]:
-        """What `repr` shows below this module: (name, module) pairs."""
-        return [(name, value) for name, value in _held(self) if isinstance(value, Module)]
-
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         settings = [f"{name}={_brief(value)}" for name, value in vars(self).items()
                     if name != "training" and _is_setting(value)]
-        lines = [f"\n({name}): {_brief(child)}" for name, child in self._children()]
+        lines = [f"\n({name}): {_brief(value)}" for name, value in _held(self)
+                 if isinstance(value, Module) or name.isdigit()]  # (a layer of Sequential)
 
         head = f"{type(self).__name__}({', '.join(settings)}"
         below = "".join(lines).replace("\n", "\n  ")
@@ -3418,14 +3402,13 @@ def manual_seed(seed: int | Sequence[int]) -> None:
 # ### Layers
 #
 # A layer is a function together with the numbers it needs: its parameters and its
-# settings. The function has its own section, and its layer adds little to it. What a
-# layer has to decide is where its weights begin. All zeros would give all units the
-# same gradient, so that they stay alike for ever; therefore they begin at random. How
-# large? A unit adds up n products of weights and inputs. If the weights have either
-# sign and a size of about 1 / sqrt(n), the sum is about as large as one input, and
-# through many layers the numbers neither vanish nor explode. Linear and Conv2d draw
-# them between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and
-# learning rates carry over.
+# settings. The function has its own section. What the layer has to decide is where its
+# weights begin. All zeros would give all units the same gradient, and they would stay
+# alike for ever; so weights begin at random. How large? A unit adds up n products of
+# weights and inputs. If the weights have either sign and a size of about 1 / sqrt(n),
+# the sum is about as large as one input, and through many layers the numbers neither
+# vanish nor explode. Linear and Conv2d draw them between -1 / sqrt(n) and 1 / sqrt(n),
+# as PyTorch does, so that its recipes and learning rates carry over.
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
@@ -3580,37 +3563,31 @@ class Flatten(Module):
 
 
 class _Elementwise(Module):
-    """What the next four have in common: a function, element by element."""
-
-    _function: Callable
+    """The base of the next four, each of which names its function."""
 
     def forward(self, x: Any) -> Tensor:
         """Any shape -> the same shape."""
-        return self._function(x)
+        return type(self)._function(x)
 
 
 class ReLU(_Elementwise):
     """`relu` as a layer: the larger of x and 0."""
-
-    _function = staticmethod(relu)
+    _function = relu
 
 
 class GELU(_Elementwise):
     """`gelu` as a layer: a relu without the corner."""
-
-    _function = staticmethod(gelu)
+    _function = gelu
 
 
 class Tanh(_Elementwise):
     """`tanh` as a layer: into (-1, 1)."""
-
-    _function = staticmethod(tanh)
+    _function = tanh
 
 
 class Sigmoid(_Elementwise):
     """`sigmoid` as a layer: into (0, 1)."""
-
-    _function = staticmethod(sigmoid)
+    _function = sigmoid
 
 
 class CrossEntropy(Module):
@@ -3661,11 +3638,6 @@ class Sequential(Module):
     def _layers(self) -> list[tuple[str, Any]]:
         """(number, layer) pairs: the attributes that have a number for a name."""
         return [(name, layer) for name, layer in vars(self).items() if name.isdigit()]
-
-    def _children(self) -> list[tuple[str, Any]]:
-        """For `repr`: the layers, functions among them, and then other modules."""
-        children = {**dict(self._layers()), **dict(super()._children())}
-        return list(children.items())
 
     def __getitem__(self, index: int | slice) -> Any:
         layers = self._layers()
