@@ -3273,9 +3273,7 @@ class Module:
         ValueError if a shape is another, TypeError if floats would become integers.
         """
         current = self._state()
-        fitting = _fitting("load_state_dict", current, state, strict)
-
-        for name, array in fitting.items():
+        for name, array in _fitting("load_state_dict", current, state, strict).items():
             _overwrite(current[name], array)
 
     def astype(self, dtype: Any) -> Self:
@@ -3289,18 +3287,8 @@ class Module:
         if dtype.kind != "f":
             raise TypeError("Module.astype: parameters are floating-point numbers, and cannot "
                             f"become {dtype}; use float32 or float64")
-
-        def convert(value: Any) -> Any:
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-                return value.astype(dtype)
-            if isinstance(value, Tensor) and _is_saved(value):
-                value._data = np.asarray(value._data, dtype)
-                value.grad = None
-                _note_write(value)
-            return value
-
         for module in self.modules():
-            _replace_items(convert, vars(module))
+            _converted(vars(module), dtype)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -3344,18 +3332,22 @@ def _brief(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
-def _replace_items(f: Callable, nest: Any) -> Any:
-    """`nest` with f(item) in place of each item; a list or dict remains the same object."""
-    if isinstance(nest, tuple):
-        items = [_replace_items(f, item) for item in nest]
-        return nest._make(items) if hasattr(nest, "_make") else tuple(items)  # (a namedtuple)
-    if not isinstance(nest, (list, dict)):
-        return f(nest)
-
-    pairs = nest.items() if isinstance(nest, dict) else enumerate(nest)
-    for key, item in list(pairs):
-        nest[key] = _replace_items(f, item)
-    return nest
+def _converted(value: Any, dtype: np.dtype) -> Any:
+    """What `astype` puts in the place of `value`: the same object, where it can change."""
+    if isinstance(value, (list, dict)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in list(pairs):
+            value[key] = _converted(item, dtype)
+    elif isinstance(value, tuple):
+        items = [_converted(item, dtype) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)  # (a namedtuple)
+    elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return value.astype(dtype)
+    elif isinstance(value, Tensor) and _is_saved(value):
+        value._data = np.asarray(value._data, dtype)
+        value.grad = None
+        _note_write(value)
+    return value
 
 
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
@@ -3567,7 +3559,7 @@ class _Elementwise(Module):
 
     def forward(self, x: Any) -> Tensor:
         """Any shape -> the same shape."""
-        return type(self)._function(x)
+        return type(self)._function(x)  # (self._function would be a method, given self, too)
 
 
 class ReLU(_Elementwise):
@@ -3751,7 +3743,9 @@ class MLP(Sequential):
 #     |-----------------|-------------|-----------------|----------|
 #     0                32            48                64         65    _bounds
 #
-# Then the rule runs once, on all 65 numbers.
+# Then the rule, which is `_update`, runs once, on all 65 numbers. What is around it only
+# brings the numbers there and back: `step` says which parameters move, and `_move` moves
+# them.
 
 class Optimizer:
     """The base of all optimizers: a subclass names its states, and writes `_update`.
@@ -3761,8 +3755,7 @@ class Optimizer:
     negative, or a tuple of such, as Adam's `betas`. TypeError for what is no leaf
     Tensor; ValueError for no parameters, one that is listed twice, or a wrong setting.
 
-    While there is an optimizer, the process does not give freed memory back to the
-    system (IV.4).
+    While there is an optimizer, freed memory is not given back to the system.
     """
 
     _state_names: tuple[str, ...] = ()
@@ -3770,9 +3763,18 @@ class Optimizer:
     def __init__(self, params: Any, lr: float, **settings: Any) -> None:
         name = type(self).__name__
         self.params = _listed(name, params)
-        _check_params(name, self.params)
+        if not self.params:
+            raise ValueError(f"{name}: there are no parameters to optimize")
+        if len(set(self.params)) < len(self.params):
+            raise ValueError(f"{name}: a parameter is listed twice")
+        if any(p._op is not None for p in self.params):
+            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of operations")
+
         for key, value in dict(settings, lr=lr).items():
-            _check_setting(name, key, value)
+            numbers = np.asarray(value)
+            is_number = numbers.dtype.kind in "iuf"
+            if not (is_number and np.all((0 <= numbers) & (numbers < np.inf))):
+                raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
             setattr(self, key, value)
 
         self.steps = np.zeros(len(self.params), np.int64)  # of each parameter
@@ -3781,7 +3783,7 @@ class Optimizer:
         dtype = np.result_type(*[p.dtype for p in self.params])
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        _keep_freed_memory(self)  # for every step makes the same arrays anew
+        _keep_freed_memory(self)  # (IV.4), for every step makes the same arrays anew
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray,
                 *states: np.ndarray) -> None:
@@ -3803,8 +3805,8 @@ class Optimizer:
         self.steps += has_gradient
 
         # Adam's rule asks how many steps a parameter has made, and one without a gradient
-        # makes none. Neighbours that have made equally many move together: most often,
-        # these are all there are.
+        # makes none. So neighbours with the same count move together: of the counts
+        # 7 7 0 7, the first two and then the last. Most often they are all there are.
         counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
         first = 0
         for count, neighbours in itertools.groupby(counts):
@@ -3820,14 +3822,14 @@ class Optimizer:
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # DataParallel has laid the parameters end to end (IV.5), and they are moved
-        # where they are. Others are copied together, moved, and copied back.
+        # Parameters that lie end to end in memory, as DataParallel lays them (IV.5), are
+        # moved where they are. Others are copied together, moved, and copied back.
         arrays = [p._data for p in params]
         x = _side_by_side(arrays)
         is_copy = x is None
         if is_copy:
             x = np.concatenate([a.ravel() for a in arrays])
-        for block in _blocks(x, g, *states):
+        for block in _blocks(x, g, *states):  # each stays in the cache (II.7)
             self._update(step, *block)
 
         start = 0
@@ -3852,23 +3854,6 @@ class Optimizer:
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
-
-
-def _check_params(name: str, params: list[Tensor]) -> None:
-    if any(p._op is not None for p in params):
-        raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
-                        "operations")
-    if not params:
-        raise ValueError(f"{name}: there are no parameters to optimize")
-    if len(set(params)) < len(params):
-        raise ValueError(f"{name}: a parameter is listed twice")
-
-
-def _check_setting(name: str, key: str, value: Any) -> None:
-    numbers = np.asarray(value)
-    is_number = numbers.dtype.kind in "iuf"
-    if not (is_number and np.all((0 <= numbers) & (numbers < np.inf))):
-        raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
 
 
 def _listed(name: str, params: Any) -> list[Tensor]:
@@ -4047,23 +4032,13 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
     params = [p for p in _listed("clip_grad_norm", params) if p.grad is not None]
-    norm = math.sqrt(sum(_squared_norm(p.grad._data) for p in params))
+    # (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
+    wide = [astype(p.grad, np.float32) if p.dtype == np.float16 else p.grad for p in params]
+    norm = math.sqrt(sum(float(np.vdot(g._data, g._data)) for g in wide))
     if max_norm < norm < math.inf:
-        for p in params:
-            p.grad = _scaled(p.grad, max_norm / norm)
+        for p, g in zip(params, wide):
+            p.grad = g * (max_norm / norm)  # (in the dtype of p again, as in I.1)
     return norm
-
-
-# (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
-def _squared_norm(g: np.ndarray) -> float:
-    wide = g if g.dtype != np.float16 else g.astype(np.float32)
-    return float(np.vdot(wide, wide))
-
-
-def _scaled(g: Tensor, factor: float) -> Tensor:
-    if g.dtype == np.float16:
-        return astype(astype(g, np.float32) * factor, np.float16)
-    return g * factor
 
 
 # ## III.4 Images: a convolution as a product?
