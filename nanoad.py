@@ -2930,8 +2930,7 @@ def _require_flag(what: str, value: Any) -> None:
 #     1000.0
 @_in_float32
 def _cross_entropy_definition(logits, targets):
-    rows = np.arange(len(targets))
-    return -np.mean(log_softmax(logits)[rows, targets])
+    return -np.mean(log_softmax(logits)[np.arange(len(targets)), targets])
 
 
 @fused(_cross_entropy_definition, operands=1)
@@ -2939,8 +2938,7 @@ def _cross_entropy_definition(logits, targets):
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
 
-    Raises ValueError for shapes or targets that do not fit, TypeError for targets that
-    are no integers.
+    ValueError for shapes or targets that do not fit, TypeError for what is no integer.
     """
     _check_classes(logits, targets)
     n, classes = logits.shape
@@ -3002,8 +3000,7 @@ def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) ->
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference of two arrays of one shape, else a ValueError."""
-    return _mean_loss(prediction, target, name="mse_loss",
-                      formula=lambda p, t: (p - t) ** 2)
+    return _mean_loss(prediction, target, name="mse_loss", formula=lambda p, t: (p - t) ** 2)
 
 
 # Where the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
@@ -3038,8 +3035,7 @@ def _log_loss(p, t):
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """The mean of -log probability of the target, where `probability` is that of 1.
 
-    Two arrays of one shape. Logarithms are held above -100. Raises ValueError for a
-    probability outside [0, 1].
+    Two arrays of one shape. -log is at most 100. ValueError for what is outside [0, 1].
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
@@ -3069,14 +3065,11 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #       (1): ReLU()
 #       (2): Linear(weight=(1, 16), bias=(1,))
 #     )
-#     >>> print(*(name for name, _ in model.named_parameters()))
-#     0.weight 0.bias 2.weight 2.bias
 #     >>> print(model(np.zeros((5, 2))).shape)  # five points, an answer for each
 #     (5,)
 #
 # A layer of your own is a class with an `__init__` that sets attributes and a `forward`
-# that computes with them. This one gives each column of its input a factor, for
-# training to find:
+# that computes with them. This one gives each column a factor, for training to find:
 #
 #     >>> class Scale(Module):
 #     ...     def __init__(self, columns):
@@ -3085,11 +3078,6 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     ...     def forward(self, x):  # (N, columns) -> (N, columns)
 #     ...         return x * self.factor
 #     ...
-#     >>> print(Sequential(Scale(2), np.tanh))  # a function does as a layer, too
-#     Sequential(
-#       (0): Scale(factor=(2,))
-#       (1): tanh
-#     )
 #
 # There is no registry. Whoever wants the parameters looks through the attributes, in
 # the order in which they were set, and through those of the modules among them:
@@ -3117,15 +3105,14 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 # (A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
 # constant like others, and saved.)
 #
-# A plain Tensor is trained because it is what one writes first, as in `Scale`; and a
-# network that silently does not learn costs an evening. What is to be saved and not
-# trained is a constant, `t.detach()`. A Parameter can also be frozen, by
-# `p.requires_grad = False`, for a part of the training: it is listed still, so that the
-# optimizer has it when it thaws.
+# So a plain Tensor is trained, and what is to be saved but not trained is a constant,
+# `t.detach()`. A Parameter can also be frozen for a part of the training, by
+# `p.requires_grad = False`: it is listed still, so that the optimizer has it when it
+# thaws.
 #
-# Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
-# state_dict goes in both directions, with two exceptions. PyTorch's BatchNorm2d also
-# counts batches (num_batches_tracked; `strict=False` passes over it). And its attention
+# Names and shapes are PyTorch's: `1.0.weight` above, and (out, in) for a Linear. So a
+# state_dict goes in both directions, with two exceptions: PyTorch's BatchNorm2d also
+# counts batches (num_batches_tracked; `strict=False` passes over it), and its attention
 # calls in_proj_weight and out_proj.weight what is qkv.weight and proj.weight in ours.
 
 class Parameter(Tensor):
@@ -3142,8 +3129,7 @@ _PLAIN.add(Parameter)  # beside a Tensor it needs no conversion (I.2)
 
 def _is_trained(value: Any) -> bool:
     """Whether an attribute is a parameter: a Parameter, or a tracked leaf."""
-    tracked_leaf = _tracked(value) and value._op is None
-    return tracked_leaf or isinstance(value, Parameter)
+    return isinstance(value, Parameter) or (_tracked(value) and value._op is None)
 
 
 def _is_saved(value: Any) -> bool:
@@ -3166,8 +3152,7 @@ def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _held(value, f"{name}.")
         elif isinstance(value, types.GeneratorType):
             raise TypeError(f"{name} is a generator, which is read but once; make it a list")
-        elif isinstance(value, (set, frozenset)) and any(
-                isinstance(item, Module) for item in value):
+        elif isinstance(value, (set, frozenset)) and any(isinstance(v, Module) for v in value):
             raise TypeError(f"{name} is a set, which has no order; make it a list")
         else:
             yield name, value
@@ -3288,7 +3273,7 @@ class Module:
             raise TypeError("Module.astype: parameters are floating-point numbers, and cannot "
                             f"become {dtype}; use float32 or float64")
         for module in self.modules():
-            _converted(vars(module), dtype)
+            _as_dtype(vars(module), dtype)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -3332,14 +3317,14 @@ def _brief(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
-def _converted(value: Any, dtype: np.dtype) -> Any:
+def _as_dtype(value: Any, dtype: np.dtype) -> Any:
     """What `astype` puts in the place of `value`: the same object, where it can change."""
     if isinstance(value, (list, dict)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in list(pairs):
-            value[key] = _converted(item, dtype)
+            value[key] = _as_dtype(item, dtype)
     elif isinstance(value, tuple):
-        items = [_converted(item, dtype) for item in value]
+        items = [_as_dtype(item, dtype) for item in value]
         return value._make(items) if hasattr(value, "_make") else tuple(items)  # (a namedtuple)
     elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return value.astype(dtype)
@@ -3393,14 +3378,13 @@ def manual_seed(seed: int | Sequence[int]) -> None:
 
 # ### Layers
 #
-# A layer is a function together with the numbers it needs: its parameters and its
-# settings. The function has its own section. What the layer has to decide is where its
-# weights begin. All zeros would give all units the same gradient, and they would stay
-# alike for ever; so weights begin at random. How large? A unit adds up n products of
-# weights and inputs. If the weights have either sign and a size of about 1 / sqrt(n),
-# the sum is about as large as one input, and through many layers the numbers neither
-# vanish nor explode. Linear and Conv2d draw them between -1 / sqrt(n) and 1 / sqrt(n),
-# as PyTorch does, so that its recipes and learning rates carry over.
+# A layer is a function together with the numbers it needs. What it has to decide is
+# where its weights begin. All zeros would give all units the same gradient, and they
+# would stay alike for ever; so weights begin at random. How large? A unit adds up n
+# products of weights and inputs. If the weights have either sign and a size of about 1
+# / sqrt(n), the sum is about as large as one input, and through many layers the numbers
+# neither vanish nor explode. Linear and Conv2d draw them between -1 / sqrt(n) and 1 /
+# sqrt(n), as PyTorch does, so that its recipes and learning rates carry over.
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
@@ -3436,8 +3420,8 @@ class Conv2d(Module):
     1) the result is as large as the image.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any,
-                 stride: Any = 1, padding: Any = 0, bias: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1,
+                 padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
         height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (III.4)
         _pair(stride, "Conv2d: stride")  # this and the next only check
@@ -3488,8 +3472,7 @@ class AvgPool2d(_Pool2d):
 class BatchNorm2d(Module):
     """`batch_norm` of each channel, with running statistics for evaluation."""
 
-    def __init__(self, num_features: int, eps: float = 1e-5,
-                 momentum: float = 0.1) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         _positive("BatchNorm2d", num_features=num_features)
         self.eps = eps
         self.momentum = momentum
@@ -3507,8 +3490,7 @@ class BatchNorm2d(Module):
 class LayerNorm(Module):
     """`layer_norm` over the last axis, which has `normalized_shape` elements."""
 
-    def __init__(self, normalized_shape: int, eps: float = 1e-5,
-                 bias: bool = True) -> None:
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, bias: bool = True) -> None:
         _positive("LayerNorm", normalized_shape=normalized_shape)
         self.eps = eps
         self.weight = Parameter(np.ones(normalized_shape, np.float32))
@@ -3554,32 +3536,22 @@ class Flatten(Module):
         return reshape(x, len(x), math.prod(x.shape[1:]))
 
 
-class _Elementwise(Module):
-    """The base of the next four, each of which names its function."""
+def _elementwise(name: str, f: Callable, does: str) -> type[Module]:
+    """The layer of a function that works element by element: a class of its own."""
+    class Layer(Module):
+        def forward(self, x: Any) -> Tensor:
+            """Any shape -> the same shape."""
+            return f(x)
 
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return type(self)._function(x)  # (self._function would be a method, given self, too)
-
-
-class ReLU(_Elementwise):
-    """`relu` as a layer: the larger of x and 0."""
-    _function = relu
-
-
-class GELU(_Elementwise):
-    """`gelu` as a layer: a relu without the corner."""
-    _function = gelu
+    Layer.__name__ = Layer.__qualname__ = name
+    Layer.__doc__ = f"`{f.__name__}` as a layer: {does}."
+    return Layer
 
 
-class Tanh(_Elementwise):
-    """`tanh` as a layer: into (-1, 1)."""
-    _function = tanh
-
-
-class Sigmoid(_Elementwise):
-    """`sigmoid` as a layer: into (0, 1)."""
-    _function = sigmoid
+ReLU = _elementwise("ReLU", relu, "the larger of x and 0")
+GELU = _elementwise("GELU", gelu, "a relu without the corner")
+Tanh = _elementwise("Tanh", tanh, "into (-1, 1)")
+Sigmoid = _elementwise("Sigmoid", sigmoid, "into (0, 1)")
 
 
 class CrossEntropy(Module):
@@ -3621,10 +3593,8 @@ class Sequential(Module):
                 name = layer.__name__
                 raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
             if not callable(layer):
-                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, "
-                                "but layers are modules or functions: "
-                                "Sequential(Linear(2, 3), np.tanh); of a list of them, "
-                                "write Sequential(*layers)")
+                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, but layers "
+                                "are modules or functions; of a list, write Sequential(*layers)")
             setattr(self, str(i), layer)
 
     def _layers(self) -> list[tuple[str, Any]]:
@@ -3699,10 +3669,9 @@ class MLP(Sequential):
 #     True
 #
 # Every optimizer below is this loop, with another rule for how far a parameter moves. A
-# rule may remember something for each parameter, its *states*. There are two rules.
-# **SGD** with momentum moves like a ball that rolls downhill. Its state is a velocity:
-# the sum of all gradients so far, each of which fades by a tenth with every step that
-# follows:
+# rule may remember something for each parameter, its *states*. **SGD** with momentum
+# moves like a ball that rolls downhill. Its state is a velocity: the sum of all gradients
+# so far, each of which fades by a tenth with every step that follows:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -3743,22 +3712,21 @@ class MLP(Sequential):
 #     |-----------------|-------------|-----------------|----------|
 #     0                32            48                64         65    _bounds
 #
-# Then the rule, which is `_update`, runs once, on all 65 numbers. What is around it only
-# brings the numbers there and back: `step` says which parameters move, and `_move` moves
-# them.
+# Then the rule, `_update`, runs once, on all 65 numbers. `step` says which parameters
+# move, and `_move` brings their numbers to the rule and back.
 
 class Optimizer:
-    """The base of all optimizers: a subclass names its states, and writes `_update`.
+    """The base of all optimizers: a subclass names its states and writes `_update`.
 
     `params` are leaf Tensors (an iterable, a Module, or one Tensor). `lr`, the learning
-    rate, and the other `settings` become attributes; each is a number that is not
-    negative, or a tuple of such, as Adam's `betas`. TypeError for what is no leaf
-    Tensor; ValueError for no parameters, one that is listed twice, or a wrong setting.
+    rate, and the other `settings` become attributes: numbers of at least 0, or tuples of
+    such. TypeError for what is no leaf Tensor; ValueError for no parameters, one that is
+    listed twice, or a wrong setting.
 
     While there is an optimizer, freed memory is not given back to the system.
     """
 
-    _state_names: tuple[str, ...] = ()
+    _state_names: tuple[str, ...] = ()  # of what `_update` is given after g
 
     def __init__(self, params: Any, lr: float, **settings: Any) -> None:
         name = type(self).__name__
@@ -3780,17 +3748,15 @@ class Optimizer:
         self.steps = np.zeros(len(self.params), np.int64)  # of each parameter
         ends = np.cumsum([p.size for p in self.params]).tolist()
         self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
-        dtype = np.result_type(*[p.dtype for p in self.params])
+        dtype = np.result_type(*[p.dtype for p in self.params])  # the widest
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
         _keep_freed_memory(self)  # (IV.4), for every step makes the same arrays anew
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
-                *states: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray, *states: np.ndarray) -> None:
         """Move the parameters x, and renew the states, in place; g may be overwritten.
 
-        All are flat arrays of one length. `step` counts the steps of these parameters,
-        from 1.
+        All are flat arrays of one length. `step` counts these parameters' steps, from 1.
         """
         raise NotImplementedError(f"{type(self).__name__} has no _update method")
 
@@ -3849,8 +3815,7 @@ class Optimizer:
         state = dict(state)
         if "steps" in state and np.ndim(state["steps"]) == 0:  # an old file: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
-        what = f"{type(self).__name__}.load_state_dict"
-        new = _fitting(what, self.state_dict(), state)
+        new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
@@ -3871,23 +3836,18 @@ def _listed(name: str, params: Any) -> list[Tensor]:
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
     """Arrays that are views of one flat array, end to end: that part of it. Else None."""
     flat = arrays[0].base  # what it is a view of
-    if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
+    if type(flat) is not np.ndarray or flat.ndim != 1:
         return None
 
-    expected = _address(arrays[0])
+    start = end = arrays[0].ctypes.data  # its address in memory
     for a in arrays:
         is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
-        if not is_piece or _address(a) != expected:
+        if not is_piece or a.ctypes.data != end:
             return None
-        expected += a.nbytes
+        end += a.nbytes
 
-    first = (_address(arrays[0]) - _address(flat)) // flat.itemsize
-    return flat[first:first + sum(a.size for a in arrays)]
-
-
-def _address(array: np.ndarray) -> int:
-    """Where in memory the first element lies."""
-    return array.__array_interface__["data"][0]
+    first = (start - flat.ctypes.data) // flat.itemsize
+    return flat[first:first + (end - start) // flat.itemsize]
 
 
 class SGD(Optimizer):
@@ -3907,8 +3867,7 @@ class SGD(Optimizer):
         super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay)
         self.nesterov = nesterov
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
-                velocity: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray, velocity: np.ndarray) -> None:
         if self.weight_decay:
             g += self.weight_decay * x
         if self.momentum:
@@ -3932,8 +3891,7 @@ class Adam(Optimizer):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0) -> None:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            name = type(self).__name__
-            raise ValueError(f"{name}: betas must be two in [0, 1), not {betas}")
+            raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     # As `naive_adam`, in place. Both corrections become one number before the arrays:
@@ -3977,8 +3935,7 @@ class AdamW(Adam):
 class CosineWarmupLR:
     """Sets an optimizer's lr: a line up to what it was, then half a cosine to min_lr.
 
-    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017, without
-    restarts.)
+    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017; no restarts.)
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
@@ -4023,8 +3980,7 @@ class CosineWarmupLR:
 # away in one step what was learned in a thousand. So gradients are often shortened to a
 # length that is usual.
 def clip_grad_norm(params: Any, max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most max_norm; returns the
-    norm before.
+    """Scale gradients to a joint 2-norm of at most max_norm; returns the norm before.
 
     `params` are as for an optimizer. A norm that is not finite leaves the gradients
     alone. ValueError unless max_norm is above 0. (Pascanu, Mikolov and Bengio, 2013.)
@@ -4037,7 +3993,7 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
     norm = math.sqrt(sum(float(np.vdot(g._data, g._data)) for g in wide))
     if max_norm < norm < math.inf:
         for p, g in zip(params, wide):
-            p.grad = g * (max_norm / norm)  # (in the dtype of p again, as in I.1)
+            p.grad = g * (max_norm / norm)  # (the setter gives it p's dtype again)
     return norm
 
 
