@@ -2890,8 +2890,30 @@ def _require_flag(what: str, value: Any) -> None:
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
 def _cross_entropy_definition(logits, targets):
-    rows = np.arange(len(targets))
-    return -np.mean(log_softmax(logits)[rows, targets])
+    return -np.mean(log_softmax(logits)[np.arange(len(targets)), targets])
+
+
+@fused(_cross_entropy_definition, operands=1)
+def cross_entropy(logits: Any, targets: Any) -> Tensor:
+    """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
+
+    ValueError for shapes or targets that do not fit, TypeError for what is no integer.
+    """
+    _check_classes(logits, targets)
+    n, classes = logits.shape
+    hit = np.arange(n), _whole_numbers("targets", targets, classes)
+    x = logits - _row_max(logits)  # (N, C)
+    right = x[hit]  # (N,)
+    e = np.exp(x, out=x)
+    total = _row_sum(e)  # (N, 1); the softmax is e / total
+
+    def pullback(g: np.ndarray, wanted: list) -> tuple:
+        share = np.asarray(g / n, e.dtype)  # of each row
+        dx = e * (share / total)  # (N, C), share * softmax
+        dx[hit] -= share  # less share * one_hot
+        return (dx,)
+
+    return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
 
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
@@ -2919,33 +2941,9 @@ def _check_classes(logits: np.ndarray, targets: Any) -> None:
         raise ValueError("there are no rows, and so there is no mean")
 
 
-@fused(_cross_entropy_definition, operands=1)
-def cross_entropy(logits: Any, targets: Any) -> Tensor:
-    """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
-
-    Raises ValueError for shapes or targets that do not fit, TypeError for targets that
-    are no integers.
-    """
-    _check_classes(logits, targets)
-    n, classes = logits.shape
-    hit = np.arange(n), _whole_numbers("targets", targets, classes)
-    x = logits - _row_max(logits)  # (N, C)
-    right = x[hit]  # (N,)
-    e = np.exp(x, out=x)
-    total = _row_sum(e)  # (N, 1); the softmax is e / total
-
-    def pullback(g: np.ndarray, wanted: list) -> tuple:
-        share = np.asarray(g / n, e.dtype)  # of each row
-        dx = e * (share / total)  # (N, C), share * softmax
-        dx[hit] -= share  # less share * one_hot
-        return (dx,)
-
-    return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
-
-
-# The other losses are the mean of a formula, element by element. They do not broadcast: a
-# prediction (N, 1) less a target (N,) would be (N, N), and its mean a number that looks
-# like a loss.
+# The other losses are the mean of a formula, element by element. They do not broadcast:
+# a prediction (N, 1) less a target (N,) would be (N, N), and its mean would look like a
+# loss.
 @_in_float32
 def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
     """The mean of formula(prediction, target), of two arrays of one shape."""
@@ -2961,8 +2959,7 @@ def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) ->
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference of two arrays of one shape, else a ValueError."""
-    return _mean_loss(prediction, target, name="mse_loss",
-                      formula=lambda p, t: (p - t) ** 2)
+    return _mean_loss(prediction, target, name="mse_loss", formula=lambda p, t: (p - t) ** 2)
 
 
 # Where the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
@@ -2979,12 +2976,11 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# Who has no scores, but probabilities p, can have the same loss,
-# `-t log(p) - (1 - t) log(1 - p)`, with two cares for a p of 0 or 1. The logarithm of 0
-# is held at -100, as in PyTorch. But the slope of a held logarithm is 0, and what is most
-# wrong would not learn. So a rule of its own says what the slope is
-# elsewhere, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a denominator of
-# at least 1e-12.
+# Of probabilities p instead of scores the loss is `-t log(p) - (1 - t) log(1 - p)`, with
+# two cares for a p of 0 or 1. The logarithm of 0 is held at -100, as in PyTorch. But the
+# slope of what is held is 0, and what is most wrong would not learn; so the rule for p
+# is that of the formula, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a
+# denominator of at least 1e-12.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
@@ -2998,8 +2994,7 @@ def _log_loss(p, t):
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """The mean of -log probability of the target, where `probability` is that of 1.
 
-    Two arrays of one shape. Logarithms are held above -100. Raises ValueError for a
-    probability outside [0, 1].
+    Two arrays of one shape. -log is at most 100. ValueError for what is outside [0, 1].
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
@@ -3029,14 +3024,11 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #       (1): ReLU()
 #       (2): Linear(weight=(1, 16), bias=(1,))
 #     )
-#     >>> print(*(name for name, _ in model.named_parameters()))
-#     0.weight 0.bias 2.weight 2.bias
 #     >>> print(model(np.zeros((5, 2))).shape)  # five points, an answer for each
 #     (5,)
 #
 # A layer of your own is a class with an `__init__` that sets attributes and a `forward`
-# that computes with them. This one gives each column of its input a factor, for
-# training to find:
+# that computes with them. This one gives each column a factor, for training to find:
 #
 #     >>> class Scale(Module):
 #     ...     def __init__(self, columns):
@@ -3045,11 +3037,6 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     ...     def forward(self, x):  # (N, columns) -> (N, columns)
 #     ...         return x * self.factor
 #     ...
-#     >>> print(Sequential(Scale(2), np.tanh))  # a function does as a layer, too
-#     Sequential(
-#       (0): Scale(factor=(2,))
-#       (1): tanh
-#     )
 #
 # There is no registry. Whoever wants the parameters looks through the attributes, in
 # the order in which they were set, and through those of the modules among them:
@@ -3065,8 +3052,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     0.factor 1.0.weight 1.0.bias 1.2.weight 1.2.bias
 #
 # The real search also looks into lists, tuples and dicts, whose keys then stand in the
-# dotted name: `blocks.3.ln1.weight`. And what an attribute is decides what becomes of
-# it:
+# dotted name: `blocks.3.ln1.weight`. What an attribute is decides what becomes of it:
 #
 #     | attribute                       | trained | saved | for example               |
 #     | ------------------------------- | ------- | ----- | ------------------------- |
@@ -3075,30 +3061,18 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | a tracked result                | no      | no    | the last hidden state     |
 #     | a number, a text, a function    | no      | no    | a setting                 |
 #
-# A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
-# constant like others, and saved:
+# (A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
+# constant like others, and saved.)
 #
-#     >>> model.last = model(np.zeros((5, 2)))
-#     >>> "last" in model.state_dict()
-#     False
-#     >>> with no_grad():
-#     ...     model.last = model(np.zeros((5, 2)))
-#     ...
-#     >>> "last" in model.state_dict(), "last" in dict(model.named_parameters())
-#     (True, False)
-#
-# Why is a plain Tensor trained? Because it is what one writes first, as in `Scale`; and
-# a network that silently does not learn costs an evening. What is to be kept and not
-# trained is a constant, `t.detach()`. What, then, is a Parameter for? To be frozen, by
-# `requires_grad=False`, for a part of the training: a plain Tensor would then count as
-# a constant, and a Parameter is listed still, so that the optimizer has it when it
+# So a plain Tensor is trained, and what is to be saved but not trained is a constant,
+# `t.detach()`. A Parameter can also be frozen for a part of the training, by
+# `p.requires_grad = False`: it is listed still, so that the optimizer has it when it
 # thaws.
 #
-# Names and shapes are PyTorch's: `0.weight` above, and (out, in) for a Linear. So a
-# state_dict goes in both directions, with two exceptions. PyTorch's BatchNorm2d also
-# counts batches (num_batches_tracked; `strict=False` passes over it). And what is
-# qkv.weight and proj.weight in our MultiHeadAttention is in_proj_weight and
-# out_proj.weight in its own.
+# Names and shapes are PyTorch's: `1.0.weight` above, and (out, in) for a Linear. So a
+# state_dict goes in both directions, with two exceptions: PyTorch's BatchNorm2d also
+# counts batches (num_batches_tracked; `strict=False` passes over it), and its attention
+# calls in_proj_weight and out_proj.weight what is qkv.weight and proj.weight in ours.
 
 class Parameter(Tensor):
     """A Tensor that its module trains, and lists even while it is frozen.
@@ -3114,8 +3088,7 @@ _PLAIN.add(Parameter)  # beside a Tensor it needs no conversion (I.2)
 
 def _is_trained(value: Any) -> bool:
     """Whether an attribute is a parameter: a Parameter, or a tracked leaf."""
-    tracked_leaf = _tracked(value) and value._op is None
-    return tracked_leaf or isinstance(value, Parameter)
+    return isinstance(value, Parameter) or (_tracked(value) and value._op is None)
 
 
 def _is_saved(value: Any) -> bool:
@@ -3128,21 +3101,20 @@ def _is_saved(value: Any) -> bool:
 # dicts; `Module._contents` goes on to the modules among that.
 
 def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of the Tensors, arrays and modules in a module or nest."""
+    """(dotted name, value) of all that stands in a module or nest."""
     items = vars(holder) if isinstance(holder, Module) else holder
     pairs = items.items() if isinstance(items, dict) else enumerate(items)
 
     for key, value in pairs:
         name = f"{prefix}{key}"
-        if isinstance(value, (Tensor, np.ndarray, Module)):
-            yield name, value
-        elif isinstance(value, (list, tuple, dict)):
+        if isinstance(value, (list, tuple, dict)):
             yield from _held(value, f"{name}.")
         elif isinstance(value, types.GeneratorType):
             raise TypeError(f"{name} is a generator, which is read but once; make it a list")
-        elif isinstance(value, (set, frozenset)) and any(
-                isinstance(item, Module) for item in value):
+        elif isinstance(value, (set, frozenset)) and any(isinstance(v, Module) for v in value):
             raise TypeError(f"{name} is a set, which has no order; make it a list")
+        else:
+            yield name, value
 
 
 class Module:
@@ -3170,10 +3142,10 @@ class Module:
         """
         above = (*above, self)
         for name, value in _held(self, prefix):
-            if any(value is module for module in above):
-                continue
-            yield name, value
-            if isinstance(value, Module):
+            if not isinstance(value, Module):
+                yield name, value
+            elif all(value is not module for module in above):
+                yield name, value
                 yield from value._contents(f"{name}.", above)
 
     def modules(self) -> list:
@@ -3195,11 +3167,11 @@ class Module:
         return [parameter for _, parameter in self.named_parameters()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`, on arrays in the dtype of the parameters.
+        """Run `forward`, on arrays in the dtype of the parameters: float64 data shall not
+        make a float32 network compute in float64.
 
-        So float64 data does not make a float32 network compute in float64. A list given
-        by position is stacked to one array or Tensor; a tuple stays, for it may be a
-        setting, as in `axis=(0, 1)`.
+        A list given by position is stacked to one array or Tensor; a tuple stays, for it
+        may be a setting, such as an axis.
         """
         args = [self._convert(self._stack(a)) for a in args]
         kwargs = {name: self._convert(a) for name, a in kwargs.items()}
@@ -3245,34 +3217,22 @@ class Module:
         ValueError if a shape is another, TypeError if floats would become integers.
         """
         current = self._state()
-        fitting = _fitting("load_state_dict", current, state, strict)
-
-        for name, array in fitting.items():
+        for name, array in _fitting("load_state_dict", current, state, strict).items():
             _overwrite(current[name], array)
 
     def astype(self, dtype: Any) -> Self:
         """Convert parameters and constants in place, say to float64; returns self.
 
-        Tensors, lists and dicts stay the same objects; arrays and tuples, which cannot
-        change their type or items, are replaced. Integers and bools, such as a table of
-        indices, stay so. Gradients are forgotten.
+        Tensors, lists and dicts stay the same objects, as others may have them in hand;
+        arrays and tuples, which cannot change their type or items, are replaced. Integers
+        and bools stay so. Gradients are forgotten.
         """
         dtype = np.dtype(dtype)
         if dtype.kind != "f":
             raise TypeError("Module.astype: parameters are floating-point numbers, and cannot "
                             f"become {dtype}; use float32 or float64")
-
-        def convert(value: Any) -> Any:
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-                return value.astype(dtype)
-            if isinstance(value, Tensor) and _is_saved(value):
-                value._data = np.asarray(value._data, dtype)
-                value.grad = None
-                _note_write(value)
-            return value
-
         for module in self.modules():
-            _replace_items(convert, vars(module))
+            _as_dtype(vars(module), dtype)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -3290,15 +3250,12 @@ class Module:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def _children(self) -> list[tuple[str, Any]]:
-        """What `repr` shows below this module: (name, module) pairs."""
-        return [(name, value) for name, value in _held(self) if isinstance(value, Module)]
-
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         settings = [f"{name}={_brief(value)}" for name, value in vars(self).items()
                     if name != "training" and _is_setting(value)]
-        lines = [f"\n({name}): {_brief(child)}" for name, child in self._children()]
+        lines = [f"\n({name}): {_brief(value)}" for name, value in _held(self)
+                 if isinstance(value, Module) or name.isdigit()]  # (a layer of Sequential)
 
         head = f"{type(self).__name__}({', '.join(settings)}"
         below = "".join(lines).replace("\n", "\n  ")
@@ -3319,18 +3276,22 @@ def _brief(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
-def _replace_items(f: Callable, nest: Any) -> Any:
-    """`nest` with f(item) in place of each item; a list or dict remains the same object."""
-    if isinstance(nest, tuple):
-        items = [_replace_items(f, item) for item in nest]
-        return nest._make(items) if hasattr(nest, "_make") else tuple(items)  # (a namedtuple)
-    if not isinstance(nest, (list, dict)):
-        return f(nest)
-
-    pairs = nest.items() if isinstance(nest, dict) else enumerate(nest)
-    for key, item in list(pairs):
-        nest[key] = _replace_items(f, item)
-    return nest
+def _as_dtype(value: Any, dtype: np.dtype) -> Any:
+    """What `astype` puts in the place of `value`: the same object, where it can change."""
+    if isinstance(value, (list, dict)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in list(pairs):
+            value[key] = _as_dtype(item, dtype)
+    elif isinstance(value, tuple):
+        items = [_as_dtype(item, dtype) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)  # (a namedtuple)
+    elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return value.astype(dtype)
+    elif isinstance(value, Tensor) and _is_saved(value):
+        value._data = np.asarray(value._data, dtype)
+        value.grad = None
+        _note_write(value)
+    return value
 
 
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
@@ -3376,15 +3337,13 @@ def manual_seed(seed: int | Sequence[int]) -> None:
 
 # ### Layers
 #
-# A layer is a function together with the numbers it needs: its parameters and its
-# settings. The function has its own section, and its layer adds little to it. What a
-# layer has to decide is where its weights begin. All zeros would give all units the
-# same gradient, so that they stay alike for ever; therefore they begin at random. How
-# large? A unit adds up n products of weights and inputs. If the weights have either
-# sign and a size of about 1 / sqrt(n), the sum is about as large as one input, and
-# through many layers the numbers neither vanish nor explode. Linear and Conv2d draw
-# them between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and
-# learning rates carry over.
+# A layer is a function together with the numbers it needs. What it has to decide is
+# where its weights begin. All zeros would give all units the same gradient, and they
+# would stay alike for ever; so weights begin at random. How large? A unit adds up n
+# products of weights and inputs. If the weights have either sign and a size of about 1
+# / sqrt(n), the sum is about as large as one input, and through many layers the numbers
+# neither vanish nor explode. Linear and Conv2d draw them between -1 / sqrt(n) and 1 /
+# sqrt(n), as PyTorch does, so that its recipes and learning rates carry over.
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
@@ -3420,8 +3379,8 @@ class Conv2d(Module):
     1) the result is as large as the image.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any,
-                 stride: Any = 1, padding: Any = 0, bias: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1,
+                 padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
         height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (III.4)
         _pair(stride, "Conv2d: stride")  # this and the next only check
@@ -3472,8 +3431,7 @@ class AvgPool2d(_Pool2d):
 class BatchNorm2d(Module):
     """`batch_norm` of each channel, with running statistics for evaluation."""
 
-    def __init__(self, num_features: int, eps: float = 1e-5,
-                 momentum: float = 0.1) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         _positive("BatchNorm2d", num_features=num_features)
         self.eps = eps
         self.momentum = momentum
@@ -3491,8 +3449,7 @@ class BatchNorm2d(Module):
 class LayerNorm(Module):
     """`layer_norm` over the last axis, which has `normalized_shape` elements."""
 
-    def __init__(self, normalized_shape: int, eps: float = 1e-5,
-                 bias: bool = True) -> None:
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, bias: bool = True) -> None:
         _positive("LayerNorm", normalized_shape=normalized_shape)
         self.eps = eps
         self.weight = Parameter(np.ones(normalized_shape, np.float32))
@@ -3538,38 +3495,22 @@ class Flatten(Module):
         return reshape(x, len(x), math.prod(x.shape[1:]))
 
 
-class _Elementwise(Module):
-    """What the next four have in common: a function, element by element."""
+def _elementwise(name: str, f: Callable, does: str) -> type[Module]:
+    """The layer of a function that works element by element: a class of its own."""
+    class Layer(Module):
+        def forward(self, x: Any) -> Tensor:
+            """Any shape -> the same shape."""
+            return f(x)
 
-    _function: Callable
-
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return self._function(x)
-
-
-class ReLU(_Elementwise):
-    """`relu` as a layer: the larger of x and 0."""
-
-    _function = staticmethod(relu)
+    Layer.__name__ = Layer.__qualname__ = name
+    Layer.__doc__ = f"`{f.__name__}` as a layer: {does}."
+    return Layer
 
 
-class GELU(_Elementwise):
-    """`gelu` as a layer: a relu without the corner."""
-
-    _function = staticmethod(gelu)
-
-
-class Tanh(_Elementwise):
-    """`tanh` as a layer: into (-1, 1)."""
-
-    _function = staticmethod(tanh)
-
-
-class Sigmoid(_Elementwise):
-    """`sigmoid` as a layer: into (0, 1)."""
-
-    _function = staticmethod(sigmoid)
+ReLU = _elementwise("ReLU", relu, "the larger of x and 0")
+GELU = _elementwise("GELU", gelu, "a relu without the corner")
+Tanh = _elementwise("Tanh", tanh, "into (-1, 1)")
+Sigmoid = _elementwise("Sigmoid", sigmoid, "into (0, 1)")
 
 
 class CrossEntropy(Module):
@@ -3611,20 +3552,13 @@ class Sequential(Module):
                 name = layer.__name__
                 raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
             if not callable(layer):
-                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, "
-                                "but layers are modules or functions: "
-                                "Sequential(Linear(2, 3), np.tanh); of a list of them, "
-                                "write Sequential(*layers)")
+                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, but layers "
+                                "are modules or functions; of a list, write Sequential(*layers)")
             setattr(self, str(i), layer)
 
     def _layers(self) -> list[tuple[str, Any]]:
         """(number, layer) pairs: the attributes that have a number for a name."""
         return [(name, layer) for name, layer in vars(self).items() if name.isdigit()]
-
-    def _children(self) -> list[tuple[str, Any]]:
-        """For `repr`: the layers, functions among them, and then other modules."""
-        children = {**dict(self._layers()), **dict(super()._children())}
-        return list(children.items())
 
     def __getitem__(self, index: int | slice) -> Any:
         layers = self._layers()
@@ -3694,10 +3628,9 @@ class MLP(Sequential):
 #     True
 #
 # Every optimizer below is this loop, with another rule for how far a parameter moves. A
-# rule may remember something for each parameter, its *states*. There are two rules.
-# **SGD** with momentum moves like a ball that rolls downhill. Its state is a velocity:
-# the sum of all gradients so far, each of which fades by a tenth with every step that
-# follows:
+# rule may remember something for each parameter, its *states*. **SGD** with momentum
+# moves like a ball that rolls downhill. Its state is a velocity: the sum of all gradients
+# so far, each of which fades by a tenth with every step that follows:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -3738,44 +3671,51 @@ class MLP(Sequential):
 #     |-----------------|-------------|-----------------|----------|
 #     0                32            48                64         65    _bounds
 #
-# Then the rule runs once, on all 65 numbers.
+# Then the rule, `_update`, runs once, on all 65 numbers. `step` says which parameters
+# move, and `_move` brings their numbers to the rule and back.
 
 class Optimizer:
-    """The base of all optimizers: a subclass names its states, and writes `_update`.
+    """The base of all optimizers: a subclass names its states and writes `_update`.
 
     `params` are leaf Tensors (an iterable, a Module, or one Tensor). `lr`, the learning
-    rate, and the other `settings` become attributes; each is a number that is not
-    negative, or a tuple of such, as Adam's `betas`. TypeError for what is no leaf
-    Tensor; ValueError for no parameters, one that is listed twice, or a wrong setting.
+    rate, and the other `settings` become attributes: numbers of at least 0, or tuples of
+    such. TypeError for what is no leaf Tensor; ValueError for no parameters, one that is
+    listed twice, or a wrong setting.
 
-    While there is an optimizer, the process does not give freed memory back to the
-    system (IV.4).
+    While there is an optimizer, freed memory is not given back to the system.
     """
 
-    _state_names: tuple[str, ...] = ()
+    _state_names: tuple[str, ...] = ()  # of what `_update` is given after g
 
     def __init__(self, params: Any, lr: float, **settings: Any) -> None:
         name = type(self).__name__
         self.params = _listed(name, params)
-        _check_params(name, self.params)
+        if not self.params:
+            raise ValueError(f"{name}: there are no parameters to optimize")
+        if len(set(self.params)) < len(self.params):
+            raise ValueError(f"{name}: a parameter is listed twice")
+        if any(p._op is not None for p in self.params):
+            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of operations")
+
         for key, value in dict(settings, lr=lr).items():
-            _check_setting(name, key, value)
+            numbers = np.asarray(value)
+            is_number = numbers.dtype.kind in "iuf"
+            if not (is_number and np.all((0 <= numbers) & (numbers < np.inf))):
+                raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
             setattr(self, key, value)
 
         self.steps = np.zeros(len(self.params), np.int64)  # of each parameter
         ends = np.cumsum([p.size for p in self.params]).tolist()
         self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
-        dtype = np.result_type(*[p.dtype for p in self.params])
+        dtype = np.result_type(*[p.dtype for p in self.params])  # the widest
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        _keep_freed_memory(self)  # for every step makes the same arrays anew
+        _keep_freed_memory(self)  # (IV.4), for every step makes the same arrays anew
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
-                *states: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray, *states: np.ndarray) -> None:
         """Move the parameters x, and renew the states, in place; g may be overwritten.
 
-        All are flat arrays of one length. `step` counts the steps of these parameters,
-        from 1.
+        All are flat arrays of one length. `step` counts these parameters' steps, from 1.
         """
         raise NotImplementedError(f"{type(self).__name__} has no _update method")
 
@@ -3790,8 +3730,8 @@ class Optimizer:
         self.steps += has_gradient
 
         # Adam's rule asks how many steps a parameter has made, and one without a gradient
-        # makes none. Neighbours that have made equally many move together: most often,
-        # these are all there are.
+        # makes none. So neighbours with the same count move together: of the counts
+        # 7 7 0 7, the first two and then the last. Most often they are all there are.
         counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
         first = 0
         for count, neighbours in itertools.groupby(counts):
@@ -3807,14 +3747,14 @@ class Optimizer:
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # DataParallel has laid the parameters end to end (IV.5), and they are moved
-        # where they are. Others are copied together, moved, and copied back.
+        # Parameters that lie end to end in memory, as DataParallel lays them (IV.5), are
+        # moved where they are. Others are copied together, moved, and copied back.
         arrays = [p._data for p in params]
         x = _side_by_side(arrays)
         is_copy = x is None
         if is_copy:
             x = np.concatenate([a.ravel() for a in arrays])
-        for block in _blocks(x, g, *states):
+        for block in _blocks(x, g, *states):  # each stays in the cache (II.7)
             self._update(step, *block)
 
         start = 0
@@ -3834,28 +3774,10 @@ class Optimizer:
         state = dict(state)
         if "steps" in state and np.ndim(state["steps"]) == 0:  # an old file: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
-        what = f"{type(self).__name__}.load_state_dict"
-        new = _fitting(what, self.state_dict(), state)
+        new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
-
-
-def _check_params(name: str, params: list[Tensor]) -> None:
-    if any(p._op is not None for p in params):
-        raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
-                        "operations")
-    if not params:
-        raise ValueError(f"{name}: there are no parameters to optimize")
-    if len(set(params)) < len(params):
-        raise ValueError(f"{name}: a parameter is listed twice")
-
-
-def _check_setting(name: str, key: str, value: Any) -> None:
-    numbers = np.asarray(value)
-    is_number = numbers.dtype.kind in "iuf"
-    if not (is_number and np.all((0 <= numbers) & (numbers < np.inf))):
-        raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
 
 
 def _listed(name: str, params: Any) -> list[Tensor]:
@@ -3873,23 +3795,18 @@ def _listed(name: str, params: Any) -> list[Tensor]:
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
     """Arrays that are views of one flat array, end to end: that part of it. Else None."""
     flat = arrays[0].base  # what it is a view of
-    if flat is None or flat.__class__ is not np.ndarray or flat.ndim != 1:
+    if type(flat) is not np.ndarray or flat.ndim != 1:
         return None
 
-    expected = _address(arrays[0])
+    start = end = arrays[0].ctypes.data  # its address in memory
     for a in arrays:
         is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
-        if not is_piece or _address(a) != expected:
+        if not is_piece or a.ctypes.data != end:
             return None
-        expected += a.nbytes
+        end += a.nbytes
 
-    first = (_address(arrays[0]) - _address(flat)) // flat.itemsize
-    return flat[first:first + sum(a.size for a in arrays)]
-
-
-def _address(array: np.ndarray) -> int:
-    """Where in memory the first element lies."""
-    return array.__array_interface__["data"][0]
+    first = (start - flat.ctypes.data) // flat.itemsize
+    return flat[first:first + (end - start) // flat.itemsize]
 
 
 class SGD(Optimizer):
@@ -3909,8 +3826,7 @@ class SGD(Optimizer):
         super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay)
         self.nesterov = nesterov
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
-                velocity: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray, velocity: np.ndarray) -> None:
         if self.weight_decay:
             g += self.weight_decay * x
         if self.momentum:
@@ -3934,8 +3850,7 @@ class Adam(Optimizer):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0) -> None:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            name = type(self).__name__
-            raise ValueError(f"{name}: betas must be two in [0, 1), not {betas}")
+            raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     # As `naive_adam`, in place. Both corrections become one number before the arrays:
@@ -3979,8 +3894,7 @@ class AdamW(Adam):
 class CosineWarmupLR:
     """Sets an optimizer's lr: a line up to what it was, then half a cosine to min_lr.
 
-    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017, without
-    restarts.)
+    Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017; no restarts.)
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
@@ -4025,8 +3939,7 @@ class CosineWarmupLR:
 # away in one step what was learned in a thousand. So gradients are often shortened to a
 # length that is usual.
 def clip_grad_norm(params: Any, max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most max_norm; returns the
-    norm before.
+    """Scale gradients to a joint 2-norm of at most max_norm; returns the norm before.
 
     `params` are as for an optimizer. A norm that is not finite leaves the gradients
     alone. ValueError unless max_norm is above 0. (Pascanu, Mikolov and Bengio, 2013.)
@@ -4034,23 +3947,13 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
     params = [p for p in _listed("clip_grad_norm", params) if p.grad is not None]
-    norm = math.sqrt(sum(_squared_norm(p.grad._data) for p in params))
+    # (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
+    wide = [astype(p.grad, np.float32) if p.dtype == np.float16 else p.grad for p in params]
+    norm = math.sqrt(sum(float(np.vdot(g._data, g._data)) for g in wide))
     if max_norm < norm < math.inf:
-        for p in params:
-            p.grad = _scaled(p.grad, max_norm / norm)
+        for p, g in zip(params, wide):
+            p.grad = g * (max_norm / norm)  # (the setter gives it p's dtype again)
     return norm
-
-
-# (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
-def _squared_norm(g: np.ndarray) -> float:
-    wide = g if g.dtype != np.float16 else g.astype(np.float32)
-    return float(np.vdot(wide, wide))
-
-
-def _scaled(g: Tensor, factor: float) -> Tensor:
-    if g.dtype == np.float16:
-        return astype(astype(g, np.float32) * factor, np.float16)
-    return g * factor
 
 
 # ## III.4 Images: a convolution as a product?
