@@ -5503,8 +5503,9 @@ def _constants(module: Module | None) -> list:
 #
 # ## IV.1 Writes: who changed my array?
 #
-# An operation does not copy its operands, so writing into one between the forward and the
-# backward pass would change the derivative without a word. This should be 6:
+# An operation does not copy its operands. So whoever writes to one of them between the
+# forward and the backward pass changes the derivative. This one should be 6. The rule of
+# `mul` would read 100, and answer 200 without a word; it is an error instead:
 #
 #     >>> x = Tensor(3.0)
 #     >>> y = x * x
@@ -5513,17 +5514,46 @@ def _constants(module: Module | None) -> list:
 #     Traceback (most recent call last):
 #     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
 #
-# NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
-# handed out (`t.data`), and taken again whenever its elements are read: by an operation,
-# or by a walk that needs them as they were. If it has changed, the moment is noted.
-# Above, x was made at 1 and y at 2, and the write is noted at 3: after y, so it is an
-# error. (A result made at 4 has seen what was written, and may walk back.)
+# **The naive watch** is a clock. Whoever writes to a tensor notes when, in `_written`,
+# by the counter that also says when tensors were made:
 #
-# `t._checksum` is None as long as nobody outside has the array, and `t._written` is the
-# time of the last write that is known of. The price of touching `p.data` is that each
-# operation on p reads p once more from then on, for a crc32. Of a constant, of a raw
-# array that is an operand, and of a view such as `t.detach()` or `t.T`, nothing is
-# known: who writes there gets another gradient.
+#     1    x is made
+#     2    y = x * x
+#     3    x is written to, and x._written is 3
+#     4    z = x * x
+#
+# A walk that comes to y needs x as it was at 2, and 3 is later: an error. From z it may
+# go on, for z has seen what was written.
+
+
+def _note_write(t: Tensor) -> None:
+    t._written = next(_clock)
+
+
+def _check_unwritten(t: Tensor, result: Tensor) -> None:
+    """Raise if `t` was written to after `result` was made (of `t`; or it is `t` itself)."""
+    if t._checksum is not None:
+        _renew_checksum(t)  # (below)
+    if t._written > result._time:
+        raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
+                           "changed between forward and backward; call backward first, then write")
+
+
+# **What if NumPy writes?** It does, to an array that was handed out (`x.data`), and tells
+# nobody. So a *checksum* is taken at that moment, and again whenever the array is about
+# to be read: by an operation, or by a walk that needs it as it was. If it has changed,
+# the write is noted then. That is soon enough, for since the write nothing was made of
+# x. (Above, the second `x * x` notes the 3, before its result z gets the 4.)
+#
+# As long as nobody has the array, `_checksum` is None, and nothing is computed. From
+# then on, each operation on x reads the array once more, for a crc32.
+#
+#     who writes                                           is noticed
+#     x.data, x.numpy() or a view of these, taken anytime  yes
+#     x.data = array, and later by that array              yes
+#     optimizers, load_state_dict, `x -= 1` (below)        yes
+#     the array of a constant, or one that is no Tensor's  no
+#     x.detach().data or x.T.data, which share memory      only if x.data was taken, too
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
@@ -5542,19 +5572,6 @@ def _renew_checksum(t: Tensor) -> None:
     t._checksum = now
 
 
-def _note_write(t: Tensor) -> None:
-    t._written = next(_clock)
-
-
-def _check_unwritten(t: Tensor, result: Tensor) -> None:
-    """Raise if `t` was written to since the operation that made `result` of it (or made it)."""
-    if t._checksum is not None:
-        _renew_checksum(t)
-    if t._written > result._time:
-        raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
-                           "changed between forward and backward; call backward first, then write")
-
-
 def _replace_data(t: Tensor, value: Any) -> None:
     """Do `t.data = value`."""
     value = _value(value)
@@ -5563,16 +5580,17 @@ def _replace_data(t: Tensor, value: Any) -> None:
         raise ValueError(f"t.data is {t.dtype} of shape {t.shape} and cannot become {array.dtype} of"
                          f" shape {array.shape}; make a new Tensor for that")
     t._data = array
+    _renew_checksum(t)  # for whoever assigns has the array, too
     _note_write(t)
-    t._checksum = zlib.crc32(np.ascontiguousarray(array))  # for the caller has it, too
 
 
-# *Gradients are written to, too,* as when they are clipped. So one that is kept shares
+# **Gradients are written to, too,** as when they are clipped. So one that is kept shares
 # its memory with no other, and with nothing that it was computed from. Who sees to it?
 #
 #     what arrives at a leaf           `_fit` (I.5), which copies what a rule has reused
 #     the first cotangent, at a leaf   `_seed` (IV.3)
 #     all else that is kept            `_to_keep`, where the walk hands it out
+#     an input that was given twice    `_without_twins`
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -5591,7 +5609,7 @@ def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
     """The same of which no two are one, where `gradients` was asked twice for one input."""
-    return [as_tensor(_copied(slope)) for slope in slopes]
+    return [_copy(slope) for slope in slopes]
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
@@ -5603,7 +5621,7 @@ def _accumulate(t: Tensor, g: Tensor) -> None:
         t._grad = g if t._grad is None else t._grad + g
 
 
-# `p -= lr * p.grad` has two meanings. While a tape is written it makes a new Tensor,
+# **`p -= lr * p.grad`** has two meanings. While a tape is written it makes a new Tensor,
 # like all arithmetic. Under no_grad(), on a tracked leaf, it writes into the array, as
 # in PyTorch: this is how one writes an optimizer by hand.
 #
@@ -5675,11 +5693,11 @@ Tensor.__reduce__ = _reduce
 # must draw the numbers that the first one drew. And *a check* that the second run gives
 # what the first one gave.
 #
-# How do we find out what f reads? Run it once with a tape, which is then dropped. (So for
-# that moment the tape of this one f is there: what is checkpointed should be pieces.) All
-# that f makes is younger than the moment when it began, and all that it reads is older.
-# So the search for a route (I.5), with that moment for its horizon, finds what f has
-# read: what it calls `older`. Here f closes over w, and h is its own:
+# How do we find out what f reads? Run it once with a tape, which is then dropped. (So
+# what is checkpointed should be pieces: for a moment the tape of one is there.) All that
+# f makes is younger than the moment when it began, and all that it reads is older: it
+# is what the search for a route (I.5) calls `older`, with that moment for its horizon.
+# Here f closes over w, and h is its own:
 #
 #     >>> w, x = Tensor(3.0, label="w"), Tensor(2.0, label="x")  # w:1, x:2
 #     >>> began = next(_clock)  # 3
@@ -5688,10 +5706,9 @@ Tensor.__reduce__ = _reduce
 #     >>> print([t.label for t in _find_route([y], [], horizon=began).older])
 #     ['x', 'w']
 #
-# The search goes from 5 to 4, and from there to 2 and 1, which are older than 3. These
-# are the operands of the checkpoint. In the backward pass f runs again, and a small walk
-# goes back along this new tape. Its horizon is the moment when the second run began: so
-# it ends at the operands, and what reaches them is what the checkpoint hands to them.
+# These are the operands of the checkpoint. In the backward pass f runs again, and a small
+# walk goes back along this new tape. Its horizon is the moment when the second run began:
+# so it ends at the operands, and what reaches them is what the checkpoint hands to them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5705,8 +5722,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     """
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
-    kind_of_random = type(_mode.rng.bit_generator)
-    random_state = _mode.rng.bit_generator.state
+    rng = copy.deepcopy(_mode.rng)
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
     operands = tuple(_find_route([y], [], horizon=began).older)
@@ -5714,9 +5730,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return y.detach()
 
     def run_again() -> Tensor:
-        rng = np.random.Generator(kind_of_random())
-        rng.bit_generator.state = random_state
-        with _mode.set(recording=True, rng=rng):
+        with _mode.set(recording=True, rng=copy.deepcopy(rng)):  # each time the same numbers
             return f(*args)
 
     # (In the place where a fused operation has its pullback.)
@@ -5738,9 +5752,8 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
 def _require_same(again: Any, t: Tensor) -> None:
     """RuntimeError if the second run gave something else, but for rounding."""
     tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
-    same = np.shape(again) == t.shape and np.allclose(
-        _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
-    if not same:
+    if np.shape(again) != t.shape or not np.allclose(
+            _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError("checkpoint: f gave another result when it was run again for the "
                            "backward pass; has something that it uses changed, such as a "
                            "module's training flag?")
