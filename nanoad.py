@@ -42,6 +42,7 @@ import math
 import operator
 import os
 import reprlib
+import signal
 import string
 import sys
 import threading
@@ -964,7 +965,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """
     if not primals:
         raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
-    run = _Run("vjp", f, _map_tree(_copied, primals))  # whoever calls may write to them later
+    run = _Run("vjp", f, _map_tree(_copied_argument, primals))  # whoever calls may write to them later
     outputs = _outputs("vjp", _flatten(run.output)[0])
 
     def vjp_fn(cotangent: Any) -> tuple:
@@ -5590,7 +5591,6 @@ def _replace_data(t: Tensor, value: Any) -> None:
 #     what arrives at a leaf           `_fit` (I.5), which copies what a rule has reused
 #     the first cotangent, at a leaf   `_seed` (IV.3)
 #     all else that is kept            `_to_keep`, where the walk hands it out
-#     an input that was given twice    `_without_twins`
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -5608,7 +5608,7 @@ def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
 
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
-    """The same of which no two are one, where `gradients` was asked twice for one input."""
+    """A Tensor each, where `gradients` was asked twice for one input."""
     return [_copy(slope) for slope in slopes]
 
 
@@ -5624,14 +5624,6 @@ def _accumulate(t: Tensor, g: Tensor) -> None:
 # **`p -= lr * p.grad`** has two meanings. While a tape is written it makes a new Tensor,
 # like all arithmetic. Under no_grad(), on a tracked leaf, it writes into the array, as
 # in PyTorch: this is how one writes an optimizer by hand.
-#
-#     >>> p = Tensor([1.0, 2.0])
-#     >>> (p * p).sum().backward()
-#     >>> with no_grad():
-#     ...     p -= 0.25 * p.grad
-#     ...
-#     >>> print(p, p.requires_grad)
-#     [0.5 1. ] True
 
 
 def _in_place(op: Callable) -> Callable:
@@ -5690,14 +5682,13 @@ Tensor.__reduce__ = _reduce
 #
 # What does it lack? *Other operands*: f may close over Tensors, such as the parameters
 # of a module, and these receive nothing. *Chance*: where f drops out, the second run
-# must draw the numbers that the first one drew. And *a check* that the second run gives
-# what the first one gave.
+# must draw the numbers that the first one drew. And *a check* that both give the same.
 #
 # How do we find out what f reads? Run it once with a tape, which is then dropped. (So
 # what is checkpointed should be pieces: for a moment the tape of one is there.) All that
 # f makes is younger than the moment when it began, and all that it reads is older: it
 # is what the search for a route (I.5) calls `older`, with that moment for its horizon.
-# Here f closes over w, and h is its own:
+# Here f reads w and x, and makes h:
 #
 #     >>> w, x = Tensor(3.0, label="w"), Tensor(2.0, label="x")  # w:1, x:2
 #     >>> began = next(_clock)  # 3
@@ -5733,7 +5724,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         with _mode.set(recording=True, rng=copy.deepcopy(rng)):  # each time the same numbers
             return f(*args)
 
-    # (In the place where a fused operation has its pullback.)
+    # (Its pullback is in the place of a fused operation's: II.7.)
     return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
 
 
@@ -5741,22 +5732,18 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     """What the operands of a checkpoint receive."""
     began = next(_clock)
     again = t._pullback()
-    _require_same(again, t)
-    inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
-    route = _find_route([again], inputs, horizon=began)
-    reached = _reached([(again, g)], inputs, create_graph, retain_graph=create_graph,
-                       route=route)
-    return [reached.get(a) for a in t._operands]  # None where nothing is wanted
-
-
-def _require_same(again: Any, t: Tensor) -> None:
-    """RuntimeError if the second run gave something else, but for rounding."""
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits, for rounding
     if np.shape(again) != t.shape or not np.allclose(
             _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError("checkpoint: f gave another result when it was run again for the "
                            "backward pass; has something that it uses changed, such as a "
                            "module's training flag?")
+
+    inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
+    route = _find_route([again], inputs, horizon=began)
+    reached = _reached([(again, g)], inputs, create_graph, retain_graph=create_graph,
+                       route=route)
+    return [reached.get(a) for a in t._operands]  # None where nothing is wanted
 
 
 # To the walk (I.5) it is an operation, with any number of operands.
@@ -5766,18 +5753,17 @@ checkpoint.pull = _pull_checkpoint
 
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
 #
-# What a function is differentiated by may be a *nest*: dicts, lists and tuples of
-# arrays, as the parameters of a model are. The transforms only know flat lists of
-# tensors. So a nest is taken apart into the list of its *items*, and what comes out is
-# put together like the nest that went in:
+# An argument may be a *nest*: dicts, lists and tuples of arrays, as the parameters of a
+# model are. A walk only knows a flat list of tensors. So a nest is taken apart into the
+# list of its *items*, and what comes out is put together like the nest that went in:
 #
 #     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
 #     >>> print(items, rebuild([10, 20, 30]))
 #     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
 #
-# Both halves are one function, which goes through a nest and builds the same of what
-# `f` makes of each item. `_flatten` calls it to note the items; `rebuild`, to put the
-# next of the others in the place of each.
+# Both are done by one function, which goes through a nest and builds the same nest of
+# what `f` makes of each item. To flatten, f notes the item; to rebuild, it returns the
+# next of the others.
 
 
 def _map_tree(f: Callable, tree: Any) -> Any:
@@ -5804,32 +5790,23 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     return items, rebuild
 
 
-# What is an item? All that is no dict, list or tuple. And a list of numbers, for it is
-# an array to be; so is a list of lists of numbers, if they are equally long. Of
-# [[1.0], [2.0]] there is one item, and of [[1.0], 2.0] there are two.
+# What is an item? All that is no dict, list or tuple; and a list that is an array to
+# be: of numbers, or of such lists of one shape. Of [[1.0], [2.0]] there is one item, and
+# of [[1.0], 2.0] there are two.
 
 
 def _is_item(tree: Any) -> bool:
-    if isinstance(tree, list):
-        return _shape_of_numbers(tree) is not None
-    return not isinstance(tree, (dict, tuple))
-
-
-def _shape_of_numbers(tree: Any) -> tuple | None:
-    """The shape of the array that nested lists of numbers would make; None if they are no such."""
     if not isinstance(tree, list):
-        return () if np.isscalar(tree) else None
-    shapes = {_shape_of_numbers(item) for item in tree}
-    if len(shapes) > 1 or None in shapes:
-        return None
-    inner = shapes.pop() if shapes else ()
-    return (len(tree), *inner)
+        return not isinstance(tree, (dict, tuple))
+    if all(map(np.isscalar, tree)):
+        return True
+    rows = [row for row in tree if isinstance(row, list) and _is_item(row)]
+    return len(rows) == len(tree) and len(set(map(np.shape, rows))) == 1
 
 
 # A cotangent is built like the result that it belongs to, and a tangent like its
-# argument. To pair them, walk through both nests at once, dicts by key. The nest that
-# is wanted, `like`, decides what is an item, for [1.0, 1.0] may stand beside one array
-# or beside two results:
+# argument. To pair them, walk through both nests at once, dicts by key. The one to be
+# like decides what is an item, for [1.0, 1.0] may stand beside one array or two results:
 #
 #     >>> for like in np.ones(2), (1.0, 1.0):
 #     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
@@ -5839,27 +5816,28 @@ def _shape_of_numbers(tree: Any) -> tuple | None:
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
     """The items of `tree`, as Tensors, in the order of those of `like`."""
-    if not _is_built_like(tree, like):
+    if _is_item(like) and not isinstance(tree, dict):
+        item = as_tensor(tree)
+        shape = np.shape(_value(like))
+        if item.shape != shape:
+            raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given "
+                             f"one of {item.shape}")
+        return [item]
+
+    keys = _keys(like)
+    if keys is None or _keys(tree) != keys:
         raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
-    if not _is_item(like):
-        keys = like if isinstance(like, dict) else range(len(like))
-        return [item for key in keys for item in _match(name, tree[key], like[key])]
-
-    item = as_tensor(tree)
-    shape = np.shape(_value(like))
-    if item.shape != shape:
-        raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given "
-                         f"one of {item.shape}")
-    return [item]
+    items = []
+    for key in keys:
+        items += _match(name, tree[key], like[key])
+    return items
 
 
-def _is_built_like(tree: Any, like: Any) -> bool:
-    """Whether two nests agree at the top, in their keys or their length."""
-    if _is_item(like):
-        return not isinstance(tree, dict)  # a list or tuple may become an array
-    if isinstance(like, dict):
-        return isinstance(tree, dict) and tree.keys() == like.keys()
-    return isinstance(tree, (list, tuple)) and len(tree) == len(like)
+def _keys(tree: Any) -> Any:
+    """What stands in brackets behind a nest; None for what is no dict, list or tuple."""
+    if isinstance(tree, dict):
+        return tree.keys()
+    return range(len(tree)) if isinstance(tree, (list, tuple)) else None
 
 
 def _outline(tree: Any) -> str:
@@ -5867,11 +5845,15 @@ def _outline(tree: Any) -> str:
     return str(_map_tree(lambda item: np.shape(_value(item)), tree))
 
 
-# ### Before and after a walk: what does a transform ask of its caller?
+# ### What does a transform ask of its caller?
 #
-# In the order of a run (I.7): which arguments, and each as a fresh input; what the
-# function returned; the cotangents that a walk starts with; and, for an input, whether a
-# walk can come to it at all.
+# When `grad(f)` runs f, there are four questions. A function for each converts what it
+# can, and refuses the rest in the name of the transform:
+#
+#     by which arguments?         `_choose_arguments`   those at `argnums`, each once
+#     have they a derivative?     `_fresh_input`        if they are floating-point numbers
+#     has f returned Tensors?     `_outputs`            or numbers, with a warning
+#     with what cotangents?       `_seed`               of the same shape; 1 for a scalar
 #
 #     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
 #     >>> print(chosen, put_back((10.0, 30.0)))
@@ -5880,10 +5862,8 @@ def _outline(tree: Any) -> str:
 
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
     """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(f"{name}: the arguments are a tuple, one entry each, such as (x,)")
-    one = isinstance(argnums, (int, np.integer))
-    positions = list(range(len(args))) if argnums is None else np.ravel(argnums).tolist()
+    is_one = isinstance(argnums, (int, np.integer))
+    positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
     if not all(isinstance(i, int) for i in positions):
         raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
     if any(i not in range(-len(args), len(args)) for i in positions):
@@ -5895,16 +5875,23 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
 
     def put_back(chosen: Any) -> list:
         arguments = list(args)
-        for i, argument in zip(positions, [chosen] if one else chosen):
+        for i, argument in zip(positions, [chosen] if is_one else chosen):
             arguments[i] = argument
         return arguments
 
-    chosen = args[positions[0]] if one else tuple(args[i] for i in positions)
-    return chosen, put_back
+    chosen = tuple(args[i] for i in positions)
+    return chosen[0] if is_one else chosen, put_back
+
+
+def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
+    for given in (primals, tangents):
+        if not isinstance(given, (tuple, list)):
+            raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument, such "
+                            f"as (x,); and not a {type(given).__name__}")
 
 
 def _fresh_input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
+    """A new tensor to differentiate by, tied to `x` if somebody else tracks that."""
     array = np.asarray(_value(x))
     if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
         raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which has "
@@ -5912,8 +5899,8 @@ def _fresh_input(name: str, x: Any) -> Tensor:
     return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
 
 
-def _copied(x: Any) -> Any:
-    """A copy, still on the tape of x if that is on one."""
+def _copied_argument(x: Any) -> Any:
+    """A copy, still on the tape of x if that is on one; integers remain integers."""
     return _copy(x) if _tracked(x) else np.array(_value(x))
 
 
@@ -5943,6 +5930,13 @@ def _level_of_caller() -> int:
     return level
 
 
+def _first_of_pair(name: str, output: Any) -> Any:
+    if not (isinstance(output, tuple) and len(output) == 2):
+        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, aux), not "
+                        f"{type(output).__name__}")
+    return output[0]
+
+
 def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     """What a walk starts with: the cotangent given, or 1 for a scalar."""
     if not isinstance(output, Tensor):
@@ -5966,22 +5960,8 @@ def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_gr
     return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
 
 
-def _first_of_pair(name: str, output: Any) -> Any:
-    if not (isinstance(output, tuple) and len(output) == 2):
-        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, aux), not "
-                        f"{type(output).__name__}")
-    return output[0]
-
-
-def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
-    for given in (primals, tangents):
-        if not isinstance(given, (tuple, list)):
-            raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument, such "
-                            f"as (x,); and not a {type(given).__name__}")
-
-
 def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
-    """The inputs that somebody wants a derivative by, if they can have one."""
+    """What `gradients` asks: it runs no f, and its inputs must be on a tape already."""
     inputs = list(inputs)
     for t in inputs:
         if not isinstance(t, Tensor):
@@ -5992,40 +5972,47 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
     return inputs
 
 
-# *A tape that was let go.* The search for a route (I.5) asks each tensor that it meets
-# what it was made of. One that has seen a `backward` of its own cannot say any more; and
-# that is an error, unless it cannot matter. (When does it come up? In a function with a
-# training loop inside, which returns x times its last loss, say.) So `backward` leaves
-# in `_sources` the times of the leaves that it met. Below, s was made of w alone:
+# ### What if a tape was let go?
+#
+# The search for a route (I.5) asks each tensor what it was made of. One that a `backward`
+# has passed cannot say any more. That is an error, unless it cannot matter, as for a
+# function with a training loop inside, which returns x times its last loss. So
+# `backward` leaves in the `_sources` of that loss the times of the leaves that it met.
+# Below, s is the loss, and was made of w alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
 #     >>> s.backward()  # lets go; s._sources is {2}
-#     >>> print(gradients(s * x, [x])[0])  # 1 is not among these: it is not behind s
+#     >>> print(gradients(s * x, [x])[0])  # 1 is not in it, so x is not behind s
 #     4.0
-#     >>> gradients(s * x, [w])  # 2 is
+#     >>> gradients(s * x, [w])  # 2 is in it
 #     Traceback (most recent call last):
 #     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, behind which somebody looks for `inputs`: none, if they were
-    let go and no input had a part in them; RuntimeError, if one may have had."""
+    """The operands of `t`, for a search for `inputs`. Of those that were let go: none, if
+    no input is behind `t`; else RuntimeError.
+    """
     if t._operands is not None:
         return t._operands
-    older = [x for x in inputs if x._time < t._time]
-    if not older:
-        return ()  # no input can be behind t
-    met = t._sources  # the leaves that its backward came to
-    if met is not None and all(x._op is None and x._time not in met for x in older):
-        return ()  # and none of them is one
-    return _require_operands(t)
+    if any(_may_be_behind(t, x) for x in inputs):
+        return _require_operands(t)  # raises
+    return ()
+
+
+def _may_be_behind(t: Tensor, x: Tensor) -> bool:
+    """Whether `t`, whose operands were let go, may have been made of `x`."""
+    if x._time >= t._time:
+        return False  # operands are older
+    if t._sources is None or x._op is not None:
+        return True  # for t, or for what is no leaf, nothing was noted
+    return x._time in t._sources
 
 
 # ## IV.4 The machine: what had to be measured?
 #
-# What does the ground we stand on do that we did not ask for? Here is what one would not
-# believe unmeasured. (What concerns one function only stands there.)
+# What does the ground we stand on do that we did not ask for?
 #
 # **Old NumPy.** Before its version 2, NumPy made a float64 of a single float32 number
 # times 2.0, though not of an array of several. There, what an operation computes from
@@ -6043,8 +6030,7 @@ def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarra
     return y
 
 
-# **How many cores?** Fewer than the machine has, perhaps, for a process may be confined
-# to some.
+# **How many cores?** A process may be confined to some of those that the machine has.
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # 0: of this process
@@ -6053,10 +6039,10 @@ def _cores() -> int:
 
 # **Fork.** macOS has os.fork, but its own libraries do not survive it, and Windows has
 # none. Python 3.12 and later warn of a fork while other threads run, BLAS's idle ones
-# included, because a lock that a thread holds stays locked in the copy, where that
-# thread is not. A worker only computes with NumPy, and what that locks is seen to by
-# IV.5's point 5.
+# included: a lock that a thread holds stays locked in the copy, where that thread is
+# not. Our workers only compute with NumPy, whose locks are IV.5's point 5.
 _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
+
 
 def _fork() -> int:
     """os.fork, which returns twice: 0 in the new process, its number in the old one."""
@@ -6067,11 +6053,10 @@ def _fork() -> int:
         return os.fork()
 
 
-# **BLAS,** which computes NumPy's matrix products, has threads of its own. As many as
-# there are cores, in each of as many processes, would be in each other's way. NumPy has
-# no name for their number, but OpenBLAS, which comes with it, has.
-# (OPENBLAS_NUM_THREADS=1, set before NumPy is imported, does the same for all
-# processes, from the start.)
+# **BLAS,** which computes NumPy's matrix products, has a thread for each core. With as
+# many processes, these would be in each other's way. NumPy has no name for their number,
+# but OpenBLAS, which comes with it, has. (Before NumPy is imported, OPENBLAS_NUM_THREADS=1
+# in the environment does the same.)
 def _set_blas_threads(count: int) -> int | None:
     """Give OpenBLAS so many threads; returns how many it had (None: no OpenBLAS)."""
     if _openblas() is None:
@@ -6098,25 +6083,22 @@ def _openblas() -> tuple[Callable, Callable] | None:
     return None
 
 
-# **The allocator.** While an optimizer lives, this process keeps the memory that it
-# frees. A step of training makes and drops the same arrays of a few megabytes each
-# time. By default glibc, the C library of most Linuxes, gives such memory back to the
-# system at once, and gets it again page by page: 70,000 pages in a step of a GPT of
-# width 256, where 16,000 would do; and half of the time of a CNN's step goes there. Two
-# settings rule it (mallopt(3)), and we raise both:
+# **The allocator.** A step of training makes and drops the same arrays of a few megabytes
+# each time. By default glibc, the C library of most Linuxes, gives such memory back to
+# the system at once, and gets it again page by page: half of the time of a CNN's step
+# goes there. So while an optimizer lives, this process keeps the memory that it frees.
+# Two settings rule it (mallopt(3)), and we raise both to the most they may be:
 #
 # - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
-#   The most that may be set is 32 MiB.
 # - Smaller ones come from a heap, at whose end up to M_TRIM_THRESHOLD free bytes are
-#   kept. The most is the largest C int: that is, all are kept.
+#   kept.
 #
 # When the last optimizer is gone, free memory is given back, and M_TRIM_THRESHOLD becomes
-# 64 MiB: twice the other, as glibc itself would choose. M_MMAP_THRESHOLD stays at 32 MiB.
-# (If nobody calls mallopt, glibc raises it step by step, from 128 KiB to the largest
-# block that it has seen freed; but after any call, never again. Set back to 128 KiB, it
-# would make every array anew.)
+# twice the other, as glibc itself would choose. M_MMAP_THRESHOLD stays: glibc begins with
+# 128 KiB and raises it to the largest block that it has seen freed, but not once mallopt
+# was called. Set back, it would make every array anew.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
-_LARGEST_INT = (1 << 31) - 1
+_LARGEST_INT = (1 << 31) - 1  # that is, all is kept
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB
 _trainers: set[int] = set()  # the id of each that lives
 
@@ -6153,32 +6135,30 @@ def _glibc() -> Any:
 
 # ## IV.5 Workers: what if one dies?
 #
-# This is the machinery of DataParallel (III.9): how workers are made, talked to and
-# ended. First what is easy. To make one, `os.fork`; the copy runs this loop, and never
-# anything else:
+# DataParallel (III.9) makes its workers by `os.fork`. Such a copy of the program runs
+# this loop, and never anything else:
 #
 #     while True:
 #         job = pipe.recv()           # waits
 #         pipe.send(compute(job))
 #
-# The rest is about endings: no process may wait for ever, and none may run on. There are
-# five:
+# The rest is about what may go wrong, for no process may wait for ever, and none run on:
 #
 # 1. *We end it.* A worker has nothing to tidy up. So it is killed (SIGKILL, the signal
-#    that no process can refuse), whatever it computes, and waited for: until its parent
-#    has asked how it ended, the system keeps an entry for it.
-# 2. *A worker dies*, perhaps since memory ran out. The system closes the pipe's end of
-#    a process that is gone. So the parent, waiting there, gets an EOFError, asks how
-#    the worker ended, says so, and ends the others.
+#    that no process can refuse), and waited for: until its parent has asked how it
+#    ended, the system keeps an entry for it.
+# 2. *A worker dies*, perhaps since memory ran out. The system closes its end of the pipe.
+#    So the parent, waiting at the other, gets an EOFError, says how the worker ended, and
+#    ends the others.
 # 3. *The parent dies.* Then `recv` in the worker fails likewise. But a worker in the
-#    middle of a long share is not listening, and another process of the user's may hold
-#    a copy of the pipe's end. So each worker also looks four times a second whether its
-#    parent still is its parent: an orphan is given to another.
+#    middle of a long share is not listening, and another process may hold a copy of the
+#    parent's end. So each worker also looks four times a second whether its parent
+#    still is its parent: an orphan is given to another.
 # 4. *Ctrl-C* reaches all processes of a terminal. Workers ignore it, and the parent,
-#    interrupted, ends them. Where it must not be interrupted, between a fork and the
-#    note of it, Ctrl-C has to wait (`_interrupts_held`).
-# 5. *A worker never begins.* If at the moment of the fork another thread of the program
-#    is at a matrix product, it may hold OpenBLAS's lock on its buffers. The copy of that
+#    interrupted, ends them. Between a fork and the note of it, where it must not be
+#    interrupted, Ctrl-C has to wait (`_interrupts_held`).
+# 5. *A worker never begins.* If another thread of the program is at a matrix product at
+#    the moment of the fork, it may hold OpenBLAS's lock on its buffers. The copy of that
 #    lock is never let go, and the worker's first product waits for ever. So a worker
 #    computes a product before it says that it is ready, and one that does not say so in
 #    time is ended and made again.
@@ -6188,7 +6168,7 @@ def _glibc() -> Any:
 
 def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros in memory that is common to this process and all that it forks later."""
-    import mmap  # only here, for it is slow to load, as are some below
+    import mmap  # only here, for it is slow to load
 
     bytes_needed = max(1, size * dtype.itemsize)  # 0 is refused
     memory = mmap.mmap(-1, bytes_needed)  # -1: of no file; it goes with its last user
@@ -6217,9 +6197,13 @@ class _Layout:
     def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Flat arrays, each made by `empty(size, dtype)`, and their pieces, as views."""
         flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
-        pieces = [flats[dtype][part].reshape(shape)
-                  for dtype, part, shape in self._places]
+        pieces = [flats[dtype][part].reshape(shape) for dtype, part, shape in self._places]
         return list(flats.values()), pieces
+
+
+# How long to wait for a worker's beginning, which takes about a millisecond: longer each
+# time, for it may be the machine that is slow.
+_SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
 
 
 class _Team:
@@ -6229,8 +6213,7 @@ class _Team:
     which is the parent, the team is empty, and nothing is moved.
     """
 
-    def __init__(self, params: list, layout: _Layout, processes: int,
-                 compute: Callable) -> None:
+    def __init__(self, params: list, layout: _Layout, processes: int, compute: Callable) -> None:
         self.parent = os.getpid()
         self.workers: list[_Worker] = []  # number k computes share k + 1
         self.is_closed = False
@@ -6251,7 +6234,7 @@ class _Team:
 
         threads = _set_blas_threads(1)  # (IV.4)
         self._end = weakref.finalize(  # also if nobody calls `close`
-            self, _end_workers, self.workers, os.getpid(), threads)
+            self, _end_workers, self.workers, self.parent, threads)
         try:
             with _interrupts_held():
                 for share in range(1, processes):
@@ -6285,40 +6268,30 @@ class _Team:
 
     def live_as_worker(self, pipe: Any, answer: Callable) -> NoReturn:
         """A worker's whole life. It must not return into the program it is a copy of."""
-        import signal
-
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
             gc.freeze()  # to look at old objects would copy the memory that they lie in
-            _a_product()
+            for p, common in zip(self._params, self._common):
+                p._data = common
+            _mode.recording = True  # also if it was made inside no_grad()
+            np.ones((128, 128)) @ np.ones((128, 128))  # 5. (small ones need no buffer)
             pipe.send("ready")
-            self._work(pipe, answer)
+            while True:
+                job = pipe.recv()  # EOFError if nobody is left to send one
+                try:
+                    pipe.send(answer(job))
+                except BaseException:
+                    import traceback  # only here, for it is slow to load
+                    told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
+                    pipe.send(RuntimeError(told))
         finally:
             os._exit(1)
 
-    def _work(self, pipe: Any, answer: Callable) -> NoReturn:
-        import traceback
-
-        for p, common in zip(self._params, self._common):
-            p._data = common
-        _mode.recording = True  # also if it was made inside no_grad()
-        while True:
-            job = pipe.recv()  # EOFError if nobody is left to send one
-            try:
-                pipe.send(answer(job))
-            except BaseException:
-                told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
-                pipe.send(RuntimeError(told))
-
     def close(self) -> None:
-        """End the workers, and move the parameters back into memory of this process.
-
-        One whose array somebody holds (`p.data`) stays where it is, for they go on
-        seeing it.
-        """
+        """End the workers, and move the parameters back into memory of this process."""
         self.is_closed = True
         if self._end is None:
             return
@@ -6328,18 +6301,9 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and p._checksum is None:
+                if p._data is common and p._checksum is None:  # else somebody looks there
                     p._data = array
             self._common = []
-
-
-# How long to wait for a worker's beginning, which takes about a millisecond: longer each
-# time, for it may be the machine that is slow.
-_SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
-
-def _a_product() -> None:
-    """A matrix product for which OpenBLAS needs a buffer: a smaller one may need none."""
-    np.ones((128, 128)) @ np.ones((128, 128))
 
 
 class _Worker:
@@ -6380,8 +6344,6 @@ class _Worker:
 
     def _lost(self) -> RuntimeError:
         """What to say of a worker whose end of the pipe is closed."""
-        import signal
-
         self._wait(seconds=1)  # plenty: a pipe is closed a moment before the end is told
         code = self._exit_code
         if not self._has_ended:
@@ -6398,8 +6360,6 @@ class _Worker:
 
     def end(self) -> None:
         """End the process, whatever it does."""
-        import signal
-
         self._pipe.close()
         self._wait(seconds=0)
         if not self._has_ended:  # else its number may be another's by now
@@ -6447,8 +6407,6 @@ def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C has to wait until this is done."""
-    import signal
-
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # asks, and blocks nothing
     try:  # from here on, what is blocked is let through in the end
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
