@@ -5600,11 +5600,9 @@ def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
     """The cotangent `g` of `t` as a Tensor with memory of its own."""
-    if _tracked(g):
-        return _copy(g)
     if t._op is None and not create_graph:
         return _wrap(np.asarray(g))  # by `_fit` or `_seed`, a leaf has its own already
-    return _wrap(np.array(_value(g)))
+    return _copy(g)
 
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
@@ -5669,11 +5667,8 @@ Tensor.__reduce__ = _reduce
 #     ...         return pull(g)[0]  # and back along it
 #     ...     return primitive(rule)(f)(x)  # f on bare arrays: no tape
 #     ...
-#     >>> def f(x):
-#     ...     return np.exp(np.sin(x))
-#     ...
 #     >>> x = Tensor(0.0)
-#     >>> y = naive_checkpoint(f, x)
+#     >>> y = naive_checkpoint(lambda x: np.exp(np.sin(x)), x)
 #     >>> print(y._operands[0] is x)  # nothing between them
 #     True
 #     >>> y.backward()
@@ -5703,8 +5698,7 @@ Tensor.__reduce__ = _reduce
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
-    """f(*args), whose intermediate results are not kept but recomputed in the backward
-    pass.
+    """f(*args), whose intermediate results are computed again in the backward pass.
 
     Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it
     closes over (a module's parameters) gets gradients too. Random numbers are drawn
@@ -5805,8 +5799,8 @@ def _is_item(tree: Any) -> bool:
 
 
 # A cotangent is built like the result that it belongs to, and a tangent like its
-# argument. To pair them, walk through both nests at once, dicts by key. The one to be
-# like decides what is an item, for [1.0, 1.0] may stand beside one array or two results:
+# argument. To pair them, walk through both nests at once, dicts by key. The result, or
+# the argument, decides what is an item, for [1.0, 1.0] may belong to one array or to two:
 #
 #     >>> for like in np.ones(2), (1.0, 1.0):
 #     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
@@ -5834,7 +5828,7 @@ def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
 
 
 def _keys(tree: Any) -> Any:
-    """What stands in brackets behind a nest; None for what is no dict, list or tuple."""
+    """The keys of a dict, or the positions in a list or tuple; None for all else."""
     if isinstance(tree, dict):
         return tree.keys()
     return range(len(tree)) if isinstance(tree, (list, tuple)) else None
@@ -5956,8 +5950,7 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
     """Pairs (output, cotangent), with which a walk starts."""
-    pairs = zip(outputs, cotangents)
-    return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
+    return [(y, _seed(name, y, g, create_graph)) for y, g in zip(outputs, cotangents)]
 
 
 def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
@@ -6054,13 +6047,11 @@ def _fork() -> int:
 
 
 # **BLAS,** which computes NumPy's matrix products, has a thread for each core. With as
-# many processes, these would be in each other's way. NumPy has no name for their number,
-# but OpenBLAS, which comes with it, has. (Before NumPy is imported, OPENBLAS_NUM_THREADS=1
-# in the environment does the same.)
-def _set_blas_threads(count: int) -> int | None:
+# many processes, these would be in each other's way. NumPy has no name for their
+# number, but OpenBLAS, which comes with it, has. (Before NumPy is imported,
+# OPENBLAS_NUM_THREADS=1 in the environment does the same.)
+def _set_blas_threads(count: int | None) -> int | None:
     """Give OpenBLAS so many threads; returns how many it had (None: no OpenBLAS)."""
-    if _openblas() is None:
-        return None
     get_threads, set_threads = _openblas()
     before = get_threads()
     set_threads(count)
@@ -6068,9 +6059,10 @@ def _set_blas_threads(count: int) -> int | None:
 
 
 @functools.cache
-def _openblas() -> tuple[Callable, Callable] | None:
-    """Its functions that get and set the number of threads, if NumPy has loaded it."""
+def _openblas() -> tuple[Callable, Callable]:
+    """Its functions that get and set the number of threads; without it, two that do nothing."""
     import ctypes
+
     names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
              "openblas_{}_num_threads64_",  # with NumPy 1
              "openblas_{}_num_threads")  # and with the system
@@ -6080,7 +6072,7 @@ def _openblas() -> tuple[Callable, Callable] | None:
             for name in names:
                 if hasattr(library, name.format("get")):
                     return library[name.format("get")], library[name.format("set")]
-    return None
+    return lambda: None, lambda count: None
 
 
 # **The allocator.** A step of training makes and drops the same arrays of a few megabytes
@@ -6126,6 +6118,7 @@ def _give_back(trainer: int) -> None:
 def _glibc() -> Any:
     """The C library, if it is glibc."""
     import ctypes
+
     with contextlib.suppress(OSError, TypeError):  # (TypeError: on Windows)
         library = ctypes.CDLL(None)  # what this process has loaded
         if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
@@ -6170,8 +6163,7 @@ def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros in memory that is common to this process and all that it forks later."""
     import mmap  # only here, for it is slow to load
 
-    bytes_needed = max(1, size * dtype.itemsize)  # 0 is refused
-    memory = mmap.mmap(-1, bytes_needed)  # -1: of no file; it goes with its last user
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # -1: of no file; 0 bytes are refused
     return np.frombuffer(memory, dtype, size)
 
 
@@ -6277,7 +6269,7 @@ class _Team:
             for p, common in zip(self._params, self._common):
                 p._data = common
             _mode.recording = True  # also if it was made inside no_grad()
-            np.ones((128, 128)) @ np.ones((128, 128))  # 5. (small ones need no buffer)
+            np.ones((128, 128)) @ np.ones((128, 128))  # point 5 (for a buffer)
             pipe.send("ready")
             while True:
                 job = pipe.recv()  # EOFError if nobody is left to send one
@@ -6400,8 +6392,7 @@ def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) 
         for worker in workers:
             worker.end()
         workers.clear()
-        if blas_threads is not None:
-            _set_blas_threads(blas_threads)
+        _set_blas_threads(blas_threads)
 
 
 @contextlib.contextmanager
