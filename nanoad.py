@@ -42,7 +42,6 @@ import math
 import operator
 import os
 import reprlib
-import signal
 import string
 import sys
 import threading
@@ -965,7 +964,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """
     if not primals:
         raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
-    run = _Run("vjp", f, _map_tree(_copied_argument, primals))  # whoever calls may write to them later
+    run = _Run("vjp", f, _map_tree(_copied_argument, primals))  # callers may write to theirs
     outputs = _outputs("vjp", _flatten(run.output)[0])
 
     def vjp_fn(cotangent: Any) -> tuple:
@@ -6161,7 +6160,7 @@ def _glibc() -> Any:
 
 def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros in memory that is common to this process and all that it forks later."""
-    import mmap  # only here, for it is slow to load
+    import mmap  # only here, for it is slow to load, as are some below
 
     memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # -1: of no file; 0 bytes are refused
     return np.frombuffer(memory, dtype, size)
@@ -6261,6 +6260,9 @@ class _Team:
     def live_as_worker(self, pipe: Any, answer: Callable) -> NoReturn:
         """A worker's whole life. It must not return into the program it is a copy of."""
         try:
+            import signal
+            import traceback
+
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -6269,14 +6271,13 @@ class _Team:
             for p, common in zip(self._params, self._common):
                 p._data = common
             _mode.recording = True  # also if it was made inside no_grad()
-            np.ones((128, 128)) @ np.ones((128, 128))  # point 5 (for a buffer)
+            np.ones((128, 128)) @ np.ones((128, 128))  # point 5: it needs a buffer
             pipe.send("ready")
             while True:
                 job = pipe.recv()  # EOFError if nobody is left to send one
                 try:
                     pipe.send(answer(job))
                 except BaseException:
-                    import traceback  # only here, for it is slow to load
                     told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
                     pipe.send(RuntimeError(told))
         finally:
@@ -6336,6 +6337,8 @@ class _Worker:
 
     def _lost(self) -> RuntimeError:
         """What to say of a worker whose end of the pipe is closed."""
+        import signal
+
         self._wait(seconds=1)  # plenty: a pipe is closed a moment before the end is told
         code = self._exit_code
         if not self._has_ended:
@@ -6352,6 +6355,8 @@ class _Worker:
 
     def end(self) -> None:
         """End the process, whatever it does."""
+        import signal
+
         self._pipe.close()
         self._wait(seconds=0)
         if not self._has_ended:  # else its number may be another's by now
@@ -6398,6 +6403,8 @@ def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C has to wait until this is done."""
+    import signal
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # asks, and blocks nothing
     try:  # from here on, what is blocked is let through in the end
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
