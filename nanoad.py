@@ -91,11 +91,11 @@ class Tensor:
     another floating-point type to convert to. A list that holds Tensors is stacked. A
     TypeError for what is no real number.
 
-    With `requires_grad` it is tracked, and without, a constant. (Made of a tracked
-    Tensor, it is a copy that is still tied to that, and so no leaf, but inside
-    no_grad().) Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and
-    methods (II.8) differentiate, and take all that is no Tensor for a constant.
-    Comparisons give plain bool arrays.
+    With `requires_grad` it is tracked, and without, a constant. (A tracked copy of a
+    tracked Tensor is tied to that, so it is no leaf; unless made inside no_grad().)
+    Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and methods (II.8)
+    differentiate, and take all that is no Tensor for a constant. Comparisons give plain
+    bool arrays.
     """
 
     __slots__ = (
@@ -119,7 +119,9 @@ class Tensor:
         source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
-            _fill(self, array, True, identity, (source,))  # a result, by an operation (I.2)
+            # The copy of a tracked tensor is a result of it, by the operation `identity`
+            # (I.2). So grad(grad(f)) finds its way from one input to the other (I.7).
+            _fill(self, array, True, identity, (source,))
         else:
             _fill(self, array, requires_grad)
         self.label = label
@@ -217,36 +219,6 @@ def _tracked(a: Any) -> bool:
     return isinstance(a, Tensor) and a.requires_grad
 
 
-# Whether a tape is written can be switched, for a while and for this thread alone. Two
-# other things are switched in the same way, and come later.
-
-
-class _Mode(threading.local):
-    """What each thread has for itself."""
-
-    recording = True  # whether a tape is written
-    runs: tuple = ()  # the transforms that are running a function just now (I.7)
-    rng = functools.cached_property(lambda self: np.random.default_rng())  # for dropout and its kin
-
-    @contextlib.contextmanager
-    def set(self, **fields: Any) -> Iterator[None]:
-        """Inside, the fields have these values; afterwards all is as before."""
-        before = {name: getattr(self, name) for name in fields}
-        self.__dict__.update(fields)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
-
-
-_mode = _Mode()
-
-
-def no_grad() -> contextlib.AbstractContextManager:
-    """A context manager and, with its parentheses, a decorator: inside, no tape is written."""
-    return _mode.set(recording=False)
-
-
 # ## I.2 Operations: what is one?
 #
 # A function on ndarrays, and for each operand a **VJP rule** that says what the operand
@@ -260,7 +232,8 @@ def no_grad() -> contextlib.AbstractContextManager:
 # moves by `da * b`. What the final result L does then is for `g` to say, which holds
 # the slope of L by each element of `y`: L moves by the sum of `g * (da * b)` over all
 # elements. That is the sum of `(g * b) * da`, so the slope of L by each element of `a`
-# is what stands before `da`: `g * b`. All rules are found so: move an operand, see how
+# is what stands before `da`: `g * b`. (It has the shape of y; if `a` was stretched to
+# that, I.4 brings it back.) All rules are found so: move an operand, see how
 # the result moves, multiply by `g`, add up, and read off the factor. A rule is given
 # `g`, the result `y` and the operands, and uses what it likes.
 #
@@ -280,7 +253,8 @@ def no_grad() -> contextlib.AbstractContextManager:
 #         return _wrap(y)  # a constant
 #
 # The real one, `_operation`, does this in four steps, and II.9 follows a call through
-# them. `primitive` makes an operation of a function and its rules.
+# them. A number among the operands stays a number. `primitive` makes an operation of a
+# function and its rules.
 
 
 def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
@@ -303,7 +277,7 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     return decorate
 
 
-_PLAIN = {Tensor, int, float}  # a Tensor and others of these: nothing to convert
+_PLAIN = {Tensor, int, float}  # the usual call has only these, and nothing to convert
 
 
 def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
@@ -313,7 +287,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     def operation(*args: Any, **settings: Any) -> Tensor:
         kinds = set(map(type, args))
         if settings or Tensor not in kinds or not kinds <= _PLAIN:
-            args, settings = _admit(operation, args, settings)  # 1. convert (II.9)
+            args, settings = _admit(operation, args, settings)  # 1. convert the rest (II.9)
 
         arrays, tracked = [], False
         for a in args:  # 2. unpack the Tensors
@@ -342,6 +316,36 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     operation.definition = None  # of a fused operation (II.7)
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
+
+
+# Whether a tape is written (step 4) can be switched, for a while and for this thread
+# alone. Two other things are switched in the same way, and come later.
+
+
+class _Mode(threading.local):
+    """What each thread has for itself."""
+
+    recording = True  # whether a tape is written
+    runs: tuple = ()  # the transforms that are running a function just now (I.7)
+    rng = functools.cached_property(lambda self: np.random.default_rng())  # for dropout and its kin
+
+    @contextlib.contextmanager
+    def set(self, **fields: Any) -> Iterator[None]:
+        """Inside, the fields have these values; afterwards all is as before."""
+        before = {name: getattr(self, name) for name in fields}
+        self.__dict__.update(fields)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+
+_mode = _Mode()
+
+
+def no_grad() -> contextlib.AbstractContextManager:
+    """A context manager and, with its parentheses, a decorator: inside, no tape is written."""
+    return _mode.set(recording=False)
 
 
 # On the way back, an operation's `pull` says what each operand receives. This one asks
@@ -454,10 +458,11 @@ Tensor.__neg__ = neg
 # exception is `x[i]`, a free view, whose cotangent is as large as x.)
 #
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
-# younger than t*. When t is the youngest that waits, nothing that uses it is waiting; and
-# nothing younger can come to wait later, since from here on only operands are added,
-# which are older still. So all that used t has been taken before, and its cotangent is
-# complete. Take `y = a * b` and `z = y + a`, where a, b, y, z have the times 1, 2, 3, 4:
+# younger than t*. When t is the youngest that waits, nothing that uses it is waiting;
+# and nothing younger can come to wait later, since from here on only operands are
+# added, which are older still. So every use of t that leads to the end has been taken
+# before (others never wait, and owe nothing), and its cotangent is complete. Take `y =
+# a * b` and `z = y + a`, where a, b, y, z have the times 1, 2, 3, 4:
 #
 #          z:4         what waits, with its cotangent     is taken
 #         /   \        z:4 <- 1                           z, whose shares go to y and a
@@ -499,7 +504,7 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
         g = g.astype(np.float32)  # many small numbers would not add up
     padded = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front: (1, 3)
     stretched = tuple(i for i, n in enumerate(g.shape) if n != padded[i])  # here (0,)
-    if len(padded) > g.ndim or any(padded[i] != 1 for i in stretched):
+    if len(shape) > g.ndim or any(padded[i] != 1 for i in stretched):
         raise ValueError(f"a cotangent of shape {g.shape} for an operand of shape {shape}, which "
                          "does not stretch to it: a rule returns the shape of its operand, or of y")
     return np.sum(g, axis=stretched).reshape(shape)
@@ -512,15 +517,20 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 #
 #     j:1     k:2 = exp(j)     x:3     y:4 = k * x     w:5 = sin(k)     z:6 = y * w
 #
-# First the search goes from z back to what it was made of, but not behind the *horizon*:
-# the oldest input, here x. What is older, as k is, was not made of x, and nothing behind
-# it was. It is noted, as `older`, and not gone on from. (So are the operands of x itself,
-# if it has any: I.7 needs to know.) Then it goes forwards through what it found. On the
-# route are the inputs, and whatever has an operand on the route:
+# Search back from z to all that it was made of. Then go forwards through what was found:
+# on the route are the inputs, and whatever has an operand on the route.
 #
-#     found           6, 5, 4, 3, 2; and not 1, which is behind 2
-#     older           2
+#     found           6, 5, 4, 3, 2
 #     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
+#
+# Why was j not found? A tensor is made of older ones. So k, which is older than x, was
+# not made of x, nor was anything behind k; and there the search turns back. The oldest
+# input is its *horizon*. The tracked tensors at which it turned back are noted, as
+# `older`, for I.7 will ask whether there were any. (Had x operands, they would be found
+# and noted.)
+#
+# No two tensors have one time, so a time serves as a tensor's name, and a set of times
+# keeps no tensor alive.
 #
 #     >>> j = Tensor(1.0)
 #     >>> k = np.exp(j)
@@ -551,7 +561,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
         t = to_visit.pop()
         if t._time not in found:
             found[t._time] = t
-            if t._time >= horizon:
+            if t._time >= horizon:  # else it is older: turn back
                 to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.3)
 
     times = {t._time for t in inputs}
@@ -589,7 +599,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
             continue  # a leaf; or the oldest input, behind which no other can be
         wanted = _wanted_operands(t, route)
         if True not in wanted:
-            continue
+            continue  # such as a younger input: nothing behind it is asked for
         # (Had the list of shares a name, it would keep them alive through the next step.)
         for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
             if share is None:
@@ -622,7 +632,8 @@ def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
 #
 # **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
 # have one array for their gradients: whoever wrote to one would change the other. So a
-# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.)
+# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.) Where
+# others share one, no harm is done: the walk adds by `+`, and writes to no cotangent.
 
 
 def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
@@ -651,9 +662,11 @@ def _require_operands(t: Tensor) -> tuple:
 
 # **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
 #
-# Two functions use the walk. `backward` goes to all leaves, which keep what they receive;
-# `gradients` to the inputs that it names. Both begin with a cotangent of the output, by
-# default 1 (`_seed`: IV.3).
+# Two functions use the walk, and begin with a cotangent of the output, by default 1
+# (`_seed`: IV.3). In outline they are
+#
+#     backward     for t, g in a walk to all leaves:    if t is a leaf, t.grad += g
+#     gradients    for t, g in a walk on the route:     if t is an input, keep g
 
 
 def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
@@ -662,13 +675,13 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
     seed = _seed("backward", output, grad, create_graph)
-    met = set()  # which tensors a later search need not look for behind this one (IV.3)
+    met = set()  # the times of those that keep a gradient
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
                 met.add(t._time)
                 _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
-    output._sources = met  # of a whole walk, not of one that failed
+    output._sources = met  # for a search that comes here when the tape is gone (IV.3)
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -719,7 +732,10 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
 # given Tensors (`_pull_by_rules`, I.2), and recording stays on during the walk
 # (`_gradients`). The result `y`, too, is then the Tensor, so the derivative of a rule
-# that uses it goes on through y. There is no second set of rules that could be wrong.
+# that uses it goes on through y. There is no second set of rules that could be wrong. And
+# what else the walk does, `+` and the sum in `unbroadcast`, is recorded like the rules.
+# All of it is younger than the first tape, of which it is made. So the second walk has
+# the order of I.3, too; and the first has to retain its tape.
 # (A fused operation has a fast way back beside its rules; its second derivative takes
 # the rules again: II.7.) Here is `x * x * x`, three times over:
 #
@@ -764,7 +780,7 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # another object and not on the inner route. But the inner result was computed from `x`,
 # so the outer walk meets `x` there like any other operand.
 #
-# What does the real one add? First, *a tape only when somebody can ask*. The naive one
+# What does the real one add? *A tape only when somebody can ask.* The naive one
 # records every walk. But of a single `grad(f)(3.0)` nobody can ask for a second
 # derivative: so the walk should run on bare ndarrays, and the gradient be a constant.
 #
@@ -774,18 +790,23 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 # begins, so theirs is older. Look into `grad(grad(f))(3.0)`, for an f that returns
 # `x * x`:
 #
-#     time                                      the search of the inner run
-#     1   the outer run's input, 3.0            older than the horizon: somebody may ask
-#     2   the inner run's input, made of 1      the horizon, whose operands are looked at
-#     3   2 * 2, the result of f                here it begins
+#     a:1    the outer run's input              older than b: somebody may ask
+#     b:2    identity(a), the inner input       the horizon of the inner search
+#     y:3    b * b, the result of f             where the inner search begins
+#     s:4    1 * b + 1 * b, the slope           written by the inner walk (drawn as one)
 #
-# The outer `grad` gave its input 1 to the inner one, whose input 2 is therefore a copy,
-# tied to 1 by `identity` (I.1). So the inner walk is recorded. Its result is a Tensor,
-# made of 2 by the rules of `mul`, and 2 was made of 1: the outer walk goes back that way.
-# Its own search finds nothing that is older than 1. So it runs on bare arrays.
+# The inner search comes from y by b to a, so the inner walk is recorded. The outer search
+# goes from s by b to a, its own input, and meets nothing older: so the outer walk runs
+# on bare arrays.
+#
+# Can an inner walk let go of a tape that an outer one needs? If it is recorded, it
+# retains the tape. If not, nothing older had a part in y, so nobody else's walk leads
+# there.
 #
 # (A parameter of a network that f reads is older, too: its trainer may ask. Where nobody
-# will, call `grad(f)` inside `no_grad()`, and nothing is recorded.)
+# will, call `grad(f)` inside `no_grad()`, and the walk is not recorded; f itself is, for
+# how else would one walk back. What cannot be seen is a tracked tensor that f makes and
+# hands out by a side door: it is younger.)
 #
 # With one input and one output, then, a run of f by a transform is in outline
 #
@@ -795,9 +816,12 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #     recorded = bool(route.older)
 #     slope, = _gradients([(y, 1)], [x], create_graph=recorded, route=route)
 #
-# Second, nests: x and y may be dicts, lists and tuples. `_flatten` makes a list of the
-# items, and gives a function that builds the same nest of others. IV.3 has that, and
-# what chooses the arguments to differentiate by.
+# **Whoever has come this far has the whole idea.** The rest of the file is its use, and
+# the rest of this section is the same in full.
+#
+# It also takes nests: x and y may be dicts, lists and tuples. `_flatten` makes a list
+# of the items, and gives a function that builds the same nest of others. IV.3 has that,
+# and what chooses the arguments to differentiate by.
 
 
 class _Run:
@@ -813,7 +837,7 @@ class _Run:
         with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
             self.output = f(*args, **kwargs or {})  # its y
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        self.recorded = self.must_record(tangents)  # (tangents: I.8)
+        self.recorded = self.must_record(tangents)  # by the caller's mode; (tangents: I.8)
 
     def must_record(self, others: Any) -> bool:
         """Whether somebody may ask for derivatives of what a walk gives: by an older
@@ -837,7 +861,7 @@ class _Run:
         return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
 
     def slopes(self) -> list[Tensor]:
-        """The gradient of a scalar output, to be differentiated again."""
+        """The gradient of a scalar output, to be differentiated again (I.8)."""
         return self.walk_back(_outputs(self.name, [self.output]), [None], create_graph=True)
 
 
@@ -894,8 +918,6 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
     return function
 
 
-# **Whoever has come this far has the whole idea.** The rest of the file is its use.
-#
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
 # The walk computes `J^T u`: the transpose of the *Jacobian* J, the matrix of all slopes,
@@ -933,8 +955,8 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 # 1. From the output, with a cotangent u that is tracked, and `create_graph`. What arrives
 #    is `s = J^T u`, and it is linear in u, for every rule multiplies by its `g`.
 # 2. So the walk from s with the cotangent v, but back to u, multiplies by the transpose
-#    of `J^T`: it gives `J v`. The value of u does not matter, only its place on the
-#    tape.
+#    of `J^T`: it gives `J v`. What u is does not matter: a linear function has the same
+#    slope everywhere, so zeros will do.
 #
 #     >>> def naive_jvp(f, x, v):
 #     ...     x = Tensor(x)
@@ -990,10 +1012,10 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
     items, rebuild = _flatten(run.output)
     outputs = _outputs("jvp", items)
     u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
-    s = run.walk_back(outputs, u, create_graph=True)
+    s = run.walk_back(outputs, u, create_graph=True)  # walk 1
     v = _match("jvp", tuple(tangents), tuple(primals))
     seeds = _seeds("jvp", s, v, run.recorded)
-    return run.value, rebuild(_gradients(seeds, u, run.recorded))
+    return run.value, rebuild(_gradients(seeds, u, run.recorded))  # walk 2
 
 
 def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:

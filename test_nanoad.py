@@ -126,6 +126,9 @@ nn = nanoad.nn
 ROOT = Path(nanoad.__file__).resolve().parent
 SHARED = ROOT.parent / "shared"
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and so would all children
+
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
 forks = pytest.mark.skipif(not nanoad._CAN_FORK, reason="needs a system that can fork")
 
