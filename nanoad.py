@@ -5728,7 +5728,8 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     """
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
-    rng = copy.deepcopy(_mode.rng)
+    kind_of_random = type(_mode.rng.bit_generator)
+    random_state = _mode.rng.bit_generator.state
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
     operands = tuple(_find_route([y], [], horizon=began).older)
@@ -5736,7 +5737,9 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return y.detach()
 
     def run_again() -> Tensor:
-        with _mode.set(recording=True, rng=copy.deepcopy(rng)):  # each time the same numbers
+        rng = np.random.Generator(kind_of_random())  # (copy.deepcopy takes five times as long)
+        rng.bit_generator.state = random_state
+        with _mode.set(recording=True, rng=rng):
             return f(*args)
 
     # (Its pullback is in the place of a fused operation's: II.7.)
