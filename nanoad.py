@@ -5737,7 +5737,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return y.detach()
 
     def run_again() -> Tensor:
-        rng = np.random.Generator(kind_of_random())  # (copy.deepcopy takes five times as long)
+        rng = np.random.Generator(kind_of_random())  # (quicker than copy.deepcopy)
         rng.bit_generator.state = random_state
         with _mode.set(recording=True, rng=rng):
             return f(*args)
