@@ -986,7 +986,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """
     if not primals:
         raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
-    run = _Run("vjp", f, _map_tree(_copied, primals))  # whoever calls may write to them later
+    run = _Run("vjp", f, _map_tree(_copied_argument, primals))  # callers may write to theirs
     outputs = _outputs("vjp", _flatten(run.output)[0])
 
     def vjp_fn(cotangent: Any) -> tuple:
@@ -5262,8 +5262,9 @@ def _constants(module: Module | None) -> list:
 #
 # ## IV.1 Writes: who changed my array?
 #
-# An operation does not copy its operands, so writing into one between the forward and the
-# backward pass would change the derivative without a word. This should be 6:
+# An operation does not copy its operands. So whoever writes to one of them between the
+# forward and the backward pass changes the derivative. This one should be 6. The rule of
+# `mul` would read 100, and answer 200 without a word; it is an error instead:
 #
 #     >>> x = Tensor(3.0)
 #     >>> y = x * x
@@ -5272,17 +5273,46 @@ def _constants(module: Module | None) -> list:
 #     Traceback (most recent call last):
 #     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
 #
-# NumPy reports no writes. So a checksum is taken when the array of a tracked tensor is
-# handed out (`t.data`), and taken again whenever its elements are read: by an operation,
-# or by a walk that needs them as they were. If it has changed, the moment is noted.
-# Above, x was made at 1 and y at 2, and the write is noted at 3: after y, so it is an
-# error. (A result made at 4 has seen what was written, and may walk back.)
+# **The naive watch** is a clock. Whoever writes to a tensor notes when, in `_written`,
+# by the counter that also says when tensors were made:
 #
-# `t._checksum` is None as long as nobody outside has the array, and `t._written` is the
-# time of the last write that is known of. The price of touching `p.data` is that each
-# operation on p reads p once more from then on, for a crc32. Of a constant, of a raw
-# array that is an operand, and of a view such as `t.detach()` or `t.T`, nothing is
-# known: who writes there gets another gradient.
+#     1    x is made
+#     2    y = x * x
+#     3    x is written to, and x._written is 3
+#     4    z = x * x
+#
+# A walk that comes to y needs x as it was at 2, and 3 is later: an error. From z it may
+# go on, for z has seen what was written.
+
+
+def _note_write(t: Tensor) -> None:
+    t._written = next(_clock)
+
+
+def _check_unwritten(t: Tensor, result: Tensor) -> None:
+    """Raise if `t` was written to after `result` was made (of `t`; or it is `t` itself)."""
+    if t._checksum is not None:
+        _renew_checksum(t)  # (below)
+    if t._written > result._time:
+        raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
+                           "changed between forward and backward; call backward first, then write")
+
+
+# **What if NumPy writes?** It does, to an array that was handed out (`x.data`), and tells
+# nobody. So a *checksum* is taken at that moment, and again whenever the array is about
+# to be read: by an operation, or by a walk that needs it as it was. If it has changed,
+# the write is noted then. That is soon enough, for since the write nothing was made of
+# x. (Above, the second `x * x` notes the 3, before its result z gets the 4.)
+#
+# As long as nobody has the array, `_checksum` is None, and nothing is computed. From
+# then on, each operation on x reads the array once more, for a crc32.
+#
+#     who writes                                           is noticed
+#     x.data, x.numpy() or a view of these, taken anytime  yes
+#     x.data = array, and later by that array              yes
+#     optimizers, load_state_dict, `x -= 1` (below)        yes
+#     the array of a constant, or one that is no Tensor's  no
+#     x.detach().data or x.T.data, which share memory      only if x.data was taken, too
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
@@ -5301,19 +5331,6 @@ def _renew_checksum(t: Tensor) -> None:
     t._checksum = now
 
 
-def _note_write(t: Tensor) -> None:
-    t._written = next(_clock)
-
-
-def _check_unwritten(t: Tensor, result: Tensor) -> None:
-    """Raise if `t` was written to since the operation that made `result` of it (or made it)."""
-    if t._checksum is not None:
-        _renew_checksum(t)
-    if t._written > result._time:
-        raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
-                           "changed between forward and backward; call backward first, then write")
-
-
 def _replace_data(t: Tensor, value: Any) -> None:
     """Do `t.data = value`."""
     value = _value(value)
@@ -5322,11 +5339,11 @@ def _replace_data(t: Tensor, value: Any) -> None:
         raise ValueError(f"t.data is {t.dtype} of shape {t.shape} and cannot become {array.dtype} of"
                          f" shape {array.shape}; make a new Tensor for that")
     t._data = array
+    _renew_checksum(t)  # for whoever assigns has the array, too
     _note_write(t)
-    t._checksum = zlib.crc32(np.ascontiguousarray(array))  # for the caller has it, too
 
 
-# *Gradients are written to, too,* as when they are clipped. So one that is kept shares
+# **Gradients are written to, too,** as when they are clipped. So one that is kept shares
 # its memory with no other, and with nothing that it was computed from. Who sees to it?
 #
 #     what arrives at a leaf           `_fit` (I.5), which copies what a rule has reused
@@ -5341,16 +5358,14 @@ def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
     """The cotangent `g` of `t` as a Tensor with memory of its own."""
-    if _tracked(g):
-        return _copy(g)
     if t._op is None and not create_graph:
         return _wrap(np.asarray(g))  # by `_fit` or `_seed`, a leaf has its own already
-    return _wrap(np.array(_value(g)))
+    return _copy(g)
 
 
 def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
-    """The same of which no two are one, where `gradients` was asked twice for one input."""
-    return [as_tensor(_copied(slope)) for slope in slopes]
+    """A Tensor each, where `gradients` was asked twice for one input."""
+    return [_copy(slope) for slope in slopes]
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
@@ -5362,17 +5377,9 @@ def _accumulate(t: Tensor, g: Tensor) -> None:
         t._grad = g if t._grad is None else t._grad + g
 
 
-# `p -= lr * p.grad` has two meanings. While a tape is written it makes a new Tensor,
+# **`p -= lr * p.grad`** has two meanings. While a tape is written it makes a new Tensor,
 # like all arithmetic. Under no_grad(), on a tracked leaf, it writes into the array, as
 # in PyTorch: this is how one writes an optimizer by hand.
-#
-#     >>> p = Tensor([1.0, 2.0])
-#     >>> (p * p).sum().backward()
-#     >>> with no_grad():
-#     ...     p -= 0.25 * p.grad
-#     ...
-#     >>> print(p, p.requires_grad)
-#     [0.5 1. ] True
 
 
 def _in_place(op: Callable) -> Callable:
@@ -5418,11 +5425,8 @@ Tensor.__reduce__ = _reduce
 #     ...         return pull(g)[0]  # and back along it
 #     ...     return primitive(rule)(f)(x)  # f on bare arrays: no tape
 #     ...
-#     >>> def f(x):
-#     ...     return np.exp(np.sin(x))
-#     ...
 #     >>> x = Tensor(0.0)
-#     >>> y = naive_checkpoint(f, x)
+#     >>> y = naive_checkpoint(lambda x: np.exp(np.sin(x)), x)
 #     >>> print(y._operands[0] is x)  # nothing between them
 #     True
 #     >>> y.backward()
@@ -5431,14 +5435,13 @@ Tensor.__reduce__ = _reduce
 #
 # What does it lack? *Other operands*: f may close over Tensors, such as the parameters
 # of a module, and these receive nothing. *Chance*: where f drops out, the second run
-# must draw the numbers that the first one drew. And *a check* that the second run gives
-# what the first one gave.
+# must draw the numbers that the first one drew. And *a check* that both give the same.
 #
-# How do we find out what f reads? Run it once with a tape, which is then dropped. (So for
-# that moment the tape of this one f is there: what is checkpointed should be pieces.) All
-# that f makes is younger than the moment when it began, and all that it reads is older.
-# So the search for a route (I.5), with that moment for its horizon, finds what f has
-# read: what it calls `older`. Here f closes over w, and h is its own:
+# How do we find out what f reads? Run it once with a tape, which is then dropped. (So
+# what is checkpointed should be pieces: for a moment the tape of one is there.) All that
+# f makes is younger than the moment when it began, and all that it reads is older: it
+# is what the search for a route (I.5) calls `older`, with that moment for its horizon.
+# Here f reads w and x, and makes h:
 #
 #     >>> w, x = Tensor(3.0, label="w"), Tensor(2.0, label="x")  # w:1, x:2
 #     >>> began = next(_clock)  # 3
@@ -5447,15 +5450,13 @@ Tensor.__reduce__ = _reduce
 #     >>> print([t.label for t in _find_route([y], [], horizon=began).older])
 #     ['x', 'w']
 #
-# The search goes from 5 to 4, and from there to 2 and 1, which are older than 3. These
-# are the operands of the checkpoint. In the backward pass f runs again, and a small walk
-# goes back along this new tape. Its horizon is the moment when the second run began: so
-# it ends at the operands, and what reaches them is what the checkpoint hands to them.
+# These are the operands of the checkpoint. In the backward pass f runs again, and a small
+# walk goes back along this new tape. Its horizon is the moment when the second run began:
+# so it ends at the operands, and what reaches them is what the checkpoint hands to them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
-    """f(*args), whose intermediate results are not kept but recomputed in the backward
-    pass.
+    """f(*args), whose intermediate results are computed again in the backward pass.
 
     Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it
     closes over (a module's parameters) gets gradients too. Random numbers are drawn
@@ -5473,12 +5474,12 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         return y.detach()
 
     def run_again() -> Tensor:
-        rng = np.random.Generator(kind_of_random())
+        rng = np.random.Generator(kind_of_random())  # (quicker than copy.deepcopy)
         rng.bit_generator.state = random_state
         with _mode.set(recording=True, rng=rng):
             return f(*args)
 
-    # (In the place where a fused operation has its pullback.)
+    # (Its pullback is in the place of a fused operation's: II.7.)
     return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
 
 
@@ -5486,23 +5487,18 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     """What the operands of a checkpoint receive."""
     began = next(_clock)
     again = t._pullback()
-    _require_same(again, t)
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits, for rounding
+    if np.shape(again) != t.shape or not np.allclose(
+            _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise RuntimeError("checkpoint: f gave another result when it was run again for the "
+                           "backward pass; has something that it uses changed, such as a "
+                           "module's training flag?")
+
     inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
     reached = _reached([(again, g)], inputs, create_graph, retain_graph=create_graph,
                        route=route)
     return [reached.get(a) for a in t._operands]  # None where nothing is wanted
-
-
-def _require_same(again: Any, t: Tensor) -> None:
-    """RuntimeError if the second run gave something else, but for rounding."""
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
-    same = np.shape(again) == t.shape and np.allclose(
-        _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
-    if not same:
-        raise RuntimeError("checkpoint: f gave another result when it was run again for the "
-                           "backward pass; has something that it uses changed, such as a "
-                           "module's training flag?")
 
 
 # To the walk (I.5) it is an operation, with any number of operands.
@@ -5512,18 +5508,17 @@ checkpoint.pull = _pull_checkpoint
 
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
 #
-# What a function is differentiated by may be a *nest*: dicts, lists and tuples of
-# arrays, as the parameters of a model are. The transforms only know flat lists of
-# tensors. So a nest is taken apart into the list of its *items*, and what comes out is
-# put together like the nest that went in:
+# An argument may be a *nest*: dicts, lists and tuples of arrays, as the parameters of a
+# model are. A walk only knows a flat list of tensors. So a nest is taken apart into the
+# list of its *items*, and what comes out is put together like the nest that went in:
 #
 #     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
 #     >>> print(items, rebuild([10, 20, 30]))
 #     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
 #
-# Both halves are one function, which goes through a nest and builds the same of what
-# `f` makes of each item. `_flatten` calls it to note the items; `rebuild`, to put the
-# next of the others in the place of each.
+# Both are done by one function, which goes through a nest and builds the same nest of
+# what `f` makes of each item. To flatten, f notes the item; to rebuild, it returns the
+# next of the others.
 
 
 def _map_tree(f: Callable, tree: Any) -> Any:
@@ -5550,32 +5545,23 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     return items, rebuild
 
 
-# What is an item? All that is no dict, list or tuple. And a list of numbers, for it is
-# an array to be; so is a list of lists of numbers, if they are equally long. Of
-# [[1.0], [2.0]] there is one item, and of [[1.0], 2.0] there are two.
+# What is an item? All that is no dict, list or tuple; and a list that is an array to
+# be: of numbers, or of such lists of one shape. Of [[1.0], [2.0]] there is one item, and
+# of [[1.0], 2.0] there are two.
 
 
 def _is_item(tree: Any) -> bool:
-    if isinstance(tree, list):
-        return _shape_of_numbers(tree) is not None
-    return not isinstance(tree, (dict, tuple))
-
-
-def _shape_of_numbers(tree: Any) -> tuple | None:
-    """The shape of the array that nested lists of numbers would make; None if they are no such."""
     if not isinstance(tree, list):
-        return () if np.isscalar(tree) else None
-    shapes = {_shape_of_numbers(item) for item in tree}
-    if len(shapes) > 1 or None in shapes:
-        return None
-    inner = shapes.pop() if shapes else ()
-    return (len(tree), *inner)
+        return not isinstance(tree, (dict, tuple))
+    if all(map(np.isscalar, tree)):
+        return True
+    rows = [row for row in tree if isinstance(row, list) and _is_item(row)]
+    return len(rows) == len(tree) and len(set(map(np.shape, rows))) == 1
 
 
 # A cotangent is built like the result that it belongs to, and a tangent like its
-# argument. To pair them, walk through both nests at once, dicts by key. The nest that
-# is wanted, `like`, decides what is an item, for [1.0, 1.0] may stand beside one array
-# or beside two results:
+# argument. To pair them, walk through both nests at once, dicts by key. The result, or
+# the argument, decides what is an item, for [1.0, 1.0] may belong to one array or to two:
 #
 #     >>> for like in np.ones(2), (1.0, 1.0):
 #     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
@@ -5585,27 +5571,28 @@ def _shape_of_numbers(tree: Any) -> tuple | None:
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
     """The items of `tree`, as Tensors, in the order of those of `like`."""
-    if not _is_built_like(tree, like):
+    if _is_item(like) and not isinstance(tree, dict):
+        item = as_tensor(tree)
+        shape = np.shape(_value(like))
+        if item.shape != shape:
+            raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given "
+                             f"one of {item.shape}")
+        return [item]
+
+    keys = _keys(like)
+    if keys is None or _keys(tree) != keys:
         raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
-    if not _is_item(like):
-        keys = like if isinstance(like, dict) else range(len(like))
-        return [item for key in keys for item in _match(name, tree[key], like[key])]
-
-    item = as_tensor(tree)
-    shape = np.shape(_value(like))
-    if item.shape != shape:
-        raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given "
-                         f"one of {item.shape}")
-    return [item]
+    items = []
+    for key in keys:
+        items += _match(name, tree[key], like[key])
+    return items
 
 
-def _is_built_like(tree: Any, like: Any) -> bool:
-    """Whether two nests agree at the top, in their keys or their length."""
-    if _is_item(like):
-        return not isinstance(tree, dict)  # a list or tuple may become an array
-    if isinstance(like, dict):
-        return isinstance(tree, dict) and tree.keys() == like.keys()
-    return isinstance(tree, (list, tuple)) and len(tree) == len(like)
+def _keys(tree: Any) -> Any:
+    """The keys of a dict, or the positions in a list or tuple; None for all else."""
+    if isinstance(tree, dict):
+        return tree.keys()
+    return range(len(tree)) if isinstance(tree, (list, tuple)) else None
 
 
 def _outline(tree: Any) -> str:
@@ -5613,11 +5600,15 @@ def _outline(tree: Any) -> str:
     return str(_map_tree(lambda item: np.shape(_value(item)), tree))
 
 
-# ### Before and after a walk: what does a transform ask of its caller?
+# ### What does a transform ask of its caller?
 #
-# In the order of a run (I.7): which arguments, and each as a fresh input; what the
-# function returned; the cotangents that a walk starts with; and, for an input, whether a
-# walk can come to it at all.
+# When `grad(f)` runs f, there are four questions. A function for each converts what it
+# can, and refuses the rest in the name of the transform:
+#
+#     by which arguments?         `_choose_arguments`   those at `argnums`, each once
+#     have they a derivative?     `_fresh_input`        if they are floating-point numbers
+#     has f returned Tensors?     `_outputs`            or numbers, with a warning
+#     with what cotangents?       `_seed`               of the same shape; 1 for a scalar
 #
 #     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
 #     >>> print(chosen, put_back((10.0, 30.0)))
@@ -5626,10 +5617,8 @@ def _outline(tree: Any) -> str:
 
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
     """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(f"{name}: the arguments are a tuple, one entry each, such as (x,)")
-    one = isinstance(argnums, (int, np.integer))
-    positions = list(range(len(args))) if argnums is None else np.ravel(argnums).tolist()
+    is_one = isinstance(argnums, (int, np.integer))
+    positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
     if not all(isinstance(i, int) for i in positions):
         raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
     if any(i not in range(-len(args), len(args)) for i in positions):
@@ -5641,16 +5630,23 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
 
     def put_back(chosen: Any) -> list:
         arguments = list(args)
-        for i, argument in zip(positions, [chosen] if one else chosen):
+        for i, argument in zip(positions, [chosen] if is_one else chosen):
             arguments[i] = argument
         return arguments
 
-    chosen = args[positions[0]] if one else tuple(args[i] for i in positions)
-    return chosen, put_back
+    chosen = tuple(args[i] for i in positions)
+    return chosen[0] if is_one else chosen, put_back
+
+
+def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
+    for given in (primals, tangents):
+        if not isinstance(given, (tuple, list)):
+            raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument, such "
+                            f"as (x,); and not a {type(given).__name__}")
 
 
 def _fresh_input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by. It is tied to `x` if somebody else tracks that."""
+    """A new tensor to differentiate by, tied to `x` if somebody else tracks that."""
     array = np.asarray(_value(x))
     if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
         raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which has "
@@ -5658,8 +5654,8 @@ def _fresh_input(name: str, x: Any) -> Tensor:
     return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
 
 
-def _copied(x: Any) -> Any:
-    """A copy, still on the tape of x if that is on one."""
+def _copied_argument(x: Any) -> Any:
+    """A copy, still on the tape of x if that is on one; integers remain integers."""
     return _copy(x) if _tracked(x) else np.array(_value(x))
 
 
@@ -5689,6 +5685,13 @@ def _level_of_caller() -> int:
     return level
 
 
+def _first_of_pair(name: str, output: Any) -> Any:
+    if not (isinstance(output, tuple) and len(output) == 2):
+        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, aux), not "
+                        f"{type(output).__name__}")
+    return output[0]
+
+
 def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     """What a walk starts with: the cotangent given, or 1 for a scalar."""
     if not isinstance(output, Tensor):
@@ -5708,26 +5711,11 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
     """Pairs (output, cotangent), with which a walk starts."""
-    pairs = zip(outputs, cotangents)
-    return [(y, _seed(name, y, g, create_graph)) for y, g in pairs]
-
-
-def _first_of_pair(name: str, output: Any) -> Any:
-    if not (isinstance(output, tuple) and len(output) == 2):
-        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, aux), not "
-                        f"{type(output).__name__}")
-    return output[0]
-
-
-def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
-    for given in (primals, tangents):
-        if not isinstance(given, (tuple, list)):
-            raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument, such "
-                            f"as (x,); and not a {type(given).__name__}")
+    return [(y, _seed(name, y, g, create_graph)) for y, g in zip(outputs, cotangents)]
 
 
 def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
-    """The inputs that somebody wants a derivative by, if they can have one."""
+    """What `gradients` asks: it runs no f, and its inputs must be on a tape already."""
     inputs = list(inputs)
     for t in inputs:
         if not isinstance(t, Tensor):
@@ -5738,40 +5726,47 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
     return inputs
 
 
-# *A tape that was let go.* The search for a route (I.5) asks each tensor that it meets
-# what it was made of. One that has seen a `backward` of its own cannot say any more; and
-# that is an error, unless it cannot matter. (When does it come up? In a function with a
-# training loop inside, which returns x times its last loss, say.) So `backward` leaves
-# in `_sources` the times of the leaves that it met. Below, s was made of w alone:
+# ### What if a tape was let go?
+#
+# The search for a route (I.5) asks each tensor what it was made of. One that a `backward`
+# has passed cannot say any more. That is an error, unless it cannot matter, as for a
+# function with a training loop inside, which returns x times its last loss. So
+# `backward` leaves in the `_sources` of that loss the times of the leaves that it met.
+# Below, s is the loss, and was made of w alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
 #     >>> s.backward()  # lets go; s._sources is {2}
-#     >>> print(gradients(s * x, [x])[0])  # 1 is not among these: it is not behind s
+#     >>> print(gradients(s * x, [x])[0])  # 1 is not in it, so x is not behind s
 #     4.0
-#     >>> gradients(s * x, [w])  # 2 is
+#     >>> gradients(s * x, [w])  # 2 is in it
 #     Traceback (most recent call last):
 #     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, behind which somebody looks for `inputs`: none, if they were
-    let go and no input had a part in them; RuntimeError, if one may have had."""
+    """The operands of `t`, for a search for `inputs`. Of those that were let go: none, if
+    no input is behind `t`; else RuntimeError.
+    """
     if t._operands is not None:
         return t._operands
-    older = [x for x in inputs if x._time < t._time]
-    if not older:
-        return ()  # no input can be behind t
-    met = t._sources  # the leaves that its backward came to
-    if met is not None and all(x._op is None and x._time not in met for x in older):
-        return ()  # and none of them is one
-    return _require_operands(t)
+    if any(_may_be_behind(t, x) for x in inputs):
+        return _require_operands(t)  # raises
+    return ()
+
+
+def _may_be_behind(t: Tensor, x: Tensor) -> bool:
+    """Whether `t`, whose operands were let go, may have been made of `x`."""
+    if x._time >= t._time:
+        return False  # operands are older
+    if t._sources is None or x._op is not None:
+        return True  # for t, or for what is no leaf, nothing was noted
+    return x._time in t._sources
 
 
 # ## IV.4 The machine: what had to be measured?
 #
-# What does the ground we stand on do that we did not ask for? Here is what one would not
-# believe unmeasured. (What concerns one function only stands there.)
+# What does the ground we stand on do that we did not ask for?
 #
 # **Old NumPy.** Before its version 2, NumPy made a float64 of a single float32 number
 # times 2.0, though not of an array of several. There, what an operation computes from
@@ -5789,8 +5784,7 @@ def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarra
     return y
 
 
-# **How many cores?** Fewer than the machine has, perhaps, for a process may be confined
-# to some.
+# **How many cores?** A process may be confined to some of those that the machine has.
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # 0: of this process
@@ -5799,10 +5793,10 @@ def _cores() -> int:
 
 # **Fork.** macOS has os.fork, but its own libraries do not survive it, and Windows has
 # none. Python 3.12 and later warn of a fork while other threads run, BLAS's idle ones
-# included, because a lock that a thread holds stays locked in the copy, where that
-# thread is not. A worker only computes with NumPy, and what that locks is seen to by
-# IV.5's point 5.
+# included: a lock that a thread holds stays locked in the copy, where that thread is
+# not. Our workers only compute with NumPy, whose locks are IV.5's point 5.
 _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
+
 
 def _fork() -> int:
     """os.fork, which returns twice: 0 in the new process, its number in the old one."""
@@ -5813,15 +5807,12 @@ def _fork() -> int:
         return os.fork()
 
 
-# **BLAS,** which computes NumPy's matrix products, has threads of its own. As many as
-# there are cores, in each of as many processes, would be in each other's way. NumPy has
-# no name for their number, but OpenBLAS, which comes with it, has.
-# (OPENBLAS_NUM_THREADS=1, set before NumPy is imported, does the same for all
-# processes, from the start.)
-def _set_blas_threads(count: int) -> int | None:
+# **BLAS,** which computes NumPy's matrix products, has a thread for each core. With as
+# many processes, these would be in each other's way. NumPy has no name for their
+# number, but OpenBLAS, which comes with it, has. (Before NumPy is imported,
+# OPENBLAS_NUM_THREADS=1 in the environment does the same.)
+def _set_blas_threads(count: int | None) -> int | None:
     """Give OpenBLAS so many threads; returns how many it had (None: no OpenBLAS)."""
-    if _openblas() is None:
-        return None
     get_threads, set_threads = _openblas()
     before = get_threads()
     set_threads(count)
@@ -5829,9 +5820,10 @@ def _set_blas_threads(count: int) -> int | None:
 
 
 @functools.cache
-def _openblas() -> tuple[Callable, Callable] | None:
-    """Its functions that get and set the number of threads, if NumPy has loaded it."""
+def _openblas() -> tuple[Callable, Callable]:
+    """Its functions that get and set the number of threads; without it, two that do nothing."""
     import ctypes
+
     names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
              "openblas_{}_num_threads64_",  # with NumPy 1
              "openblas_{}_num_threads")  # and with the system
@@ -5841,28 +5833,25 @@ def _openblas() -> tuple[Callable, Callable] | None:
             for name in names:
                 if hasattr(library, name.format("get")):
                     return library[name.format("get")], library[name.format("set")]
-    return None
+    return lambda: None, lambda count: None
 
 
-# **The allocator.** While an optimizer lives, this process keeps the memory that it
-# frees. A step of training makes and drops the same arrays of a few megabytes each
-# time. By default glibc, the C library of most Linuxes, gives such memory back to the
-# system at once, and gets it again page by page: 70,000 pages in a step of a GPT of
-# width 256, where 16,000 would do; and half of the time of a CNN's step goes there. Two
-# settings rule it (mallopt(3)), and we raise both:
+# **The allocator.** A step of training makes and drops the same arrays of a few megabytes
+# each time. By default glibc, the C library of most Linuxes, gives such memory back to
+# the system at once, and gets it again page by page: half of the time of a CNN's step
+# goes there. So while an optimizer lives, this process keeps the memory that it frees.
+# Two settings rule it (mallopt(3)), and we raise both to the most they may be:
 #
 # - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
-#   The most that may be set is 32 MiB.
 # - Smaller ones come from a heap, at whose end up to M_TRIM_THRESHOLD free bytes are
-#   kept. The most is the largest C int: that is, all are kept.
+#   kept.
 #
 # When the last optimizer is gone, free memory is given back, and M_TRIM_THRESHOLD becomes
-# 64 MiB: twice the other, as glibc itself would choose. M_MMAP_THRESHOLD stays at 32 MiB.
-# (If nobody calls mallopt, glibc raises it step by step, from 128 KiB to the largest
-# block that it has seen freed; but after any call, never again. Set back to 128 KiB, it
-# would make every array anew.)
+# twice the other, as glibc itself would choose. M_MMAP_THRESHOLD stays: glibc begins with
+# 128 KiB and raises it to the largest block that it has seen freed, but not once mallopt
+# was called. Set back, it would make every array anew.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
-_LARGEST_INT = (1 << 31) - 1
+_LARGEST_INT = (1 << 31) - 1  # that is, all is kept
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB
 _trainers: set[int] = set()  # the id of each that lives
 
@@ -5890,6 +5879,7 @@ def _give_back(trainer: int) -> None:
 def _glibc() -> Any:
     """The C library, if it is glibc."""
     import ctypes
+
     with contextlib.suppress(OSError, TypeError):  # (TypeError: on Windows)
         library = ctypes.CDLL(None)  # what this process has loaded
         if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
@@ -5899,32 +5889,30 @@ def _glibc() -> Any:
 
 # ## IV.5 Workers: what if one dies?
 #
-# This is the machinery of DataParallel (III.9): how workers are made, talked to and
-# ended. First what is easy. To make one, `os.fork`; the copy runs this loop, and never
-# anything else:
+# DataParallel (III.9) makes its workers by `os.fork`. Such a copy of the program runs
+# this loop, and never anything else:
 #
 #     while True:
 #         job = pipe.recv()           # waits
 #         pipe.send(compute(job))
 #
-# The rest is about endings: no process may wait for ever, and none may run on. There are
-# five:
+# The rest is about what may go wrong, for no process may wait for ever, and none run on:
 #
 # 1. *We end it.* A worker has nothing to tidy up. So it is killed (SIGKILL, the signal
-#    that no process can refuse), whatever it computes, and waited for: until its parent
-#    has asked how it ended, the system keeps an entry for it.
-# 2. *A worker dies*, perhaps since memory ran out. The system closes the pipe's end of
-#    a process that is gone. So the parent, waiting there, gets an EOFError, asks how
-#    the worker ended, says so, and ends the others.
+#    that no process can refuse), and waited for: until its parent has asked how it
+#    ended, the system keeps an entry for it.
+# 2. *A worker dies*, perhaps since memory ran out. The system closes its end of the pipe.
+#    So the parent, waiting at the other, gets an EOFError, says how the worker ended, and
+#    ends the others.
 # 3. *The parent dies.* Then `recv` in the worker fails likewise. But a worker in the
-#    middle of a long share is not listening, and another process of the user's may hold
-#    a copy of the pipe's end. So each worker also looks four times a second whether its
-#    parent still is its parent: an orphan is given to another.
+#    middle of a long share is not listening, and another process may hold a copy of the
+#    parent's end. So each worker also looks four times a second whether its parent
+#    still is its parent: an orphan is given to another.
 # 4. *Ctrl-C* reaches all processes of a terminal. Workers ignore it, and the parent,
-#    interrupted, ends them. Where it must not be interrupted, between a fork and the
-#    note of it, Ctrl-C has to wait (`_interrupts_held`).
-# 5. *A worker never begins.* If at the moment of the fork another thread of the program
-#    is at a matrix product, it may hold OpenBLAS's lock on its buffers. The copy of that
+#    interrupted, ends them. Between a fork and the note of it, where it must not be
+#    interrupted, Ctrl-C has to wait (`_interrupts_held`).
+# 5. *A worker never begins.* If another thread of the program is at a matrix product at
+#    the moment of the fork, it may hold OpenBLAS's lock on its buffers. The copy of that
 #    lock is never let go, and the worker's first product waits for ever. So a worker
 #    computes a product before it says that it is ready, and one that does not say so in
 #    time is ended and made again.
@@ -5936,8 +5924,7 @@ def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros in memory that is common to this process and all that it forks later."""
     import mmap  # only here, for it is slow to load, as are some below
 
-    bytes_needed = max(1, size * dtype.itemsize)  # 0 is refused
-    memory = mmap.mmap(-1, bytes_needed)  # -1: of no file; it goes with its last user
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # -1: of no file; 0 bytes are refused
     return np.frombuffer(memory, dtype, size)
 
 
@@ -5963,9 +5950,13 @@ class _Layout:
     def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Flat arrays, each made by `empty(size, dtype)`, and their pieces, as views."""
         flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
-        pieces = [flats[dtype][part].reshape(shape)
-                  for dtype, part, shape in self._places]
+        pieces = [flats[dtype][part].reshape(shape) for dtype, part, shape in self._places]
         return list(flats.values()), pieces
+
+
+# How long to wait for a worker's beginning, which takes about a millisecond: longer each
+# time, for it may be the machine that is slow.
+_SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
 
 
 class _Team:
@@ -5975,8 +5966,7 @@ class _Team:
     which is the parent, the team is empty, and nothing is moved.
     """
 
-    def __init__(self, params: list, layout: _Layout, processes: int,
-                 compute: Callable) -> None:
+    def __init__(self, params: list, layout: _Layout, processes: int, compute: Callable) -> None:
         self.parent = os.getpid()
         self.workers: list[_Worker] = []  # number k computes share k + 1
         self.is_closed = False
@@ -5997,7 +5987,7 @@ class _Team:
 
         threads = _set_blas_threads(1)  # (IV.4)
         self._end = weakref.finalize(  # also if nobody calls `close`
-            self, _end_workers, self.workers, os.getpid(), threads)
+            self, _end_workers, self.workers, self.parent, threads)
         try:
             with _interrupts_held():
                 for share in range(1, processes):
@@ -6031,40 +6021,32 @@ class _Team:
 
     def live_as_worker(self, pipe: Any, answer: Callable) -> NoReturn:
         """A worker's whole life. It must not return into the program it is a copy of."""
-        import signal
-
         try:
+            import signal
+            import traceback
+
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
             gc.freeze()  # to look at old objects would copy the memory that they lie in
-            _a_product()
+            for p, common in zip(self._params, self._common):
+                p._data = common
+            _mode.recording = True  # also if it was made inside no_grad()
+            np.ones((128, 128)) @ np.ones((128, 128))  # point 5: it needs a buffer
             pipe.send("ready")
-            self._work(pipe, answer)
+            while True:
+                job = pipe.recv()  # EOFError if nobody is left to send one
+                try:
+                    pipe.send(answer(job))
+                except BaseException:
+                    told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
+                    pipe.send(RuntimeError(told))
         finally:
             os._exit(1)
 
-    def _work(self, pipe: Any, answer: Callable) -> NoReturn:
-        import traceback
-
-        for p, common in zip(self._params, self._common):
-            p._data = common
-        _mode.recording = True  # also if it was made inside no_grad()
-        while True:
-            job = pipe.recv()  # EOFError if nobody is left to send one
-            try:
-                pipe.send(answer(job))
-            except BaseException:
-                told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
-                pipe.send(RuntimeError(told))
-
     def close(self) -> None:
-        """End the workers, and move the parameters back into memory of this process.
-
-        One whose array somebody holds (`p.data`) stays where it is, for they go on
-        seeing it.
-        """
+        """End the workers, and move the parameters back into memory of this process."""
         self.is_closed = True
         if self._end is None:
             return
@@ -6074,18 +6056,9 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and p._checksum is None:
+                if p._data is common and p._checksum is None:  # else somebody looks there
                     p._data = array
             self._common = []
-
-
-# How long to wait for a worker's beginning, which takes about a millisecond: longer each
-# time, for it may be the machine that is slow.
-_SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
-
-def _a_product() -> None:
-    """A matrix product for which OpenBLAS needs a buffer: a smaller one may need none."""
-    np.ones((128, 128)) @ np.ones((128, 128))
 
 
 class _Worker:
@@ -6186,8 +6159,7 @@ def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) 
         for worker in workers:
             worker.end()
         workers.clear()
-        if blas_threads is not None:
-            _set_blas_threads(blas_threads)
+        _set_blas_threads(blas_threads)
 
 
 @contextlib.contextmanager
