@@ -1311,7 +1311,7 @@ def _power_slope(x: Any, p: Any) -> Any:
 
 power = _op("power", _to_the_power,
             lambda g, y, x, p: g * _power_slope(x, p),
-            lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),  # log 1 = 0
+            lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
             answers=np.power)
 
 
@@ -1360,12 +1360,7 @@ logaddexp2 = _op("logaddexp2", np.logaddexp2,
 #
 # What chooses between elements passes the cotangent to the chosen ones and 0 to the
 # rest. That looks like `g * mask`. But infinite cotangents do occur, as the slope of
-# sqrt at 0, and `inf * 0` is nan, where 0 is wanted:
-#
-#     >>> x = Tensor([-1.0, 4.0])
-#     >>> relu(x).backward([np.inf, 1.0])
-#     >>> print(x.grad)
-#     [0. 1.]
+# sqrt at 0, and `inf * 0` is nan, where 0 is wanted.
 #
 # `np.where(mask, g, 0)` is right, and takes seven times as long as a product when the
 # mask is irregular, for the processor cannot guess its jumps. So we do multiply: not
@@ -1449,20 +1444,19 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 # arrive there, and are *added*:
 #
 #     >>> x = Tensor([1.0, 2.0, 3.0])
-#     >>> x[[0, 0, 2]].sum().backward()
+#     >>> x[[0, 0, 2]].backward([5.0, 6.0, 7.0])
 #     >>> print(x.grad)
-#     [2. 0. 1.]
+#     [11.  0.  7.]
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
 # rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
-# is `np.add.at`, and slow. `np.bincount` does it fast. It counts how often each of 0,
-# 1, 2, ... occurs, or, with weights, adds those up. Here 5 and 6 go to place 0, and 7
-# to place 2:
+# is `np.add.at`, and slow. Fast is `np.bincount`, which counts how often each of 0, 1,
+# 2, ... occurs, or, with weights, adds those up:
 #
 #     >>> print(np.bincount([0, 0, 2], weights=[5.0, 6.0, 7.0]))
 #     [11.  0.  7.]
 #
-# With several axes, number the elements of `out`; `numbers[index]` are their places.
+# If x has several axes, its elements are numbered, and the index takes their numbers.
 # (An index of numbers and slices, or a mask, names no element twice: there
 # `out[index] = x` will do.)
 getitem = _op("getitem", lambda x, index: x[index],
@@ -1701,9 +1695,8 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 #     >>> print(x.grad[0], x.grad[3])
 #     [1. 2. 3.] [1. 2. 3.]
 #
-# Stretching and sum are each other's rule, as with indexing. A mean of n hands
-# everybody an n-th of g. (`_fast_sum` is np.sum in less time, and stands at the
-# section's end.)
+# A mean of n hands everybody an n-th of g. (`_fast_sum` is np.sum in less time, and
+# stands at the section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
     """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
@@ -1740,7 +1733,9 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 
 # ### Spread and extremes: what of equal elements?
 #
-# The variance is the mean square of `x - mean(x)`, and written so it needs no rule.
+# The variance is the mean square of `x - mean(x)`, and written so it needs no rule. The
+# root of it has one trouble: where all elements are equal, the variance is 0, its slope
+# is 0, and that of the root is infinite. There the root is not taken at all.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
@@ -1751,8 +1746,8 @@ def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     total = sum_(x, axis, keepdims=True)
     n = _count(x, total)
     if n <= ddof and total.size:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are "
-                         f"too few for ddof={ddof}")
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few for "
+                         f"ddof={ddof}")
     centred = x - total / n
     return sum_(centred * centred, axis, keepdims) / (n - ddof)
 
@@ -1761,17 +1756,17 @@ def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The standard deviation, the root of `var`. Its gradient is 0 at equal elements."""
     variance = var(x, axis, ddof, keepdims)
-    is_zero = variance == 0  # where the slope of sqrt is infinite, and that of var 0
+    is_zero = variance == 0
     return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
 
 
-# The largest element passes its cotangent on; several that tie share it evenly. Where
+# The largest element receives the cotangent; several that tie share it evenly. Where
 # one is nan, so is the result, and each element that it was taken of receives nan.
-def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def _to_ties(g, y, x, axis=None, keepdims=False):
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
     winners = (x == y) | is_nan
-    count = np.sum(winners, axis, keepdims=True)  # an integer: float16 ends at 65,504
+    count = np.sum(winners, axis, keepdims=True)
     shares = np.where(is_nan, np.nan, g / count).astype(g.dtype)
     return _chosen(np.broadcast_to(shares, x.shape), winners)
 
@@ -1797,20 +1792,18 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """log(sum(exp(x))), without overflow."""
+    """log(sum(exp(x))), without overflow. If all x are -inf, so is it, with gradient nan."""
     top = np.max(x, axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, x.dtype.type(0))  # -inf - -inf would be nan
-    with np.errstate(divide="ignore"):  # log(0) = -inf is right for a row of -inf
+    with np.errstate(divide="ignore"):  # log(0)
         y = np.log(_fast_sum(np.exp(x - top), axis, keepdims=True)) + top
     return (y if keepdims else np.squeeze(y, axis)).astype(x.dtype, copy=False)
 
 
-# With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`. So x_j receives
-#
-#     sum_i g_i y_i (1[i=j] - y_j)  =  y_j g_j - y_j sum_i g_i y_i
-#
-# or `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`. (The helpers
-# for rows are sums and maxima with keepdims=True, in less time, and stand at the end.)
+# With `y = softmax(x)`, the slope of y_i by x_j is `-y_i y_j`, and `y_j - y_j y_j` for
+# i = j. Times g_i, and added up over i, x_j receives `y_j g_j - y_j sum_i(g_i y_i)`. In
+# arrays that is `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
+# (`_row_sum` and its kin are sums and maxima with keepdims=True, and stand at the end.)
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
@@ -1834,7 +1827,7 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 #
 # The derivative of a product by one element is the product of all others. That is not
 # `y / x`, for the element may be 0. So a product is taken by halves, the first half
-# times the second, until one element is left; `mul` knows the rest, to all orders:
+# times the second, until one element is left, and the rule of `mul` is all it needs:
 #
 #     [2 3 0 5]  ->  [2*0 3*5] = [0 15]  ->  [0*15] = [0]
 #
@@ -1843,8 +1836,8 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 #
 #     [a b c d]  ->  [a ab bc cd]  ->  [a ab abc abcd]
 #
-# A running sum hands each element's cotangent to all before it: that is a running sum
-# from the end.
+# And a running sum hands each cotangent to all elements that were added by then: that
+# is a running sum from the end.
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The product of all elements, or over the axes given. Zeros are no special case."""
     x, axes = _joined("prod", x, axis)  # (..., n)
@@ -1875,7 +1868,7 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
     return np.cumsum(x, axis)
 
 
-# These, and the quantiles below, know one axis: so several are first joined into one.
+# These, and the quantiles below, work along one axis, so several are joined into one.
 def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
     """x with the axes named joined into one, which is the last; and their numbers."""
     x = as_tensor(x)
@@ -1901,10 +1894,11 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 
 # ### Quantiles: which elements is one made of?
 #
-# Two neighbours in sorted order. NumPy tells which: the quantile of the numbers 0, 1,
-# ..., n - 1 is the place itself. Take 40, 10, 80, 20 and q = 0.75. Of 0, 1, 2, 3 that
-# quantile is 2.25: so we are a quarter of the way from place 2 of 10, 20, 40, 80 to
-# place 3, at 0.75 * 40 + 0.25 * 80 = 50. And g goes to these two, in these parts:
+# Two neighbours in sorted order. To learn which, we ask NumPy for the same quantile of
+# the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and q = 0.75. Of the places 0, 1, 2, 3
+# that quantile is 2.25. So of the sorted 10, 20, 40, 80 it is a quarter of the way from
+# place 2 to place 3, 0.75 * 40 + 0.25 * 80 = 50. Sorting, indexing and products have
+# their rules, so this needs none; g goes to the two elements, in these parts:
 #
 #     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
 #     >>> y = np.quantile(x, 0.75)
@@ -1934,23 +1928,19 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
 
 
 def _interpolated(ordered: Tensor, place: Any) -> Tensor:
-    """What stands at each `place`, such as 2.25, of the last axis: (..., *places)."""
-    below = np.floor(place).astype(int)
-    part = np.asarray(place - below, ordered.dtype)
-    y = ordered[..., below]
-    if not part.any():
-        return y
-
-    rest = np.asarray(1 - part, ordered.dtype)
-    above = np.ceil(place).astype(int)
-    between = y * rest + ordered[..., above] * part
-    return where(part > 0, between, y)  # for an infinite element times 0 is nan
+    """What stands at each `place`, such as 2.25, of the last axis: (..., *place.shape)."""
+    below = ordered[..., np.floor(place).astype(int)]
+    above = ordered[..., np.ceil(place).astype(int)]
+    part = np.asarray(place % 1, ordered.dtype)
+    between = below * (1 - part) + above * part
+    return where(part > 0, between, below)  # for an infinite element times 0 is nan
 
 
 # ### The same in less time
 #
-# These are np.sum, np.max and the sum of `a * b`, with another way for short rows
-# (ROWS, II.7), and the naive one where that does not fit.
+# NumPy begins anew for each row, and most of the time of a short row is that beginning.
+# So rows are summed by a product with ones, and their maxima taken by one call of
+# reduceat (ROWS, II.7). Where that does not fit, it is plain np.sum and np.max.
 _ones = functools.lru_cache(16)(np.ones)
 
 
@@ -1959,15 +1949,12 @@ def _rows(x: Any) -> Any:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-# For rows of 5 float32, OpenBLAS 0.3.31 also reads memory that nobody has written. Its
-# result is right; but what lay there may be no number, and then NumPy warns.
-_NOISY_LENGTH = 5
-
-
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    if axis not in (-1, x.ndim - 1) or n == _NOISY_LENGTH:
+    # (Of 5 float32, OpenBLAS 0.3.31 reads unwritten memory, too. Its result is right, but
+    # what lay there may be no number, and then NumPy warns.)
+    if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -1984,13 +1971,13 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
         return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
     starts = np.arange(0, x.size, x.shape[-1])
-    rows = np.maximum.reduceat(x.reshape(-1), starts)
-    return rows.reshape(*x.shape[:-1], 1)
+    maxima = np.maximum.reduceat(x.reshape(-1), starts)
+    return maxima.reshape(*x.shape[:-1], 1)
 
 
 def _is_moderate(x: np.ndarray) -> bool:
-    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (Not if one is nan.)"""
-    if x.dtype == np.float16:  # e^12 is too much for it
+    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (Not in float16.)"""
+    if x.dtype == np.float16:
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
 
@@ -2005,9 +1992,9 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
     if n == 0 or length > 4096:  # with more, a product would round off too much
         return np.sum(x, axis=axis, keepdims=keepdims)
 
-    outer_axes = x.shape[:-n]
-    sums = _row_sum(x.reshape(*outer_axes, length))  # (..., 1)
-    return sums.reshape(outer_axes + (1,) * n if keepdims else outer_axes)
+    outer = x.shape[:-n]
+    sums = _row_sum(x.reshape(*outer, length))  # (..., 1)
+    return sums.reshape(outer + (1,) * n if keepdims else outer)
 
 
 def _last_axes(x: np.ndarray, axis: Any) -> int:
