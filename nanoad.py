@@ -1089,7 +1089,7 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                eps: float = 1e-5) -> float:
-    """Compare derivatives of f with central differences, up to `order`: tests an operation.
+    """Compare the derivatives of f, up to `order`, with central differences.
 
     f takes Tensors and returns one of any shape; it is tested at `args`, by those of
     them that hold floating-point numbers, in float64. Returns the largest error,
@@ -1125,7 +1125,11 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
     largest, worst = 0.0, ""
     for i, slope in zip(which, slopes):
         for index, analytic in np.ndenumerate(slope._data):
-            numeric = _central_difference(f, args, i, index, eps)
+            step = np.zeros(slope.shape)
+            step[index] = eps
+            above = f(*args[:i], args[i] + step, *args[i + 1:])
+            below = f(*args[:i], args[i] - step, *args[i + 1:])
+            numeric = (above.item() - below.item()) / (2 * eps)
             error = abs(numeric - analytic) / max(1.0, abs(numeric))
             if not error <= largest:  # so that nan counts as large
                 largest = math.inf if math.isnan(error) else float(error)
@@ -1134,15 +1138,6 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
     if largest > rtol:
         raise AssertionError(f"check_grad: the derivative {worst}")
     return largest
-
-
-def _central_difference(f: Callable, args: tuple, i: int, index: tuple, eps: float) -> float:
-    """The slope of f by one element of argument i: (f(x + eps) - f(x - eps)) / (2 eps)."""
-    step = np.zeros(args[i].shape)
-    step[index] = eps
-    above = f(*args[:i], args[i] + step, *args[i + 1:])
-    below = f(*args[:i], args[i] - step, *args[i + 1:])
-    return (above.item() - below.item()) / (2 * eps)
 
 
 # ## II.2 NumPy: how does `np.exp(t)` arrive here?
@@ -1289,8 +1284,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
-# x = 0 both may be 0 times an infinity, which is nan: the first if p = 0, and the second
-# if p > 0. They are taken as 0 there, by another exponent, and another logarithm.
+# x = 0 the first would be 0 times infinity for p = 0: there the exponent is taken as 0,
+# and `0 * 0 ** 0` is 0. The second has the logarithm of 0: there we take that of 1.
+# (But for a negative p, where y itself is infinite.)
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -1305,8 +1301,7 @@ def _power_slope(x: Any, p: Any) -> Any:
     """p x ** (p - 1)"""
     if isinstance(p, (int, float)) and p != 0:
         return p * _to_the_power(x, p - 1)
-    both_zero = (p == 0) & (x == 0)
-    return p * x ** np.where(both_zero, 0, p - 1)  # 0 * 0 ** 0 = 0
+    return p * x ** np.where((p == 0) & (x == 0), 0, p - 1)
 
 
 power = _op("power", _to_the_power,
@@ -1316,23 +1311,21 @@ power = _op("power", _to_the_power,
 
 
 # *Distance and angle.* The slopes of `hypot`, the distance of (a, b) from the origin,
-# are a and b divided by it; at the origin, a kink, they are taken as 0. Those of
-# arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum of
-# squares overflows where its root, the distance, does not: we divide by this twice.
-def _or_one(r):
-    """r, and 1 where it is 0, to divide by."""
-    return np.where(r == 0, 1, r)
+# are a and b divided by it; at the origin, a kink, they are taken as 0 (divided by 1).
+# Those of arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum
+# of squares overflows where its root, the distance, does not: we divide by this twice.
+hypot = _op("hypot", np.hypot,
+            lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
+            lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
 
 
 def _over_distance_twice(c, a, b):
     """c / (a*a + b*b), where c is a or b; and 0 at the origin."""
-    distance = _or_one(np.hypot(a, b))
+    distance = np.hypot(a, b)
+    distance = np.where(distance == 0, 1, distance)
     return c / distance / distance
 
 
-hypot = _op("hypot", np.hypot,
-            lambda g, y, a, b: g * (a / _or_one(y)),
-            lambda g, y, a, b: g * (b / _or_one(y)))
 arctan2 = _op("arctan2", np.arctan2,
               lambda g, y, a, b: g * _over_distance_twice(b, a, b),
               lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
@@ -1450,15 +1443,10 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
 # rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
-# is `np.add.at`, and slow. Fast is `np.bincount`, which counts how often each of 0, 1,
-# 2, ... occurs, or, with weights, adds those up:
-#
-#     >>> print(np.bincount([0, 0, 2], weights=[5.0, 6.0, 7.0]))
-#     [11.  0.  7.]
-#
-# If x has several axes, its elements are numbered, and the index takes their numbers.
-# (An index of numbers and slices, or a mask, names no element twice: there
-# `out[index] = x` will do.)
+# is `np.add.at`, and slow. Fast is `np.bincount([0, 0, 2], weights=[5, 6, 7])`, which
+# gives the same 11, 0, 7. If there are several axes, the elements are numbered, and the
+# index picks numbers. (An index of numbers and slices, or a mask, names no element
+# twice: there `out[index] = x` will do.)
 getitem = _op("getitem", lambda x, index: x[index],
               lambda g, y, x, index: scatter_add(g, index, x.shape),
               doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1471,13 +1459,11 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
     if _names_none_twice(index):
         out[index] = x
         return out
-
     if x.dtype.itemsize > 8:  # a longdouble, which bincount would round
         np.add.at(out, index, x)
         return out
 
-    numbers = np.arange(out.size).reshape(shape)
-    places = numbers[index]
+    places = np.arange(out.size).reshape(shape)[index]
     weights = np.broadcast_to(x, places.shape)
     sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64, (out.size,)
     return sums.reshape(shape).astype(x.dtype)
@@ -1485,25 +1471,20 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
 
 def _names_none_twice(index: Any) -> bool:
     """Whether `index` is a mask, or made of numbers and slices only."""
-    if isinstance(index, np.ndarray) and index.dtype == bool:
-        return True
+    if isinstance(index, np.ndarray):
+        return index.dtype == bool
     entries = index if isinstance(index, tuple) else (index,)
-    basic = (int, np.integer, slice, type(None), type(...))
-    return all(isinstance(entry, basic) for entry in entries)
+    return all(isinstance(e, (int, np.integer, slice, type(None), type(...))) for e in entries)
 
 
 # ### Any move: where did each element come from?
 #
 # Whatever else only moves or repeats elements needs no rule of its own. Let NumPy do it
 # to the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
-# each element came from: there its cotangent goes.
-#
-#     >>> print(np.tril(np.array([[1, 2], [3, 4]])))
-#     [[1 0]
-#      [3 4]]
-#
-# So of a cotangent [[5, 6], [7, 8]] the 5, 7 and 8 go to the positions 1, 3 and 4. The
-# 6 goes to position 0, as for all zeros that were filled in, and that is cut off.
+# each element came from: there its cotangent goes. Of positions [[1, 2], [3, 4]], tril
+# makes [[1, 0], [3, 4]]. So of a cotangent [[5, 6], [7, 8]] the 5, 7 and 8 go to the
+# positions 1, 3 and 4. The 6 goes to position 0, which stands for all zeros that were
+# filled in, and is cut off.
 _np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
 
 
@@ -1555,8 +1536,7 @@ def _in_the_shape_of_x(g, y, x, *_, **__):
 def _permuted_back(g, y, x, *axes):
     if not axes or axes[0] is None:  # the axes were reversed
         return g.T
-    order = np.ravel(axes) % x.ndim
-    return g.transpose(np.argsort(order))
+    return g.transpose(np.argsort(np.ravel(axes) % x.ndim))
 
 
 reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
@@ -1685,8 +1665,7 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 # In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), and is
 # stretched along it, (4, 3):
 #
-#     >>> @primitive(lambda g, y, x, axis:
-#     ...            np.broadcast_to(np.expand_dims(g, axis), x.shape))
+#     >>> @primitive(lambda g, y, x, axis: np.broadcast_to(np.expand_dims(g, axis), x.shape))
 #     ... def naive_sum(x, axis):
 #     ...     return np.sum(x, axis)
 #     ...
@@ -1733,9 +1712,9 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 
 # ### Spread and extremes: what of equal elements?
 #
-# The variance is the mean square of `x - mean(x)`, and written so it needs no rule. The
-# root of it has one trouble: where all elements are equal, the variance is 0, its slope
-# is 0, and that of the root is infinite. There the root is not taken at all.
+# The variance is the mean square of `x - mean(x)`, and written so it needs no rule. Nor
+# does its root; but at equal elements, where the variance is 0, the slope of the root is
+# infinite. There the root of 1 is taken instead, and `where` drops it.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
@@ -1895,10 +1874,9 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 # ### Quantiles: which elements is one made of?
 #
 # Two neighbours in sorted order. To learn which, we ask NumPy for the same quantile of
-# the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and q = 0.75. Of the places 0, 1, 2, 3
-# that quantile is 2.25. So of the sorted 10, 20, 40, 80 it is a quarter of the way from
-# place 2 to place 3, 0.75 * 40 + 0.25 * 80 = 50. Sorting, indexing and products have
-# their rules, so this needs none; g goes to the two elements, in these parts:
+# the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and q = 0.75. Of the places 0 to 3 it
+# is 2.25; so of 10, 20, 40, 80 it is a quarter of the way from place 2 to place 3, or
+# `0.75 * 40 + 0.25 * 80`. Sorting, indexing and products have rules, and that is all:
 #
 #     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
 #     >>> y = np.quantile(x, 0.75)
@@ -1920,20 +1898,16 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
     ordered = sort(x, -1)
-    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # (..., 1 for each q)
-    y = where(np.isnan(last), np.nan, _interpolated(ordered, place))  # a nan sorts last
+    below = ordered[..., np.floor(place).astype(int)]  # (..., *q's shape)
+    above = ordered[..., np.ceil(place).astype(int)]
+    part = np.asarray(place % 1, x.dtype)
+    y = where(part > 0, below * (1 - part) + above * part, below)  # as inf * 0 is nan
+
+    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
+    y = where(np.isnan(last), np.nan, y)  # a nan sorts last
     if keepdims:
         y = expand_dims(y, axes)
-    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))
-
-
-def _interpolated(ordered: Tensor, place: Any) -> Tensor:
-    """What stands at each `place`, such as 2.25, of the last axis: (..., *place.shape)."""
-    below = ordered[..., np.floor(place).astype(int)]
-    above = ordered[..., np.ceil(place).astype(int)]
-    part = np.asarray(place % 1, ordered.dtype)
-    between = below * (1 - part) + above * part
-    return where(part > 0, between, below)  # for an infinite element times 0 is nan
+    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))  # q's axes first
 
 
 # ### The same in less time
@@ -1952,8 +1926,7 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (Of 5 float32, OpenBLAS 0.3.31 reads unwritten memory, too. Its result is right, but
-    # what lay there may be no number, and then NumPy warns.)
+    # (Of rows of 5, OpenBLAS 0.3.31 reads unwritten memory, too, and NumPy may warn.)
     if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
@@ -1976,7 +1949,7 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
 
 
 def _is_moderate(x: np.ndarray) -> bool:
-    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (Not in float16.)"""
+    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (In float16 it does.)"""
     if x.dtype == np.float16:
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
@@ -1992,9 +1965,8 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
     if n == 0 or length > 4096:  # with more, a product would round off too much
         return np.sum(x, axis=axis, keepdims=keepdims)
 
-    outer = x.shape[:-n]
-    sums = _row_sum(x.reshape(*outer, length))  # (..., 1)
-    return sums.reshape(outer + (1,) * n if keepdims else outer)
+    sums = _row_sum(x.reshape(*x.shape[:-n], length))  # (..., 1)
+    return sums.reshape(x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n])
 
 
 def _last_axes(x: np.ndarray, axis: Any) -> int:
