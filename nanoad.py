@@ -1901,7 +1901,8 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     below = ordered[..., np.floor(place).astype(int)]  # (..., *q's shape)
     above = ordered[..., np.ceil(place).astype(int)]
     part = np.asarray(place % 1, x.dtype)
-    y = where(part > 0, below * (1 - part) + above * part, below)  # as inf * 0 is nan
+    above = where(part > 0, above, 0)  # as inf * 0 is nan
+    y = below * (1 - part) + above * part
 
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
