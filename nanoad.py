@@ -1155,9 +1155,8 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
 # - A function with an answer is in one table, `_FUNCTIONS`, filled where the operations
 #   stand; IV.11 adds the rest.
 # - A function whose derivative is zero wherever it has one, such as `np.sign`, or that
-#   asks for a shape, is called with the bare arrays (`_WITHOUT_GRADIENT`, IV.11).
-# - So is any other function, if all Tensors among its arguments are constants, for they
-#   have no gradient to lose.
+#   asks for a shape, is called with the bare arrays (`_WITHOUT_GRADIENT`, IV.11). So is
+#   any other, if all its Tensors are constants, which have no gradient to lose.
 # - What is left is a TypeError: to go on with bare arrays would cut the tape, and the
 #   gradient would be wrong.
 
@@ -1674,15 +1673,11 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 #     >>> print(x.grad[0], x.grad[3])
 #     [1. 2. 3.] [1. 2. 3.]
 #
-# A mean of n hands everybody an n-th of g. (`_fast_sum` is np.sum in less time, and
-# stands at the section's end.)
+# The real rule is the same, also for several axes or all, and a mean of n hands everybody
+# an n-th of g. (`_fast_sum`, np.sum in less time, stands at the section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
     """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
-
-
-def _stretch(g: Any, x: Any, axis: Any) -> Any:
-    return np.broadcast_to(_restore(g, x, axis), x.shape)
 
 
 def _count(x: Any, y: Any) -> int:
@@ -1690,14 +1685,15 @@ def _count(x: Any, y: Any) -> int:
     return x.size // max(1, y.size)
 
 
-@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
+@primitive(lambda g, y, x, axis=None, keepdims=False:
+           np.broadcast_to(_restore(g, x, axis), x.shape))
 def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
     return _fast_sum(x, axis, keepdims).astype(x.dtype, copy=False)
 
 
 @primitive(lambda g, y, x, axis=None, keepdims=False:
-           _stretch(g / max(1, _count(x, y)), x, axis))
+           np.broadcast_to(_restore(g, x, axis) / max(1, _count(x, y)), x.shape))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
     total = _fast_sum(x, axis, keepdims)
