@@ -1897,8 +1897,9 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     below = ordered[..., np.floor(place).astype(int)]  # (..., *q's shape)
     above = ordered[..., np.ceil(place).astype(int)]
     part = np.asarray(place % 1, x.dtype)
+    rest = np.asarray(1 - part, x.dtype)
     above = where(part > 0, above, 0)  # as inf * 0 is nan
-    y = below * (1 - part) + above * part
+    y = below * rest + above * part
 
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
