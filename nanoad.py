@@ -121,9 +121,9 @@ class Tensor:
         if requires_grad and _mode.recording and source.requires_grad:
             # The copy of a tracked tensor is a result of it, by the operation `identity`
             # (I.2). So grad(grad(f)) finds its way from one input to the other (I.7).
-            _fill(self, array, True, identity, (source,))
+            _fill(self, array, identity, (source,))
         else:
-            _fill(self, array, requires_grad)
+            _fill(self, array, requires_grad=requires_grad)
         self.label = label
 
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
@@ -178,11 +178,12 @@ Value = Tensor  # as it is called in Karpathy's micrograd
 _clock = itertools.count(1)
 
 
-def _fill(t: Tensor, array: np.ndarray, tracked: bool, op: Callable | None = None,
-          operands: tuple = (), settings: dict | None = None, pullback: Callable | None = None):
+def _fill(t: Tensor, array: np.ndarray, op: Callable | None = None, operands: tuple = (),
+          settings: dict | None = None, pullback: Callable | None = None,
+          requires_grad: bool = True) -> Tensor:
     """Give a new tensor its contents. A leaf has no operation and no operands."""
     t._data = array
-    t.requires_grad = tracked
+    t.requires_grad = requires_grad
     t._grad = None
     t.label = ""
     t._time = next(_clock)
@@ -198,7 +199,7 @@ def _fill(t: Tensor, array: np.ndarray, tracked: bool, op: Callable | None = Non
 
 def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
     """A leaf that holds this very array."""
-    return _fill(Tensor.__new__(Tensor), array, requires_grad)
+    return _fill(Tensor.__new__(Tensor), array, requires_grad=requires_grad)
 
 
 def as_tensor(data: Any) -> Tensor:
@@ -249,7 +250,7 @@ def _tracked(a: Any) -> bool:
 #         y = forward(*(_value(a) for a in operands))
 #         tracked = any(_tracked(a) for a in operands)
 #         if tracked:
-#             return _fill(Tensor.__new__(Tensor), y, True, operation, operands)
+#             return _fill(Tensor.__new__(Tensor), y, operation, operands)
 #         return _wrap(y)  # a constant
 #
 # The real one, `_operation`, does this in four steps, and II.9 follows a call through
@@ -271,7 +272,8 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     def decorate(forward: Callable) -> Callable:
         count = sys.maxsize if each else len(rules)
         operation = _operation(forward, count, _pull_by_rules)
-        operation.rules = _EachRule(each) if each else rules  # (II.1)
+        operation.rules = rules
+        operation.each = each
         return operation
 
     return decorate
@@ -307,7 +309,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
             raise _explained(error, operation, arrays) from None  # (II.9)
 
         if tracked and _mode.recording:  # 4. remember
-            return _fill(Tensor.__new__(Tensor), y, True, operation, args, settings, pullback)
+            return _fill(Tensor.__new__(Tensor), y, operation, args, settings, pullback)
         return _wrap(y)
 
     operation.operands = count
@@ -359,10 +361,10 @@ def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) ->
     if not create_graph:
         y = t._data
         operands = [a._data if isinstance(a, Tensor) else a for a in operands]
+    rules = t._op.rules or [functools.partial(t._op.each, i) for i in range(len(wanted))]
     shares = []
-    for i, is_wanted in enumerate(wanted):
-        share = t._op.rules[i](g, y, *operands, **t._settings) if is_wanted else None
-        shares.append(share)
+    for rule, is_wanted in zip(rules, wanted):
+        shares.append(rule(g, y, *operands, **t._settings) if is_wanted else None)
     return shares
 
 
@@ -370,7 +372,7 @@ def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) ->
 # Where a derivative is simpler in terms of the result, the rule says so: for exp it is
 # `y` itself. Here are the first ten; the examples use some others, such as `sum` and
 # `**`, from part II. (`answers` names the NumPy function whose calls arrive here: II.2.)
-_FUNCTIONS: dict[Callable, Callable] = {}  # a function of NumPy -> what answers for it
+_FUNCTIONS = {}  # a function of NumPy -> what answers for it
 
 
 def _op(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
@@ -1091,9 +1093,9 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 #
 # Write the function and one rule per operand, and call it by its name. The function may
 # use all of NumPy, for it only meets arrays, and returns one; rules use operators,
-# functions of `np`, and operations. `check_grad` compares what the rules say with
-# differences of the function, and then, as a derivative of higher order is the first
-# derivative of one lower, what they say of themselves:
+# functions of `np`, and operations. `check_grad` compares the derivative that the rules
+# give with differences of the function; then the second derivative with differences of
+# the first, and so on, up to `order`:
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def my_arctan(x):
@@ -1109,16 +1111,12 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                eps: float = 1e-5) -> float:
-    """Compare derivatives of f with central differences, up to `order`: how to test an
-    operation.
+    """Compare the derivatives of f, up to `order`, with central differences.
 
     f takes Tensors and returns one of any shape; it is tested at `args`, by those of
     them that hold floating-point numbers, in float64. Returns the largest error,
     relative to max(1, |derivative|). Raises AssertionError that names the worst element
     and both its values.
-
-        >>> check_grad(lambda x, y: x * np.sin(y), np.array([1.0, 2.0]), 0.5) < 1e-6
-        True
     """
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
@@ -1128,7 +1126,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                  for i, a in enumerate(args))
 
     def weighted(*args: Any) -> Tensor:
-        """A scalar of f's elements, weighted, lest the slopes of two of them cancel."""
+        """The sum of f's elements, with weights, lest the slopes of two of them cancel."""
         (y,) = _outputs("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
@@ -1137,8 +1135,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     if order == 1:
         return error
 
-    def slopes(*args: Any) -> Tensor:
-        """The gradient in one vector: the next order is a test of this function."""
+    def slopes(*args: Any) -> Tensor:  # in one vector; the next order tests this function
         return concatenate([slope.reshape(-1) for slope in slope_fn(*args)])
 
     return max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
@@ -1150,7 +1147,11 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
     largest, worst = 0.0, ""
     for i, slope in zip(which, slopes):
         for index, analytic in np.ndenumerate(slope._data):
-            numeric = _central_difference(f, args, i, index, eps)
+            step = np.zeros(slope.shape)
+            step[index] = eps
+            above = f(*args[:i], args[i] + step, *args[i + 1:])
+            below = f(*args[:i], args[i] - step, *args[i + 1:])
+            numeric = (above.item() - below.item()) / (2 * eps)
             error = abs(numeric - analytic) / max(1.0, abs(numeric))
             if not error <= largest:  # so that nan counts as large
                 largest = math.inf if math.isnan(error) else float(error)
@@ -1161,34 +1162,11 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
     return largest
 
 
-def _central_difference(f: Callable, args: tuple, i: int, index: tuple, eps: float) -> float:
-    """The slope of f by one element of argument i: (f(x + eps) - f(x - eps)) / (2 eps)."""
-    step = np.zeros(args[i].shape)
-    step[index] = eps
-    above = f(*args[:i], args[i] + step, *args[i + 1:])
-    below = f(*args[:i], args[i] - step, *args[i + 1:])
-    return (above.item() - below.item()) / (2 * eps)
-
-
-# *Any number of operands.* An operation such as concatenate gives one rule for all of
-# them, `each(i, g, y, *operands)`; this stands in for the list.
-
-
-class _EachRule:
-    """In place of a list of rules: item i is the one rule, with i given."""
-
-    def __init__(self, rule: Callable) -> None:
-        self.rule = rule
-
-    def __getitem__(self, i: int) -> Callable:
-        return functools.partial(self.rule, i)
-
-
 # ## II.2 NumPy: how does `np.exp(t)` arrive here?
 #
-# NumPy asks an operand that is not its own before it computes. Its elementwise
+# Before it computes, NumPy asks an operand that is not its own. Its elementwise
 # functions (the "ufuncs", like exp) call the operand's `__array_ufunc__`, and most
-# others its `__array_function__`; so `np.exp(t)` is answered by our `exp`:
+# others its `__array_function__`. So `np.exp(t)` is answered by our `exp`:
 #
 #     >>> t = Tensor([0.0, 1.0])
 #     >>> np.exp(t)._op is exp, np.sum(t, axis=0)._op is sum_
@@ -1196,24 +1174,21 @@ class _EachRule:
 #
 # (`array * t` is np.multiply to NumPy, and arrives here, too.) What becomes of a call?
 #
-# - Functions that have an answer are in one table, `_FUNCTIONS`, filled where the
-#   operations stand; IV.11 adds the rest.
-# - What has derivative zero wherever it has one, such as `np.sign`, or asks for a shape,
-#   gives a plain array (IV.11).
-# - All else is a TypeError for a tracked Tensor: to convert it silently would cut the
-#   tape, and the gradient would be wrong.
-# - A constant has no gradient to lose. It goes in as the array it holds.
+# - A function with an answer is in one table, `_FUNCTIONS`, filled where the operations
+#   stand; IV.11 adds the rest.
+# - A function whose derivative is zero wherever it has one, such as `np.sign`, or that
+#   asks for a shape, is called with the bare arrays (`_WITHOUT_GRADIENT`, IV.11). So is
+#   any other, if all its Tensors are constants, which have no gradient to lose.
+# - What is left is a TypeError: to go on with bare arrays would cut the tape, and the
+#   gradient would be wrong.
 
 
 def _answers(*functions: Callable | None) -> Callable:
-    """Decorate what is called in place of these functions of NumPy when they meet a
-    Tensor.
-
-    (None stands for a function that the installed NumPy does not have.)
-    """
+    """Decorate what is called instead of these functions of NumPy when they meet a Tensor."""
     def register(answer: Callable) -> Callable:
-        for function in filter(None, functions):
-            _FUNCTIONS[function] = answer
+        for function in functions:
+            if function is not None:  # which the installed NumPy does not have
+                _FUNCTIONS[function] = answer
         return answer
 
     return register
@@ -1221,12 +1196,11 @@ def _answers(*functions: Callable | None) -> Callable:
 
 def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
     """What `ufunc(*inputs, **kwargs)` gives, one of the inputs or outputs being a Tensor."""
-    out = kwargs.get("out", ())
-    if any(isinstance(a, Tensor) for a in out):
+    if any(isinstance(a, Tensor) for a in kwargs.get("out", ())):
         raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its result")
 
-    plain_call = method == "__call__" and not kwargs  # no np.add.reduce, and no where=
-    if plain_call and ufunc in _FUNCTIONS:
+    is_plain = method == "__call__" and not kwargs  # no np.add.reduce, and no where=
+    if is_plain and ufunc in _FUNCTIONS:
         return _FUNCTIONS[ufunc](*inputs)
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
         return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
@@ -1279,14 +1253,13 @@ Tensor.__array__ = _array
 
 # ## II.3 Element by element: what stands beside g?
 #
-# Here an element of the result depends on one element of each operand. So a rule is `g`
-# times the derivative that every table of calculus has, and this section is such a
-# table; `y` is used where it makes the derivative simpler, as in `1 - y * y` for tanh.
-# (A row also answers for the NumPy function that it computes by.)
+# The derivative that every table of calculus has. For here an element of the result
+# depends on one element of each operand, so what each receives is `g` times that, and
+# this section is such a table.
 #
-# First come the rows that are no more than that. (Two formulas are written with care:
-# `(1 - x) * (1 + x)` is 1 - x^2, which near 1 would lose its digits, and `hypot(1, x)`
-# is the root of 1 + x^2, which would overflow; arccosh has a bit of both.)
+# (Two formulas are written with care: `(1 - x) * (1 + x)` is 1 - x^2, which near 1
+# would lose its digits, and `hypot(1, x)` is the root of 1 + x^2, which would overflow.
+# The two roots of arccosh multiply to that of x^2 - 1, which would do both.)
 exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
 expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
@@ -1322,8 +1295,8 @@ def astype(x: Any, dtype: Any) -> Tensor:
 
 # ### One word each: where would calculus alone go wrong?
 #
-# *Remainders.* `a - b floor(a/b)` moves with a, and by b its slope is -floor(a/b),
-# which is constant between its jumps. (fmod rounds toward zero.)
+# *Remainders.* Between the jumps of floor(a/b), which is then a constant, the remainder
+# `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod rounds toward zero.)
 mod = _op("mod", np.remainder,
           lambda g, y, a, b: g,
           lambda g, y, a, b: -g * (a // b))
@@ -1332,8 +1305,9 @@ fmod = _op("fmod", np.fmod,
            lambda g, y, a, b: -g * np.trunc(a / b))
 
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
-# x = 0 the first would be 0 * 0 ** -1 for p = 0, which is nan, and the second has the
-# logarithm of 0. Both are taken as 0 there (the second unless p is negative).
+# x = 0 the first would be 0 times infinity for p = 0: there the exponent is taken as 0,
+# and `0 * 0 ** 0` is 0. The second has the logarithm of 0: there we take that of 1.
+# (But for a negative p, where y itself is infinite.)
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -1348,8 +1322,7 @@ def _power_slope(x: Any, p: Any) -> Any:
     """p x ** (p - 1)"""
     if isinstance(p, (int, float)) and p != 0:
         return p * _to_the_power(x, p - 1)
-    is_zero = (p == 0) & (x == 0)  # there the exponent is 0, for 0 * 0 ** 0 = 0
-    return p * x ** np.where(is_zero, 0, p - 1)
+    return p * x ** np.where((p == 0) & (x == 0), 0, p - 1)
 
 
 power = _op("power", _to_the_power,
@@ -1359,29 +1332,27 @@ power = _op("power", _to_the_power,
 
 
 # *Distance and angle.* The slopes of `hypot`, the distance of (a, b) from the origin,
-# are a and b divided by it; at the origin, a kink, they are taken as 0. Those of
-# arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum of
-# squares overflows where its root, the distance, does not: we divide by this twice.
-def _or_one(r: Any) -> Any:
-    """r, and 1 where it is 0, to divide by."""
-    return np.where(r == 0, 1, r)
+# are a and b divided by it; at the origin, a kink, they are taken as 0 (divided by 1).
+# Those of arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum
+# of squares overflows where its root, the distance, does not: we divide by this twice.
+hypot = _op("hypot", np.hypot,
+            lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
+            lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
 
 
-def _over_distance_twice(c: Any, a: Any, b: Any) -> Any:
+def _over_distance_twice(c, a, b):
     """c / (a*a + b*b), where c is a or b; and 0 at the origin."""
-    distance = _or_one(np.hypot(a, b))
+    distance = np.hypot(a, b)
+    distance = np.where(distance == 0, 1, distance)
     return c / distance / distance
 
 
-hypot = _op("hypot", np.hypot,
-            lambda g, y, a, b: g * (a / _or_one(y)),
-            lambda g, y, a, b: g * (b / _or_one(y)))
 arctan2 = _op("arctan2", np.arctan2,
               lambda g, y, a, b: g * _over_distance_twice(b, a, b),
               lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
 
-# *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; logaddexp(x, 0)
-# is the same and does not. The slopes, with what they are found from:
+# *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
+# logaddexp(x, 0) is the same and does not. The slopes, with what they are found from:
 #
 #     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
 #     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
@@ -1402,18 +1373,13 @@ logaddexp2 = _op("logaddexp2", np.logaddexp2,
 # ### Choosing: why not multiply by a mask?
 #
 # What chooses between elements passes the cotangent to the chosen ones and 0 to the
-# rest. That looks like `g * mask`. But `inf * 0` is nan, and infinite cotangents do
-# occur: the slope of sqrt at 0 is one. They must not reach what was not chosen.
+# rest. That looks like `g * mask`. But infinite cotangents do occur, as the slope of
+# sqrt at 0, and `inf * 0` is nan, where 0 is wanted.
 #
-#     >>> x = Tensor([-1.0, 4.0])
-#     >>> relu(x).backward([np.inf, 1.0])
-#     >>> print(x.grad)
-#     [0. 1.]
-#
-# The naive `np.where(mask, g, 0)` takes seven times as long as a product when the mask
-# is irregular, for the processor cannot guess its jumps. So we do multiply: not the
-# numbers, but their *bits*, read as integers. Times 1, all bits stay; times 0, they
-# become the bits of 0.0; and an integer knows no infinity.
+# `np.where(mask, g, 0)` is right, and takes seven times as long as a product when the
+# mask is irregular, for the processor cannot guess its jumps. So we do multiply: not
+# the numbers, but their *bits*, read as integers. Times 1, all bits stay; times 0, they
+# become the bits of 0.0.
 #
 #     >>> bits = np.array([np.inf, 1.5]).view(np.int64)
 #     >>> print((bits * np.array([False, True])).view(np.float64))
@@ -1431,9 +1397,9 @@ def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
     """The same, written to `out`, an array of the shape and dtype of x."""
     if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
         out[...] = np.where(mask, x, 0)
-        return
-    bits = f"i{x.dtype.itemsize}"
-    np.multiply(x.view(bits), np.asarray(mask).view("i1"), out=out.view(bits))
+    else:
+        bits = f"i{x.dtype.itemsize}"
+        np.multiply(x.view(bits), np.asarray(mask).view("i1"), out=out.view(bits))
 
 
 @_answers(np.where)
@@ -1450,22 +1416,21 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 # At a kink any slope between the two sides is right: abs and relu take 0 there.
 abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
 relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
-           lambda g, y, x: _chosen(g, y != 0),  # not x > 0, so that nan hands g on
+           lambda g, y, x: _chosen(g, y != 0),  # not y > 0, so that nan hands g on
            doc="max(x, 0), element by element.")
 
 
 # The larger of two operands receives all of g; where they tie, each receives half. The
-# rule asks whether the *other* is not the result, which is also right for nan, since
-# nan equals nothing:
+# rule asks whether the *other* differs from the result, which is also right for nan,
+# since nan differs from everything:
 #
 #                a      b      y      a receives   b receives
 #     maximum    5      3      5      g            0
 #                3      3      3      g/2          g/2
-#                inf    inf    inf    g/2          g/2
 #                nan    3      nan    g            g             (as in PyTorch)
 #     fmax       nan    3      3      0            g
-def _to_the_chosen(g: Any, y: Any, mine: Any, other: Any) -> Any:
-    """What an operand receives: g where y is not the other, half where they tie."""
+def _to_the_chosen(g, y, mine, other):
+    """What an operand receives: g where the other is not y, half where they tie."""
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
@@ -1476,40 +1441,33 @@ fmax = _op("fmax", np.fmax, *_of_two)
 fmin = _op("fmin", np.fmin, *_of_two)
 
 # Within the bounds x is y, and receives g; nan is never within (as in PyTorch).
-_clip = _op("clip", lambda x, *bounds: np.clip(x, *bounds),
-            lambda g, y, x, *bounds: _chosen(g, x == y))
+_clip = _op("clip", lambda x, low, high: np.clip(x, low, high),
+            lambda g, y, x, low, high: _chosen(g, x == y))
 
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
     """x limited to [low, high], constants; the gradient passes where x is within."""
     if _tracked(low) or _tracked(high):
-        raise TypeError("clip: the bounds are constants; for Tensors use maximum and "
-                        "minimum")
+        raise TypeError("clip: the bounds are constants; for Tensors use maximum and minimum")
     return _clip(x, _value(low), _value(high))
 
 
 # ## II.4 Moving elements: what undoes a move?
 #
-# Sending each element back to where it came from. And if it was taken twice, both
-# cotangents must arrive there, so they are *added*:
+# To send each element back to where it came from. If it was taken twice, two cotangents
+# arrive there, and are *added*:
 #
 #     >>> x = Tensor([1.0, 2.0, 3.0])
-#     >>> x[[0, 0, 2]].sum().backward()
+#     >>> x[[0, 0, 2]].backward([5.0, 6.0, 7.0])
 #     >>> print(x.grad)
-#     [2. 0. 1.]
+#     [11.  0.  7.]
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
 # rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
-# is `np.add.at`, and slow. `np.bincount` does it fast: it counts how often each of 0,
-# 1, 2, ... occurs, or, with weights, adds those up. Here 5 and 6 go to place 0, and 7
-# to place 2:
-#
-#     >>> print(np.bincount([0, 0, 2], weights=[5.0, 6.0, 7.0]))
-#     [11.  0.  7.]
-#
-# Where there are several axes, the elements are numbered, and the same index, of the
-# numbers, tells the places. An index of numbers and slices, or a mask, names no element
-# twice: there `out[index] = x` will do.
+# is `np.add.at`, and slow. Fast is `np.bincount([0, 0, 2], weights=[5, 6, 7])`, which
+# gives the same 11, 0, 7. If there are several axes, the elements are numbered, and the
+# index picks numbers. (An index of numbers and slices, or a mask, names no element
+# twice: there `out[index] = x` will do.)
 getitem = _op("getitem", lambda x, index: x[index],
               lambda g, y, x, index: scatter_add(g, index, x.shape),
               doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1522,47 +1480,39 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
     if _names_none_twice(index):
         out[index] = x
         return out
-
     if x.dtype.itemsize > 8:  # a longdouble, which bincount would round
         np.add.at(out, index, x)
         return out
 
-    numbers = np.arange(out.size).reshape(shape)
-    places = numbers[index]
+    places = np.arange(out.size).reshape(shape)[index]
     weights = np.broadcast_to(x, places.shape)
-    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64
+    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64, (out.size,)
     return sums.reshape(shape).astype(x.dtype)
 
 
 def _names_none_twice(index: Any) -> bool:
     """Whether `index` is a mask, or made of numbers and slices only."""
-    if isinstance(index, np.ndarray) and index.dtype == bool:
-        return True
+    if isinstance(index, np.ndarray):
+        return index.dtype == bool
     entries = index if isinstance(index, tuple) else (index,)
-    basic = (int, np.integer, slice, type(None), type(...))
-    return all(isinstance(entry, basic) for entry in entries)
+    return all(isinstance(e, (int, np.integer, slice, type(None), type(...))) for e in entries)
 
 
 # ### Any move: where did each element come from?
 #
 # Whatever else only moves or repeats elements needs no rule of its own. Let NumPy do it
 # to the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
-# each element came from: there its cotangent goes. A zero that was filled in came from
-# position 0, which is cut off at the end.
-#
-#     >>> print(np.tril(np.array([[1, 2], [3, 4]])))
-#     [[1 0]
-#      [3 4]]
-#
-# So a cotangent [[5, 6], [7, 8]] of that goes, as 5, 6, 7 and 8, to the positions 1, 0,
-# 3 and 4.
+# each element came from: there its cotangent goes. Of positions [[1, 2], [3, 4]], tril
+# makes [[1, 0], [3, 4]]. So of a cotangent [[5, 6], [7, 8]] the 5, 7 and 8 go to the
+# positions 1, 3 and 4. The 6 goes to position 0, which stands for all zeros that were
+# filled in, and is cut off.
 _np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
 
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
     """The operation `move`: its result has elements of its first argument, and zeros."""
 
-    def send_back(g: Any, y: Any, x: Any, *settings: Any, **named: Any) -> Any:
+    def send_back(g, y, x, *settings, **named):
         positions = np.arange(1, x.size + 1).reshape(x.shape)
         came_from = move(positions, *settings, **named)
         return scatter_add(g, came_from, (x.size + 1,))[1:].reshape(x.shape)
@@ -1579,11 +1529,9 @@ diag = _moves("diag", np.diag)
 diagonal = _moves("diagonal", np.diagonal)
 tril = _moves("tril", np.tril)
 triu = _moves("triu", np.triu)
-take = _moves("take",  # without the `out` of np.take
-              lambda a, indices, axis=None, *, mode="raise":
+take = _moves("take", lambda a, indices, axis=None, *, mode="raise":  # without NumPy's out=
               np.take(a, indices, axis, mode=mode), answers=np.take)
-take_along_axis = _moves("take_along_axis",  # with NumPy 2.3's default for the axis
-                         lambda arr, indices, axis=-1:
+take_along_axis = _moves("take_along_axis", lambda arr, indices, axis=-1:  # as in NumPy 2.3
                          np.take_along_axis(arr, indices, axis), answers=np.take_along_axis)
 
 
@@ -1599,18 +1547,17 @@ def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
 
 # ### The same elements in another shape: what undoes a view?
 #
-# Another view. NumPy does these without touching an element, and their rules should
-# not, either, so they count no positions: a shape is undone by the shape of x, and an
-# order of the axes, such as (2, 0, 1), by its argsort, (1, 2, 0).
-def _in_the_shape_of_x(g: Any, y: Any, x: Any, *_: Any, **__: Any) -> Any:
+# Another view. NumPy does these without touching an element, and their rules need not,
+# either: a shape is undone by the shape of x, and an order of the axes, such as
+# (2, 0, 1), by its argsort, (1, 2, 0).
+def _in_the_shape_of_x(g, y, x, *_, **__):
     return g.reshape(x.shape)
 
 
-def _permuted_back(g: Any, y: Any, x: Any, *axes: Any) -> Any:
-    if not axes or axes[0] is None:
+def _permuted_back(g, y, x, *axes):
+    if not axes or axes[0] is None:  # the axes were reversed
         return g.T
-    order = np.ravel(axes) % x.ndim
-    return g.transpose(np.argsort(order))
+    return g.transpose(np.argsort(np.ravel(axes) % x.ndim))
 
 
 reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
@@ -1624,8 +1571,7 @@ swapaxes = _np_op("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
                   answers=np.swapaxes)
 moveaxis = _np_op("moveaxis",
                   lambda x, source, destination: np.moveaxis(x, source, destination),
-                  lambda g, y, x, source, destination:
-                  np.moveaxis(g, destination, source),
+                  lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
                   answers=np.moveaxis)
 broadcast_to = _np_op("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
                       lambda g, y, x, shape: g,  # the sum over the copies is the walk's
@@ -1637,12 +1583,12 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     shape = np.shape(_value(x)) or (1,)
     axes = range(len(shape))
     try:
-        first, last = axes[start_dim], axes[end_dim]
+        first, last = axes[start_dim], axes[end_dim]  # a negative one counts from the end
         if first > last:
             raise IndexError
     except (IndexError, TypeError):
-        raise ValueError(f"flatten of shape {shape}: there are no axes "
-                         f"{start_dim!r} to {end_dim!r}") from None
+        raise ValueError(f"flatten of shape {shape}: there are no axes {start_dim!r} to "
+                         f"{end_dim!r}") from None
     joined = math.prod(shape[first:last + 1])
     return reshape(x, (*shape[:first], joined, *shape[last + 1:]))
 
@@ -1650,14 +1596,15 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 # ### Joined, cut, and framed: whose slice is it?
 #
 # Each operand of a concatenation receives the slice of g that lies where it was put:
-# operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`.
+# operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`. One rule serves operand i of
+# any number of them (`each`, I.2).
 def _narrow(x: Any, axis: int, start: int, n: int) -> Any:
     """x[start:start + n] along an axis, as torch.narrow."""
     before = (slice(None),) * (axis % x.ndim)
     return x[(*before, slice(start, start + n))]
 
 
-def _slice_of_operand(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
+def _slice_of_operand(i, g, y, *xs, axis):
     start = sum(x.shape[axis] for x in xs[:i])
     return _narrow(g, axis, start, xs[i].shape[axis])
 
@@ -1699,15 +1646,14 @@ def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
     return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 
-# A frame of constants is taken off again. (A frame of x's own elements is a move.)
-def _without_frame(g: Any, y: Any, x: Any, pad_width: Any, value: Any) -> Any:
+# A frame of constants is taken off again. A frame of x's own elements is a move.
+def _without_frame(g, y, x, pad_width, value):
     before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]
     return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
 
 
-_pad_with_constant = _op(
-    "pad", lambda x, pad_width, value: np.pad(x, pad_width, constant_values=value),
-    _without_frame)
+_pad_with_constant = _op("pad", lambda x, pad_width, value:
+                         np.pad(x, pad_width, constant_values=value), _without_frame)
 _pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_width, mode))
 
 
@@ -1716,8 +1662,8 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
         constant_values: float = 0) -> Tensor:
     """x in a frame of zeros, or of other `constant_values`.
 
-    It is as wide as a number, (before, after), a pair per axis, or {axis: pair}. By
-    np.pad's modes "edge", "reflect", "symmetric" and "wrap" it is of elements of x.
+    Its width is a number, (before, after), a pair per axis, or {axis: pair}. By np.pad's
+    modes "edge", "reflect", "symmetric" and "wrap" it is made of elements of x.
     """
     if isinstance(pad_width, dict):
         pairs = np.zeros((np.ndim(x), 2), int)
@@ -1740,8 +1686,7 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 # In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), and is
 # stretched along it, (4, 3):
 #
-#     >>> @primitive(lambda g, y, x, axis:
-#     ...            np.broadcast_to(np.expand_dims(g, axis), x.shape))
+#     >>> @primitive(lambda g, y, x, axis: np.broadcast_to(np.expand_dims(g, axis), x.shape))
 #     ... def naive_sum(x, axis):
 #     ...     return np.sum(x, axis)
 #     ...
@@ -1750,16 +1695,11 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 #     >>> print(x.grad[0], x.grad[3])
 #     [1. 2. 3.] [1. 2. 3.]
 #
-# Stretching and sum are each other's rule, as with indexing. A mean of n hands
-# everybody an n-th of g. (`_fast_sum` is np.sum in less time, and stands at the
-# section's end.)
+# The real rule is the same, also for several axes or all, and a mean of n hands everybody
+# an n-th of g. (`_fast_sum`, np.sum in less time, stands at the section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
     """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
-
-
-def _stretch(g: Any, x: Any, axis: Any) -> Any:
-    return np.broadcast_to(_restore(g, x, axis), x.shape)
 
 
 def _count(x: Any, y: Any) -> int:
@@ -1767,14 +1707,15 @@ def _count(x: Any, y: Any) -> int:
     return x.size // max(1, y.size)
 
 
-@primitive(lambda g, y, x, axis=None, keepdims=False: _stretch(g, x, axis))
+@primitive(lambda g, y, x, axis=None, keepdims=False:
+           np.broadcast_to(_restore(g, x, axis), x.shape))
 def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The sum over all elements, or over the axes given."""
     return _fast_sum(x, axis, keepdims).astype(x.dtype, copy=False)
 
 
 @primitive(lambda g, y, x, axis=None, keepdims=False:
-           _stretch(g / max(1, _count(x, y)), x, axis))
+           np.broadcast_to(_restore(g, x, axis) / max(1, _count(x, y)), x.shape))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The mean over all elements, or over the axes given."""
     total = _fast_sum(x, axis, keepdims)
@@ -1789,7 +1730,9 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 
 # ### Spread and extremes: what of equal elements?
 #
-# The variance is the mean square of `x - mean(x)`, and written so it needs no rule.
+# The variance is the mean square of `x - mean(x)`, and written so it needs no rule. Nor
+# does its root; but at equal elements, where the variance is 0, the slope of the root is
+# infinite. There the root of 1 is taken instead, and `where` drops it.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
@@ -1800,8 +1743,8 @@ def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     total = sum_(x, axis, keepdims=True)
     n = _count(x, total)
     if n <= ddof and total.size:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are "
-                         f"too few for ddof={ddof}")
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few for "
+                         f"ddof={ddof}")
     centred = x - total / n
     return sum_(centred * centred, axis, keepdims) / (n - ddof)
 
@@ -1810,17 +1753,17 @@ def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The standard deviation, the root of `var`. Its gradient is 0 at equal elements."""
     variance = var(x, axis, ddof, keepdims)
-    is_zero = variance == 0  # where the slope of sqrt is infinite, and that of var 0
+    is_zero = variance == 0
     return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
 
 
-# The largest element passes its cotangent on; several that tie share it evenly. Where
+# The largest element receives the cotangent; several that tie share it evenly. Where
 # one is nan, so is the result, and each element that it was taken of receives nan.
-def _to_ties(g: Any, y: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def _to_ties(g, y, x, axis=None, keepdims=False):
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
     winners = (x == y) | is_nan
-    count = np.sum(winners, axis, keepdims=True)  # an integer: float16 ends at 65,504
+    count = np.sum(winners, axis, keepdims=True)
     shares = np.where(is_nan, np.nan, g / count).astype(g.dtype)
     return _chosen(np.broadcast_to(shares, x.shape), winners)
 
@@ -1846,20 +1789,18 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """log(sum(exp(x))), without overflow."""
+    """log(sum(exp(x))), without overflow. If all x are -inf, so is it, with gradient nan."""
     top = np.max(x, axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, x.dtype.type(0))  # -inf - -inf would be nan
-    with np.errstate(divide="ignore"):  # log(0) = -inf is right for a row of -inf
+    with np.errstate(divide="ignore"):  # log(0)
         y = np.log(_fast_sum(np.exp(x - top), axis, keepdims=True)) + top
     return (y if keepdims else np.squeeze(y, axis)).astype(x.dtype, copy=False)
 
 
-# With `y = softmax(x)`, `dy_i/dx_j = y_i (1[i=j] - y_j)`. So x_j receives
-#
-#     sum_i g_i y_i (1[i=j] - y_j)  =  y_j g_j - y_j sum_i g_i y_i
-#
-# or `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`. (The helpers
-# for rows are sums and maxima with keepdims=True, in less time, and stand at the end.)
+# With `y = softmax(x)`, the slope of y_i by x_j is `-y_i y_j`, and `y_j - y_j y_j` for
+# i = j. Times g_i, and added up over i, x_j receives `y_j g_j - y_j sum_i(g_i y_i)`. In
+# arrays that is `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
+# (`_row_sum` and its kin are sums and maxima with keepdims=True, and stand at the end.)
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
@@ -1883,7 +1824,7 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 #
 # The derivative of a product by one element is the product of all others. That is not
 # `y / x`, for the element may be 0. So a product is taken by halves, the first half
-# times the second, until one element is left; `mul` knows the rest, to all orders:
+# times the second, until one element is left, and the rule of `mul` is all it needs:
 #
 #     [2 3 0 5]  ->  [2*0 3*5] = [0 15]  ->  [0*15] = [0]
 #
@@ -1892,8 +1833,8 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 #
 #     [a b c d]  ->  [a ab bc cd]  ->  [a ab abc abcd]
 #
-# A running sum hands each element's cotangent to all before it: that is a running sum
-# from the end.
+# And a running sum hands each cotangent to all elements that were added by then: that
+# is a running sum from the end.
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The product of all elements, or over the axes given. Zeros are no special case."""
     x, axes = _joined("prod", x, axis)  # (..., n)
@@ -1924,7 +1865,7 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
     return np.cumsum(x, axis)
 
 
-# These, and the quantiles below, know one axis: so several are first joined into one.
+# These, and the quantiles below, work along one axis, so several are joined into one.
 def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
     """x with the axes named joined into one, which is the last; and their numbers."""
     x = as_tensor(x)
@@ -1950,10 +1891,10 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 
 # ### Quantiles: which elements is one made of?
 #
-# Two neighbours in sorted order. NumPy tells which: the quantile of the numbers 0, 1,
-# ..., n - 1 is the place itself. Take 40, 10, 80, 20 and q = 0.75. Of 0, 1, 2, 3 that
-# quantile is 2.25: so we are a quarter of the way from place 2 of 10, 20, 40, 80 to
-# place 3, at 0.75 * 40 + 0.25 * 80 = 50. And g goes to these two, in these parts:
+# Two neighbours in sorted order. To learn which, we ask NumPy for the same quantile of
+# the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and q = 0.75. Of the places 0 to 3 it
+# is 2.25; so of 10, 20, 40, 80 it is a quarter of the way from place 2 to place 3, or
+# `0.75 * 40 + 0.25 * 80`. Sorting, indexing and products have rules, and that is all:
 #
 #     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
 #     >>> y = np.quantile(x, 0.75)
@@ -1975,31 +1916,25 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
     ordered = sort(x, -1)
-    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # (..., 1 for each q)
-    y = where(np.isnan(last), np.nan, _interpolated(ordered, place))  # a nan sorts last
+    below = ordered[..., np.floor(place).astype(int)]  # (..., *q's shape)
+    above = ordered[..., np.ceil(place).astype(int)]
+    part = np.asarray(place % 1, x.dtype)
+    rest = np.asarray(1 - part, x.dtype)
+    above = where(part > 0, above, 0)  # as inf * 0 is nan
+    y = below * rest + above * part
+
+    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
+    y = where(np.isnan(last), np.nan, y)  # a nan sorts last
     if keepdims:
         y = expand_dims(y, axes)
-    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))
-
-
-def _interpolated(ordered: Tensor, place: Any) -> Tensor:
-    """What stands at each `place`, such as 2.25, of the last axis: (..., *places)."""
-    below = np.floor(place).astype(int)
-    part = np.asarray(place - below, ordered.dtype)
-    y = ordered[..., below]
-    if not part.any():
-        return y
-
-    rest = np.asarray(1 - part, ordered.dtype)
-    above = np.ceil(place).astype(int)
-    between = y * rest + ordered[..., above] * part
-    return where(part > 0, between, y)  # for an infinite element times 0 is nan
+    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))  # q's axes first
 
 
 # ### The same in less time
 #
-# These are np.sum, np.max and the sum of `a * b`, with another way for short rows
-# (ROWS, II.7), and the naive one where that does not fit.
+# NumPy begins anew for each row, and most of the time of a short row is that beginning.
+# So rows are summed by a product with ones, and their maxima taken by one call of
+# reduceat (ROWS, II.7). Where that does not fit, it is plain np.sum and np.max.
 _ones = functools.lru_cache(16)(np.ones)
 
 
@@ -2008,15 +1943,11 @@ def _rows(x: Any) -> Any:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-# For rows of 5 float32, OpenBLAS 0.3.31 also reads memory that nobody has written. Its
-# result is right; but what lay there may be no number, and then NumPy warns.
-_NOISY_LENGTH = 5
-
-
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    if axis not in (-1, x.ndim - 1) or n == _NOISY_LENGTH:
+    # (Of rows of 5, OpenBLAS 0.3.31 reads unwritten memory, too, and NumPy may warn.)
+    if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -2033,13 +1964,13 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
         return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
     starts = np.arange(0, x.size, x.shape[-1])
-    rows = np.maximum.reduceat(x.reshape(-1), starts)
-    return rows.reshape(*x.shape[:-1], 1)
+    maxima = np.maximum.reduceat(x.reshape(-1), starts)
+    return maxima.reshape(*x.shape[:-1], 1)
 
 
 def _is_moderate(x: np.ndarray) -> bool:
-    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (Not if one is nan.)"""
-    if x.dtype == np.float16:  # e^12 is too much for it
+    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (In float16 it does.)"""
+    if x.dtype == np.float16:
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
 
@@ -2054,9 +1985,8 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
     if n == 0 or length > 4096:  # with more, a product would round off too much
         return np.sum(x, axis=axis, keepdims=keepdims)
 
-    outer_axes = x.shape[:-n]
-    sums = _row_sum(x.reshape(*outer_axes, length))  # (..., 1)
-    return sums.reshape(outer_axes + (1,) * n if keepdims else outer_axes)
+    sums = _row_sum(x.reshape(*x.shape[:-n], length))  # (..., 1)
+    return sums.reshape(x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n])
 
 
 def _last_axes(x: np.ndarray, axis: Any) -> int:
@@ -5480,7 +5410,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
             return f(*args)
 
     # (Its pullback is in the place of a fused operation's: II.7.)
-    return _fill(Tensor.__new__(Tensor), y._data, True, checkpoint, operands, pullback=run_again)
+    return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands, pullback=run_again)
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
