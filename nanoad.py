@@ -7692,12 +7692,10 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 
 # ## IV.11 NumPy's other names: what needs no new idea?
 #
-# NumPy has hundreds of functions. One that meets a Tensor gets one of four kinds of
-# answer.
+# NumPy has hundreds of functions. One that meets a Tensor gets one of four answers.
 #
-# 1. Nearly all are *compositions* of operations that we have. So each is written as
-#    such, with NumPy's own signature; its derivatives follow. np.ptp, the range of the
-#    values, is a maximum minus a minimum:
+# 1. Nearly all are *compositions* of operations that we have, so their derivatives
+#    follow. np.ptp, the range of the values, is a maximum minus a minimum:
 #
 #        >>> t = Tensor([4.0, 1.0, 2.0])
 #        >>> y = np.ptp(t)
@@ -7705,13 +7703,10 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        3.0 True [ 1. -1.  0.]
 #
 # 2. A few have a *rule* of their own, where a composition would not do: np.sinc is
-#    `sin(u) / u` with `u = pi x`, at 0 a 0/0. Its second derivative there is -pi^2/3:
-#
-#        >>> print(f"{grad(grad(np.sinc))(0.0):.8f} {-np.pi ** 2 / 3:.8f}")
-#        -3.28986813 -3.28986813
+#    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
 #
 # 3. Those whose derivative is zero wherever they have one, or that ask for a shape or an
-#    order (`_WITHOUT_GRADIENT`), give *plain values*.
+#    order, give *plain values*:
 #
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
@@ -7725,14 +7720,11 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        Traceback (most recent call last):
 #        TypeError: numpy.add.reduce: nanoad has no derivative for this; use np.sum, ...
 #
-# **A reader may stop here and go on with IV.12**: the rest is for looking up. (The file
-# needs it to run. Rules call np.sum and others, of Tensors when they write a tape: I.6.
-# The protocol asks `_WITHOUT_GRADIENT`: II.2. And `dot` calls `tensordot`: II.6.)
+# **A reader may stop here and go on with IV.12**: the rest is for looking up.
 #
-# ### Tables
+# ### What is answered
 #
-# (A test compares the list with `_FUNCTIONS`.) Compositions and rules, which NumPy code
-# may use, by kind:
+# The first two kinds, which NumPy code may use, by kind:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
 #                     positive square reciprocal power float_power
@@ -7774,6 +7766,17 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     """.split()} | {np.linalg.matrix_rank}
 
 
+# ### How to read an entry
+#
+# It is called with NumPy's own arguments, so it has their names and order. What it does
+# not have, such as `out`, Python refuses. Three things are the same everywhere:
+#
+# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If its
+#   own name has no underscore, it is public besides: `nanoad.median`.
+# - Several operands first go through `_admit_together` (II.9): a mask beside float32
+#   leaves the result float32.
+# - What chooses or counts has no derivative, and is asked of the array, `_value(x)`.
+#
 # ### In one line
 #
 # First the helpers of rows.
@@ -7783,6 +7786,15 @@ def _with_dtype(op: Callable) -> Callable:
         return op(a if dtype is None else astype(a, dtype), axis, **more)
 
     return answer
+
+
+def _nansum(a, axis=None, keepdims=False):
+    return sum_(where(np.isnan(a), 0, a), axis, keepdims)
+
+
+def _nanmean(a, axis=None, keepdims=False):
+    count = np.sum(~np.isnan(a), axis, dtype=a.dtype, keepdims=keepdims)
+    return _nansum(a, axis, keepdims) / count
 
 
 def _at_least(function: Callable) -> Callable:
@@ -7795,13 +7807,9 @@ def _at_least(function: Callable) -> Callable:
     return answer
 
 
-def _nansum(a, axis=None, keepdims=False):
-    return sum_(where(np.isnan(a), 0, a), axis, keepdims)
-
-
-def _nanmean(a, axis=None, keepdims=False):
-    count = np.sum(~np.isnan(a), axis, dtype=a.dtype, keepdims=keepdims)
-    return _nansum(a, axis, keepdims) / count
+def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
+    """The arrays, each prepared, end to end along an axis."""
+    return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
 _FUNCTIONS.update({
@@ -7825,13 +7833,15 @@ _FUNCTIONS.update({
     np.atleast_1d: _at_least(np.atleast_1d),
     np.atleast_2d: _at_least(np.atleast_2d),
     np.atleast_3d: _at_least(np.atleast_3d),
-    # joining and cutting
+    # joining
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
-    np.vstack: lambda tup: concatenate([np.atleast_2d(t) for t in _admit_together(*tup)]),
-    np.dstack: lambda tup:
-        concatenate([np.atleast_3d(t) for t in _admit_together(*tup)], 2),
-    np.column_stack: lambda tup: concatenate(
-        [t if t.ndim > 1 else reshape(t, (-1, 1)) for t in _admit_together(*tup)], 1),
+    np.vstack: lambda tup: _join(np.atleast_2d, tup, 0),
+    np.dstack: lambda tup: _join(np.atleast_3d, tup, 2),
+    np.hstack: lambda tup:  # vectors along their only axis
+        _join(np.atleast_1d, tup, 0 if as_tensor(tup[0]).ndim < 2 else 1),
+    np.column_stack: lambda tup:
+        _join(lambda t: t if t.ndim > 1 else reshape(t, (-1, 1)), tup, 1),
+    # cutting
     np.split: lambda ary, indices_or_sections, axis=0:
         split(ary, indices_or_sections, axis),
     np.array_split: lambda ary, indices_or_sections, axis=0:
@@ -7859,27 +7869,27 @@ _FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
 _FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
 
 for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize):
-    _moves(_f.__name__, _f)  # (which enters it in the table)
+    _moves(_f.__name__, _f)  # (II.4; it enters the table by itself)
 
 
 # ### Elements
 #
-# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
-# 0/0 at 0 and loses its digits nearby. There we add up its series, written as nested
-# products (Horner),
-#
-#     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
-#
-# of which ten terms give all digits of float64 for |x| < 1/2.
+# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
+# at 0 and loses its digits nearby. There we add up its series. That begins with
+# `-pi u / 3`, and each term is the last one times `-u^2 / (2k (2k + 3))`, for k = 1, 2,
+# ...; so it is a nest of products, `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which is
+# computed from inside. For |x| < 1/2, ten terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
-    near = np.pi * np.where(is_near, x, 0)
-    far = np.where(is_near, 1, x)
+    u = np.pi * np.where(is_near, x, 0)
     series = 1.0
     for k in range(10, 0, -1):
-        series = 1 - near * near / (2 * k * (2 * k + 3)) * series
-    return np.where(is_near, near * series * (-np.pi / 3),
-                    (np.cos(np.pi * far) - np.sinc(far)) / far)
+        series = 1 - u * u / (2 * k * (2 * k + 3)) * series
+    near = -np.pi * u / 3 * series
+
+    x = np.where(is_near, 1, x)  # lest the other way be 0/0 where it is not taken
+    far = (np.cos(np.pi * x) - np.sinc(x)) / x
+    return np.where(is_near, near, far)
 
 
 sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
@@ -7912,17 +7922,18 @@ def _select(condlist, choicelist, default=0):
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
     """Each function gets only those x for which its condition is the last that holds."""
-    is_one = np.ndim(condlist) == np.ndim(x)  # a mask alone, and no list of masks
-    count = 1 if is_one else len(condlist)
-    masks = np.reshape(condlist, (count, *np.shape(x))).astype(bool)
-    if len(funclist) == count + 1:  # the last one is for the rest
-        masks = np.concatenate([masks, ~masks.any(axis=0, keepdims=True)])
-    if len(funclist) != len(masks):
+    if np.ndim(condlist) == np.ndim(x):  # a mask alone, and no list of masks
+        condlist = [condlist]
+    count = len(condlist)
+    if len(funclist) not in (count, count + 1):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
+    number = np.full(np.shape(x), count)  # that of each x's function; `count` is the rest's
+    for i, condition in enumerate(condlist):
+        number[np.asarray(condition, bool)] = i
 
     result = where(False, x, 0)  # zeros, tied to x
     for i, f in enumerate(funclist):
-        mask = masks[i] & ~masks[i + 1:].any(axis=0)
+        mask = number == i
         if mask.any():
             value = f(x[mask], *args, **kw) if callable(f) else f
             result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
@@ -7967,25 +7978,19 @@ def _broadcast_arrays(*arrays):
     return tuple(broadcast_to(t, shape) for t in _admit_together(*arrays))
 
 
-@_answers(np.hstack)
-def _hstack(tup):
-    tensors = [np.atleast_1d(t) for t in _admit_together(*tup)]
-    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
-
-
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """One grid for each of the coordinates xi, stretched along the axes of the others.
+    """For each of the coordinates xi a grid, along axis i, stretched along all others.
 
-    Grid i varies along axis i; but "xy", NumPy's default, exchanges the first two axes.
+    "xy", NumPy's default, exchanges the first two axes.
     """
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
     n = len(xi)
-    axes = [1, 0, *range(2, n)] if indexing == "xy" and n > 1 else range(n)
-    grids = []
-    for x, axis in zip(_admit_together(*xi), axes):
-        grids.append(reshape(x, (1,) * axis + (-1,) + (1,) * (n - 1 - axis)))
+    grids = [reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i))
+             for i, x in enumerate(_admit_together(*xi))]
+    if indexing == "xy" and n > 1:
+        grids = [swapaxes(grid, 0, 1) for grid in grids]
     return tuple(grids) if sparse else np.broadcast_arrays(*grids)
 
 
@@ -8030,8 +8035,8 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
     if len(pieces) > 1:
-        one_slice = np.sum(_value(x), axis, keepdims=True).shape  # a number fills one
-        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), one_slice)
+        slice_ = np.sum(_value(x), axis, keepdims=True).shape  # a number fills one
+        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), slice_)
                          for a in pieces], axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
