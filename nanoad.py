@@ -29,7 +29,6 @@ the imports, which are Python's own and NumPy, the essay begins.)
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import copy
 import functools
@@ -7769,14 +7768,20 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 # ### How to read an entry
 #
 # It is called with NumPy's own arguments, so it has their names and order. What it does
-# not have, such as `out`, Python refuses. Three things are the same everywhere:
+# not have, such as `out`, Python refuses. Four things are the same everywhere:
 #
 # - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If its
 #   own name has no underscore, it is public besides: `nanoad.median`.
 # - Several operands first go through `_admit_together` (II.9): a mask beside float32
 #   leaves the result float32.
 # - What chooses or counts has no derivative, and is asked of the array, `_value(x)`.
-#
+# - Operands that do not fit are refused:
+def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
+    if not holds:
+        shapes = ", ".join(str(np.shape(a)) for a in operands)
+        raise ValueError(f"{name} of {shapes}: needs {needs}")
+
+
 # ### In one line
 #
 # First the helpers of rows.
@@ -8012,9 +8017,9 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
         weights = np.ones_like(as_tensor(x))
     x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
-        if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
-            raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
-                             f"shape {weights.shape} fit neither that nor the axis")
+        has_one_axis = axis is not None and not isinstance(axis, tuple)
+        _require(has_one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
+                 f"weights of the first shape, or as many as axis {axis} is long")
         weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
     total = sum_(weights, axis, keepdims)
@@ -8062,10 +8067,10 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
     return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
 
 
-# np.gradient joins neighbouring points by chords. The slope at a point is the mean of its
-# two chords', the shorter one counted more; at an end, that of its only chord. Or, with
-# edge_order=2: on a parabola a chord has the mean of the slopes at its two ends. So
-# `chord = (first + inner) / 2`, and `first = 2 chord - inner`.
+# np.gradient joins neighbouring points by chords. The slope at an inner point is the
+# mean of its two chords', the shorter one counted more; at an end, that of its only
+# chord. With edge_order=2 the end is that of a parabola, on which `chord = (first +
+# inner) / 2`.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -8091,9 +8096,8 @@ def _gradient(f, *varargs, axis=None, edge_order=1):
     if len(spacings) != len(axes) or edge_order not in (1, 2):
         raise TypeError(f"np.gradient: {len(varargs)} spacings for {len(axes)} axes, "
                         f"and edge_order={edge_order} (1 or 2)")
-    if any(f.shape[a] < edge_order + 1 for a in axes):
-        raise ValueError(f"np.gradient of shape {f.shape}: needs {edge_order + 1} "
-                         "elements along each axis")
+    _require(all(f.shape[a] > edge_order for a in axes), "np.gradient", [f],
+             f"{edge_order + 1} elements along each axis")
     slopes = [_slope(f, h, a, edge_order) for h, a in zip(spacings, axes)]
     return slopes[0] if len(slopes) == 1 else slopes
 
@@ -8125,9 +8129,8 @@ def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
 def _interp(x, xp, fp, left=None, right=None):
     """At each x, the line through its two neighbouring points (xp, fp)."""
     x, xp, fp = _admit_together(x, xp, fp)
-    if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
-        raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, "
-                         "given by two vectors of one length")
+    _require(xp.ndim == 1 and xp.shape == fp.shape and len(xp) > 1, "interp", [xp, fp],
+             "at least two points, given by two vectors of one length")
     above = np.searchsorted(_value(xp), _value(x), side="right")
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
@@ -8141,9 +8144,8 @@ def _interp(x, xp, fp, left=None, right=None):
 # ### Products of vectors and matrices
 def bmm(a: Any, b: Any) -> Tensor:
     """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
-    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
-        raise ValueError(f"bmm of {np.shape(a)}, {np.shape(b)}: needs (n, i, k) and (n, "
-                         "k, j), as many matrices in each; for all else there is matmul")
+    _require(np.ndim(a) == np.ndim(b) == 3 and len(a) == len(b), "bmm", [a, b],
+             "(n, i, k) and (n, k, j); for all else there is matmul")
     return matmul(a, b)
 
 
@@ -8182,10 +8184,8 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     except IndexError:
         fit = False
     common = set(of_a) & set(of_b)
-    if not fit or len(common) < len(left):
-        raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
-                         "are not all there, each once, and of the same lengths; name "
-                         "pairs that are")
+    _require(fit and len(common) == len(left), "tensordot", [a, b],
+             f"pairs of axes of one length, each named once; not {left} and {right}")
     return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in common])
 
 
@@ -8207,10 +8207,8 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
         axisa = axisb = axisc = axis
     a, b = _admit_together(a, b)
     a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
-    if a.shape[-1] != 3 or b.shape[-1] != 3:
-        raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 "
-                         "along an axis (here moved last); append a zero to those of "
-                         "length 2")
+    _require(a.shape[-1] == b.shape[-1] == 3, "cross", [a, b],
+             "vectors of length 3 (here moved last); append a zero to those of length 2")
     later, last = [1, 2, 0], [2, 0, 1]
     c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
     return moveaxis(c, -1, axisc)
@@ -8228,9 +8226,8 @@ def _convolve(a: Any, v: Any) -> Tensor:
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
     a, v = _admit_together(a, v)
-    if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
-        raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two "
-                         "vectors, and a mode 'full', 'same' or 'valid'")
+    _require(a.ndim == v.ndim == 1 and mode in ("full", "same", "valid"), "convolve", [a, v],
+             f"two vectors, and the mode 'full', 'same' or 'valid', and got {mode!r}")
     short, long = sorted([len(a), len(v)])
     middle = (short - 1) // 2
     parts = {"full": slice(None), "same": slice(middle, middle + long),
@@ -8262,9 +8259,8 @@ def _multi_dot(arrays):
 def matrix_power(a: Any, n: int) -> Tensor:
     """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
     a = as_tensor(a)
-    if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not isinstance(n, (int, np.integer)):
-        raise ValueError(f"matrix_power of {a.shape}, {n!r}: needs square matrices "
-                         "and an integer")
+    _require(a.ndim > 1 and a.shape[-1] == a.shape[-2] and isinstance(n, (int, np.integer)),
+             "matrix_power", [a], f"square matrices and an integer, and got {n!r}")
     if n < 0:
         return matrix_power(inv(a), -n)
     if n == 0:
@@ -8283,9 +8279,8 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     The residuals are those sums, if n is the rank and below m; else there are none.
     """
     a, b = _admit_together(a, b)
-    if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
-        raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a "
-                         "vector (m,) or columns (m, k)")
+    _require(a.ndim == 2 and b.ndim in (1, 2) and len(a) == len(b), "lstsq", [a, b],
+             "a matrix (m, n), and a vector (m,) or columns (m, k)")
     m, n = a.shape
     singular = svd(a, compute_uv=False)  # (min(m, n),)
     if rcond is None:
@@ -8308,12 +8303,11 @@ def _length(x: Any, axes: tuple) -> Tensor:
 
 def _norm_of_vectors(x: Any, ord: float) -> Any:
     """The norm over the last axis."""
-    if not isinstance(ord, (int, float, np.number)):
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by "
-                         "numbers; those by name are of matrices, axis=(-2, -1)")
+    _require(isinstance(ord, (int, float, np.number)), "norm", [x],
+             f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
     if ord == 2:
         return _length(x, axes=(-1,))
-    if ord == 0:  # constant nearly everywhere
+    if ord == 0:  # how many are not 0: constant nearly everywhere
         return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
@@ -8326,13 +8320,15 @@ def _norm_of_matrices(x: Any, ord: Any) -> Any:
     """The norm over the last two axes."""
     if ord in ("fro", None):
         return _length(x, axes=(-2, -1))
-    if ord not in ("nuc", 1, -1, 2, -2, np.inf, -np.inf):
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
-                         "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
-    else:  # sums of columns, or of rows
-        sizes = sum_(abs_(x), -2 if abs(ord) == 1 else -1)
+    elif ord in (1, -1):
+        sizes = sum_(abs_(x), -2)  # of the columns
+    elif ord in (np.inf, -np.inf):
+        sizes = sum_(abs_(x), -1)  # of the rows
+    else:
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
+                         "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
     if ord == "nuc":
         return sum_(sizes, -1)
     return max_(sizes, -1) if ord > 0 else min_(sizes, -1)
@@ -8351,9 +8347,7 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     if len(axes) == 1 or axis is None and ord is None:
         ord = 2 if ord is None else ord
         return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
-    if len(axes) != 2:
-        raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, "
-                         "a matrix two")
+    _require(len(axes) == 2, "norm", [x], f"one axis or two, and got {axes}")
     y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
     return expand_dims(y, axes) if keepdims else y
 
@@ -8416,10 +8410,9 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file, by namespace and topic. All names are flat; for those
-# who like them sorted there are modules too, `nanoad.nn` and its like, made here and
-# named after this file's module, whatever that is called. A name that Python has itself
-# (`sum`) stands in the file with a `_` behind it (`sum_`).
+# This is the index of the file, by namespace and topic. All names are flat,
+# `nanoad.Adam`; for those who like them sorted there are modules too, such as
+# `nanoad.optim`.
 _INDEX = {
     "": {
         "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
@@ -8468,27 +8461,28 @@ _INDEX = {
 }
 
 
-def _public(name: str) -> Any:
-    """What the public `name` stands for."""
-    return globals()[f"{name}_" if hasattr(builtins, name) else name]
+# Python has functions of four of these names. In this file, and after
+# `from nanoad import *`, the names are Python's; ours are `nanoad.sum` and so on.
+_ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
+__all__: list[str] = []
 
 
 def _make_namespaces() -> None:
     """Make a module of each namespace, and `__all__` of all their names."""
+    public = {**globals(), **_ALSO_OF_PYTHON}
     for space, topics in _INDEX.items():
         names = " ".join(topics.values()).split()
-        # `from nanoad import *` must not hide Python's own sum, max, min and abs.
-        __all__.extend(name for name in names if not hasattr(builtins, name))
+        __all__.extend(name for name in names if name not in _ALSO_OF_PYTHON)
         if space:
             module = types.ModuleType(f"{__name__}.{space}", f"Here are {', '.join(names)}.")
-            vars(module).update({name: _public(name) for name in names}, __all__=names)
+            vars(module).update({name: public[name] for name in names}, __all__=names)
             globals()[space] = sys.modules[module.__name__] = module
 
 
 def __getattr__(name: str) -> Any:
-    """nanoad.sum, max, min and abs, which are no globals here: in this file they are Python's."""
-    if hasattr(builtins, name) and f"{name}_" in globals():
-        return _public(name)
+    """nanoad.sum and the like. (Python asks this for what is no global.)"""
+    if name in _ALSO_OF_PYTHON:
+        return _ALSO_OF_PYTHON[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -8496,25 +8490,22 @@ def __dir__() -> list[str]:
     return [*__all__, *filter(None, _INDEX)]  # what an editor offers
 
 
-# The annotations of this file are strings, as its first import wants. help() prints an
-# annotation by its repr, which for a string has quotes. So these are strings whose repr
-# has none. (Python's typing.get_type_hints makes types of them as before.)
-class _Hint(str):
+# help() shows an annotation by its repr. Those of this file are strings, as its first
+# import wants, and would be shown with quotes; so they become strings without.
+class _Unquoted(str):
     __repr__ = str.__str__
 
 
 def _unquote_annotations() -> None:
-    """Put a `_Hint` in place of each annotation of functions and methods."""
-    hint = functools.cache(_Hint)  # most of them are alike, and this is done at import
-    for value in list(globals().values()):
-        for f in vars(value).values() if isinstance(value, type) else [value]:
-            f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
-            if isinstance(f, types.FunctionType) and f.__module__ == __name__:
-                for argument, annotation in f.__annotations__.items():
-                    f.__annotations__[argument] = hint(annotation)
+    functions = list(globals().values())
+    for cls in filter(inspect.isclass, globals().values()):
+        functions += vars(cls).values()  # its methods
+    for f in map(inspect.unwrap, functions):
+        if inspect.isfunction(f) and f.__module__ == __name__:
+            hints = f.__annotations__
+            hints.update({name: _Unquoted(hint) for name, hint in hints.items()})
 
 
-__all__: list[str] = []
 _make_namespaces()
 _unquote_annotations()
 
@@ -8557,8 +8548,8 @@ for step in range(300):
 print(plot(losses, height=8))
 across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
 picture = np.where(model(np.stack([across, up], axis=-1)) > 0, ":", " ")
-for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
-    picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
+column, row = ((points - [-1.5, 1.5]) / [4, -2.5] * [71, 19]).round().astype(int).T
+picture[row.clip(0, 19), column.clip(0, 71)] = np.where(labels, "x", "o")
 print(*map("".join, picture), sep="\n")
 """
 
