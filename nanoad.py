@@ -7710,14 +7710,10 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All else is *refused*, by a TypeError: complex numbers, `fft`, `i0`, `unwrap`,
-#    `modf`, `frexp`, `copysign`, the other nan functions, the methods of ufuncs, and what
-#    writes into an array (`put`, `copyto`, `fill_diagonal`). Where there is another way,
-#    the message says which.
-#
-#        >>> np.add.reduce(t)  # doctest: +ELLIPSIS
-#        Traceback (most recent call last):
-#        TypeError: numpy.add.reduce: nanoad has no derivative for this; use np.sum, ...
+# 4. All else is *refused*, by a TypeError that names another way if there is one (II.2):
+#    complex numbers, `fft`, `i0`, `unwrap`, `modf`, `frexp`, `copysign`, the other nan
+#    functions, methods of ufuncs such as `np.add.reduce`, and what writes into an array
+#    (`put`, `copyto`, `fill_diagonal`).
 #
 # **A reader may stop here and go on with IV.12**: the rest is for looking up.
 #
@@ -7817,6 +7813,18 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
     return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
+# To move elements of several arrays, lay them end to end, and ask `move` what it does to
+# their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    tensors = _admit_together(*operands)
+    positions = []
+    count = 0
+    for t in tensors:
+        positions.append(np.arange(count, count + t.size).reshape(t.shape))
+        count += t.size
+    return concatenate(tensors, axis=None)[move(*positions)]
+
+
 _FUNCTIONS.update({
     # elements (all numbers here are real)
     np.conjugate: identity, np.real: identity, np.real_if_close: identity,
@@ -7828,6 +7836,8 @@ _FUNCTIONS.update({
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
+    np.choose: lambda a, choices, *, mode="raise":
+        _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices),
     # shapes
     np.transpose: lambda a, axes=None: transpose(a, axes),
     np.ravel: lambda a: reshape(a, -1),
@@ -7840,6 +7850,9 @@ _FUNCTIONS.update({
     np.atleast_3d: _at_least(np.atleast_3d),
     # joining
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
+    np.insert: lambda arr, obj, values, axis=None:
+        _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr,
+                       astype(values, np.asarray(_value(arr)).dtype)),
     np.vstack: lambda tup: _join(np.atleast_2d, tup, 0),
     np.dstack: lambda tup: _join(np.atleast_3d, tup, 2),
     np.hstack: lambda tup:  # vectors along their only axis
@@ -7880,10 +7893,10 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 # ### Elements
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
-# at 0 and loses its digits nearby. There we add up its series. That begins with
-# `-pi u / 3`, and each term is the last one times `-u^2 / (2k (2k + 3))`, for k = 1, 2,
-# ...; so it is a nest of products, `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which is
-# computed from inside. For |x| < 1/2, ten terms give all digits of float64.
+# at 0 and loses its digits nearby. There we add up its series: the first term is
+# `-pi u / 3`, and each one after it is the last times `-u^2 / (2k (2k + 3))`, for k = 1,
+# 2, ...; or, as nested products, `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the
+# loop computes from inside. For |x| < 1/2, ten terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -7892,7 +7905,7 @@ def _sinc_slope(x: Any) -> Any:
         series = 1 - u * u / (2 * k * (2 * k + 3)) * series
     near = -np.pi * u / 3 * series
 
-    x = np.where(is_near, 1, x)  # lest the other way be 0/0 where it is not taken
+    x = np.where(is_near, 1, x)  # lest `far` be 0/0, where it is not taken
     far = (np.cos(np.pi * x) - np.sinc(x)) / x
     return np.where(is_near, near, far)
 
@@ -7932,7 +7945,7 @@ def _piecewise(x, condlist, funclist, *args, **kw):
     count = len(condlist)
     if len(funclist) not in (count, count + 1):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
-    number = np.full(np.shape(x), count)  # that of each x's function; `count` is the rest's
+    number = np.full(np.shape(x), count)  # of each x's function; `count` is the rest's
     for i, condition in enumerate(condlist):
         number[np.asarray(condition, bool)] = i
 
@@ -7952,29 +7965,6 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
     """x with element number `kth` where sorting would put it, as np.partition has it."""
     order = np.argpartition(_value(x), kth, axis, kind)
     return take_along_axis(x, order, axis)
-
-
-# To move elements of several arrays, lay them end to end, and ask `move` what it does to
-# their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
-def _moves_several(move: Callable, *operands: Any) -> Tensor:
-    tensors = _admit_together(*operands)
-    positions = []
-    count = 0
-    for t in tensors:
-        positions.append(np.arange(count, count + t.size).reshape(t.shape))
-        count += t.size
-    return concatenate(tensors, axis=None)[move(*positions)]
-
-
-@_answers(np.insert)
-def _insert(arr, obj, values, axis=None):
-    values = astype(values, np.asarray(_value(arr)).dtype)
-    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
-
-
-@_answers(np.choose)
-def _choose(a, choices, *, mode="raise"):
-    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
 
 
 @_answers(np.broadcast_arrays)
@@ -8017,10 +8007,11 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
         weights = np.ones_like(as_tensor(x))
     x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
-        has_one_axis = axis is not None and not isinstance(axis, tuple)
-        _require(has_one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
+        one_axis = axis is not None and not isinstance(axis, tuple)
+        _require(one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
                  f"weights of the first shape, or as many as axis {axis} is long")
-        weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
+        last = moveaxis(x, axis, -1)
+        weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
@@ -8040,9 +8031,9 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
     if len(pieces) > 1:
-        slice_ = np.sum(_value(x), axis, keepdims=True).shape  # a number fills one
-        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), slice_)
-                         for a in pieces], axis)
+        shape = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
+        pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), shape) for a in pieces]
+        x = concatenate(pieces, axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
         y = y[1:] - y[:-1]
@@ -8069,8 +8060,8 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
 
 # np.gradient joins neighbouring points by chords. The slope at an inner point is the
 # mean of its two chords', the shorter one counted more; at an end, that of its only
-# chord. With edge_order=2 the end is that of a parabola, on which `chord = (first +
-# inner) / 2`.
+# chord. With edge_order=2, an end is taken to lie on a parabola: there a chord's slope
+# is the mean of those at its two ends, so `first = 2 chord - inner`.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -8215,7 +8206,7 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
 
 
 # In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
-# `sum_n g_n v_(n-k)`: the correlation of g with v, which is convolution with v reversed.
+# `sum_n g_n v_(n-k)`: the correlation of g with v. And v_k receives that of g with a.
 @primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
            lambda g, y, a, v: np.correlate(g, a, "valid"))
 def _convolve(a: Any, v: Any) -> Tensor:
@@ -8226,8 +8217,9 @@ def _convolve(a: Any, v: Any) -> Tensor:
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
     a, v = _admit_together(a, v)
-    _require(a.ndim == v.ndim == 1 and mode in ("full", "same", "valid"), "convolve", [a, v],
-             f"two vectors, and the mode 'full', 'same' or 'valid', and got {mode!r}")
+    _require(a.ndim == v.ndim == 1, "convolve", [a, v], "two vectors")
+    _require(mode in ("full", "same", "valid"), "convolve", [a, v],
+             f"the mode 'full', 'same' or 'valid', not {mode!r}")
     short, long = sorted([len(a), len(v)])
     middle = (short - 1) // 2
     parts = {"full": slice(None), "same": slice(middle, middle + long),
@@ -8259,8 +8251,9 @@ def _multi_dot(arrays):
 def matrix_power(a: Any, n: int) -> Tensor:
     """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
     a = as_tensor(a)
-    _require(a.ndim > 1 and a.shape[-1] == a.shape[-2] and isinstance(n, (int, np.integer)),
-             "matrix_power", [a], f"square matrices and an integer, and got {n!r}")
+    is_square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
+    _require(is_square, "matrix_power", [a], "square matrices")
+    _require(isinstance(n, (int, np.integer)), "matrix_power", [a], f"an integer, not {n!r}")
     if n < 0:
         return matrix_power(inv(a), -n)
     if n == 0:
@@ -8380,29 +8373,31 @@ def _vecdot(x1, x2, axis=-1):
     return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
 
 
-_NEWER = {
-    np: {
-        "row_stack": _FUNCTIONS[np.vstack],
-        "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
-        "matrix_transpose": lambda x: _mT(x),
-        "vecdot": _vecdot, "matvec": _matvec,
-        "vecmat": lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1),
-    },
-    np.linalg: {
-        "matmul": matmul, "outer": outer, "tensordot": tensordot, "vecdot": _vecdot,
-        "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
-        "diagonal": lambda x, *, offset=0: diagonal(x, offset, -2, -1),
-        "trace": lambda x, *, offset=0: trace(x, offset, -2, -1),
-        "matrix_transpose": lambda x: _mT(x),
-        "svdvals": lambda x: svd(x, compute_uv=False),
-        "vector_norm": _vector_norm,
-        "matrix_norm": lambda x, *, keepdims=False, ord="fro":
-            norm(x, ord, (-2, -1), keepdims),
-    },
-}
-for _module, _answer_of in _NEWER.items():
-    for _key, _f in _answer_of.items():
-        _answers(getattr(_module, _key, None))(_f)
+def _newer(module: Any, **answers: Callable) -> None:
+    for name, answer in answers.items():
+        _answers(getattr(module, name, None))(answer)
+
+
+_newer(
+    np,
+    row_stack=_FUNCTIONS[np.vstack],
+    unstack=lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+    matrix_transpose=lambda x: _mT(x),
+    vecdot=_vecdot,
+    matvec=_matvec,
+    vecmat=lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1),
+)
+_newer(
+    np.linalg,
+    matmul=matmul, outer=outer, tensordot=tensordot, vecdot=_vecdot,
+    cross=lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+    diagonal=lambda x, *, offset=0: diagonal(x, offset, -2, -1),
+    trace=lambda x, *, offset=0: trace(x, offset, -2, -1),
+    matrix_transpose=lambda x: _mT(x),
+    svdvals=lambda x: svd(x, compute_uv=False),
+    vector_norm=_vector_norm,
+    matrix_norm=lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
+)
 
 for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
     if _f.__qualname__[0] in "_<":  # such as <lambda>, or _with_dtype.<locals>.answer
@@ -8410,9 +8405,8 @@ for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument nam
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file, by namespace and topic. All names are flat,
-# `nanoad.Adam`; for those who like them sorted there are modules too, such as
-# `nanoad.optim`.
+# This is the index of the file. Every public name is one of nanoad itself, such as
+# `nanoad.Adam`; those under a namespace are in the module of that name, too.
 _INDEX = {
     "": {
         "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
@@ -8513,8 +8507,8 @@ _unquote_annotations()
 #
 # `python nanoad.py` shows it in a few seconds.
 _TOUR = r"""
-# The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
-# tape, each operation over its operands, with the gradient that reached them:
+# The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape. The tape
+# is drawn with each operation over its operands, and the gradient that reached them:
 x = Tensor(2.0, label="x")
 y = x * np.sin(x)
 y.backward(retain_grads=True)
@@ -8526,8 +8520,10 @@ print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0
 
 # So Newton's method has its Hessian. A logistic regression in 50 dimensions, in five steps:
 rng = np.random.default_rng(0)
-A, t, w = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200), np.zeros(50)
-loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
+A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
+def loss(w):
+    return np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
+w = np.zeros(50)
 for newton_step in range(5):
     slope = grad(loss)(w)
     print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
@@ -8548,8 +8544,9 @@ for step in range(300):
 print(plot(losses, height=8))
 across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
 picture = np.where(model(np.stack([across, up], axis=-1)) > 0, ":", " ")
-column, row = ((points - [-1.5, 1.5]) / [4, -2.5] * [71, 19]).round().astype(int).T
-picture[row.clip(0, 19), column.clip(0, 71)] = np.where(labels, "x", "o")
+columns = ((points[:, 0] + 1.5) / 4 * 71).round().clip(0, 71).astype(int)
+rows = ((1.5 - points[:, 1]) / 2.5 * 19).round().clip(0, 19).astype(int)
+picture[rows, columns] = np.where(labels, "x", "o")
 print(*map("".join, picture), sep="\n")
 """
 
