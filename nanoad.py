@@ -8289,9 +8289,9 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
 # ### Norms
 #
 # The length of a vector has the derivative `x / |x|`; at 0, its kink, 0 is taken.
-@primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
-def _length(x: Any, axes: tuple) -> Tensor:
-    return np.sqrt(np.sum(x * x, axis=axes))
+@primitive(lambda g, y, x: (g / np.where(y == 0, 1, y))[..., None] * x)
+def _length(x: Any) -> Tensor:
+    return np.sqrt(np.sum(x * x, axis=-1))
 
 
 def _norm_of_vectors(x: Any, ord: float) -> Any:
@@ -8299,7 +8299,7 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
     _require(isinstance(ord, (int, float, np.number)), "norm", [x],
              f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
     if ord == 2:
-        return _length(x, axes=(-1,))
+        return _length(x)
     if ord == 0:  # how many are not 0: constant nearly everywhere
         return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
     if abs(ord) == np.inf:
@@ -8310,9 +8310,7 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
 
 
 def _norm_of_matrices(x: Any, ord: Any) -> Any:
-    """The norm over the last two axes."""
-    if ord in ("fro", None):
-        return _length(x, axes=(-2, -1))
+    """The norm over the last two axes, but "fro": that is the length of all elements."""
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
     elif ord in (1, -1):
@@ -8336,16 +8334,20 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     share theirs.
     """
     x = as_tensor(x)
+    if axis is None and ord is None:
+        return _vector_norm(x, keepdims=keepdims)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
-    if len(axes) == 1 or axis is None and ord is None:
-        ord = 2 if ord is None else ord
+    _require(len(axes) in (1, 2), "norm", [x], f"one axis or two, and got {axes}")
+    if ord is None or len(axes) == 2 and ord == "fro":
+        return _vector_norm(x, axis=axes, keepdims=keepdims)
+    if len(axes) == 1:
         return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
-    _require(len(axes) == 2, "norm", [x], f"one axis or two, and got {axes}")
     y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
     return expand_dims(y, axes) if keepdims else y
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
+    """The norm over one axis, or of all elements of several as one vector."""
     rows, axes = _joined("norm", x, axis)  # (..., n)
     y = _norm_of_vectors(rows, ord)
     return expand_dims(y, axes) if keepdims else y
@@ -8399,8 +8401,10 @@ _newer(
     matrix_norm=lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
 )
 
-for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
-    if _f.__qualname__[0] in "_<":  # such as <lambda>, or _with_dtype.<locals>.answer
+# Python's TypeError for a wrong argument now says np.clip(), and not <lambda>() or
+# _with_dtype.<locals>.answer().
+for _function, _f in _FUNCTIONS.items():
+    if _f.__qualname__[0] in "_<":
         _f.__qualname__ = f"np.{_function.__name__}"
 
 # ## IV.12 Names: where is X?
@@ -8416,25 +8420,26 @@ _INDEX = {
     "functional": {
         "transforms": "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
         "care": "checkpoint check_grad",
-        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2 log10 log1p"
-                       " sqrt cbrt hypot power sin cos tan arcsin arccos arctan arctan2 sinc"
-                       " deg2rad rad2deg sinh cosh tanh arcsinh arccosh arctanh"
-                       " softplus sigmoid logaddexp logaddexp2 gelu astype",
+        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2 log10"
+                       " log1p sqrt cbrt hypot power sin cos tan arcsin arccos arctan"
+                       " arctan2 sinc deg2rad rad2deg sinh cosh tanh arcsinh arccosh"
+                       " arctanh softplus sigmoid logaddexp logaddexp2 gelu astype",
         "choosing elements": "where maximum minimum fmax fmin abs relu clip nan_to_num",
-        "moving elements": "getitem scatter_add roll flip rot90 repeat tile diag diagonal tril triu"
-                           " take take_along_axis sort partition reshape flatten transpose"
-                           " swapaxes moveaxis expand_dims squeeze broadcast_to concatenate stack"
-                           " split pad",
+        "moving elements": "getitem scatter_add roll flip rot90 repeat tile diag diagonal"
+                           " tril triu take take_along_axis sort partition reshape flatten"
+                           " transpose swapaxes moveaxis expand_dims squeeze broadcast_to"
+                           " concatenate stack split pad",
         "reductions": "sum mean average var std max min prod cumsum cumprod diff trace median"
                       " quantile logsumexp softmax log_softmax",
-        "products": "matmul bmm linear einsum dot inner outer tensordot kron cross convolve"
-                    " correlate matrix_power",
+        "products": "matmul bmm linear einsum dot inner outer tensordot kron cross"
+                    " convolve correlate matrix_power",
         "linear algebra": "solve inv det slogdet cholesky eigh svd qr pinv lstsq norm",
         "images": "conv2d max_pool2d avg_pool2d",
         "normalization": "layer_norm batch_norm",
-        "transformer": "scaled_dot_product_attention causal_self_attention embedding dropout",
-        "losses": "cross_entropy mse_loss binary_cross_entropy binary_cross_entropy_with_logits"
-                  " hinge_loss",
+        "transformer": "scaled_dot_product_attention causal_self_attention embedding"
+                       " dropout",
+        "losses": "cross_entropy mse_loss binary_cross_entropy"
+                  " binary_cross_entropy_with_logits hinge_loss",
     },
     "nn": {
         "modules": "Parameter Module Sequential MLP",
@@ -8469,7 +8474,7 @@ def _make_namespaces() -> None:
         __all__.extend(name for name in names if name not in _ALSO_OF_PYTHON)
         if space:
             module = types.ModuleType(f"{__name__}.{space}", f"Here are {', '.join(names)}.")
-            vars(module).update({name: public[name] for name in names}, __all__=names)
+            module.__dict__.update({name: public[name] for name in names}, __all__=names)
             globals()[space] = sys.modules[module.__name__] = module
 
 
@@ -8496,8 +8501,8 @@ def _unquote_annotations() -> None:
         functions += vars(cls).values()  # its methods
     for f in map(inspect.unwrap, functions):
         if inspect.isfunction(f) and f.__module__ == __name__:
-            hints = f.__annotations__
-            hints.update({name: _Unquoted(hint) for name, hint in hints.items()})
+            for name, hint in f.__annotations__.items():
+                f.__annotations__[name] = _Unquoted(hint)
 
 
 _make_namespaces()
