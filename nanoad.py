@@ -8310,7 +8310,7 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
 
 
 def _norm_of_matrices(x: Any, ord: Any) -> Any:
-    """The norm over the last two axes, but "fro": that is the length of all elements."""
+    """The norm over the last two axes."""
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
     elif ord in (1, -1):
@@ -8334,14 +8334,13 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     share theirs.
     """
     x = as_tensor(x)
-    if axis is None and ord is None:
-        return _vector_norm(x, keepdims=keepdims)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
-    _require(len(axes) in (1, 2), "norm", [x], f"one axis or two, and got {axes}")
-    if ord is None or len(axes) == 2 and ord == "fro":
-        return _vector_norm(x, axis=axes, keepdims=keepdims)
-    if len(axes) == 1:
+    if len(axes) == 1 or axis is None and ord is None:
+        ord = 2 if ord is None else ord
         return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
+    _require(len(axes) == 2, "norm", [x], f"one axis or two, and got {axes}")
+    if ord in (None, "fro"):  # the length of all elements
+        return _vector_norm(x, axis=axes, keepdims=keepdims)
     y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
     return expand_dims(y, axes) if keepdims else y
 
@@ -8474,7 +8473,7 @@ def _make_namespaces() -> None:
         __all__.extend(name for name in names if name not in _ALSO_OF_PYTHON)
         if space:
             module = types.ModuleType(f"{__name__}.{space}", f"Here are {', '.join(names)}.")
-            module.__dict__.update({name: public[name] for name in names}, __all__=names)
+            vars(module).update({name: public[name] for name in names}, __all__=names)
             globals()[space] = sys.modules[module.__name__] = module
 
 
