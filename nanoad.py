@@ -8098,7 +8098,7 @@ def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
     """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
     def as_rows(a):
         a = np.atleast_2d(astype(a, dtype))
-        return a.T if not rowvar and a.shape[0] != 1 else a
+        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy keeps a single row
 
     x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
     ddof = int(not bias) if ddof is None else ddof
@@ -8236,8 +8236,7 @@ def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
     return convolve(a, v[::-1], mode)
 
 
-# A product of many matrices costs least when it is begun at its thin end, as in
-# `(A (B v))`.
+# A product of many matrices is begun at its thin end, as in `(A (B v))`: it costs less.
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
     arrays = _admit_together(*arrays)
@@ -8283,7 +8282,9 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     x = matmul(pinv(a, rcond), b)
     errors = b - matmul(a, x)
     residuals = np.sum(errors * errors, axis=0).reshape(-1)
-    return x, residuals if m > n == rank else residuals[:0], rank, singular
+    if not rank == n < m:
+        residuals = residuals[:0]
+    return x, residuals, rank, singular
 
 
 # ### Norms
@@ -8362,8 +8363,7 @@ def _cond(x, p=None):
 
 # ### What some NumPys lack
 #
-# NumPy 2 added names, and has those of matrices in np.linalg as well, where they are
-# about the last two axes.
+# NumPy 2 added names. Those in np.linalg are about the last two axes.
 def _matvec(x1, x2):
     a, b = _admit_together(x1, x2)
     return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
@@ -8375,6 +8375,7 @@ def _vecdot(x1, x2, axis=-1):
 
 
 def _newer(module: Any, **answers: Callable) -> None:
+    """Enter the answers to those of these functions that the installed NumPy has."""
     for name, answer in answers.items():
         _answers(getattr(module, name, None))(answer)
 
@@ -8498,7 +8499,8 @@ def _unquote_annotations() -> None:
     functions = list(globals().values())
     for cls in filter(inspect.isclass, globals().values()):
         functions += vars(cls).values()  # its methods
-    for f in map(inspect.unwrap, functions):
+    for f in functions:
+        f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
         if inspect.isfunction(f) and f.__module__ == __name__:
             for name, hint in f.__annotations__.items():
                 f.__annotations__[name] = _Unquoted(hint)
@@ -8537,7 +8539,8 @@ for newton_step in range(5):
 # shaded where it says 1, with the points o (0) and x (1).
 manual_seed(1)
 points, labels = make_moons(200, noise=0.15)
-model, losses = MLP(2, [16, 16, 1]), []
+model = MLP(2, [16, 16, 1])
+losses = []
 optimizer = Adam(model.parameters(), lr=0.02)
 for step in range(300):
     loss = binary_cross_entropy_with_logits(model(points), labels)
