@@ -7817,11 +7817,9 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
 # their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
 def _moves_several(move: Callable, *operands: Any) -> Tensor:
     tensors = _admit_together(*operands)
-    positions = []
-    count = 0
-    for t in tensors:
-        positions.append(np.arange(count, count + t.size).reshape(t.shape))
-        count += t.size
+    ends = np.cumsum([t.size for t in tensors])
+    positions = [np.arange(end - t.size, end).reshape(t.shape)
+                 for t, end in zip(tensors, ends)]
     return concatenate(tensors, axis=None)[move(*positions)]
 
 
@@ -7932,7 +7930,7 @@ def _histogram(a, bins=10, range=None, density=None, weights=None):
 def _select(condlist, choicelist, default=0):
     """The choice of the first condition that holds; so that one has the last word."""
     result = default
-    for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
+    for condition, choice in zip(condlist[::-1], choicelist[::-1], strict=True):
         result = where(condition, choice, result)
     return result
 
@@ -8289,7 +8287,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
 
 # ### Norms
 #
-# The length of a vector has the derivative `x / |x|`; at 0, its kink, 0 is taken.
+# The length of a vector has the derivative `x / |x|`, and at 0, its kink, 0.
 @primitive(lambda g, y, x: (g / np.where(y == 0, 1, y))[..., None] * x)
 def _length(x: Any) -> Tensor:
     return np.sqrt(np.sum(x * x, axis=-1))
@@ -8331,8 +8329,7 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
          keepdims: bool = False) -> Tensor:
     """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
 
-    At its kink, 0, the length has derivative 0, as in PyTorch. Equal largest elements
-    share theirs.
+    At 0 the length has derivative 0, as in PyTorch; equal largest elements share theirs.
     """
     x = as_tensor(x)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
@@ -8463,19 +8460,16 @@ _INDEX = {
 # Python has functions of four of these names. In this file, and after
 # `from nanoad import *`, the names are Python's; ours are `nanoad.sum` and so on.
 _ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
+_public = {**globals(), **_ALSO_OF_PYTHON}
+
 __all__: list[str] = []
-
-
-def _make_namespaces() -> None:
-    """Make a module of each namespace, and `__all__` of all their names."""
-    public = {**globals(), **_ALSO_OF_PYTHON}
-    for space, topics in _INDEX.items():
-        names = " ".join(topics.values()).split()
-        __all__.extend(name for name in names if name not in _ALSO_OF_PYTHON)
-        if space:
-            module = types.ModuleType(f"{__name__}.{space}", f"Here are {', '.join(names)}.")
-            vars(module).update({name: public[name] for name in names}, __all__=names)
-            globals()[space] = sys.modules[module.__name__] = module
+for _space, _topics in _INDEX.items():
+    _names = " ".join(_topics.values()).split()
+    __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
+    if _space:
+        _module = types.ModuleType(f"{__name__}.{_space}", f"Here are {', '.join(_names)}.")
+        vars(_module).update({name: _public[name] for name in _names}, __all__=_names)
+        globals()[_space] = sys.modules[_module.__name__] = _module
 
 
 def __getattr__(name: str) -> Any:
@@ -8506,12 +8500,11 @@ def _unquote_annotations() -> None:
                 f.__annotations__[name] = _Unquoted(hint)
 
 
-_make_namespaces()
 _unquote_annotations()
 
 # ## IV.13 The tour: what can all this do?
 #
-# `python nanoad.py` shows it in a few seconds.
+# `python nanoad.py` shows it in a few seconds: it prints each paragraph, and runs it.
 _TOUR = r"""
 # The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape. The tape
 # is drawn with each operation over its operands, and the gradient that reached them:
@@ -8558,18 +8551,13 @@ print(*map("".join, picture), sep="\n")
 """
 
 
-def _tour() -> None:
-    """Print each paragraph above, and run it: what you read is what happened."""
-    scope = dict(globals())
-    for step in _TOUR.strip().split("\n\n"):
-        print(f"\n{step}\n")
-        exec(step, scope)
-
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
+    scope = dict(globals())
     try:
-        _tour()
+        for step in _TOUR.strip().split("\n\n"):
+            print(f"\n{step}\n")
+            exec(step, scope)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`: nobody reads on
         os._exit(1)
