@@ -8029,8 +8029,8 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
     if len(pieces) > 1:
-        shape = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
-        pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), shape) for a in pieces]
+        edge = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
+        pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
         x = concatenate(pieces, axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
@@ -8249,8 +8249,8 @@ def matrix_power(a: Any, n: int) -> Tensor:
     """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
     a = as_tensor(a)
     is_square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
-    _require(is_square, "matrix_power", [a], "square matrices")
-    _require(isinstance(n, (int, np.integer)), "matrix_power", [a], f"an integer, not {n!r}")
+    _require(is_square and isinstance(n, (int, np.integer)), "matrix_power", [a],
+             f"square matrices and an integer, and got {n!r}")
     if n < 0:
         return matrix_power(inv(a), -n)
     if n == 0:
@@ -8333,14 +8333,14 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     """
     x = as_tensor(x)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
-    if len(axes) == 1 or axis is None and ord is None:
-        ord = 2 if ord is None else ord
-        return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
-    _require(len(axes) == 2, "norm", [x], f"one axis or two, and got {axes}")
-    if ord in (None, "fro"):  # the length of all elements
-        return _vector_norm(x, axis=axes, keepdims=keepdims)
-    y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
-    return expand_dims(y, axes) if keepdims else y
+    _require(len(axes) in (1, 2) or axis is None and ord is None, "norm", [x],
+             f"one axis or two, and got {axes}")
+    if len(axes) == 2 and ord not in (None, "fro"):
+        y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
+        return expand_dims(y, axes) if keepdims else y
+    if ord is None or len(axes) == 2:
+        ord = 2  # the length of all elements
+    return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
@@ -8417,17 +8417,17 @@ _INDEX = {
     "functional": {
         "transforms": "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
         "care": "checkpoint check_grad",
-        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2 log10"
-                       " log1p sqrt cbrt hypot power sin cos tan arcsin arccos arctan"
-                       " arctan2 sinc deg2rad rad2deg sinh cosh tanh arcsinh arccosh"
+        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2"
+                       " log10 log1p sqrt cbrt hypot power sin cos tan arcsin arccos"
+                       " arctan arctan2 sinc deg2rad rad2deg sinh cosh tanh arcsinh arccosh"
                        " arctanh softplus sigmoid logaddexp logaddexp2 gelu astype",
         "choosing elements": "where maximum minimum fmax fmin abs relu clip nan_to_num",
         "moving elements": "getitem scatter_add roll flip rot90 repeat tile diag diagonal"
-                           " tril triu take take_along_axis sort partition reshape flatten"
-                           " transpose swapaxes moveaxis expand_dims squeeze broadcast_to"
-                           " concatenate stack split pad",
-        "reductions": "sum mean average var std max min prod cumsum cumprod diff trace median"
-                      " quantile logsumexp softmax log_softmax",
+                           " tril triu take take_along_axis sort partition reshape"
+                           " flatten transpose swapaxes moveaxis expand_dims squeeze"
+                           " broadcast_to concatenate stack split pad",
+        "reductions": "sum mean average var std max min prod cumsum cumprod diff trace"
+                      " median quantile logsumexp softmax log_softmax",
         "products": "matmul bmm linear einsum dot inner outer tensordot kron cross"
                     " convolve correlate matrix_power",
         "linear algebra": "solve inv det slogdet cholesky eigh svd qr pinv lstsq norm",
@@ -8440,8 +8440,8 @@ _INDEX = {
     },
     "nn": {
         "modules": "Parameter Module Sequential MLP",
-        "layers": "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding Dropout"
-                  " Flatten ReLU GELU Tanh Sigmoid",
+        "layers": "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding"
+                  " Dropout Flatten ReLU GELU Tanh Sigmoid",
         "losses": "CrossEntropy CrossEntropyLoss MSE MSELoss",
         "transformer": "MultiHeadAttention Block GPT",
     },
@@ -8467,7 +8467,8 @@ for _space, _topics in _INDEX.items():
     _names = " ".join(_topics.values()).split()
     __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
     if _space:
-        _module = types.ModuleType(f"{__name__}.{_space}", f"Here are {', '.join(_names)}.")
+        _doc = f"Here are {', '.join(_names)}."
+        _module = types.ModuleType(f"{__name__}.{_space}", _doc)
         vars(_module).update({name: _public[name] for name in _names}, __all__=_names)
         globals()[_space] = sys.modules[_module.__name__] = _module
 
@@ -8506,8 +8507,8 @@ _unquote_annotations()
 #
 # `python nanoad.py` shows it in a few seconds: it prints each paragraph, and runs it.
 _TOUR = r"""
-# The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape. The tape
-# is drawn with each operation over its operands, and the gradient that reached them:
+# The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
+# tape, each operation over its operands, with the gradient that reached them:
 x = Tensor(2.0, label="x")
 y = x * np.sin(x)
 y.backward(retain_grads=True)
@@ -8517,7 +8518,7 @@ print(draw(y, format="text"))
 # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
 print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
 
-# So Newton's method has its Hessian. A logistic regression in 50 dimensions, in five steps:
+# So Newton's method has its Hessian. A logistic regression of 50 weights, in five steps:
 rng = np.random.default_rng(0)
 A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
 def loss(w):
