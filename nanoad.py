@@ -7945,7 +7945,7 @@ def _piecewise(x, condlist, funclist, *args, **kw):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
     number = np.full(np.shape(x), count)  # of each x's function; `count` is the rest's
     for i, condition in enumerate(condlist):
-        number[np.asarray(condition, bool)] = i
+        number[np.reshape(condition, np.shape(x)).astype(bool)] = i
 
     result = where(False, x, 0)  # zeros, tied to x
     for i, f in enumerate(funclist):
@@ -8007,7 +8007,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
     if weights.shape != x.shape:
         one_axis = axis is not None and not isinstance(axis, tuple)
         _require(one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
-                 f"weights of the first shape, or as many as axis {axis} is long")
+                 "weights of the first shape, or, along a single axis, one for each place")
         last = moveaxis(x, axis, -1)
         weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
