@@ -8007,7 +8007,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
     if weights.shape != x.shape:
         one_axis = axis is not None and not isinstance(axis, tuple)
         _require(one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
-                 "weights of that shape, or of one axis; these fit neither that nor the axis")
+                 "weights of that shape or an axis; these fit neither that nor the axis")
         last = moveaxis(x, axis, -1)
         weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
