@@ -29,7 +29,6 @@ the imports, which are Python's own and NumPy, the essay begins.)
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import copy
 import functools
@@ -7321,12 +7320,10 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 
 # ## IV.11 NumPy's other names: what needs no new idea?
 #
-# NumPy has hundreds of functions. One that meets a Tensor gets one of four kinds of
-# answer.
+# NumPy has hundreds of functions. One that meets a Tensor gets one of four answers.
 #
-# 1. Nearly all are *compositions* of operations that we have. So each is written as
-#    such, with NumPy's own signature; its derivatives follow. np.ptp, the range of the
-#    values, is a maximum minus a minimum:
+# 1. Nearly all are *compositions* of operations that we have, so their derivatives
+#    follow. np.ptp, the range of the values, is a maximum minus a minimum:
 #
 #        >>> t = Tensor([4.0, 1.0, 2.0])
 #        >>> y = np.ptp(t)
@@ -7334,34 +7331,24 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        3.0 True [ 1. -1.  0.]
 #
 # 2. A few have a *rule* of their own, where a composition would not do: np.sinc is
-#    `sin(u) / u` with `u = pi x`, at 0 a 0/0. Its second derivative there is -pi^2/3:
-#
-#        >>> print(f"{grad(grad(np.sinc))(0.0):.8f} {-np.pi ** 2 / 3:.8f}")
-#        -3.28986813 -3.28986813
+#    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
 #
 # 3. Those whose derivative is zero wherever they have one, or that ask for a shape or an
-#    order (`_WITHOUT_GRADIENT`), give *plain values*.
+#    order, give *plain values*:
 #
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All else is *refused*, by a TypeError: complex numbers, `fft`, `i0`, `unwrap`,
-#    `modf`, `frexp`, `copysign`, the other nan functions, the methods of ufuncs, and what
-#    writes into an array (`put`, `copyto`, `fill_diagonal`). Where there is another way,
-#    the message says which.
+# 4. All else is *refused*, by a TypeError that names another way if there is one (II.2):
+#    complex numbers, `fft`, `i0`, `unwrap`, `modf`, `frexp`, `copysign`, the other nan
+#    functions, methods of ufuncs such as `np.add.reduce`, and what writes into an array
+#    (`put`, `copyto`, `fill_diagonal`).
 #
-#        >>> np.add.reduce(t)  # doctest: +ELLIPSIS
-#        Traceback (most recent call last):
-#        TypeError: numpy.add.reduce: nanoad has no derivative for this; use np.sum, ...
+# **A reader may stop here and go on with IV.12**: the rest is for looking up.
 #
-# **A reader may stop here and go on with IV.12**: the rest is for looking up. (The file
-# needs it to run. Rules call np.sum and others, of Tensors when they write a tape: I.6.
-# The protocol asks `_WITHOUT_GRADIENT`: II.2. And `dot` calls `tensordot`: II.6.)
+# ### What is answered
 #
-# ### Tables
-#
-# (A test compares the list with `_FUNCTIONS`.) Compositions and rules, which NumPy code
-# may use, by kind:
+# The first two kinds, which NumPy code may use, by kind:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
 #                     positive square reciprocal power float_power
@@ -7403,6 +7390,23 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     """.split()} | {np.linalg.matrix_rank}
 
 
+# ### How to read an entry
+#
+# It is called with NumPy's own arguments, so it has their names and order. What it does
+# not have, such as `out`, Python refuses. Four things are the same everywhere:
+#
+# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If its
+#   own name has no underscore, it is public besides: `nanoad.median`.
+# - Several operands first go through `_admit_together` (II.9): a mask beside float32
+#   leaves the result float32.
+# - What chooses or counts has no derivative, and is asked of the array, `_value(x)`.
+# - Operands that do not fit are refused:
+def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
+    if not holds:
+        shapes = ", ".join(str(np.shape(a)) for a in operands)
+        raise ValueError(f"{name} of {shapes}: needs {needs}")
+
+
 # ### In one line
 #
 # First the helpers of rows.
@@ -7410,16 +7414,6 @@ def _with_dtype(op: Callable) -> Callable:
     """A reduction as NumPy calls it: its third argument is the dtype to compute in."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
         return op(a if dtype is None else astype(a, dtype), axis, **more)
-
-    return answer
-
-
-def _at_least(function: Callable) -> Callable:
-    """np.atleast_1d or its like, of one array or several: a reshape, to its shape."""
-    def answer(*arrays):
-        tensors = map(as_tensor, arrays)
-        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
-        return results[0] if len(results) == 1 else results
 
     return answer
 
@@ -7433,6 +7427,31 @@ def _nanmean(a, axis=None, keepdims=False):
     return _nansum(a, axis, keepdims) / count
 
 
+def _at_least(function: Callable) -> Callable:
+    """np.atleast_1d or its like, of one array or several: a reshape, to its shape."""
+    def answer(*arrays):
+        tensors = map(as_tensor, arrays)
+        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
+        return results[0] if len(results) == 1 else results
+
+    return answer
+
+
+def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
+    """The arrays, each prepared, end to end along an axis."""
+    return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
+
+
+# To move elements of several arrays, lay them end to end, and ask `move` what it does to
+# their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    tensors = _admit_together(*operands)
+    ends = np.cumsum([t.size for t in tensors])
+    positions = [np.arange(end - t.size, end).reshape(t.shape)
+                 for t, end in zip(tensors, ends)]
+    return concatenate(tensors, axis=None)[move(*positions)]
+
+
 _FUNCTIONS.update({
     # elements (all numbers here are real)
     np.conjugate: identity, np.real: identity, np.real_if_close: identity,
@@ -7444,6 +7463,8 @@ _FUNCTIONS.update({
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
+    np.choose: lambda a, choices, *, mode="raise":
+        _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices),
     # shapes
     np.transpose: lambda a, axes=None: transpose(a, axes),
     np.ravel: lambda a: reshape(a, -1),
@@ -7454,13 +7475,18 @@ _FUNCTIONS.update({
     np.atleast_1d: _at_least(np.atleast_1d),
     np.atleast_2d: _at_least(np.atleast_2d),
     np.atleast_3d: _at_least(np.atleast_3d),
-    # joining and cutting
+    # joining
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
-    np.vstack: lambda tup: concatenate([np.atleast_2d(t) for t in _admit_together(*tup)]),
-    np.dstack: lambda tup:
-        concatenate([np.atleast_3d(t) for t in _admit_together(*tup)], 2),
-    np.column_stack: lambda tup: concatenate(
-        [t if t.ndim > 1 else reshape(t, (-1, 1)) for t in _admit_together(*tup)], 1),
+    np.insert: lambda arr, obj, values, axis=None:
+        _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr,
+                       astype(values, np.asarray(_value(arr)).dtype)),
+    np.vstack: lambda tup: _join(np.atleast_2d, tup, 0),
+    np.dstack: lambda tup: _join(np.atleast_3d, tup, 2),
+    np.hstack: lambda tup:  # vectors along their only axis
+        _join(np.atleast_1d, tup, 0 if as_tensor(tup[0]).ndim < 2 else 1),
+    np.column_stack: lambda tup:
+        _join(lambda t: t if t.ndim > 1 else reshape(t, (-1, 1)), tup, 1),
+    # cutting
     np.split: lambda ary, indices_or_sections, axis=0:
         split(ary, indices_or_sections, axis),
     np.array_split: lambda ary, indices_or_sections, axis=0:
@@ -7488,27 +7514,27 @@ _FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
 _FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
 
 for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize):
-    _moves(_f.__name__, _f)  # (which enters it in the table)
+    _moves(_f.__name__, _f)  # (II.4; it enters the table by itself)
 
 
 # ### Elements
 #
-# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
-# 0/0 at 0 and loses its digits nearby. There we add up its series, written as nested
-# products (Horner),
-#
-#     -u/3 (1 - u^2/(2*5) (1 - u^2/(4*7) (1 - u^2/(6*9) (...))))    times pi,
-#
-# of which ten terms give all digits of float64 for |x| < 1/2.
+# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
+# at 0 and loses its digits nearby. There we add up its series: the first term is
+# `-pi u / 3`, and each one after it is the last times `-u^2 / (2k (2k + 3))`, for k = 1,
+# 2, ...; or, as nested products, `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the
+# loop computes from inside. For |x| < 1/2, ten terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
-    near = np.pi * np.where(is_near, x, 0)
-    far = np.where(is_near, 1, x)
+    u = np.pi * np.where(is_near, x, 0)
     series = 1.0
     for k in range(10, 0, -1):
-        series = 1 - near * near / (2 * k * (2 * k + 3)) * series
-    return np.where(is_near, near * series * (-np.pi / 3),
-                    (np.cos(np.pi * far) - np.sinc(far)) / far)
+        series = 1 - u * u / (2 * k * (2 * k + 3)) * series
+    near = -np.pi * u / 3 * series
+
+    x = np.where(is_near, 1, x)  # lest `far` be 0/0, where it is not taken
+    far = (np.cos(np.pi * x) - np.sinc(x)) / x
+    return np.where(is_near, near, far)
 
 
 sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
@@ -7533,7 +7559,7 @@ def _histogram(a, bins=10, range=None, density=None, weights=None):
 def _select(condlist, choicelist, default=0):
     """The choice of the first condition that holds; so that one has the last word."""
     result = default
-    for condition, choice in reversed(list(zip(condlist, choicelist, strict=True))):
+    for condition, choice in zip(condlist[::-1], choicelist[::-1], strict=True):
         result = where(condition, choice, result)
     return result
 
@@ -7541,17 +7567,18 @@ def _select(condlist, choicelist, default=0):
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
     """Each function gets only those x for which its condition is the last that holds."""
-    is_one = np.ndim(condlist) == np.ndim(x)  # a mask alone, and no list of masks
-    count = 1 if is_one else len(condlist)
-    masks = np.reshape(condlist, (count, *np.shape(x))).astype(bool)
-    if len(funclist) == count + 1:  # the last one is for the rest
-        masks = np.concatenate([masks, ~masks.any(axis=0, keepdims=True)])
-    if len(funclist) != len(masks):
+    if np.ndim(condlist) == np.ndim(x):  # a mask alone, and no list of masks
+        condlist = [condlist]
+    count = len(condlist)
+    if len(funclist) not in (count, count + 1):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
+    number = np.full(np.shape(x), count)  # of each x's function; `count` is the rest's
+    for i, condition in enumerate(condlist):
+        number[np.reshape(condition, np.shape(x)).astype(bool)] = i
 
     result = where(False, x, 0)  # zeros, tied to x
     for i, f in enumerate(funclist):
-        mask = masks[i] & ~masks[i + 1:].any(axis=0)
+        mask = number == i
         if mask.any():
             value = f(x[mask], *args, **kw) if callable(f) else f
             result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
@@ -7567,54 +7594,25 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
     return take_along_axis(x, order, axis)
 
 
-# To move elements of several arrays, lay them end to end, and ask `move` what it does to
-# their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
-def _moves_several(move: Callable, *operands: Any) -> Tensor:
-    tensors = _admit_together(*operands)
-    positions = []
-    count = 0
-    for t in tensors:
-        positions.append(np.arange(count, count + t.size).reshape(t.shape))
-        count += t.size
-    return concatenate(tensors, axis=None)[move(*positions)]
-
-
-@_answers(np.insert)
-def _insert(arr, obj, values, axis=None):
-    values = astype(values, np.asarray(_value(arr)).dtype)
-    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
-
-
-@_answers(np.choose)
-def _choose(a, choices, *, mode="raise"):
-    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
-
-
 @_answers(np.broadcast_arrays)
 def _broadcast_arrays(*arrays):
     shape = np.broadcast_shapes(*map(np.shape, arrays))
     return tuple(broadcast_to(t, shape) for t in _admit_together(*arrays))
 
 
-@_answers(np.hstack)
-def _hstack(tup):
-    tensors = [np.atleast_1d(t) for t in _admit_together(*tup)]
-    return concatenate(tensors, 0 if tensors[0].ndim == 1 else 1)
-
-
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """One grid for each of the coordinates xi, stretched along the axes of the others.
+    """For each of the coordinates xi a grid, along axis i, stretched along all others.
 
-    Grid i varies along axis i; but "xy", NumPy's default, exchanges the first two axes.
+    "xy", NumPy's default, exchanges the first two axes.
     """
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
     n = len(xi)
-    axes = [1, 0, *range(2, n)] if indexing == "xy" and n > 1 else range(n)
-    grids = []
-    for x, axis in zip(_admit_together(*xi), axes):
-        grids.append(reshape(x, (1,) * axis + (-1,) + (1,) * (n - 1 - axis)))
+    grids = [reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i))
+             for i, x in enumerate(_admit_together(*xi))]
+    if indexing == "xy" and n > 1:
+        grids = [swapaxes(grid, 0, 1) for grid in grids]
     return tuple(grids) if sparse else np.broadcast_arrays(*grids)
 
 
@@ -7636,10 +7634,11 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
         weights = np.ones_like(as_tensor(x))
     x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
-        if isinstance(axis, tuple) or axis is None or weights.shape != (x.shape[axis],):
-            raise ValueError(f"average of shape {x.shape} over axis {axis}: weights of "
-                             f"shape {weights.shape} fit neither that nor the axis")
-        weights = moveaxis(broadcast_to(weights, moveaxis(x, axis, -1).shape), -1, axis)
+        one_axis = axis is not None and not isinstance(axis, tuple)
+        _require(one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
+                 "weights of that shape or an axis; these fit neither that nor the axis")
+        last = moveaxis(x, axis, -1)
+        weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
@@ -7659,9 +7658,9 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
     if len(pieces) > 1:
-        one_slice = np.sum(_value(x), axis, keepdims=True).shape  # a number fills one
-        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), one_slice)
-                         for a in pieces], axis)
+        edge = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
+        pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
+        x = concatenate(pieces, axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
         y = y[1:] - y[:-1]
@@ -7686,10 +7685,10 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
     return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
 
 
-# np.gradient joins neighbouring points by chords. The slope at a point is the mean of its
-# two chords', the shorter one counted more; at an end, that of its only chord. Or, with
-# edge_order=2: on a parabola a chord has the mean of the slopes at its two ends. So
-# `chord = (first + inner) / 2`, and `first = 2 chord - inner`.
+# np.gradient joins neighbouring points by chords. The slope at an inner point is the
+# mean of its two chords', the shorter one counted more; at an end, that of its only
+# chord. With edge_order=2, an end is taken to lie on a parabola: there a chord's slope
+# is the mean of those at its two ends, so `first = 2 chord - inner`.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -7715,9 +7714,8 @@ def _gradient(f, *varargs, axis=None, edge_order=1):
     if len(spacings) != len(axes) or edge_order not in (1, 2):
         raise TypeError(f"np.gradient: {len(varargs)} spacings for {len(axes)} axes, "
                         f"and edge_order={edge_order} (1 or 2)")
-    if any(f.shape[a] < edge_order + 1 for a in axes):
-        raise ValueError(f"np.gradient of shape {f.shape}: needs {edge_order + 1} "
-                         "elements along each axis")
+    _require(all(f.shape[a] > edge_order for a in axes), "np.gradient", [f],
+             f"{edge_order + 1} elements along each axis")
     slopes = [_slope(f, h, a, edge_order) for h, a in zip(spacings, axes)]
     return slopes[0] if len(slopes) == 1 else slopes
 
@@ -7727,7 +7725,7 @@ def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
     """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
     def as_rows(a):
         a = np.atleast_2d(astype(a, dtype))
-        return a.T if not rowvar and a.shape[0] != 1 else a
+        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy keeps a single row
 
     x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
     ddof = int(not bias) if ddof is None else ddof
@@ -7749,9 +7747,8 @@ def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
 def _interp(x, xp, fp, left=None, right=None):
     """At each x, the line through its two neighbouring points (xp, fp)."""
     x, xp, fp = _admit_together(x, xp, fp)
-    if xp.ndim != 1 or xp.shape != fp.shape or len(xp) < 2:
-        raise ValueError(f"interp of {xp.shape}, {fp.shape}: needs at least two points, "
-                         "given by two vectors of one length")
+    _require(xp.ndim == 1 and xp.shape == fp.shape and len(xp) > 1, "interp", [xp, fp],
+             "at least two points, given by two vectors of one length")
     above = np.searchsorted(_value(xp), _value(x), side="right")
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
@@ -7765,9 +7762,8 @@ def _interp(x, xp, fp, left=None, right=None):
 # ### Products of vectors and matrices
 def bmm(a: Any, b: Any) -> Tensor:
     """The products of two stacks of matrices, (n, i, k) @ (n, k, j) -> (n, i, j)."""
-    if np.ndim(a) != 3 or np.ndim(b) != 3 or len(a) != len(b):
-        raise ValueError(f"bmm of {np.shape(a)}, {np.shape(b)}: needs (n, i, k) and (n, "
-                         "k, j), as many matrices in each; for all else there is matmul")
+    _require(np.ndim(a) == np.ndim(b) == 3 and len(a) == len(b), "bmm", [a, b],
+             "(n, i, k) and (n, k, j); for all else there is matmul")
     return matmul(a, b)
 
 
@@ -7806,10 +7802,8 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     except IndexError:
         fit = False
     common = set(of_a) & set(of_b)
-    if not fit or len(common) < len(left):
-        raise ValueError(f"tensordot of {a.shape}, {b.shape}: axes {left} and {right} "
-                         "are not all there, each once, and of the same lengths; name "
-                         "pairs that are")
+    _require(fit and len(common) == len(left), "tensordot", [a, b],
+             f"pairs of axes of one length, each named once; not {left} and {right}")
     return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in common])
 
 
@@ -7831,17 +7825,15 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
         axisa = axisb = axisc = axis
     a, b = _admit_together(a, b)
     a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
-    if a.shape[-1] != 3 or b.shape[-1] != 3:
-        raise ValueError(f"cross of {a.shape}, {b.shape}: needs vectors of length 3 "
-                         "along an axis (here moved last); append a zero to those of "
-                         "length 2")
+    _require(a.shape[-1] == b.shape[-1] == 3, "cross", [a, b],
+             "vectors of length 3 (here moved last); append a zero to those of length 2")
     later, last = [1, 2, 0], [2, 0, 1]
     c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
     return moveaxis(c, -1, axisc)
 
 
 # In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
-# `sum_n g_n v_(n-k)`: the correlation of g with v, which is convolution with v reversed.
+# `sum_n g_n v_(n-k)`: the correlation of g with v. And v_k receives that of g with a.
 @primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
            lambda g, y, a, v: np.correlate(g, a, "valid"))
 def _convolve(a: Any, v: Any) -> Tensor:
@@ -7852,9 +7844,9 @@ def _convolve(a: Any, v: Any) -> Tensor:
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
     a, v = _admit_together(a, v)
-    if a.ndim != 1 or v.ndim != 1 or mode not in ("full", "same", "valid"):
-        raise ValueError(f"convolve of {a.shape}, {v.shape}, mode {mode!r}: needs two "
-                         "vectors, and a mode 'full', 'same' or 'valid'")
+    _require(a.ndim == v.ndim == 1, "convolve", [a, v], "two vectors")
+    _require(mode in ("full", "same", "valid"), "convolve", [a, v],
+             f"the mode 'full', 'same' or 'valid', not {mode!r}")
     short, long = sorted([len(a), len(v)])
     middle = (short - 1) // 2
     parts = {"full": slice(None), "same": slice(middle, middle + long),
@@ -7871,8 +7863,7 @@ def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
     return convolve(a, v[::-1], mode)
 
 
-# A product of many matrices costs least when it is begun at its thin end, as in
-# `(A (B v))`.
+# A product of many matrices is begun at its thin end, as in `(A (B v))`: it costs less.
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
     arrays = _admit_together(*arrays)
@@ -7886,9 +7877,9 @@ def _multi_dot(arrays):
 def matrix_power(a: Any, n: int) -> Tensor:
     """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
     a = as_tensor(a)
-    if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not isinstance(n, (int, np.integer)):
-        raise ValueError(f"matrix_power of {a.shape}, {n!r}: needs square matrices "
-                         "and an integer")
+    is_square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
+    _require(is_square and isinstance(n, (int, np.integer)), "matrix_power", [a],
+             f"square matrices and an integer, and got {n!r}")
     if n < 0:
         return matrix_power(inv(a), -n)
     if n == 0:
@@ -7907,9 +7898,8 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     The residuals are those sums, if n is the rank and below m; else there are none.
     """
     a, b = _admit_together(a, b)
-    if a.ndim != 2 or b.ndim not in (1, 2) or len(a) != len(b):
-        raise ValueError(f"lstsq of {a.shape}, {b.shape}: needs a matrix (m, n), and a "
-                         "vector (m,) or columns (m, k)")
+    _require(a.ndim == 2 and b.ndim in (1, 2) and len(a) == len(b), "lstsq", [a, b],
+             "a matrix (m, n), and a vector (m,) or columns (m, k)")
     m, n = a.shape
     singular = svd(a, compute_uv=False)  # (min(m, n),)
     if rcond is None:
@@ -7919,25 +7909,26 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     x = matmul(pinv(a, rcond), b)
     errors = b - matmul(a, x)
     residuals = np.sum(errors * errors, axis=0).reshape(-1)
-    return x, residuals if m > n == rank else residuals[:0], rank, singular
+    if not rank == n < m:
+        residuals = residuals[:0]
+    return x, residuals, rank, singular
 
 
 # ### Norms
 #
-# The length of a vector has the derivative `x / |x|`; at 0, its kink, 0 is taken.
-@primitive(lambda g, y, x, axes: np.expand_dims(g / np.where(y == 0, 1, y), axes) * x)
-def _length(x: Any, axes: tuple) -> Tensor:
-    return np.sqrt(np.sum(x * x, axis=axes))
+# The length of a vector has the derivative `x / |x|`, and at 0, its kink, 0.
+@primitive(lambda g, y, x: (g / np.where(y == 0, 1, y))[..., None] * x)
+def _length(x: Any) -> Tensor:
+    return np.sqrt(np.sum(x * x, axis=-1))
 
 
 def _norm_of_vectors(x: Any, ord: float) -> Any:
     """The norm over the last axis."""
-    if not isinstance(ord, (int, float, np.number)):
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a vector's norms go by "
-                         "numbers; those by name are of matrices, axis=(-2, -1)")
+    _require(isinstance(ord, (int, float, np.number)), "norm", [x],
+             f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
     if ord == 2:
-        return _length(x, axes=(-1,))
-    if ord == 0:  # constant nearly everywhere
+        return _length(x)
+    if ord == 0:  # how many are not 0: constant nearly everywhere
         return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
@@ -7948,15 +7939,15 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
 
 def _norm_of_matrices(x: Any, ord: Any) -> Any:
     """The norm over the last two axes."""
-    if ord in ("fro", None):
-        return _length(x, axes=(-2, -1))
-    if ord not in ("nuc", 1, -1, 2, -2, np.inf, -np.inf):
-        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
-                         "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
-    else:  # sums of columns, or of rows
-        sizes = sum_(abs_(x), -2 if abs(ord) == 1 else -1)
+    elif ord in (1, -1):
+        sizes = sum_(abs_(x), -2)  # of the columns
+    elif ord in (np.inf, -np.inf):
+        sizes = sum_(abs_(x), -1)  # of the rows
+    else:
+        raise ValueError(f"norm of {x.shape} by ord {ord!r}: a matrix has norms by "
+                         "'fro', 'nuc', 1, -1, 2, -2, inf and -inf")
     if ord == "nuc":
         return sum_(sizes, -1)
     return max_(sizes, -1) if ord > 0 else min_(sizes, -1)
@@ -7967,22 +7958,22 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
          keepdims: bool = False) -> Tensor:
     """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
 
-    At its kink, 0, the length has derivative 0, as in PyTorch. Equal largest elements
-    share theirs.
+    At 0 the length has derivative 0, as in PyTorch; equal largest elements share theirs.
     """
     x = as_tensor(x)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
-    if len(axes) == 1 or axis is None and ord is None:
-        ord = 2 if ord is None else ord
-        return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
-    if len(axes) != 2:
-        raise ValueError(f"norm of {x.shape}, axes {axes}: a vector has one axis, "
-                         "a matrix two")
-    y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
-    return expand_dims(y, axes) if keepdims else y
+    _require(len(axes) in (1, 2) or axis is None and ord is None, "norm", [x],
+             f"one axis or two, and got {axes}")
+    if len(axes) == 2 and ord not in (None, "fro"):
+        y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
+        return expand_dims(y, axes) if keepdims else y
+    if ord is None or len(axes) == 2:
+        ord = 2  # the length of all elements
+    return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
+    """The norm over one axis, or of all elements of several as one vector."""
     rows, axes = _joined("norm", x, axis)  # (..., n)
     y = _norm_of_vectors(rows, ord)
     return expand_dims(y, axes) if keepdims else y
@@ -7998,8 +7989,7 @@ def _cond(x, p=None):
 
 # ### What some NumPys lack
 #
-# NumPy 2 added names, and has those of matrices in np.linalg as well, where they are
-# about the last two axes.
+# NumPy 2 added names. Those in np.linalg are about the last two axes.
 def _matvec(x1, x2):
     a, b = _admit_together(x1, x2)
     return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
@@ -8010,40 +8000,43 @@ def _vecdot(x1, x2, axis=-1):
     return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
 
 
-_NEWER = {
-    np: {
-        "row_stack": _FUNCTIONS[np.vstack],
-        "unstack": lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
-        "matrix_transpose": lambda x: _mT(x),
-        "vecdot": _vecdot, "matvec": _matvec,
-        "vecmat": lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1),
-    },
-    np.linalg: {
-        "matmul": matmul, "outer": outer, "tensordot": tensordot, "vecdot": _vecdot,
-        "cross": lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
-        "diagonal": lambda x, *, offset=0: diagonal(x, offset, -2, -1),
-        "trace": lambda x, *, offset=0: trace(x, offset, -2, -1),
-        "matrix_transpose": lambda x: _mT(x),
-        "svdvals": lambda x: svd(x, compute_uv=False),
-        "vector_norm": _vector_norm,
-        "matrix_norm": lambda x, *, keepdims=False, ord="fro":
-            norm(x, ord, (-2, -1), keepdims),
-    },
-}
-for _module, _answer_of in _NEWER.items():
-    for _key, _f in _answer_of.items():
-        _answers(getattr(_module, _key, None))(_f)
+def _newer(module: Any, **answers: Callable) -> None:
+    """Enter the answers to those of these functions that the installed NumPy has."""
+    for name, answer in answers.items():
+        _answers(getattr(module, name, None))(answer)
 
-for _function, _f in _FUNCTIONS.items():  # a TypeError for a wrong argument names np.x
-    if _f.__qualname__[0] in "_<":  # such as <lambda>, or _with_dtype.<locals>.answer
+
+_newer(
+    np,
+    row_stack=_FUNCTIONS[np.vstack],
+    unstack=lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+    matrix_transpose=lambda x: _mT(x),
+    vecdot=_vecdot,
+    matvec=_matvec,
+    vecmat=lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1),
+)
+_newer(
+    np.linalg,
+    matmul=matmul, outer=outer, tensordot=tensordot, vecdot=_vecdot,
+    cross=lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+    diagonal=lambda x, *, offset=0: diagonal(x, offset, -2, -1),
+    trace=lambda x, *, offset=0: trace(x, offset, -2, -1),
+    matrix_transpose=lambda x: _mT(x),
+    svdvals=lambda x: svd(x, compute_uv=False),
+    vector_norm=_vector_norm,
+    matrix_norm=lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
+)
+
+# Python's TypeError for a wrong argument now says np.clip(), and not <lambda>() or
+# _with_dtype.<locals>.answer().
+for _function, _f in _FUNCTIONS.items():
+    if _f.__qualname__[0] in "_<":
         _f.__qualname__ = f"np.{_function.__name__}"
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file, by namespace and topic. All names are flat; for those
-# who like them sorted there are modules too, `nanoad.nn` and its like, made here and
-# named after this file's module, whatever that is called. A name that Python has itself
-# (`sum`) stands in the file with a `_` behind it (`sum_`).
+# This is the index of the file. Every public name is one of nanoad itself, such as
+# `nanoad.Adam`; those under a namespace are in the module of that name, too.
 _INDEX = {
     "": {
         "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
@@ -8053,30 +8046,31 @@ _INDEX = {
     "functional": {
         "transforms": "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
         "care": "checkpoint check_grad",
-        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2 log10 log1p"
-                       " sqrt cbrt hypot power sin cos tan arcsin arccos arctan arctan2 sinc"
-                       " deg2rad rad2deg sinh cosh tanh arcsinh arccosh arctanh"
-                       " softplus sigmoid logaddexp logaddexp2 gelu astype",
+        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2"
+                       " log10 log1p sqrt cbrt hypot power sin cos tan arcsin arccos"
+                       " arctan arctan2 sinc deg2rad rad2deg sinh cosh tanh arcsinh arccosh"
+                       " arctanh softplus sigmoid logaddexp logaddexp2 gelu astype",
         "choosing elements": "where maximum minimum fmax fmin abs relu clip nan_to_num",
-        "moving elements": "getitem scatter_add roll flip rot90 repeat tile diag diagonal tril triu"
-                           " take take_along_axis sort partition reshape flatten transpose"
-                           " swapaxes moveaxis expand_dims squeeze broadcast_to concatenate stack"
-                           " split pad",
-        "reductions": "sum mean average var std max min prod cumsum cumprod diff trace median"
-                      " quantile logsumexp softmax log_softmax",
-        "products": "matmul bmm linear einsum dot inner outer tensordot kron cross convolve"
-                    " correlate matrix_power",
+        "moving elements": "getitem scatter_add roll flip rot90 repeat tile diag diagonal"
+                           " tril triu take take_along_axis sort partition reshape"
+                           " flatten transpose swapaxes moveaxis expand_dims squeeze"
+                           " broadcast_to concatenate stack split pad",
+        "reductions": "sum mean average var std max min prod cumsum cumprod diff trace"
+                      " median quantile logsumexp softmax log_softmax",
+        "products": "matmul bmm linear einsum dot inner outer tensordot kron cross"
+                    " convolve correlate matrix_power",
         "linear algebra": "solve inv det slogdet cholesky eigh svd qr pinv lstsq norm",
         "images": "conv2d max_pool2d avg_pool2d",
         "normalization": "layer_norm batch_norm",
-        "transformer": "scaled_dot_product_attention causal_self_attention embedding dropout",
-        "losses": "cross_entropy mse_loss binary_cross_entropy binary_cross_entropy_with_logits"
-                  " hinge_loss",
+        "transformer": "scaled_dot_product_attention causal_self_attention embedding"
+                       " dropout",
+        "losses": "cross_entropy mse_loss binary_cross_entropy"
+                  " binary_cross_entropy_with_logits hinge_loss",
     },
     "nn": {
         "modules": "Parameter Module Sequential MLP",
-        "layers": "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding Dropout"
-                  " Flatten ReLU GELU Tanh Sigmoid",
+        "layers": "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding"
+                  " Dropout Flatten ReLU GELU Tanh Sigmoid",
         "losses": "CrossEntropy CrossEntropyLoss MSE MSELoss",
         "transformer": "MultiHeadAttention Block GPT",
     },
@@ -8092,27 +8086,26 @@ _INDEX = {
 }
 
 
-def _public(name: str) -> Any:
-    """What the public `name` stands for."""
-    return globals()[f"{name}_" if hasattr(builtins, name) else name]
+# Python has functions of four of these names. In this file, and after
+# `from nanoad import *`, the names are Python's; ours are `nanoad.sum` and so on.
+_ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
+_public = {**globals(), **_ALSO_OF_PYTHON}
 
-
-def _make_namespaces() -> None:
-    """Make a module of each namespace, and `__all__` of all their names."""
-    for space, topics in _INDEX.items():
-        names = " ".join(topics.values()).split()
-        # `from nanoad import *` must not hide Python's own sum, max, min and abs.
-        __all__.extend(name for name in names if not hasattr(builtins, name))
-        if space:
-            module = types.ModuleType(f"{__name__}.{space}", f"Here are {', '.join(names)}.")
-            vars(module).update({name: _public(name) for name in names}, __all__=names)
-            globals()[space] = sys.modules[module.__name__] = module
+__all__: list[str] = []
+for _space, _topics in _INDEX.items():
+    _names = " ".join(_topics.values()).split()
+    __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
+    if _space:
+        _doc = f"Here are {', '.join(_names)}."
+        _module = types.ModuleType(f"{__name__}.{_space}", _doc)
+        vars(_module).update({name: _public[name] for name in _names}, __all__=_names)
+        globals()[_space] = sys.modules[_module.__name__] = _module
 
 
 def __getattr__(name: str) -> Any:
-    """nanoad.sum, max, min and abs, which are no globals here: in this file they are Python's."""
-    if hasattr(builtins, name) and f"{name}_" in globals():
-        return _public(name)
+    """nanoad.sum and the like. (Python asks this for what is no global.)"""
+    if name in _ALSO_OF_PYTHON:
+        return _ALSO_OF_PYTHON[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -8120,31 +8113,28 @@ def __dir__() -> list[str]:
     return [*__all__, *filter(None, _INDEX)]  # what an editor offers
 
 
-# The annotations of this file are strings, as its first import wants. help() prints an
-# annotation by its repr, which for a string has quotes. So these are strings whose repr
-# has none. (Python's typing.get_type_hints makes types of them as before.)
-class _Hint(str):
+# help() shows an annotation by its repr. Those of this file are strings, as its first
+# import wants, and would be shown with quotes; so they become strings without.
+class _Unquoted(str):
     __repr__ = str.__str__
 
 
 def _unquote_annotations() -> None:
-    """Put a `_Hint` in place of each annotation of functions and methods."""
-    hint = functools.cache(_Hint)  # most of them are alike, and this is done at import
-    for value in list(globals().values()):
-        for f in vars(value).values() if isinstance(value, type) else [value]:
-            f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
-            if isinstance(f, types.FunctionType) and f.__module__ == __name__:
-                for argument, annotation in f.__annotations__.items():
-                    f.__annotations__[argument] = hint(annotation)
+    functions = list(globals().values())
+    for cls in filter(inspect.isclass, globals().values()):
+        functions += vars(cls).values()  # its methods
+    for f in functions:
+        f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
+        if inspect.isfunction(f) and f.__module__ == __name__:
+            for name, hint in f.__annotations__.items():
+                f.__annotations__[name] = _Unquoted(hint)
 
 
-__all__: list[str] = []
-_make_namespaces()
 _unquote_annotations()
 
 # ## IV.13 The tour: what can all this do?
 #
-# `python nanoad.py` shows it in a few seconds.
+# `python nanoad.py` shows it in a few seconds: it prints each paragraph, and runs it.
 _TOUR = r"""
 # The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
 # tape, each operation over its operands, with the gradient that reached them:
@@ -8157,10 +8147,12 @@ print(draw(y, format="text"))
 # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
 print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
 
-# So Newton's method has its Hessian. A logistic regression in 50 dimensions, in five steps:
+# So Newton's method has its Hessian. A logistic regression of 50 weights, in five steps:
 rng = np.random.default_rng(0)
-A, t, w = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200), np.zeros(50)
-loss = lambda w: np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
+A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
+def loss(w):
+    return np.sum(np.log(1 + np.exp(-t * (A @ w)))) + 5 * np.sum(w * w)
+w = np.zeros(50)
 for newton_step in range(5):
     slope = grad(loss)(w)
     print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
@@ -8170,7 +8162,8 @@ for newton_step in range(5):
 # shaded where it says 1, with the points o (0) and x (1).
 manual_seed(1)
 points, labels = make_moons(200, noise=0.15)
-model, losses = MLP(2, [16, 16, 1]), []
+model = MLP(2, [16, 16, 1])
+losses = []
 optimizer = Adam(model.parameters(), lr=0.02)
 for step in range(300):
     loss = binary_cross_entropy_with_logits(model(points), labels)
@@ -8181,24 +8174,20 @@ for step in range(300):
 print(plot(losses, height=8))
 across, up = np.meshgrid(np.linspace(-1.5, 2.5, 72), np.linspace(1.5, -1.0, 20))
 picture = np.where(model(np.stack([across, up], axis=-1)) > 0, ":", " ")
-for (h, v), label in zip(points.clip((-1.5, -1), (2.49, 1.5)), labels):
-    picture[int((1.5 - v) / 2.5 * 19.9), int((h + 1.5) / 4 * 72)] = "ox"[label]
+columns = ((points[:, 0] + 1.5) / 4 * 71).round().clip(0, 71).astype(int)
+rows = ((1.5 - points[:, 1]) / 2.5 * 19).round().clip(0, 19).astype(int)
+picture[rows, columns] = np.where(labels, "x", "o")
 print(*map("".join, picture), sep="\n")
 """
 
 
-def _tour() -> None:
-    """Print each paragraph above, and run it: what you read is what happened."""
-    scope = dict(globals())
-    for step in _TOUR.strip().split("\n\n"):
-        print(f"\n{step}\n")
-        exec(step, scope)
-
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
+    scope = dict(globals())
     try:
-        _tour()
+        for step in _TOUR.strip().split("\n\n"):
+            print(f"\n{step}\n")
+            exec(step, scope)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`: nobody reads on
         os._exit(1)
