@@ -367,45 +367,34 @@ def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) ->
     return shares
 
 
-# Most operations are one function and a rule of one line, so they stand in tables.
-# Where a derivative is simpler in terms of the result, the rule says so: for exp it is
-# `y` itself. Here are the first ten; the examples use some others, such as `sum` and
-# `**`, from part II. (`answers` names the NumPy function whose calls arrive here: II.2.)
-_FUNCTIONS = {}  # a function of NumPy -> what answers for it
+# Here are the first ten; the examples use some others, such as `sum` and `**`, from part
+# II. Where a derivative is simpler in terms of the result, the rule says so: for exp it
+# is `y` itself. (`operator.mul(a, b)` is `a * b`, and for single numbers much quicker
+# than np.multiply.)
 
 
-def _op(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
-        doc: str = "{}, element by element, with NumPy's broadcasting and dtypes.") -> Callable:
-    """One row of a table: an operation. If `forward` is NumPy's, it answers for that, too."""
-    operation = primitive(*rules)(forward)
-    operation.__name__ = operation.__qualname__ = name
-    operation.__module__ = __name__
-    operation.__doc__ = doc.format(name)
-    if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
-        _FUNCTIONS[forward] = operation
-    if answers is not None:
-        _FUNCTIONS[answers] = operation
-    return operation
+@primitive(lambda g, y, x: g)
+def identity(x: Any) -> Tensor:
+    return x
 
 
-identity = _op("identity", lambda x: x, lambda g, y, x: g, answers=np.positive)
-neg = _op("neg", operator.neg, lambda g, y, x: -g, answers=np.negative)
-add = _op("add", operator.add,
-          lambda g, y, a, b: g,
-          lambda g, y, a, b: g, answers=np.add)
-sub = _op("sub", operator.sub,
-          lambda g, y, a, b: g,
-          lambda g, y, a, b: -g, answers=np.subtract)
-mul = _op("mul", operator.mul,
-          lambda g, y, a, b: g * b,
-          lambda g, y, a, b: g * a, answers=np.multiply)
-div = _op("div", operator.truediv,
-          lambda g, y, a, b: g / b,
-          lambda g, y, a, b: -g * y / b, answers=np.true_divide)
-exp = _op("exp", np.exp, lambda g, y, x: g * y)
-log = _op("log", np.log, lambda g, y, x: g / x)
-sin = _op("sin", np.sin, lambda g, y, x: g * np.cos(x))
-cos = _op("cos", np.cos, lambda g, y, x: -g * np.sin(x))
+@primitive(lambda g, y, a, b: g / b,
+           lambda g, y, a, b: -g * y / b)
+def div(a: Any, b: Any, /) -> Tensor:
+    return a / b
+
+
+neg = primitive(lambda g, y, x: -g)(operator.neg)
+add = primitive(lambda g, y, a, b: g,
+                lambda g, y, a, b: g)(operator.add)
+sub = primitive(lambda g, y, a, b: g,
+                lambda g, y, a, b: -g)(operator.sub)
+mul = primitive(lambda g, y, a, b: g * b,
+                lambda g, y, a, b: g * a)(operator.mul)
+exp = primitive(lambda g, y, x: g * y)(np.exp)
+log = primitive(lambda g, y, x: g / x)(np.log)
+sin = primitive(lambda g, y, x: g * np.cos(x))(np.sin)
+cos = primitive(lambda g, y, x: -g * np.sin(x))(np.cos)
 
 # The operators of a Tensor *are* these operations; where the Tensor stands on the
 # right, as in `2 - t`, Python asks for the reflected one.
@@ -1173,13 +1162,17 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
 #
 # (`array * t` is np.multiply to NumPy, and arrives here, too.) What becomes of a call?
 #
-# - A function with an answer is in one table, `_FUNCTIONS`, filled where the operations
-#   stand; IV.11 adds the rest.
+# - A function with an answer is in one table, `_FUNCTIONS`. It begins with part I's, and
+#   is filled where the operations stand; IV.11 adds the rest.
 # - A function whose derivative is zero wherever it has one, such as `np.sign`, or that
 #   asks for a shape, is called with the bare arrays (`_WITHOUT_GRADIENT`, IV.11). So is
 #   any other, if all its Tensors are constants, which have no gradient to lose.
 # - What is left is a TypeError: to go on with bare arrays would cut the tape, and the
 #   gradient would be wrong.
+_FUNCTIONS = {  # a function of NumPy -> what answers for it
+    np.positive: identity, np.negative: neg, np.add: add, np.subtract: sub, np.multiply: mul,
+    np.true_divide: div, np.exp: exp, np.log: log, np.sin: sin, np.cos: cos,
+}
 
 
 def _answers(*functions: Callable | None) -> Callable:
@@ -1254,11 +1247,37 @@ Tensor.__array__ = _array
 #
 # The derivative that every table of calculus has. For here an element of the result
 # depends on one element of each operand, so what each receives is `g` times that, and
-# this section is such a table.
+# this section is such a table. `_op` makes a row of it, of a function and its rules.
 #
 # (Two formulas are written with care: `(1 - x) * (1 + x)` is 1 - x^2, which near 1
 # would lose its digits, and `hypot(1, x)` is the root of 1 + x^2, which would overflow.
 # The two roots of arccosh multiply to that of x^2 - 1, which would do both.)
+_ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dtypes."
+
+
+def _op(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
+        doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
+    """An operation. It answers for NumPy's function `answers`, and for `forward` if that is
+    NumPy's."""
+    operation = _named(primitive(*rules)(forward), name, doc)
+    if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
+        _FUNCTIONS[forward] = operation
+    if answers is not None:
+        _FUNCTIONS[answers] = operation
+    return operation
+
+
+def _named(operation: Callable, name: str, doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
+    """The operation, for help() to show it as one of ours."""
+    operation.__name__ = operation.__qualname__ = name
+    operation.__module__ = __name__
+    operation.__doc__ = doc.format(name)
+    return operation
+
+
+for _operation_of_part_one in _FUNCTIONS.values():
+    _named(_operation_of_part_one, _operation_of_part_one.__name__)
+
 exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
 expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
