@@ -958,9 +958,10 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
 #
-# The real ones are these, for nests, and with a tape only if somebody asks. `_outputs`
-# makes Tensors of what f returned, `_match` a list of a nest that must be built like
-# another, and `_seeds` pairs outputs with cotangents; they refuse what cannot be (IV.3).
+# The real ones are these, for nests, and with a tape only if somebody asks (`jacobian`
+# and `hessian`, which is the Jacobian of `grad`, are in IV.3). `_outputs` makes Tensors
+# of what f returned, `_match` a list of a nest that must be built like another, and
+# `_seeds` pairs outputs with cotangents; they refuse what cannot be (IV.3).
 
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
@@ -1020,59 +1021,6 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
     v = _match("hvp", tuple(vector), tuple(primals))
     seeds = _seeds("hvp", slopes, v, run.recorded)
     return run.value, run.rebuild(_gradients(seeds, run.inputs, run.recorded))
-
-
-def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
-    """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk
-    per row.
-
-        >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
-        [2. 0.] [0. 4.]
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        run = _Run("jacobian", f, args, kwargs, argnums)
-        return _map_tree(lambda y: _jacobian(run, y, run.route), run.output)
-
-    return function
-
-
-def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
-    """The function that returns the Hessian of a scalar f: shape in.shape + in.shape.
-
-    f runs once, and each row is one walk. For a nest of arguments it is a nest of such
-    nests.
-
-        >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
-        [6. 0.] [ 0. 12.]
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        run = _Run("hessian", f, args, kwargs, argnums)
-        slopes = run.slopes()
-        route = _find_route(slopes, run.inputs)  # the tape of the slopes is a new one
-        return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
-
-    return function
-
-
-def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
-    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape."""
-    (y,) = _outputs(run.name, [y])
-    rows = []
-    for unit in np.eye(y.size).reshape(y.size, *y.shape):
-        seeds = _seeds(run.name, [y], [unit], run.recorded)
-        rows.append(_gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route))
-    jacobians = []
-    for i, x in enumerate(run.inputs):
-        block = [row[i] for row in rows]
-        block = stack(block) if block else np.zeros((0, *x.shape), x.dtype)  # (y.size, *x.shape)
-        jacobians.append(reshape(block, y.shape + x.shape))
-    return run.rebuild(jacobians)
 
 
 # # Part II. The rule book
@@ -1257,8 +1205,8 @@ _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dty
 
 def _op(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
         doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """An operation. It answers for NumPy's function `answers`, and for `forward` if that is
-    NumPy's."""
+    """An operation. It answers for NumPy's function `answers`, and for `forward` if
+    that is NumPy's."""
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
         _FUNCTIONS[forward] = operation
@@ -4059,8 +4007,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
 
     y = matrix @ columns()  # (O, oh ow N)
-    if bias is not None:
-        y = _plus(y, bias[:, None])
+    y = y if bias is None else _plus(y, bias[:, None])
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.transpose(1, 2, 3, 0).reshape(y.shape)  # (O, oh ow N)
@@ -5672,6 +5619,66 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
             raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a constant, of which "
                                "no tape is written; make it by Tensor(...), outside no_grad()")
     return inputs
+
+
+# ### jacobian and hessian: what of a nest?
+#
+# One walk for each element of the output, as in I.8. If the output is a nest, so is its
+# Jacobian, and each item of that is a nest built like the arguments. A Hessian is the
+# Jacobian of the slopes, which are such a nest themselves.
+
+
+def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
+    """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk
+    per row.
+
+        >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
+        [2. 0.] [0. 4.]
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        run = _Run("jacobian", f, args, kwargs, argnums)
+        return _map_tree(lambda y: _jacobian(run, y, run.route), run.output)
+
+    return function
+
+
+def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
+    """The function that returns the Hessian of a scalar f: shape in.shape + in.shape.
+
+    f runs once, and each row is one walk. For a nest of arguments it is a nest of such
+    nests.
+
+        >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
+        [6. 0.] [ 0. 12.]
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        run = _Run("hessian", f, args, kwargs, argnums)
+        slopes = run.slopes()
+        route = _find_route(slopes, run.inputs)  # the tape of the slopes is a new one
+        return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
+
+    return function
+
+
+def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
+    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape."""
+    (y,) = _outputs(run.name, [y])
+    rows = []  # the route may be wider than that of y alone, and does no harm
+    for unit in np.eye(y.size).reshape(y.size, *y.shape):
+        seeds = _seeds(run.name, [y], [unit], run.recorded)
+        rows.append(_gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route))
+    jacobians = []
+    for i, x in enumerate(run.inputs):
+        block = [row[i] for row in rows]
+        block = stack(block) if block else np.zeros((0, *x.shape), x.dtype)  # (y.size, *x.shape)
+        jacobians.append(reshape(block, y.shape + x.shape))
+    return run.rebuild(jacobians)
 
 
 # ### What if a tape was let go?
