@@ -21,7 +21,7 @@ The file has four parts, and whoever stops early has something whole:
                          a GPT; many cores
     IV   the craft       what a good tool needs and the idea does not: the watch over writes,
                          memory, nests, the machine, workers, data, saving, drawing, plots;
-                         NumPy's other names; an index of all names; a tour
+                         decompositions, NumPy's other names; an index of names; a tour
 
 You need NumPy, calculus, and no other file. `python nanoad.py` gives the tour. (After
 the imports, which are Python's own and NumPy, the essay begins.)
@@ -242,8 +242,8 @@ def _tracked(a: Any) -> bool:
 # VJP: it multiplies the vector `g` by the matrix of all slopes of `y` by `a`, without
 # ever making that matrix.
 #
-# To call an operation is three lines, stripped of all care: compute on bare arrays, and
-# if an operand is tracked, remember operation and operands.
+# To call an operation, stripped of all care, is to compute on bare arrays, and if an
+# operand is tracked, to remember operation and operands.
 #
 #     def operation(*operands):
 #         y = forward(*(_value(a) for a in operands))
@@ -252,8 +252,8 @@ def _tracked(a: Any) -> bool:
 #             return _fill(Tensor.__new__(Tensor), y, operation, operands)
 #         return _wrap(y)  # a constant
 #
-# The real one, `_operation`, does this in four steps, and II.9 follows a call through
-# them. A number among the operands stays a number. `primitive` makes an operation of a
+# The real one, `_operation`, does this in four steps. (II.9 has the first of them.) A
+# number among the operands stays a number. `primitive` makes an operation of a
 # function and its rules.
 
 
@@ -287,7 +287,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
         kinds = set(map(type, args))
-        if settings or Tensor not in kinds or not kinds <= _PLAIN:
+        if settings or Tensor not in kinds or not kinds <= _PLAIN:  # (numbers alone: arrays)
             args, settings = _admit(operation, args, settings)  # 1. convert the rest (II.9)
 
         arrays, tracked = [], False
@@ -514,10 +514,13 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 #     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
 #
 # Why was j not found? A tensor is made of older ones. So k, which is older than x, was
-# not made of x, nor was anything behind k; and there the search turns back. The oldest
-# input is its *horizon*. The tracked tensors at which it turned back are noted, as
-# `older`, for I.7 will ask whether there were any. (Had x operands, they would be found
-# and noted.)
+# not made of x, nor was anything behind k; and there the search turns back. The time of
+# the oldest input is its *horizon*. The tracked tensors beyond it, at which the search
+# turned back, are noted as `older`.
+#
+# Of x itself, which is not older than x, the operands are looked at. If x is
+# `identity(a)`, a is found, and noted: so I.7 learns that somebody else has a hand in
+# this.
 #
 # No two tensors have one time, so a time serves as a tensor's name, and a set of times
 # keeps no tensor alive.
@@ -536,12 +539,12 @@ class _Route(NamedTuple):
     """Which way a walk has to go."""
 
     times: set[int]      # of all tensors on the route
-    horizon: int         # the time of the oldest input, behind which no walk goes
-    older: list[Tensor]  # tracked tensors beyond the horizon that had a part in the outputs
+    horizon: int         # behind this time no walk goes: the oldest input's (or IV.2's)
+    older: list[Tensor]  # the tracked tensors beyond the horizon that the search has met
 
 
 def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None = None) -> _Route:
-    """The route of a walk from `outputs` to `inputs`. (IV.2 has another horizon.)"""
+    """The route of a walk from `outputs` to `inputs`. (IV.2 gives a horizon of its own.)"""
     if horizon is None:
         horizon = min((t._time for t in inputs), default=0)
 
@@ -557,7 +560,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
     times = {t._time for t in inputs}
     for moment in sorted(found):  # operands before results
         operands = found[moment]._operands or ()
-        if moment >= horizon and any(_tracked(a) and a._time in times for a in operands):
+        if any(_tracked(a) and a._time in times for a in operands):
             times.add(moment)
     return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
 
@@ -586,7 +589,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
         if t._op is None or (route is not None and t._time <= route.horizon):
-            continue  # a leaf; or the oldest input, behind which no other can be
+            continue  # a leaf; or at the horizon, behind which nothing is asked for
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue  # such as a younger input: nothing behind it is asked for
@@ -621,9 +624,10 @@ def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
 # (I.4), or the rule computed in another dtype.
 #
 # **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
-# have one array for their gradients: whoever wrote to one would change the other. So a
-# leaf receives a copy of such an array. (`_unshared`, and `_to_keep` below: IV.1.) Where
-# others share one, no harm is done: the walk adds by `+`, and writes to no cotangent.
+# have one array for their gradients: whoever wrote to one would change the other. *What
+# arrives at a leaf has memory of its own* (`_unshared` copies what has not), *and all
+# else is copied when it is kept* (`_to_keep`, below). IV.1 has both. Cotangents that
+# nobody keeps may share theirs, for the walk adds by `+` and writes to none.
 
 
 def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
@@ -690,20 +694,22 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
 def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
                retain_graph: bool = False, route: _Route | None = None) -> list[Tensor]:
     """The cotangents that reach `inputs`, zeros where none does."""
-    reached = _reached(seeds, inputs, create_graph, retain_graph, route)
+    reached = _walk_to(inputs, seeds, create_graph, retain_graph, route)
     slopes = [reached[t] if t in reached else _wrap(np.zeros_like(t._data)) for t in inputs]
-    return slopes if len(set(inputs)) == len(inputs) else _without_twins(slopes)  # (IV.1)
+    if len(set(inputs)) < len(inputs):  # one was asked for twice: a gradient for each
+        slopes = [_copy(slope) for slope in slopes]
+    return slopes
 
 
-def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = False,
+def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = False,
              retain_graph: bool = False, route: _Route | None = None) -> dict[Tensor, Tensor]:
-    """The same as a dict, without the inputs that nothing reaches."""
+    """A walk from `seeds` to `inputs`: of each input that it reaches, the cotangent."""
     route = route or _find_route([t for t, _ in seeds], inputs)
-    wanted = set(inputs)
+    asked = set(inputs)
     reached: dict[Tensor, Tensor] = {}
     with _mode.set(recording=create_graph):
         for t, g in _walk(seeds, route, create_graph, retain_graph):
-            if t in wanted:
+            if t in asked:
                 reached[t] = _to_keep(t, g, create_graph)
     return reached
 
@@ -721,7 +727,7 @@ def _reached(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool = 
 #
 # `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
 # given Tensors (`_pull_by_rules`, I.2), and recording stays on during the walk
-# (`_gradients`). The result `y`, too, is then the Tensor, so the derivative of a rule
+# (`_walk_to`). The result `y`, too, is then the Tensor, so the derivative of a rule
 # that uses it goes on through y. There is no second set of rules that could be wrong. And
 # what else the walk does, `+` and the sum in `unbroadcast`, is recorded like the rules.
 # All of it is younger than the first tape, of which it is made. So the second walk has
@@ -1195,7 +1201,7 @@ Tensor.__array__ = _array
 #
 # The derivative that every table of calculus has. For here an element of the result
 # depends on one element of each operand, so what each receives is `g` times that, and
-# this section is such a table. `_op` makes a row of it, of a function and its rules.
+# this section is such a table. `_define` makes a row of it, of a function and its rules.
 #
 # (Two formulas are written with care: `(1 - x) * (1 + x)` is 1 - x^2, which near 1
 # would lose its digits, and `hypot(1, x)` is the root of 1 + x^2, which would overflow.
@@ -1203,10 +1209,11 @@ Tensor.__array__ = _array
 _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dtypes."
 
 
-def _op(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
-        doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """An operation. It answers for NumPy's function `answers`, and for `forward` if
-    that is NumPy's."""
+def _define(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
+            doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
+    """An operation. It answers for the function `answers` of NumPy, and for `forward`
+    if that is one.
+    """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
         _FUNCTIONS[forward] = operation
@@ -1223,32 +1230,32 @@ def _named(operation: Callable, name: str, doc: str = _ELEMENT_BY_ELEMENT) -> Ca
     return operation
 
 
-for _operation_of_part_one in _FUNCTIONS.values():
+for _operation_of_part_one in _FUNCTIONS.values():  # these are ours in help(), too
     _named(_operation_of_part_one, _operation_of_part_one.__name__)
 
-exp2 = _op("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
-expm1 = _op("expm1", np.expm1, lambda g, y, x: g * (y + 1))
-log2 = _op("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
-log10 = _op("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
-log1p = _op("log1p", np.log1p, lambda g, y, x: g / (1 + x))
-sqrt = _op("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
-cbrt = _op("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
+exp2 = _define("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
+expm1 = _define("expm1", np.expm1, lambda g, y, x: g * (y + 1))
+log2 = _define("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
+log10 = _define("log10", np.log10, lambda g, y, x: g / (x * math.log(10)))
+log1p = _define("log1p", np.log1p, lambda g, y, x: g / (1 + x))
+sqrt = _define("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
+cbrt = _define("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
 
-tan = _op("tan", np.tan, lambda g, y, x: g * (1 + y * y))
-arcsin = _op("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
-arccos = _op("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
-arctan = _op("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
-deg2rad = _op("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
-rad2deg = _op("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
+tan = _define("tan", np.tan, lambda g, y, x: g * (1 + y * y))
+arcsin = _define("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
+arccos = _define("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
+arctan = _define("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+deg2rad = _define("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
+rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
 
-sinh = _op("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
-cosh = _op("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
-tanh = _op("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
-arcsinh = _op("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
-arccosh = _op("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
-arctanh = _op("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
+sinh = _define("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
+cosh = _define("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
+tanh = _define("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
+arcsinh = _define("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
+arccosh = _define("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
+arctanh = _define("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
 
-_copy = _op("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
+_copy = _define("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
 
 
 @primitive(lambda g, y, x, dtype: g)
@@ -1263,17 +1270,17 @@ def astype(x: Any, dtype: Any) -> Tensor:
 #
 # *Remainders.* Between the jumps of floor(a/b), which is then a constant, the remainder
 # `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod rounds toward zero.)
-mod = _op("mod", np.remainder,
-          lambda g, y, a, b: g,
-          lambda g, y, a, b: -g * (a // b))
-fmod = _op("fmod", np.fmod,
-           lambda g, y, a, b: g,
-           lambda g, y, a, b: -g * np.trunc(a / b))
+mod = _define("mod", np.remainder,
+              lambda g, y, a, b: g,
+              lambda g, y, a, b: -g * (a // b))
+fmod = _define("fmod", np.fmod,
+               lambda g, y, a, b: g,
+               lambda g, y, a, b: -g * np.trunc(a / b))
 
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
 # x = 0 the first would be 0 times infinity for p = 0: there the exponent is taken as 0,
-# and `0 * 0 ** 0` is 0. The second has the logarithm of 0: there we take that of 1.
-# (But for a negative p, where y itself is infinite.)
+# and `0 * 0 ** 0` is 0. The second has the logarithm of 0. If p >= 0 it is taken of 1
+# instead, so that the slope is 0; if p < 0, y is infinite there, and so is its slope.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -1291,19 +1298,19 @@ def _power_slope(x: Any, p: Any) -> Any:
     return p * x ** np.where((p == 0) & (x == 0), 0, p - 1)
 
 
-power = _op("power", _to_the_power,
-            lambda g, y, x, p: g * _power_slope(x, p),
-            lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
-            answers=np.power)
+power = _define("power", _to_the_power,
+                lambda g, y, x, p: g * _power_slope(x, p),
+                lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
+                answers=np.power)
 
 
 # *Distance and angle.* The slopes of `hypot`, the distance of (a, b) from the origin,
 # are a and b divided by it; at the origin, a kink, they are taken as 0 (divided by 1).
 # Those of arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum
 # of squares overflows where its root, the distance, does not: we divide by this twice.
-hypot = _op("hypot", np.hypot,
-            lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
-            lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
+hypot = _define("hypot", np.hypot,
+                lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
+                lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
 
 
 def _over_distance_twice(c, a, b):
@@ -1313,9 +1320,9 @@ def _over_distance_twice(c, a, b):
     return c / distance / distance
 
 
-arctan2 = _op("arctan2", np.arctan2,
-              lambda g, y, a, b: g * _over_distance_twice(b, a, b),
-              lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
+arctan2 = _define("arctan2", np.arctan2,
+                  lambda g, y, a, b: g * _over_distance_twice(b, a, b),
+                  lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
 
 # *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
 # logaddexp(x, 0) is the same and does not. The slopes, with what they are found from:
@@ -1323,18 +1330,18 @@ arctan2 = _op("arctan2", np.arctan2,
 #     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
 #     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
 #     logaddexp   e^y = e^a + e^b      e^a / (e^a + e^b)  =  sigmoid(a - b), by a
-softplus = _op("softplus", lambda x: np.logaddexp(x, 0),
-               lambda g, y, x: -g * np.expm1(-y),
-               doc="log(1 + exp(x)), without overflow.")
-sigmoid = _op("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)),
-              lambda g, y, x: g * (y * (1 - y)),
-              doc="1 / (1 + exp(-x)), without overflow.")
-logaddexp = _op("logaddexp", np.logaddexp,
-                lambda g, y, a, b: g * sigmoid(a - b),
-                lambda g, y, a, b: g * sigmoid(b - a))
-logaddexp2 = _op("logaddexp2", np.logaddexp2,
-                 lambda g, y, a, b: g * sigmoid((a - b) * math.log(2)),
-                 lambda g, y, a, b: g * sigmoid((b - a) * math.log(2)))
+softplus = _define("softplus", lambda x: np.logaddexp(x, 0),
+                   lambda g, y, x: -g * np.expm1(-y),
+                   doc="log(1 + exp(x)), without overflow.")
+sigmoid = _define("sigmoid", lambda x: np.exp(-np.logaddexp(-x, 0)),
+                  lambda g, y, x: g * (y * (1 - y)),
+                  doc="1 / (1 + exp(-x)), without overflow.")
+logaddexp = _define("logaddexp", np.logaddexp,
+                    lambda g, y, a, b: g * sigmoid(a - b),
+                    lambda g, y, a, b: g * sigmoid(b - a))
+logaddexp2 = _define("logaddexp2", np.logaddexp2,
+                     lambda g, y, a, b: g * sigmoid((a - b) * math.log(2)),
+                     lambda g, y, a, b: g * sigmoid((b - a) * math.log(2)))
 
 # ### Choosing: why not multiply by a mask?
 #
@@ -1380,10 +1387,10 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 
 
 # At a kink any slope between the two sides is right: abs and relu take 0 there.
-abs_ = _op("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
-relu = _op("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
-           lambda g, y, x: _chosen(g, y != 0),  # not y > 0, so that nan hands g on
-           doc="max(x, 0), element by element.")
+abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
+relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
+               lambda g, y, x: _chosen(g, y != 0),  # not y > 0, so that nan hands g on
+               doc="max(x, 0), element by element.")
 
 
 # The larger of two operands receives all of g; where they tie, each receives half. The
@@ -1401,14 +1408,14 @@ def _to_the_chosen(g, y, mine, other):
 
 
 _of_two = _to_the_chosen, lambda g, y, a, b: _to_the_chosen(g, y, b, a)
-maximum = _op("maximum", np.maximum, *_of_two)
-minimum = _op("minimum", np.minimum, *_of_two)
-fmax = _op("fmax", np.fmax, *_of_two)
-fmin = _op("fmin", np.fmin, *_of_two)
+maximum = _define("maximum", np.maximum, *_of_two)
+minimum = _define("minimum", np.minimum, *_of_two)
+fmax = _define("fmax", np.fmax, *_of_two)
+fmin = _define("fmin", np.fmin, *_of_two)
 
 # Within the bounds x is y, and receives g; nan is never within (as in PyTorch).
-_clip = _op("clip", lambda x, low, high: np.clip(x, low, high),
-            lambda g, y, x, low, high: _chosen(g, x == y))
+_clip = _define("clip", lambda x, low, high: np.clip(x, low, high),
+                lambda g, y, x, low, high: _chosen(g, x == y))
 
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
@@ -1434,9 +1441,9 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 # gives the same 11, 0, 7. If there are several axes, the elements are numbered, and the
 # index picks numbers. (An index of numbers and slices, or a mask, names no element
 # twice: there `out[index] = x` will do.)
-getitem = _op("getitem", lambda x, index: x[index],
-              lambda g, y, x, index: scatter_add(g, index, x.shape),
-              doc="x[index], with NumPy's basic and advanced indexing.")
+getitem = _define("getitem", lambda x, index: x[index],
+                  lambda g, y, x, index: scatter_add(g, index, x.shape),
+                  doc="x[index], with NumPy's basic and advanced indexing.")
 
 
 @primitive(lambda g, y, x, index, shape: g[index])
@@ -1472,7 +1479,7 @@ def _names_none_twice(index: Any) -> bool:
 # makes [[1, 0], [3, 4]]. So of a cotangent [[5, 6], [7, 8]] the 5, 7 and 8 go to the
 # positions 1, 3 and 4. The 6 goes to position 0, which stands for all zeros that were
 # filled in, and is cut off.
-_np_op = functools.partial(_op, doc="As np.{}, with the same arguments.")
+_like_np = functools.partial(_define, doc="As np.{}, with the same arguments.")
 
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
@@ -1483,7 +1490,7 @@ def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callab
         came_from = move(positions, *settings, **named)
         return scatter_add(g, came_from, (x.size + 1,))[1:].reshape(x.shape)
 
-    return _np_op(name, move, send_back, answers=answers)
+    return _like_np(name, move, send_back, answers=answers)
 
 
 roll = _moves("roll", np.roll)
@@ -1523,25 +1530,26 @@ def _in_the_shape_of_x(g, y, x, *_, **__):
 def _permuted_back(g, y, x, *axes):
     if not axes or axes[0] is None:  # the axes were reversed
         return g.T
-    return g.transpose(np.argsort(np.ravel(axes) % x.ndim))
+    order = np.ravel(axes) % x.ndim  # (2, 0, 1), given as three numbers or as a tuple
+    return g.transpose(np.argsort(order))
 
 
-reshape = _np_op("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
-expand_dims = _np_op("expand_dims", lambda x, axis: np.expand_dims(x, axis),
-                     _in_the_shape_of_x, answers=np.expand_dims)
-squeeze = _np_op("squeeze", lambda x, axis=None: np.squeeze(x, axis),
-                 _in_the_shape_of_x, answers=np.squeeze)
-transpose = _np_op("transpose", lambda x, *axes: x.transpose(*axes), _permuted_back)
-swapaxes = _np_op("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
-                  lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2),
-                  answers=np.swapaxes)
-moveaxis = _np_op("moveaxis",
-                  lambda x, source, destination: np.moveaxis(x, source, destination),
-                  lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
-                  answers=np.moveaxis)
-broadcast_to = _np_op("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
-                      lambda g, y, x, shape: g,  # the sum over the copies is the walk's
-                      answers=np.broadcast_to)
+reshape = _like_np("reshape", lambda x, *shape: x.reshape(*shape), _in_the_shape_of_x)
+expand_dims = _like_np("expand_dims", lambda x, axis: np.expand_dims(x, axis),
+                       _in_the_shape_of_x, answers=np.expand_dims)
+squeeze = _like_np("squeeze", lambda x, axis=None: np.squeeze(x, axis),
+                   _in_the_shape_of_x, answers=np.squeeze)
+transpose = _like_np("transpose", lambda x, *axes: x.transpose(*axes), _permuted_back)
+swapaxes = _like_np("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2),
+                    lambda g, y, x, axis1, axis2: g.swapaxes(axis1, axis2),
+                    answers=np.swapaxes)
+moveaxis = _like_np("moveaxis",
+                    lambda x, source, destination: np.moveaxis(x, source, destination),
+                    lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
+                    answers=np.moveaxis)
+broadcast_to = _like_np("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
+                        lambda g, y, x, shape: g,  # the sum over the copies is the walk's
+                        answers=np.broadcast_to)
 
 
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
@@ -1618,8 +1626,8 @@ def _without_frame(g, y, x, pad_width, value):
     return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
 
 
-_pad_with_constant = _op("pad", lambda x, pad_width, value:
-                         np.pad(x, pad_width, constant_values=value), _without_frame)
+_pad_with_constant = _define("pad", lambda x, pad_width, value:
+                             np.pad(x, pad_width, constant_values=value), _without_frame)
 _pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_width, mode))
 
 
@@ -1724,7 +1732,7 @@ def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
 
 
 # The largest element receives the cotangent; several that tie share it evenly. Where
-# one is nan, so is the result, and each element that it was taken of receives nan.
+# one is nan, so is the result: then all are winners, and the share of each is nan.
 def _to_ties(g, y, x, axis=None, keepdims=False):
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
@@ -1887,9 +1895,9 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     part = np.asarray(place % 1, x.dtype)
     rest = np.asarray(1 - part, x.dtype)
     above = where(part > 0, above, 0)  # as inf * 0 is nan
-    y = below * rest + above * part
+    y = below * rest + above * part  # (..., *q's shape)
 
-    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)
+    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # an axis for each of q
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
     if keepdims:
         y = expand_dims(y, axes)
@@ -1976,7 +1984,7 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
 #
-# What follows, down to `linear`, is all that the networks of part III need.
+# What follows, down to `linear`, is nearly all that the networks of part III need.
 # (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
     """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
@@ -1984,7 +1992,7 @@ def _mT(a: Any) -> Any:
 
 
 def _with_shape(x: Any) -> Any:
-    """x if it has a shape, else a Tensor. (An operation settles the dtype of arrays.)"""
+    """A Tensor or an array of x. (An operation settles the dtype of arrays.)"""
     if isinstance(x, np.generic):
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -2030,7 +2038,7 @@ def dot(a: Any, b: Any) -> Tensor:
 # leading axes of x are one long axis to it, so each gradient is a single product.
 @primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
            lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
-           lambda g, y, x, weight, bias: g)
+           lambda g, y, x, weight, bias=None: g)  # asked only if there is a bias
 def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
     """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out)."""
     fits = x.shape[-1:] == weight.shape[1:]
@@ -2202,7 +2210,7 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
                 raise ValueError("with its dots this takes more than 52 letters")
             of_term = free[len(free) - n:]
             terms[i] = term = term.replace("...", of_term, 1)
-            dots = max(dots, of_term, key=len)
+            dots = max(dots, of_term, key=len)  # all are tails of `free`
         if not set(term) <= set(_LETTERS):
             raise ValueError("subscripts are letters, ',', '->' and '...'")
         if len(term) != len(shape):
@@ -2233,8 +2241,8 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 #     1  A Y = I moves by           dA Y + A dY = 0
 #     2  times Y from the left      dY = -Y dA Y
 #     3  A receives                 -Y^T g Y^T
-inv = _op("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
-          doc="The inverse of each matrix. LinAlgError if one is singular.")
+inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
+              doc="The inverse of each matrix. LinAlgError if one is singular.")
 
 
 # *solve*, `Y = A^-1 B`:
@@ -5151,7 +5159,7 @@ class DataParallel:
                             f"parameters, not {loss!r:.60}")
         loss = loss * job.weight
         seed = np.ones(loss.shape, loss.dtype)
-        slopes = _reached([(loss, seed)], self._params)  # (I.5)
+        slopes = _walk_to(self._params, [(loss, seed)])  # (I.5)
         for piece, p in zip(pieces, self._params):
             piece[...] = slopes[p]._data if p in slopes else 0
         return loss.item(), [p in slopes for p in self._params]
@@ -5278,11 +5286,6 @@ def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
     if t._op is None and not create_graph:
         return _wrap(np.asarray(g))  # by `_fit` or `_seed`, a leaf has its own already
     return _copy(g)
-
-
-def _without_twins(slopes: list[Tensor]) -> list[Tensor]:
-    """A Tensor each, where `gradients` was asked twice for one input."""
-    return [_copy(slope) for slope in slopes]
 
 
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
@@ -5413,7 +5416,7 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
 
     inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
-    reached = _reached([(again, g)], inputs, create_graph, retain_graph=create_graph,
+    reached = _walk_to(inputs, [(again, g)], create_graph, retain_graph=create_graph,
                        route=route)
     return [reached.get(a) for a in t._operands]  # None where nothing is wanted
 
@@ -7082,7 +7085,7 @@ def _det_rule(g: Any, y: Any, a: Any) -> Any:
     return g[..., None, None] * _mT(_adjugate(a))  # step 2 of det
 
 
-det = _op("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
+det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
 
 
 # What has several results packs them into one array, to be one operation; they are cut
@@ -7585,7 +7588,7 @@ def _sinc_slope(x: Any) -> Any:
     return np.where(is_near, near, far)
 
 
-sinc = _op("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
+sinc = _define("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 
 
 @_answers(np.nan_to_num)
