@@ -2397,8 +2397,9 @@ def _in_float32(f: Callable) -> Callable:
 #   many, a dozen in gelu below, all go over one block while it is in the processor's
 #   cache, and then over the next.
 # - PRODUCTS. Only matmul and dot reach BLAS, the library that multiplies matrices at
-#   full speed. Of `A @ B^T` and `(B @ A^T)^T`, which are equal, OpenBLAS is up to twice
-#   as fast at the one whose product has more rows.
+#   full speed, and best where both lie in memory row by row (`order="C"`). Of `A @ B^T`
+#   and `(B @ A^T)^T`, which are equal, OpenBLAS is up to twice as fast at the one whose
+#   product has more rows.
 # - SCATTER. To add rows where several have one place, NumPy goes element by element
 #   (II.4): a product with one-hot rows is several times faster.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
@@ -2430,8 +2431,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p for the way back. All else but `1 - p` it computes, block by block,
-# in the arrays that it returns.
+# The kernel keeps p for the way back. It works block by block, and in place: in p, and in
+# the array that it returns.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2500,6 +2501,8 @@ def _numpy(self: Tensor) -> np.ndarray:
 
 
 # (NumPy's own come back to us: II.2.)
+# (Of NumPy's functions in the list, those of Python become methods that are given self,
+# and their calls come back to us by II.2. Its ufuncs would not be given self.)
 _METHODS = [
     _item, _tolist, _numpy,
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
@@ -2515,7 +2518,6 @@ Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 # The other operators, as the first ones in I.2.
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
-    # (A ufunc itself, as an attribute of a class, would not be given self.)
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
 ).items():
     setattr(Tensor, f"__{_name}__", _f)
@@ -2597,7 +2599,7 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     [0.5 7. ]
 #
 # Unless Tensors meet only each other and Python's numbers, `_operation` (I.2) first has
-# the arguments converted, in four steps:
+# the arguments converted, which is its step 1, and has four parts:
 #
 # a. Operands that are given by name go to their positions, for rules go by position.
 # b. A list becomes an array.
@@ -2627,7 +2629,8 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
                 for a in args[:count]]  # (b)
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
-    if kinds != {"f"}:  # an integer or a bool is among them; or, empty, only numbers are
+    all_floating = kinds == {"f"}
+    if not all_floating:  # but integers or bools; or no arrays, and Python's numbers alone
         exempt = [i for i in range(len(operands))
                   if operation.rules and operation.rules[i] is None]
         operands = _to_floating(operands, exempt)  # (c)
@@ -2949,7 +2952,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     ...     for name, value in vars(module).items():
 #     ...         if isinstance(value, Module):
 #     ...             yield from naive_parameters(value, f"{prefix}{name}.")
-#     ...         elif isinstance(value, Tensor):
+#     ...         elif isinstance(value, Tensor) and value.requires_grad:
 #     ...             yield f"{prefix}{name}", value
 #     ...
 #     >>> print(*(name for name, _ in naive_parameters(Sequential(Scale(2), model))))
@@ -3162,7 +3165,7 @@ class Module:
                  if isinstance(value, Module) or name.isdigit()]  # (a layer of Sequential)
 
         head = f"{type(self).__name__}({', '.join(settings)}"
-        below = "".join(lines).replace("\n", "\n  ")
+        below = "".join(lines).replace("\n", "\n  ")  # two further in, at each level
         return f"{head}{below}\n)" if lines else f"{head})"
 
 
@@ -3566,9 +3569,9 @@ class MLP(Sequential):
 #     0.900
 #     0.900
 #
-# The classes add one thing to these lines, for speed. A network has fifty small arrays
-# of parameters, and to call NumPy ten times on each takes longer than the arithmetic.
-# So the parameters are laid end to end in one flat array, the gradients in a second, and
+# What the classes add most of all is speed. A network has fifty small arrays of
+# parameters, and to call NumPy ten times on each takes longer than the arithmetic. So the
+# parameters are laid end to end in one flat array, the gradients in a second, and
 # each state in one more. For the network above:
 #
 #     weight (16, 2)    bias (16,)    weight (1, 16)    bias (1,)
@@ -3676,7 +3679,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict. KeyError or ValueError for another optimizer's."""
         state = dict(state)
-        if "steps" in state and np.ndim(state["steps"]) == 0:  # an old file: one for all
+        if "steps" in state and np.ndim(state["steps"]) == 0:  # of nanoad 1: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
         new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
         self.steps = new["steps"].copy()
@@ -3990,6 +3993,10 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 #
 # and backward the weight receives `g @ columns^T` and the columns `weight^T @ g`, which
 # is scattered back to the image.
+_BATCH_LAST = (1, 2, 3, 0)   # transposed by this, (N, C, H, W) is (C, H, W, N), as in memory
+_BATCH_FIRST = (3, 0, 1, 2)  # and by this it is what everybody sees
+
+
 @fused(_conv2d_definition, operands=3)
 def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
            padding: Any = 0) -> Tensor:
@@ -4004,10 +4011,10 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     (top, bottom), (left, right) = _around(padding, kernel, stride)
     inside = np.s_[:, :, top:top + h, left:left + w]
     padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
-    padded = padded.transpose(3, 0, 1, 2)  # (N, C, ...), a view
+    padded = padded.transpose(_BATCH_FIRST)
     padded[inside] = x
 
-    views = [view.transpose(1, 2, 3, 0) for view in _gather(padded, kernel, stride)]
+    views = [view.transpose(_BATCH_LAST) for view in _gather(padded, kernel, stride)]
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
 
@@ -4018,7 +4025,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     y = y if bias is None else _plus(y, bias[:, None])
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.transpose(1, 2, 3, 0).reshape(y.shape)  # (O, oh ow N)
+        g = g.transpose(_BATCH_LAST).reshape(y.shape)  # (O, oh ow N)
         dx = dweight = dbias = None
         if wanted[0]:
             shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
@@ -4030,7 +4037,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
 
-    return y.reshape(o, *shape[2:]).transpose(3, 0, 1, 2), pullback  # (N, O, oh, ow)
+    return y.reshape(o, *shape[2:]).transpose(_BATCH_FIRST), pullback  # (N, O, oh, ow)
 
 
 def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
@@ -4624,8 +4631,9 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 #     >>> print(tokenizer.decode(gpt.generate(prompt, 29, top_k=1)[0]))
 #     she sells sea shells by the sea shore.
 #
-# The network is the decoder of "Language Models are Unsupervised Multitask Learners"
-# (Radford and others, 2019). Each token starts as a row of numbers that says what it
+# The network is nearly the decoder of "Language Models are Unsupervised Multitask
+# Learners" (Radford and others, 2019), whose attention has biases, and drops weights.
+# Each token starts as a row of numbers that says what it
 # is, plus a row that says where it stands. Then each block adds two things to this
 # running sum, the *residual stream*: what the positions learn from one another
 # (attention), and what each makes of it by itself (an MLP). In the end, the stream at a
@@ -4721,7 +4729,7 @@ class GPT(Module):
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
                 parameter._data[...] = scale * noise
             elif name.endswith("bias"):
-                parameter._data[...] = 0
+                parameter._data[...] = 0  # (no write to note: nothing was made of it yet)
 
     def forward(self, ids: Any) -> Tensor:
         """Scores of each token to be next: (B, T), T <= block_size -> (B, T, V)."""
@@ -4812,6 +4820,10 @@ class GPT(Module):
 def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
            top_k: int | None) -> Iterator[np.ndarray]:
     """Yields `count` tokens (B,) that continue `ids` (B, T), one after another."""
+    if not _computes(gpt, GPT.forward):
+        raise TypeError("generate: reads as GPT.forward does, but "
+                        f"{type(gpt).__name__} has a forward of its own; write a "
+                        "generate to go with it")
     cache = _new_cache(gpt, len(ids)) if _can_be_cached(gpt) else None
     modules = gpt.modules()
     start = 0  # how many positions are in the cache
@@ -4878,15 +4890,11 @@ def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
 
 # A network with other blocks, or whose attention is not causal, is read the plain way.
 # (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
-# do.) One with another GPT.forward is refused, for that may return anything.
+# do.)
 
 
 def _can_be_cached(gpt: GPT) -> bool:
-    """Whether `_read_on` computes what the network does."""
-    if not _computes(gpt, GPT.forward):
-        raise TypeError("generate: reads as GPT.forward does, but "
-                        f"{type(gpt).__name__} has a forward of its own; write a "
-                        "generate to go with it")
+    """Whether `_read_on` computes what the blocks do."""
     return all(_computes(block, Block.forward)
                and _computes(block.attn, MultiHeadAttention.forward)
                and block.attn.is_causal for block in gpt.blocks)
@@ -5390,7 +5398,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
     operands = tuple(_find_route([y], [], horizon=began).older)
-    if not operands or not _mode.recording:  # (f may return what was tracked before)
+    if not operands or not _mode.recording:  # (where f may return something of old)
         return y.detach()
 
     def run_again() -> Tensor:
@@ -7025,7 +7033,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 # Each rule is found as in II.6: say how the result moves if A moves by dA, put that into
 # the motion of the loss, and read off what stands beside dA. The steps are numbered, and
-# the code points to them; the tests compare each rule with finite differences. Follow
+# the code points to them; test_nanoad.py has finite differences beside each rule. Follow
 # one with a pencil, and leave the others until you need them. In all of them:
 #
 # - dX is how X moves, I the identity, and gX the cotangent of X (g, of the only result).
