@@ -657,7 +657,7 @@ def _require_operands(t: Tensor) -> tuple:
 # **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
 #
 # Two functions use the walk, and begin with a cotangent of the output, by default 1
-# (`_seed`: IV.3). In outline they are
+# (`_first_cotangent`: IV.3). In outline they are
 #
 #     backward     for t, g in a walk to all leaves:    if t is a leaf, t.grad += g
 #     gradients    for t, g in a walk on the route:     if t is an input, keep g
@@ -668,7 +668,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
     if not output.requires_grad:
         raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
                            "there is no tape to walk back on")
-    seed = _seed("backward", output, grad, create_graph)
+    seed = _first_cotangent("backward", output, grad, create_graph)
     met = set()  # the times of those that keep a gradient
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
@@ -687,7 +687,7 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     `torch.autograd.grad`.) Raises RuntimeError for an input that is a constant.
     """
     inputs = _require_tracked("gradients", [inputs] if isinstance(inputs, Tensor) else inputs)
-    seed = _seed("gradients", output, grad, create_graph)
+    seed = _first_cotangent("gradients", output, grad, create_graph)
     return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph))
 
 
@@ -3699,23 +3699,6 @@ def _listed(name: str, params: Any) -> list[Tensor]:
     return params
 
 
-def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """Arrays that are views of one flat array, end to end: that part of it. Else None."""
-    flat = arrays[0].base  # what it is a view of
-    if type(flat) is not np.ndarray or flat.ndim != 1:
-        return None
-
-    start = end = arrays[0].ctypes.data  # its address in memory
-    for a in arrays:
-        is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
-        if not is_piece or a.ctypes.data != end:
-            return None
-        end += a.nbytes
-
-    first = (start - flat.ctypes.data) // flat.itemsize
-    return flat[first:first + (end - start) // flat.itemsize]
-
-
 class SGD(Optimizer):
     """Descent with momentum (Polyak, 1964).
 
@@ -5279,9 +5262,12 @@ def _replace_data(t: Tensor, value: Any) -> None:
 # **Gradients are written to, too,** as when they are clipped. So one that is kept shares
 # its memory with no other, and with nothing that it was computed from. Who sees to it?
 #
-#     what arrives at a leaf           `_fit` (I.5), which copies what a rule has reused
-#     the first cotangent, at a leaf   `_seed` (IV.3)
-#     all else that is kept            `_to_keep`, where the walk hands it out
+#     what arrives at a leaf            `_fit` (I.5), which copies what a rule has reused
+#     the first cotangent, if it        `_first_cotangent` (IV.3), which copies what the
+#     is that of a leaf                 caller gave
+#     all else that is kept             `_to_keep`, where the walk hands it out
+#
+# So at a leaf, `_to_keep` need not copy again.
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -5292,7 +5278,7 @@ def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
 def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
     """The cotangent `g` of `t` as a Tensor with memory of its own."""
     if t._op is None and not create_graph:
-        return _wrap(np.asarray(g))  # by `_fit` or `_seed`, a leaf has its own already
+        return _wrap(np.asarray(g))
     return _copy(g)
 
 
@@ -5533,10 +5519,10 @@ def _outline(tree: Any) -> str:
 # When `grad(f)` runs f, there are four questions. A function for each converts what it
 # can, and refuses the rest in the name of the transform:
 #
-#     by which arguments?         `_choose_arguments`   those at `argnums`, each once
-#     have they a derivative?     `_fresh_input`        if they are floating-point numbers
-#     has f returned Tensors?     `_outputs`            or numbers, with a warning
-#     with what cotangents?       `_seed`               of the same shape; 1 for a scalar
+#     by which arguments?        `_choose_arguments`  those at `argnums`, each once
+#     have they a derivative?    `_fresh_input`       if they are floating-point numbers
+#     has f returned Tensors?    `_outputs`           or numbers, with a warning
+#     with what cotangents?      `_first_cotangent`   of the same shape; 1 for a scalar
 #
 #     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
 #     >>> print(chosen, put_back((10.0, 30.0)))
@@ -5620,7 +5606,7 @@ def _first_of_pair(name: str, output: Any) -> Any:
     return output[0]
 
 
-def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
+def _first_cotangent(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
     """What a walk starts with: the cotangent given, or 1 for a scalar."""
     if not isinstance(output, Tensor):
         raise TypeError(f"{name}: a {type(output).__name__} ({str(output)[:40]}) is no Tensor")
@@ -5639,7 +5625,7 @@ def _seed(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
     """Pairs (output, cotangent), with which a walk starts."""
-    return [(y, _seed(name, y, g, create_graph)) for y, g in zip(outputs, cotangents)]
+    return [(y, _first_cotangent(name, y, g, create_graph)) for y, g in zip(outputs, cotangents)]
 
 
 def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
@@ -5940,6 +5926,26 @@ class _Layout:
         flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
         pieces = [flats[dtype][part].reshape(shape) for dtype, part, shape in self._places]
         return list(flats.values()), pieces
+
+
+# An optimizer moves what lies side by side where it is (`_move`, III.3). It asks:
+
+
+def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
+    """Arrays that are views of one flat array, end to end: that part of it. Else None."""
+    flat = arrays[0].base  # what it is a view of
+    if type(flat) is not np.ndarray or flat.ndim != 1:
+        return None
+
+    start = end = arrays[0].ctypes.data  # its address in memory
+    for a in arrays:
+        is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
+        if not is_piece or a.ctypes.data != end:
+            return None
+        end += a.nbytes
+
+    first = (start - flat.ctypes.data) // flat.itemsize
+    return flat[first:first + (end - start) // flat.itemsize]
 
 
 # How long to wait for a worker's beginning, which takes about a millisecond: longer each
@@ -8172,8 +8178,9 @@ def __dir__() -> list[str]:
     return [*__all__, *filter(None, _INDEX)]  # what an editor offers
 
 
-# help() shows an annotation by its repr. Those of this file are strings, as its first
-# import wants, and would be shown with quotes; so they become strings without.
+# help() shows an annotation by its repr. The first import of this file makes them
+# strings, which would be shown with quotes; so they become strings whose repr has none.
+# (Of an operation, help() shows the function that it computes, its `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
@@ -8183,7 +8190,7 @@ def _unquote_annotations() -> None:
     for cls in filter(inspect.isclass, globals().values()):
         functions += vars(cls).values()  # its methods
     for f in functions:
-        f = getattr(f, "__wrapped__", f)  # of an operation, what it computes
+        f = getattr(f, "__wrapped__", f)
         if inspect.isfunction(f) and f.__module__ == __name__:
             for name, hint in f.__annotations__.items():
                 f.__annotations__[name] = _Unquoted(hint)
