@@ -87,8 +87,8 @@ class Tensor:
 
     `data` is anything that NumPy makes an array of, and is copied. A derivative is about
     small steps, which integers and bools cannot take: they become float64. `dtype` is
-    another floating-point type to convert to. A list that holds Tensors is stacked. A
-    TypeError for what is no real number.
+    another floating-point type to convert to. A list that holds Tensors is stacked.
+    Raises TypeError for what is no real number.
 
     With `requires_grad` it is tracked, and without, a constant. (A tracked copy of a
     tracked Tensor is tied to that, so it is no leaf; unless made inside no_grad().)
@@ -278,7 +278,7 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     return decorate
 
 
-_PLAIN = {Tensor, int, float}  # the usual call has only these, and nothing to convert
+_PLAIN = {Tensor, int, float}  # a Tensor, and others of these: the usual call
 
 
 def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
@@ -287,8 +287,9 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
         kinds = set(map(type, args))
-        if settings or Tensor not in kinds or not kinds <= _PLAIN:  # (numbers alone: arrays)
-            args, settings = _admit(operation, args, settings)  # 1. convert the rest (II.9)
+        is_usual = Tensor in kinds and kinds <= _PLAIN and not settings
+        if not is_usual:
+            args, settings = _admit(operation, args, settings)  # 1. convert (II.9)
 
         arrays, tracked = [], False
         for a in args:  # 2. unpack the Tensors
@@ -518,9 +519,9 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 # the oldest input is its *horizon*. The tracked tensors beyond it, at which the search
 # turned back, are noted as `older`.
 #
-# Of x itself, which is not older than x, the operands are looked at. If x is
-# `identity(a)`, a is found, and noted: so I.7 learns that somebody else has a hand in
-# this.
+# x stands *at* the horizon, so its own operands are still looked at. If x is
+# `identity(a)`, the search finds a and notes it as older. I.7 needs exactly that: it
+# means that somebody else may ask for derivatives by a.
 #
 # No two tensors have one time, so a time serves as a tensor's name, and a set of times
 # keeps no tensor alive.
@@ -589,10 +590,10 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
         if t._op is None or (route is not None and t._time <= route.horizon):
-            continue  # a leaf; or at the horizon, behind which nothing is asked for
+            continue  # a leaf; or at the horizon, where the search looked on, and a walk ends
         wanted = _wanted_operands(t, route)
         if True not in wanted:
-            continue  # such as a younger input: nothing behind it is asked for
+            continue  # a younger input, say: nothing behind it is asked for, so all is kept
         # (Had the list of shares a name, it would keep them alive through the next step.)
         for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
             if share is None:
@@ -626,7 +627,7 @@ def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
 # **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
 # have one array for their gradients: whoever wrote to one would change the other. *What
 # arrives at a leaf has memory of its own* (`_unshared` copies what has not), *and all
-# else is copied when it is kept* (`_to_keep`, below). IV.1 has both. Cotangents that
+# else is copied when it is kept* (`_to_keep`). IV.1 has both. Cotangents that
 # nobody keeps may share theirs, for the walk adds by `+` and writes to none.
 
 
@@ -801,8 +802,8 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #
 # (A parameter of a network that f reads is older, too: its trainer may ask. Where nobody
 # will, call `grad(f)` inside `no_grad()`, and the walk is not recorded; f itself is, for
-# how else would one walk back. What cannot be seen is a tracked tensor that f makes and
-# hands out by a side door: it is younger.)
+# how else would one walk back. One case escapes: f makes a tracked tensor and puts it
+# into a list. It is younger, so nothing is recorded for whoever would ask by it.)
 #
 # With one input and one output, then, a run of f by a transform is in outline
 #
@@ -833,13 +834,15 @@ class _Run:
         with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
             self.output = f(*args, **kwargs or {})  # its y
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        self.recorded = self.must_record(tangents)  # by the caller's mode; (tangents: I.8)
+        # (By the caller's mode, so outside the `with`. Who tracks a tangent, I.8, may
+        # ask.)
+        self.recorded = self.must_record(tangents)
 
-    def must_record(self, others: Any) -> bool:
+    def must_record(self, given: Any) -> bool:
         """Whether somebody may ask for derivatives of what a walk gives: by an older
-        tensor, or by one of `others`.
+        tensor, or by one of those `given` to it as cotangents or tangents.
         """
-        items, _ = _flatten(others)
+        items, _ = _flatten(given)
         return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
 
     @property
@@ -1900,7 +1903,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # an axis for each of q
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
     if keepdims:
-        y = expand_dims(y, axes)
+        y = expand_dims(y, axes)  # (they count from the front, and q's axes are at the back)
     return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))  # q's axes first
 
 
@@ -1920,7 +1923,8 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (Of rows of 5, OpenBLAS 0.3.31 reads unwritten memory, too, and NumPy may warn.)
+    # (Of rows of 5, OpenBLAS 0.3.31 also reads memory that nobody wrote. The sums are
+    # right, but NumPy may warn of what it finds there.)
     if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
@@ -1960,7 +1964,8 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
         return np.sum(x, axis=axis, keepdims=keepdims)
 
     sums = _row_sum(x.reshape(*x.shape[:-n], length))  # (..., 1)
-    return sums.reshape(x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n])
+    kept = (1,) * n if keepdims else ()
+    return sums.reshape(x.shape[:-n] + kept)
 
 
 def _last_axes(x: np.ndarray, axis: Any) -> int:
@@ -2156,7 +2161,8 @@ def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
 
     with_partners = []
     for term, x in factors:
-        alone = [i for i, axis in enumerate(zip(term, x.shape)) if axes.count(axis) == 1]
+        axes_here = enumerate(zip(term, x.shape))
+        alone = [i for i, axis in axes_here if axes.count(axis) == 1]  # once, of all
         if alone:
             term = "".join(letter for i, letter in enumerate(term) if i not in alone)
             x = np.sum(x, axis=tuple(alone))
@@ -2187,8 +2193,8 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
     """The letters of each operand, and of the output.
 
-    Dots become letters that are free. Those of all operands end in the same ones, as in
-    broadcasting:
+    Dots become letters that are free. They align at the right, as in broadcasting: so n
+    of them always get the *last* n letters, and the longest such tail is the output's.
 
         >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
         (('yzi', 'iz'), 'yz')
@@ -2400,14 +2406,14 @@ def _in_float32(f: Callable) -> Callable:
 #   full speed, and best where both lie in memory row by row (`order="C"`). Of `A @ B^T`
 #   and `(B @ A^T)^T`, which are equal, OpenBLAS is up to twice as fast at the one whose
 #   product has more rows.
-# - SCATTER. To add rows where several have one place, NumPy goes element by element
-#   (II.4): a product with one-hot rows is several times faster.
+# - SCATTER. To add rows where several have one place, NumPy goes element by element, also
+#   in bincount (II.4): a product with one-hot rows is several times faster.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of dense arrays with the same layout in memory, as flat views."""
-    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory
+    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory, without a copy
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
 
@@ -2500,9 +2506,8 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
-# (NumPy's own come back to us: II.2.)
-# (Of NumPy's functions in the list, those of Python become methods that are given self,
-# and their calls come back to us by II.2. Its ufuncs would not be given self.)
+# (np.argmax and its like are functions of Python, so as methods they are given self, and
+# their calls come back to us by II.2. A ufunc, in C, would not be given self.)
 _METHODS = [
     _item, _tolist, _numpy,
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
@@ -4255,8 +4260,9 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 #     y = (c - e) / s * weight + bias = c * scale + (bias - e * scale),  scale = weight / s
 #
 # So to take e away is no pass of its own over the images (see PASSES, II.7). The guess is
-# the mean of a sixteenth of them. It is at most 4 deviations off, however odd these are,
-# as their own deviations from the mean are in the variance, too.
+# the mean of a sixteenth of them. If that lies d from the mean of all, this sixteenth
+# alone adds at least d^2 / 16 to the variance s^2. So d is at most 4 s, however odd these
+# images are, and little is lost in `mean(c*c) - e^2`.
 #
 # *Long loops.* One number per channel broadcasts as (C, 1). If images lie in memory as a
 # user makes them, (N, C, P), the loop then begins anew every P pixels (see LOOPS, II.7).
@@ -4318,7 +4324,10 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
 
 def _batch_norm_dx(g, centred, mean_g, slope, scale):
-    """(g - mean_g - centred * slope) * scale, in place of `centred`."""
+    """(g - mean_g - centred * slope) * scale, in place of `centred`.
+
+    As centred is xhat * s, slope is mean(g * xhat) / s.
+    """
     dx = centred
     minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
     # Some images at a time, if they lie one after the other (see PASSES, II.7).
@@ -4615,7 +4624,8 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 #     she sells sea shells by the sea shore.
 #
 # The network is nearly the decoder of "Language Models are Unsupervised Multitask
-# Learners" (Radford and others, 2019), whose attention has biases, and drops weights.
+# Learners" (Radford and others, 2019). (The attention of that has biases, too, and
+# dropout on its weights.)
 # Each token starts as a row of numbers that says what it
 # is, plus a row that says where it stands. Then each block adds two things to this
 # running sum, the *residual stream*: what the positions learn from one another
@@ -4764,8 +4774,13 @@ class GPT(Module):
                              "write top_k=1")
         if top_k is not None:
             _positive("generate", top_k=top_k)
+        if not _computes(self, GPT.forward):
+            raise TypeError("generate: reads as GPT.forward does, but "
+                            f"{type(self).__name__} has a forward of its own; write a "
+                            "generate to go with it")
         ids = np.array(self._token_ids("generate", idx), np.int64)
-        # (A generator refuses nothing before it is asked for its first token.)
+        # (This is no generator itself, which would refuse nothing before its first
+        # token.)
         return _write(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
 
 
@@ -4803,10 +4818,6 @@ class GPT(Module):
 def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
            top_k: int | None) -> Iterator[np.ndarray]:
     """Yields `count` tokens (B,) that continue `ids` (B, T), one after another."""
-    if not _computes(gpt, GPT.forward):
-        raise TypeError("generate: reads as GPT.forward does, but "
-                        f"{type(gpt).__name__} has a forward of its own; write a "
-                        "generate to go with it")
     cache = _new_cache(gpt, len(ids)) if _can_be_cached(gpt) else None
     modules = gpt.modules()
     start = 0  # how many positions are in the cache
@@ -5384,7 +5395,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
     operands = tuple(_find_route([y], [], horizon=began).older)
-    if not operands or not _mode.recording:  # (where f may return something of old)
+    if not operands or not _mode.recording:  # (where f may return what is older)
         return y.detach()
 
     def run_again() -> Tensor:
@@ -5393,7 +5404,8 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         with _mode.set(recording=True, rng=rng):
             return f(*args)
 
-    # (Its pullback is in the place of a fused operation's: II.7.)
+    # The operation is `checkpoint` itself: a walk asks for its `operands` and its `pull`
+    # (below), and that runs f again. (Where a fused operation has its pullback: II.7.)
     return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands, pullback=run_again)
 
 
@@ -5485,7 +5497,7 @@ def _is_item(tree: Any) -> bool:
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
     """The items of `tree`, as Tensors, in the order of those of `like`."""
-    if _is_item(like) and not isinstance(tree, dict):
+    if _is_item(like) and not isinstance(tree, dict):  # (that is refused below)
         item = as_tensor(tree)
         shape = np.shape(_value(like))
         if item.shape != shape:
@@ -5569,7 +5581,7 @@ def _fresh_input(name: str, x: Any) -> Tensor:
 
 
 def _copied_argument(x: Any) -> Any:
-    """A copy, still on the tape of x if that is on one; integers remain integers."""
+    """A copy, still on the tape of x if that is on one. (Integers stay, to be refused.)"""
     return _copy(x) if _tracked(x) else np.array(_value(x))
 
 
@@ -6023,7 +6035,7 @@ class _Team:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
-            gc.freeze()  # to look at old objects would copy the memory that they lie in
+            gc.freeze()  # a collection would write to all objects, and so copy their memory
             for p, common in zip(self._params, self._common):
                 p._data = common
             _mode.recording = True  # also if it was made inside no_grad()
@@ -7068,7 +7080,8 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 #     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
-# Why? The determinant p and the adjugate H of A + t I are polynomials in t:
+# (Of the matrix above, that is [[2, -1], [-4, 2]].) Why? The determinant p and the
+# adjugate H of A + t I are polynomials in t:
 #
 #     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
 #
@@ -7077,11 +7090,12 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     1  Cramer                      (A + t I) H(t) = p(t) I
 #     2  beside t^(n-k) stands       A H_(k-1) + H_k = p_k I
 #     3  whose trace is              trace(A H_(k-1)) + trace(H_k) = n p_k
-#     4  dA = dt I in step 2 of det  p'(t) = trace(H(t))
+#     4  det's step 2, for dA = dt I dp = trace(H(t)) dt, so p'(t) = trace(H(t))
 #     5  beside t^(n-k-1) stands     (n - k) p_k = trace(H_k)
 #     6  3 minus 5                   trace(A H_(k-1)) = k p_k
 #
-# From n = 10 or so on this loses digits: where there is an inverse, that is used.
+# (Two polynomials are equal if in both the same stands beside each power of t.) From n =
+# 10 or so on this loses digits: where there is an inverse, that is used.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -7247,9 +7261,11 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 # If A is tall, U has fewer columns than rows, and dU also has a part outside of the space
 # that they span. That part is E dU, with `E = I - U U^T`, for which E U = 0 and E A = 0:
 #
-#    11  E before A V = U S, moved  E dA V = E dU S
-#    12  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
-#    13  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
+#    11  A V = U S moves by         dA V + A dV = dU S + U dS
+#    12  E before it                E dA V = E dU S,  as E A = 0 and E U = 0
+#    13  so that part is            E dU = E dA V S^-1
+#    14  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
+#    15  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
 #
 # If A is wide, the same goes for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
@@ -7263,9 +7279,9 @@ def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     z = _ratio(c - d, s + _mT(s))
     ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 10
     if m > n:
-        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 13
+        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 15
     if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 13, transposed
+        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 15, transposed
     return ga
 
 
@@ -7357,20 +7373,22 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 # If A is tall and its columns are independent, its pseudo-inverse is `(A^T A)^-1 A^T`, by
 # which least squares are solved. So the rule of inv leads to its own:
 #
-#     1  in short                   P = G A^T, with G = (A^T A)^-1, which is P P^T
-#     2  G moves by                 dG = -G (dA^T A + A^T dA) G
-#     3  dP = dG A^T + G dA^T       = -P dA P + P P^T dA^T E      with E = I - A P
-#     4  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
-#     5  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#     6  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#     1  in short                   P = G A^T,  with G = (A^T A)^-1
+#     2  G moves, as inv does, by   dG = -G (dA^T A + A^T dA) G
+#     3  A^T behind it              dG A^T = -G dA^T A P - P dA P
+#     4  plus G dA^T, that is       dP = -P dA P + G dA^T E       with E = I - A P
+#     5  as G is P P^T              dP = -P dA P + P P^T dA^T E
+#     6  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
+#     7  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
 #
-# 5 is the theorem of Golub and Pereyra (1973). It has 3 and 4 in it, since the tall A has
-# P A = I, hence F = 0, and the wide one E = 0. (In 6, E, F and `P P^T` are symmetric.)
+# 7 is the theorem of Golub and Pereyra (1973). It has 5 and 6 in it, since the tall A has
+# P A = I, hence F = 0, and the wide one E = 0. (In 8, E, F and `P P^T` are symmetric.)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
-    # step 6
+    # step 8
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
@@ -7932,7 +7950,8 @@ def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
     arrays = _admit_together(*arrays)
-    rows, columns = arrays[0].shape[:-1], arrays[-1].shape[1:]  # () of a vector
+    rows = math.prod(arrays[0].shape[:-1])  # 1, of a vector
+    columns = math.prod(arrays[-1].shape[1:])
     if rows <= columns:
         return functools.reduce(matmul, arrays)
     return functools.reduce(lambda product, a: matmul(a, product), arrays[::-1])
