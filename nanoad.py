@@ -7478,8 +7478,8 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 # It is called with NumPy's own arguments, so it has their names and order. What it does
 # not have, such as `out`, Python refuses. Four things are the same everywhere:
 #
-# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If its
-#   own name has no underscore, it is public besides: `nanoad.median`.
+# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). It is
+#   public besides, as `nanoad.median` is, if IV.12 lists its name.
 # - Several operands first go through `_admit_together` (II.9): a mask beside float32
 #   leaves the result float32.
 # - What chooses or counts has no derivative, and is asked of the array, `_value(x)`.
@@ -8197,8 +8197,8 @@ def __dir__() -> list[str]:
     return [*__all__, *filter(None, _INDEX)]  # what an editor offers
 
 
-# help() shows an annotation by its repr. The first import of this file makes them
-# strings, which would be shown with quotes; so they become strings whose repr has none.
+# help() shows an annotation by its repr. `from __future__ import annotations` (above)
+# makes it a string, whose repr has quotes; so it becomes a string whose repr has none.
 # (Of an operation, help() shows the function that it computes, its `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
