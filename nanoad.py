@@ -62,7 +62,7 @@ __version__ = "2.0.0"
 #
 # Take `y = x * w`. If the final result changes by `g` per unit of `y`, then by the
 # chain rule it changes by `g * w` per unit of `x`, and by `g * x` per unit of `w`. To
-# say so we must know *which operation* made `y`, *what it was made of*, and the
+# say that, we must know *which operation* made `y`, *what it was made of*, and the
 # *values* that went in. A Tensor is an array that remembers these:
 #
 #     >>> x, w = Tensor(2.0, label="x"), Tensor(3.0, label="w")
@@ -74,27 +74,28 @@ __version__ = "2.0.0"
 #     ├─ x  2
 #     └─ w  3
 #
-# All Tensors of one computation, each pointing at its operands, are what the field
-# calls the *tape*. It was written forwards, and derivatives are read off it backwards.
+# All Tensors of one computation, each pointing at its operands, are called the *tape*.
+# It is written forwards, and derivatives are read off it backwards.
 #
-# Three words, used from here to the end. A Tensor is *tracked* if its derivative may be
-# asked for; results made of it are tracked, too. A *constant* is not. And a *leaf* was
-# made by nobody's operation: it is where a walk back along the tape ends.
+# Three words are used from here to the end. A Tensor is *tracked* if somebody may ask
+# for the derivative by it; the results of operations on it are tracked, too. A
+# *constant* is not tracked. A *leaf* is not the result of any operation: a walk back
+# along the tape ends there.
 
 
 class Tensor:
     """An n-dimensional array that can be differentiated through.
 
-    `data` is anything that NumPy makes an array of, and is copied. A derivative is about
-    small steps, which integers and bools cannot take: they become float64. `dtype` is
-    another floating-point type to convert to. A list that holds Tensors is stacked.
-    Raises TypeError for what is no real number.
+    `data` is anything that NumPy makes an array of, and is copied. Integers and bools
+    cannot take the small steps that a derivative is about, so they become float64.
+    `dtype` is another floating-point type to convert to. A list that holds Tensors is
+    stacked. Raises TypeError for data that are not real numbers.
 
-    With `requires_grad` it is tracked, and without, a constant. (A tracked copy of a
-    tracked Tensor is tied to that, so it is no leaf; unless made inside no_grad().)
-    Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and methods (II.8)
-    differentiate, and take all that is no Tensor for a constant. Comparisons give plain
-    bool arrays.
+    The Tensor is tracked with `requires_grad`, and a constant without it. (A tracked copy
+    of a tracked Tensor is tied to that one, and is no leaf, unless it is made inside
+    no_grad().) Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and methods
+    (II.8) differentiate, and treat everything that is not a Tensor as a constant.
+    Comparisons give plain bool arrays.
     """
 
     __slots__ = (
@@ -221,29 +222,29 @@ def _tracked(a: Any) -> bool:
 
 # ## I.2 Operations: what is one?
 #
-# A function on ndarrays, and for each operand a **VJP rule** that says what the operand
-# is due:
+# An operation is a function on ndarrays, with a **VJP rule** for each operand that says
+# what the operand receives:
 #
 #     mul = primitive(lambda g, y, a, b: g * b,   # for a
 #                     lambda g, y, a, b: g * a)(  # for b
 #                     operator.mul)
 #
-# Read the first of these two slowly, once. Move `a` by a small `da`, and `y = a * b`
-# moves by `da * b`. What the final result L does then is for `g` to say, which holds
-# the slope of L by each element of `y`: L moves by the sum of `g * (da * b)` over all
-# elements. That is the sum of `(g * b) * da`, so the slope of L by each element of `a`
-# is what stands before `da`: `g * b`. (It has the shape of y; if `a` was stretched to
-# that, I.4 brings it back.) All rules are found so: move an operand, see how
-# the result moves, multiply by `g`, add up, and read off the factor. A rule is given
-# `g`, the result `y` and the operands, and uses what it likes.
+# Read the first of these two slowly, once. Let `a` move by a small `da`. Then `y = a * b`
+# moves by `da * b`. How does the final result L move? `g` holds the slope of L by each
+# element of `y`, so L moves by the sum of `g * (da * b)` over all elements. That is the
+# sum of `(g * b) * da`. So the slope of L by each element of `a` is what stands before
+# `da`: `g * b`. (It has the shape of y. If `a` was stretched to that shape, I.4 sums it
+# back.) All rules are found in this way: move an operand, see how the result moves,
+# multiply by `g`, add up, and read off the factor. A rule is given `g`, the result `y`
+# and the operands, and uses the ones it needs.
 #
-# The field has names for these things. `g`, what L's slope is by each element of an
-# array, is that array's **cotangent**. And the rule is a vector-Jacobian product, or
-# VJP: it multiplies the vector `g` by the matrix of all slopes of `y` by `a`, without
-# ever making that matrix.
+# These things have names. The slope `g` of L by each element of an array is the
+# **cotangent** of that array. The rule is a vector-Jacobian product, or VJP: it
+# multiplies the vector `g` by the matrix of all slopes of `y` by `a`, without ever
+# making that matrix.
 #
-# To call an operation, stripped of all care, is to compute on bare arrays, and if an
-# operand is tracked, to remember operation and operands.
+# A call of an operation, stripped of all care, computes on bare arrays. If an operand is
+# tracked, it remembers the operation and the operands.
 #
 #     def operation(*operands):
 #         y = forward(*(_value(a) for a in operands))
@@ -252,9 +253,9 @@ def _tracked(a: Any) -> bool:
 #             return _fill(Tensor.__new__(Tensor), y, operation, operands)
 #         return _wrap(y)  # a constant
 #
-# The real one, `_operation`, does this in four steps. (II.9 has the first of them.) A
-# number among the operands stays a number. `primitive` makes an operation of a
-# function and its rules.
+# The real one, made by `_operation`, does this in four steps. (II.9 has the first.) A
+# number among the operands stays a number. `primitive` makes an operation of a function
+# and its rules.
 
 
 def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
@@ -296,7 +297,7 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
             if isinstance(a, Tensor):
                 tracked = tracked or a.requires_grad
                 if a._checksum is not None:
-                    _renew_checksum(a)  # for somebody has the array in hand (IV.1)
+                    _renew_checksum(a)  # its array was handed out, and may have changed (IV.1)
                 a = a._data
             arrays.append(a)
 
@@ -320,8 +321,8 @@ def _operation(forward: Callable, count: int, pull: Callable, fused: bool = Fals
     return operation
 
 
-# Whether a tape is written (step 4) can be switched, for a while and for this thread
-# alone. Two other things are switched in the same way, and come later.
+# Whether a tape is written (step 4) can be switched off for a while, in one thread. Two
+# other things are switched in the same way, and come later.
 
 
 class _Mode(threading.local):
@@ -351,8 +352,8 @@ def no_grad() -> contextlib.AbstractContextManager:
 
 
 # On the way back, an operation's `pull` says what each operand receives. This one asks
-# the rules. It gives them arrays; but with `create_graph`, the Tensors themselves, and
-# I.6 says why.
+# the rules. It gives them arrays; with `create_graph` it gives them the Tensors
+# themselves (I.6 says why).
 
 
 def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
@@ -368,10 +369,10 @@ def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) ->
     return shares
 
 
-# Here are the first ten; the examples use some others, such as `sum` and `**`, from part
-# II. Where a derivative is simpler in terms of the result, the rule says so: for exp it
-# is `y` itself. (`operator.mul(a, b)` is `a * b`, and for single numbers much quicker
-# than np.multiply.)
+# Here are the first ten operations. The examples use some others from part II, such as
+# `sum` and `**`. If a derivative is simpler in terms of the result, the rule uses that:
+# the derivative of exp is `y` itself. (`operator.mul(a, b)` is `a * b`, which for single
+# numbers is much quicker than np.multiply.)
 
 
 @primitive(lambda g, y, x: g)
@@ -413,16 +414,15 @@ Tensor.__neg__ = neg
 
 # ## I.3 The naive walk: which order is right?
 #
-# How does one number at the end become a derivative for everything at the start? Let
-# *L* be the end, a scalar; its own cotangent is 1. (To start from an array y with a
-# cotangent g means to take `L = sum(g * y)`.) Now step backwards. If `y = f(a, b)` has
-# the cotangent `g`, the rules of f say what `a` and `b` receive by way of y. What is
-# used in several places receives from each, and the shares add up, as the chain rule
-# wants.
+# How does one number at the end become a derivative for everything at the start? Let the
+# end be a scalar, L. Its own cotangent is 1. (To start from an array y with a cotangent g
+# means to take `L = sum(g * y)`.) Now step backwards. If `y = f(a, b)` has the cotangent
+# `g`, the rules of f say what `a` and `b` receive by way of y. A tensor that is used in
+# several places receives a share from each, and by the chain rule the shares add up.
 #
-# So a walk keeps what waits, each tensor with the sum of what it has received so far.
-# It takes one, hands its cotangent through the rules, and adds the shares to what
-# waits. Which one? The youngest:
+# So a walk keeps a list of the tensors that wait, each with the sum of what it has
+# received so far. It takes one of them, hands its cotangent through the rules, and adds
+# the shares to the operands, which then wait, too. Which one does it take? The youngest:
 #
 #     >>> def naive_walk(end):
 #     ...     waiting = {end: 1.0}
@@ -445,8 +445,8 @@ Tensor.__neg__ = neg
 #
 # That is reverse-mode differentiation. Each operation is visited once, and its rules cost
 # about what it cost itself: so, however many inputs there are, the walk costs a small
-# multiple of the forward pass. That one fact is why neural networks can be trained. (An
-# exception is `x[i]`, a free view, whose cotangent is as large as x.)
+# multiple of the forward pass. That one fact is why neural networks can be trained. (One
+# exception is `x[i]`: a view, which costs nothing, but has a cotangent as large as x.)
 #
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
 # younger than t*. When t is the youngest that waits, nothing that uses it is waiting;
@@ -465,21 +465,21 @@ Tensor.__neg__ = neg
 #
 # Where does this walk fail, or waste?
 #
-# - Let `x` have the shape (3,) and be added to a table (4, 3): it receives (4, 3). (I.4)
-# - Of `2 * x`, the 2 would have to wait, and has no time. (I.5)
-# - `max` looks at all that waits, at each step. (I.5: a heap)
-# - All it passed stays in memory until the last tensor is dropped. (I.5: letting go)
-# - It always goes to all leaves, whoever asks. (I.5: routes)
-# - It overwrites a gradient that was there. Whoever calls it twice, for two halves of a
-#   batch that is too large, wants the sum. (I.5)
-# - What it gives cannot be differentiated again. (I.6)
+# - If `x`, of shape (3,), is added to a table (4, 3), it receives a (4, 3). (I.4)
+# - In `2 * x`, the 2 would have to wait, and it has no time. (I.5)
+# - `max` looks at all waiting tensors at each step. (I.5: a heap)
+# - Everything stays in memory until the last tensor is dropped. (I.5: letting go)
+# - The walk goes to all leaves, even if only one was asked for. (I.5: routes)
+# - It overwrites a gradient that was there. For a batch that is too large one calls it
+#   twice, with one half each, and wants the sum. (I.5)
+# - The gradients that it leaves cannot be differentiated again. (I.6)
 #
 # ## I.4 Broadcasting: what does stretching leave behind?
 #
 # NumPy stretches a `(3,)` row along a `(4, 3)` table without being asked. Each element
-# of the row is then used four times, and what is used several times receives the *sum*
-# of what comes back: the cotangent, `(4, 3)`, is added up over the four. The walk does
-# it, and no rule mentions it.
+# of the row is then used four times, so it receives the *sum* of four shares: the
+# cotangent, `(4, 3)`, is added up over the four rows. The walk does this, and no rule
+# mentions it.
 
 
 def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
@@ -503,8 +503,8 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
 # ## I.5 The real walk: what does care add?
 #
-# First, *where to go*. For the derivatives of some outputs by certain inputs, only what
-# lies between them need be visited, the *route*. Say we want that of z by x:
+# First, *where to go*. For the derivatives of some outputs by certain inputs, a walk need
+# only visit what lies between them, the *route*. Say we want the derivative of z by x:
 #
 #     j:1     k:2 = exp(j)     x:3     y:4 = k * x     w:5 = sin(k)     z:6 = y * w
 #
@@ -515,9 +515,9 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 #     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
 #
 # Why was j not found? A tensor is made of older ones. So k, which is older than x, was
-# not made of x, nor was anything behind k; and there the search turns back. The time of
-# the oldest input is its *horizon*. The tracked tensors beyond it, at which the search
-# turned back, are noted as `older`.
+# not made of x, and neither was anything behind k: the search turns back there. The time
+# of the oldest input is its *horizon*. It notes the tracked tensors beyond the horizon at
+# which it turned back, as `older`.
 #
 # x stands *at* the horizon, so its own operands are still looked at. If x is
 # `identity(a)`, the search finds a and notes it as older. I.7 needs exactly that: it
@@ -566,10 +566,10 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
     return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
 
 
-# Now *the walk*. It is the naive one, with a heap instead of `max`: of the negative
-# times, since a heap of Python's gives out the smallest. Nothing here recurses, for a
-# tape may be a million operations deep. What else is new is marked by a letter, and
-# told below.
+# Now *the walk*. It is the naive one with a heap instead of `max`. (Python's heap gives
+# out the smallest number, so it holds the negative times.) It does not recurse, for a
+# tape may be a million operations deep. Everything else that is new is marked by a
+# letter, and explained below.
 
 
 def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
@@ -621,7 +621,7 @@ def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
     return wanted
 
 
-# **A.** A cotangent has its tensor's shape and dtype, also where that was stretched
+# **A.** A cotangent has the shape and dtype of its tensor, even if that was stretched
 # (I.4), or the rule computed in another dtype.
 #
 # **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
@@ -644,8 +644,8 @@ def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
     return share
 
 
-# **C.** What a tensor was made of is dropped when the walk has passed through it, so
-# memory falls as we go. Who comes back for more is told:
+# **C.** When the walk has passed through a tensor, it drops what that was made of, so
+# memory falls as we go. A second walk that comes there is told so:
 
 
 def _require_operands(t: Tensor) -> tuple:
@@ -655,7 +655,8 @@ def _require_operands(t: Tensor) -> tuple:
     return t._operands
 
 
-# **D.** Rules read arrays that somebody may have written to since. IV.1 keeps watch.
+# **D.** Rules read arrays, and somebody may have written to these since. IV.1 keeps
+# watch.
 #
 # Two functions use the walk, and begin with a cotangent of the output, by default 1
 # (`_first_cotangent`: IV.3). In outline they are
