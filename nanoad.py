@@ -449,10 +449,11 @@ Tensor.__neg__ = neg
 # exception is `x[i]`: a view, which costs nothing, but has a cotangent as large as x.)
 #
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
-# younger than t*. When t is the youngest that waits, nothing that uses it is waiting;
-# and nothing younger can come to wait later, since from here on only operands are
-# added, which are older still. So every use of t that leads to the end has been taken
-# before (others never wait, and owe nothing), and its cotangent is complete. Take `y =
+# younger than t*. When t is the youngest that waits, nothing that uses it is waiting. And
+# nothing that uses it can come to wait later, since from here on only operands are added,
+# which are older still. So every use of t that leads to the end has been taken already
+# (a use that does not lead there never waits, and owes nothing), and the cotangent of t
+# is complete. Take `y =
 # a * b` and `z = y + a`, where a, b, y, z have the times 1, 2, 3, 4:
 #
 #          z:4         what waits, with its cotangent     is taken
@@ -730,12 +731,12 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
 # given Tensors (`_pull_by_rules`, I.2), and recording stays on during the walk
 # (`_walk_to`). The result `y`, too, is then the Tensor, so the derivative of a rule
-# that uses it goes on through y. There is no second set of rules that could be wrong. And
-# what else the walk does, `+` and the sum in `unbroadcast`, is recorded like the rules.
-# All of it is younger than the first tape, of which it is made. So the second walk has
-# the order of I.3, too; and the first has to retain its tape.
-# (A fused operation has a fast way back beside its rules; its second derivative takes
-# the rules again: II.7.) Here is `x * x * x`, three times over:
+# that uses it goes on through y. There is no second set of rules that could be wrong.
+# The rest of the walk, `+` and the sum in `unbroadcast`, is recorded like the rules.
+# The new tape is made of the first one, and younger. So the order of I.3 is right for
+# the second walk, too, and the first walk has to retain its tape. (A fused operation
+# has a fast way back beside its rules. Its second derivative takes the rules again:
+# II.7.) Here is `x * x * x`, three times over:
 #
 #     >>> x = Tensor(2.0)
 #     >>> y = x * x * x
@@ -760,51 +761,53 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     >>> print(naive_grad(naive_grad(naive_grad(lambda x: x ** 4)))(2.0))  # 4 * 3 * 2 * x
 #     48.0
 #
-# Why does it nest? The outer one hands the inner one a Tensor where a number was. The
+# Why does it nest? The outer one hands the inner one a Tensor instead of a number. The
 # inner backward pass is array code (I.6), so on Tensors it is recorded, like any other
 # computation, and the outer one walks back along it.
 #
 # Do nested ones get confused? Here the inner derivative is that of `x * y` by y, which
-# is `x`; so what is asked for is the derivative of `x * x`, 6 at 3:
+# is `x`. So the outer one asks for the derivative of `x * x`, which is 6 at 3:
 #
 #     >>> print(grad(lambda x: x * grad(lambda y: x * y)(2.0))(3.0))
 #     6.0
 #
 # An engine that marks "the variable we differentiate by" with a flag on the values may
-# move x and y together in the inner function, or take its result for a constant, and
-# answer something else. (It is called perturbation confusion: Siskind and Pearlmutter,
-# 2005.) Here it has no room. Every call makes *new* tensors for its own arguments, and
+# move x and y together in the inner function, or take its result for a constant. Then
+# its answer is wrong. (This is called perturbation confusion: Siskind and Pearlmutter,
+# 2005.) It cannot happen here. Every call makes *new* tensors for its own arguments, and
 # keeps the cotangents of *those objects* only. `x`, and whatever is made of x alone, is
 # another object and not on the inner route. But the inner result was computed from `x`,
 # so the outer walk meets `x` there like any other operand.
 #
 # What does the real one add? *A tape only when somebody can ask.* The naive one
-# records every walk. But of a single `grad(f)(3.0)` nobody can ask for a second
-# derivative: so the walk should run on bare ndarrays, and the gradient be a constant.
+# records every walk. But nobody can ask for the second derivative of a single
+# `grad(f)(3.0)`: so the walk should run on bare ndarrays, and the gradient should be a
+# constant.
 #
-# How do we know? *A walk is recorded if the search for its route has met a tracked tensor
-# that is older than our inputs* (`older`, I.5). For whoever asks later asks by a tensor
-# of their own, which had a part in the result; and our inputs are made when the run
-# begins, so theirs is older. Look into `grad(grad(f))(3.0)`, for an f that returns
-# `x * x`:
+# How do we know? *A walk is recorded if the search for its route has met a tracked
+# tensor that is older than our inputs* (`older`, I.5). Somebody who asks for a
+# derivative later asks by a tensor of their own, which had a part in the result. Our
+# inputs are made when the run begins, so that tensor is older. Look into
+# `grad(grad(f))(3.0)`, for an f that returns `x * x`:
 #
 #     a:1    the outer run's input              older than b: somebody may ask
 #     b:2    identity(a), the inner input       the horizon of the inner search
 #     y:3    b * b, the result of f             where the inner search begins
 #     s:4    1 * b + 1 * b, the slope           written by the inner walk (drawn as one)
 #
-# The inner search comes from y by b to a, so the inner walk is recorded. The outer search
-# goes from s by b to a, its own input, and meets nothing older: so the outer walk runs
-# on bare arrays.
+# The inner search goes from y by b to a, so the inner walk is recorded. The outer search
+# goes from s by b to a, its own input, and meets nothing older. So the outer walk runs on
+# bare arrays.
 #
-# Can an inner walk let go of a tape that an outer one needs? If it is recorded, it
-# retains the tape. If not, nothing older had a part in y, so nobody else's walk leads
-# there.
+# Can an inner walk let go of a tape that an outer one needs? If the inner walk is
+# recorded, it retains the tape. If it is not, nothing older had a part in y, so nobody
+# else's walk leads there.
 #
-# (A parameter of a network that f reads is older, too: its trainer may ask. Where nobody
-# will, call `grad(f)` inside `no_grad()`, and the walk is not recorded; f itself is, for
-# how else would one walk back. One case escapes: f makes a tracked tensor and puts it
-# into a list. It is younger, so nothing is recorded for whoever would ask by it.)
+# (If f reads the parameter of a network, that is older, too: its trainer may ask. If
+# nobody will ask, call `grad(f)` inside `no_grad()`. Then the walk is not recorded. The
+# call of f still is, since one could not walk back without its tape. One case escapes: f
+# may make a tracked tensor and put it into a list. That one is younger than the inputs,
+# so nothing is recorded for somebody who asks by it.)
 #
 # With one input and one output, then, a run of f by a transform is in outline
 #
@@ -814,12 +817,13 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     recorded = bool(route.older)
 #     slope, = _gradients([(y, 1)], [x], create_graph=recorded, route=route)
 #
-# **Whoever has come this far has the whole idea.** The rest of the file is its use, and
-# the rest of this section is the same in full.
+# **If you have come this far, you have the whole idea.** The rest of the file uses it,
+# and the rest of this section is the same run in full.
 #
-# It also takes nests: x and y may be dicts, lists and tuples. `_flatten` makes a list
-# of the items, and gives a function that builds the same nest of others. IV.3 has that,
-# and what chooses the arguments to differentiate by.
+# The real run also takes nests: x and y may be dicts, lists and tuples. `_flatten`
+# returns a list of the items, and a function that builds the same nest of other items.
+# It is in IV.3, beside `_choose_arguments`, which picks the arguments to differentiate
+# by.
 
 
 class _Run:
@@ -835,8 +839,8 @@ class _Run:
         with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
             self.output = f(*args, **kwargs or {})  # its y
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # (By the caller's mode, so outside the `with`. Who tracks a tangent, I.8, may
-        # ask.)
+        # Outside the `with`, for it is the caller's mode that counts. (Somebody may
+        # also ask by a tangent: I.8.)
         self.recorded = self.must_record(tangents)
 
     def must_record(self, given: Any) -> bool:
@@ -920,12 +924,12 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
-# The walk computes `J^T u`: the transpose of the *Jacobian* J, the matrix of all slopes,
-# times a cotangent u of the output. Everything below is made of that one product, and
-# for a vector x and one y = f(x) each is a few lines.
+# The *Jacobian* J is the matrix of all slopes. The walk computes `J^T u`, its transpose
+# times a cotangent u of the output. Everything below is made of that one product, and for
+# a vector x and one y = f(x) it takes a few lines each.
 #
-# **Jacobian.** The cotangent that is 1 at one element of the output, and 0 elsewhere,
-# picks that element's slopes, a row of J:
+# **Jacobian.** A cotangent that is 1 at one element of the output, and 0 elsewhere, picks
+# the slopes of that element, which are a row of J:
 #
 #     >>> def naive_jacobian(f, x):
 #     ...     x = Tensor(x)
@@ -936,10 +940,10 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
 #     [2. 0.] [0. 4.]
 #
-# **Hessian times vector.** A Hessian H is the Jacobian of the gradient, and its own
-# transpose (as the second derivatives of a smooth f are equal in either order). So `H
-# v` is `H^T v`: one walk back from the gradient, with v for its cotangent, for the
-# price of a few gradients (Pearlmutter, 1994):
+# **Hessian times vector.** A Hessian H is the Jacobian of the gradient. It is its own
+# transpose, for the second derivatives of a smooth f are equal in either order. So `H v`
+# is `H^T v`, which is one walk back from the gradient with the cotangent v. It costs as
+# much as a few gradients (Pearlmutter, 1994):
 #
 #     >>> def naive_hvp(f, x, v):
 #     ...     x = Tensor(x)
