@@ -956,11 +956,11 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 # **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
 # asks how fast f then moves: `J v`. It comes out of two walks back (Townsend, 2017):
 #
-# 1. From the output, with a cotangent u that is tracked, and `create_graph`. What arrives
-#    is `s = J^T u`, and it is linear in u, for every rule multiplies by its `g`.
-# 2. So the walk from s with the cotangent v, but back to u, multiplies by the transpose
-#    of `J^T`: it gives `J v`. What u is does not matter: a linear function has the same
-#    slope everywhere, so zeros will do.
+# 1. The first starts from the output, with `create_graph` and a tracked cotangent u. The
+#    result is `s = J^T u`. It is linear in u, for every rule multiplies by its `g`.
+# 2. The second starts from s with the cotangent v, and goes back to u. It multiplies by
+#    the transpose of `J^T`, so it gives `J v`. The value of u does not matter, since a
+#    linear function has the same slope everywhere: zeros will do.
 #
 #     >>> def naive_jvp(f, x, v):
 #     ...     x = Tensor(x)
