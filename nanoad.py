@@ -6196,7 +6196,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class DataLoader:
-    """Iterate over batches of `x` and `y`, of one length, as ndarrays (x_batch, y_batch).
+    """Iterate over batches (x_batch, y_batch), ndarrays, of `x` and `y`, of one length.
 
     With `shuffle` each pass has a new order, which `manual_seed` fixes; `drop_last`
     drops a short last batch. `transform(x_batch, rng)` returns the array that replaces
@@ -6290,7 +6290,7 @@ def make_moons(n_samples: int = 100,
                          f"not {n_samples} and {noise}")
     labels = _mode.rng.permutation(np.arange(n_samples) % 2)
 
-    # The upper moon's centre is (0, 0). The lower one is turned by 180°, about (1, 0.5).
+    # The upper moon has centre (0, 0). The lower has (1, 0.5), and is turned by 180°.
     angle = np.pi * (_mode.rng.random(n_samples) + labels)
     across = np.cos(angle) + labels
     up = np.sin(angle) + 0.5 * labels
@@ -6517,12 +6517,13 @@ def load_tinyshakespeare() -> str:
 #
 # The naive way, `np.savez(path, **arrays)`, can fail in two ways. Each has a remedy:
 #
-# 1. *The power is cut while it writes.* Then the old checkpoint is destroyed and the
-#    new one is unfinished. So we write a new file beside the old one, and then give it
+# 1. *It is cut off while it writes.* Then the old checkpoint is destroyed and the new
+#    one is unfinished. So we write a new file beside the old one, and then give it
 #    the old one's name (`_write_whole`).
-# 2. *The file is damaged on the disk.* Then it may still load, with other numbers. So
-#    the file ends with the SHA-256 of all bytes before it, 64 characters in the zip
-#    archive's comment, and `load` compares this first.
+# 2. *The file is damaged on the disk.* Zip's own checksums cover each member, but not
+#    the list of members: one bit flipped there, and an array is missing without an
+#    error. So the file ends with the SHA-256 of all bytes before it, 64 characters in
+#    the zip archive's comment, and `load` compares this first.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
 
@@ -6634,8 +6635,7 @@ def _unpack(raw: bytes) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         members = archive.infolist()
         # `save` never compresses, so its members together are smaller than the file.
-        # Without these checks a small forged file could unpack to more than memory
-        # holds.
+        # Without these checks a small forged file could unpack to fill the memory.
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("a member is compressed")
         if sum(member.file_size for member in members) > len(raw):
