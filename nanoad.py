@@ -6188,8 +6188,8 @@ def _interrupts_held() -> Iterator[None]:
 
 # ## IV.6 Data: is it the right data?
 #
-# A training loop takes its data in batches, a few rows of `x` with the same rows of `y`,
-# and in another order on each pass:
+# A training loop takes its data in batches. A batch is a few rows of `x` with the same
+# rows of `y`, and each pass has a new order:
 #
 #     >>> manual_seed(0)
 #     >>> points, labels = make_moons(10)
@@ -6201,12 +6201,12 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class DataLoader:
-    """Iterate over `x` and `y`, of one length, in batches (x_batch, y_batch): ndarrays.
+    """Iterate over batches (x_batch, y_batch), ndarrays, of `x` and `y`, of one length.
 
     With `shuffle` each pass has a new order, which `manual_seed` fixes; `drop_last`
-    drops a short last batch. `transform(x_batch, rng)` returns what takes x_batch's
-    place (augmentation); batches are copies, so it may write in place. Raises ValueError
-    for lengths that differ, or a batch_size below 1.
+    drops a short last batch. `transform(x_batch, rng)` returns the array that replaces
+    x_batch (augmentation); batches are copies, so it may write in place. Raises
+    ValueError if the lengths differ or `batch_size` is not a positive integer.
     """
 
     def __init__(self, x: Any, y: Any, batch_size: int = 32, shuffle: bool = False,
@@ -6240,10 +6240,10 @@ class DataLoader:
 
 
 class CharTokenizer:
-    """Numbers for the distinct characters of `text`, from 0, in code point order.
+    """Number the distinct characters of `text` from 0, in code point order.
 
-    `.chars` holds them as a string, so `CharTokenizer(tokenizer.chars)` is the same
-    tokenizer. Raises ValueError for a text without any.
+    `.chars` holds these characters as a string, so `CharTokenizer(tokenizer.chars)` is
+    the same tokenizer. Raises ValueError if `text` is empty.
 
         >>> tokenizer = CharTokenizer("hello")
         >>> tokenizer.chars, tokenizer.encode("hole"), tokenizer.decode([1, 0, 2, 2])
@@ -6259,7 +6259,7 @@ class CharTokenizer:
         self._ids = {char: i for i, char in enumerate(self.chars)}
 
     def encode(self, text: str) -> np.ndarray:
-        """int64 ids of shape (len(text),); ValueError for an unknown character."""
+        """int64 ids of shape (len(text),); raises ValueError for unknown characters."""
         try:
             return np.fromiter(map(self._ids.__getitem__, text), np.int64, len(text))
         except KeyError as error:
@@ -6270,7 +6270,7 @@ class CharTokenizer:
                              "or make a tokenizer of a text that has it") from None
 
     def decode(self, ids: Any) -> str:
-        """The text of a 1-d sequence of ids; ValueError for an unknown one."""
+        """The text of a 1-d sequence of ids; raises ValueError for an unknown id."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"CharTokenizer: ids must be 1-d integers, not {ids.dtype}"
@@ -6284,18 +6284,18 @@ class CharTokenizer:
 
 def make_moons(n_samples: int = 100,
                noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Two interleaving half circles, the smallest problem that no straight line solves.
+    """Two interleaving half circles, a small problem that no straight line solves.
 
     Returns points, float32 (n_samples, 2), and labels 0 and 1, int64 (n_samples,).
-    `noise` is a standard deviation. Raises ValueError if it is negative, or for no
-    samples.
+    `noise` is a standard deviation. Raises ValueError if `noise` is negative or
+    `n_samples` is below 1.
     """
     if n_samples < 1 or noise < 0:
         raise ValueError("make_moons: needs n_samples >= 1 and noise >= 0, "
                          f"not {n_samples} and {noise}")
     labels = _mode.rng.permutation(np.arange(n_samples) % 2)
 
-    # The lower moon is turned by a half, and about another centre: (1, 0.5) for (0, 0).
+    # The upper moon has centre (0, 0). The lower has (1, 0.5), and is turned by 180°.
     angle = np.pi * (_mode.rng.random(n_samples) + labels)
     across = np.cos(angle) + labels
     up = np.sin(angle) + 0.5 * labels
@@ -6307,12 +6307,13 @@ def make_moons(n_samples: int = 100,
 #
 # A network trained on half a file still learns something, and nobody suspects the file.
 # Hence one rule for all data sets: **bytes are believed only after their SHA-256 has
-# been compared**, wherever they came from. Then no header and no shape need be checked.
-# It is the SHA-256 of the *unpacked* content, because two gzip files of one text may
-# differ in every byte. (CIFAR-10's archive has one source, and counts as it is.)
+# been compared**, wherever they came from. Then no header or shape needs a check. The
+# SHA-256 is that of the *unpacked* content, because the same text can be packed into
+# different gzip files. (CIFAR-10's archive has one source, so its SHA-256 is that of
+# the packed file.)
 #
-# `_content` looks in the data folder, `_download` at the mirrors, `_verified` compares.
-# What they know of each file: its mirrors, and its content's size and digest.
+# `_content` looks in the data folder, `_download` tries the mirrors, and `_verified`
+# compares. `_SOURCES` gives the mirrors of each file and its content's size and digest.
 _MNIST = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
     "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
@@ -6340,7 +6341,7 @@ _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
 
 
 def _sha256(content: bytes | memoryview) -> str:
-    import hashlib  # only here, for it is slow to load
+    import hashlib  # only here, because it is slow to load
 
     return hashlib.sha256(content).hexdigest()
 
@@ -6363,20 +6364,20 @@ def _content(name: str) -> bytes:
             except ValueError as error:
                 print(f"nanoad: {error}; looking for a good copy", file=sys.stderr)
 
-    return _download(name, path)  # stored under the name tried first, so it is found
+    return _download(name, path)  # stores it at `path`, tried first next time
 
 
 def _verified(raw: bytes, place: str, name: str) -> bytes:
-    """The content of a data file out of the bytes found at `place`, a path or a URL.
+    """The content of a data file, given the bytes found at `place`, a path or a URL.
 
-    Raises ValueError if its digest is another.
+    Raises ValueError if the content does not have the digest in `_SOURCES`.
     """
     _, size, digest = _SOURCES[name]
     content = raw
     if place.endswith(".gz") and not name.endswith(".gz"):
-        unpack = zlib.decompressobj(wbits=31)  # 31: a gzip header comes first
-        with contextlib.suppress(zlib.error):  # what is no gzip has another digest
-            content = unpack.decompress(raw, size + 1)  # at most, whatever else is in it
+        unpack = zlib.decompressobj(wbits=31)  # 31: expects a gzip header
+        with contextlib.suppress(zlib.error):  # not gzip: `raw` itself is compared
+            content = unpack.decompress(raw, size + 1)  # the limit stops a gzip bomb
 
     found = _sha256(content)
     if found != digest:
@@ -6387,7 +6388,7 @@ def _verified(raw: bytes, place: str, name: str) -> bytes:
 
 
 def _download(name: str, path: str) -> bytes:
-    """The content of a data file from the first mirror that has it, stored at `path`."""
+    """Fetch a data file from the first mirror that has it, and store it at `path`."""
     mirrors, size, digest = _SOURCES[name]
     failures = []
     for mirror in mirrors:
@@ -6397,7 +6398,7 @@ def _download(name: str, path: str) -> bytes:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             _write_whole(path, content)
             return content
-        except Exception as error:  # whatever it was, the next mirror may do better
+        except Exception as error:  # whatever failed, the next mirror may work
             failures.append(f"{url}: {error}")
 
     tried = "\n  ".join(failures)
@@ -6406,15 +6407,15 @@ def _download(name: str, path: str) -> bytes:
                   "or set NANOAD_DATA to a folder that has it.")
 
 
-# A time-out on each read alone would let a server that sends one byte at a time hold us
-# for days. So after the first ten seconds a mirror must average 10 kB/s, too.
+# If only each read had a time-out, a server that sends one byte at a time could hold us
+# for days. So a mirror must also average 10 kB/s after the first ten seconds.
 _TIMEOUT = 10.0
 _SLOWEST = 10_000
 
 
 def _fetch(url: str, size: int) -> bytes:
-    """The bytes behind `url`, but no more of them than `size` and what gzip may add."""
-    import urllib.request  # only here, for it is slow to load
+    """The bytes at `url`; stops when more than `size` + 4096 of them have arrived."""
+    import urllib.request  # only here, because it is slow to load
 
     received = bytearray()
     start = time.monotonic()
@@ -6435,21 +6436,21 @@ def _fetch(url: str, size: int) -> bytes:
 
 # ### Three formats
 def _of_split(split: str, **choices: Any) -> Any:
-    """What is meant by "train" or "test"."""
+    """The one of `choices` that `split`, "train" or "test", names."""
     if split not in choices:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     return choices[split]
 
 
-# MNIST comes as IDX: four bytes that say what follows, four for each dimension, and then
-# the array itself.
+# MNIST comes as IDX: four bytes give the dtype and the number of dimensions, four more
+# give each dimension, and the array follows.
 def load_mnist(split: str = "train",
                flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
 
     Returns images, float32 in [0, 1] of shape (N, 1, 28, 28), or (N, 784) with
-    `flatten`, and labels, int64 of shape (N,). Raises OSError if the files are neither
-    in the data folder nor online. (LeCun, Cortes and Burges, 1998)
+    `flatten`, and labels, int64 of shape (N,). Raises OSError if neither the data
+    folder nor a mirror has the files. (LeCun, Cortes and Burges, 1998)
     """
     stem = "mnist/" + _of_split(split, train="train", test="t10k")
     pixels = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
@@ -6460,16 +6461,16 @@ def load_mnist(split: str = "train",
     return images, labels.astype(np.int64)
 
 
-# CIFAR-10 is read in its binary form, since the other one is a pickle (IV.7). Each
+# CIFAR-10 is read in its binary form, because its Python form is a pickle (IV.7). Each
 # record is a label byte and 3 x 32 x 32 bytes of red, green and blue. The archive is
-# read where it lies, so no name inside it ever becomes a path on the disk.
+# unpacked in memory, so no name inside it ever becomes a path on the disk.
 def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-10's 50,000 ("train") or 10,000 ("test") small colour photographs.
 
-    Returns what `load_mnist` does, with images of shape (N, 3, 32, 32), and fails as it
-    does. There are 170 MB to fetch. (Krizhevsky, 2009)
+    Returns images and labels as `load_mnist` does, but images of shape (N, 3, 32, 32),
+    and raises the same errors. The download is 170 MB. (Krizhevsky, 2009)
     """
-    import tarfile  # only here, for it is slow to load
+    import tarfile  # only here, because it is slow to load
 
     five = [f"data_batch_{i}.bin" for i in range(1, 6)]
     batches = _of_split(split, train=five, test=["test_batch.bin"])
@@ -6485,17 +6486,18 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_tinyshakespeare() -> str:
-    """The 1,115,394 characters of Shakespeare that Karpathy (2015) trained char-rnn on;
-    fails as `load_mnist` does.
+    """The 1,115,394 characters of Shakespeare that char-rnn (Karpathy, 2015) learned.
+
+    Raises OSError as `load_mnist` does.
     """
     return _content("tinyshakespeare/input.txt").decode("utf-8")
 
 
 # ## IV.7 Saving: how does a run survive a power cut?
 #
-# It saves its state now and then, and goes on from the last one. A state is whatever
-# nested dict the script likes: weights, optimizer moments, the step, the vocabulary. It
-# comes back as it was, Tensors as arrays:
+# A run saves its state now and then, and goes on from the last state it saved. A state
+# is any nested dict that the script chooses: weights, optimizer moments, the step, the
+# vocabulary. It comes back as it was, but Tensors and NumPy scalars become arrays:
 #
 #     >>> import tempfile
 #     >>> weights = [Tensor([1.0, 2.0]), np.eye(2)]
@@ -6509,34 +6511,36 @@ def load_tinyshakespeare() -> str:
 #     (3, array([1., 2.]), ('a', None))
 #
 # The file is an .npz, a zip archive of arrays. Each array of the state is a member,
-# named by its dotted path. All the rest, with the arrays' names, is a text in JSON, in
-# the member `nanoad`. Nothing is pickled: a pickle is a program, and a checkpoint may
-# come from a stranger. What JSON lacks becomes a list that begins with its kind:
+# named by its dotted path. The member `nanoad` holds the rest, with the arrays' names,
+# as JSON text. Nothing is pickled: a pickle is a program, and a checkpoint may come
+# from a stranger. Lists, tuples and arrays become JSON lists that begin with their
+# kind:
 #
 #     >>> arrays = {}
 #     >>> _describe({"step": 3, "pair": ("a", np.eye(2))}, "", arrays), list(arrays)
 #     ({'step': 3, 'pair': ['tuple', 'a', ['array', 'pair.1']]}, ['pair.1'])
 #
-# The naive way, `np.savez(path, **arrays)`, fails in two ways, and each gets one care:
+# The naive way, `np.savez(path, **arrays)`, can fail in two ways. Each has a remedy:
 #
-# 1. *Cut off while it writes*, it has destroyed the old checkpoint and not finished the
-#    new one. So the file is written beside the old one, and then takes its name
-#    (`_write_whole`).
-# 2. *Damaged on the disk*, the file may still be read, as other numbers. So it ends, in
-#    the comment that a zip file may have, in the SHA-256 of all before: 64 characters,
-#    which `load` compares first.
+# 1. *It is cut off while it writes.* Then the old checkpoint is destroyed and the new
+#    one is unfinished. So we write a new file beside the old one, and then give it
+#    the old one's name (`_write_whole`).
+# 2. *The file is damaged on the disk.* Zip's own checksums cover each member, but not
+#    the list of members: one bit flipped there, and an array is missing without an
+#    error. So the file ends with the SHA-256 of all bytes before it, 64 characters in
+#    the zip archive's comment, and `load` compares this first.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
 
 def save(path: str | os.PathLike, state: Any) -> None:
     """Write `state` to `path`: nested dicts and lists of arrays, Tensors, plain values.
 
-    At every moment `path` holds the old checkpoint or the new, with the permissions it
-    had. Tensors and NumPy scalars come back as arrays, all else as it was, floats bit
-    for bit. Raises a TypeError that names what cannot be saved, OSError if the file
-    cannot be written.
+    At every moment `path` holds the old checkpoint or the new one, and the new one gets
+    the old one's permissions. Tensors and NumPy scalars come back as arrays, all else
+    as it was, floats bit for bit. Raises a TypeError that names what cannot be saved,
+    and OSError if the file cannot be written.
     """
-    import json  # both only where they are needed, for they are slow to load
+    import json  # both only here, because they are slow to load
     import zipfile
 
     arrays: dict[str, np.ndarray] = {}
@@ -6547,18 +6551,18 @@ def save(path: str | os.PathLike, state: Any) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.comment = _STAMP + bytes(64)  # room for the digest, at the very end
         for name, array in members.items():
-            info = zipfile.ZipInfo(name + ".npy")  # undated: equal states, equal files
+            info = zipfile.ZipInfo(name + ".npy")  # no date: equal states, equal files
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
     content = file.getbuffer()
     content[-64:] = _sha256(content[:-64]).encode()
-    _write_whole(os.path.realpath(os.fsdecode(path)), content)  # what a link points at
+    _write_whole(os.path.realpath(os.fsdecode(path)), content)  # follows a link
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     """What JSON stores for the part of a state at `path`: a dict, a plain value, or a
-    list ["list", ...], ["tuple", ...], ["array", member]. Its arrays go into `arrays`.
+    list ["list", ...], ["tuple", ...] or ["array", member]. Adds arrays to `arrays`.
     """
     where = path or "the state"
 
@@ -6594,9 +6598,9 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
-    """A name for the array at `path`, which will do for an unpacked file, too.
+    """A name for the array at `path`, also safe as the name of an unpacked file.
 
-    Two paths may spell one name (`a.b` is a key, or b in a); the later one gets a `_`.
+    Two paths may give one name (the key `a.b`, and `b` in `a`); the later gets a `_`.
     """
     name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in path)
     name = name[:200] or "array"
@@ -6608,9 +6612,9 @@ def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
 def load(path: str | os.PathLike) -> Any:
     """The state that `save` wrote to `path`.
 
-    Reads only: nothing in the file is run, or unpacked to the disk. Raises
-    FileNotFoundError if there is none, ValueError if it is not, to the last bit, what
-    `save` wrote.
+    Nothing in the file is run or unpacked to the disk. Raises FileNotFoundError if
+    there is no such file, and ValueError if it differs in any bit from what `save`
+    wrote.
     """
     import json
 
@@ -6623,20 +6627,20 @@ def load(path: str | os.PathLike) -> Any:
         arrays = _unpack(raw)
         description = json.loads(arrays["nanoad"].tobytes())
         return _rebuild(description, arrays)
-    except Exception as error:  # a right digest of wrong content: somebody's handiwork
+    except Exception as error:  # the digest is right, but `save` did not write it
         message = f"{path} is not a checkpoint written by nanoad.save: {error}"
         raise ValueError(message) from error
 
 
 def _unpack(raw: bytes) -> dict[str, np.ndarray]:
-    """The arrays in an archive, each read once; ValueError for a member that is none."""
+    """The arrays in an archive, each read once; raises ValueError for other members."""
     import zipfile
 
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         members = archive.infolist()
-        # We never compress, so the members are smaller than the file: no few bytes that
-        # somebody made up can fill the memory.
+        # `save` never compresses, so its members together are smaller than the file.
+        # Without these checks a small forged file could unpack to fill the memory.
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("a member is compressed")
         if sum(member.file_size for member in members) > len(raw):
@@ -6650,7 +6654,7 @@ def _unpack(raw: bytes) -> dict[str, np.ndarray]:
 
 
 def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """The part of a state that `_describe` has described."""
+    """The part of a state that `_describe` described."""
     if isinstance(description, dict):
         return {key: _rebuild(item, arrays) for key, item in description.items()}
     if not isinstance(description, list):
@@ -6666,24 +6670,25 @@ def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
     return rebuilt if kind == "list" else tuple(rebuilt)
 
 
-# A file (a download, too) must appear under its final name whole or not at all, even if
-# the power fails or two processes write it at once. That takes five steps, of which only
-# the fourth changes what others see:
+# A checkpoint or a download must appear under its final name whole or not at all, even
+# if the power fails or two processes write it at once. That takes five steps, and only
+# the fourth changes what other processes see under that name:
 #
-# 1. Open a file of a name that nobody else has, *in the same folder*: a rename is
-#    atomic only within one file system.
+# 1. Open a file under a name that nobody else uses, *in the same folder*, because a
+#    rename is atomic only within one file system.
 # 2. Give it the permissions of the file that it replaces, if there is one.
-# 3. Fill it and force it to the disk, which a rename might reach before the content.
+# 3. Fill it and force it to the disk; otherwise the rename might get there before the
+#    content.
 # 4. Rename it.
-# 5. Force the folder to the disk, to which the new name belongs.
+# 5. Force the folder to the disk, because the new name is stored in the folder.
 #
-# Only a process that is killed outright leaves its `.tmp` file behind.
+# A `.tmp` file stays behind only if its process is killed outright or the power fails.
 def _write_whole(path: str, content: bytes | memoryview) -> None:
-    """Replace the file at `path` by one with this content, atomically, or OSError."""
+    """Atomically replace the file at `path` by this content; raises OSError."""
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:  # step 1
-            with contextlib.suppress(OSError):  # no such file, or no permissions here
+            with contextlib.suppress(OSError):  # no old file, or no permissions here
                 os.chmod(temporary, os.stat(path).st_mode & 0o777)  # step 2
             file.write(content)
             file.flush()
@@ -6692,7 +6697,7 @@ def _write_whole(path: str, content: bytes | memoryview) -> None:
     except OSError as error:
         message = f"{error.strerror}; what was there before is untouched"
         raise OSError(error.errno, message, path) from None
-    finally:  # after an error, or Ctrl-C; else there is nothing left to remove
+    finally:  # after an error or Ctrl-C; a rename leaves nothing to remove
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
@@ -6706,7 +6711,8 @@ def _write_whole(path: str, content: bytes | memoryview) -> None:
 
 # ## IV.8 Drawing: what does a tape look like?
 #
-# Each operation stands over its operands; what occurs twice is numbered, and told once:
+# Each operation stands above its operands. A node that occurs twice gets a number, and
+# its details are given once:
 #
 #     >>> x = Tensor(2.0, label="x")
 #     >>> w = Tensor(5.0, label="w")
@@ -6721,22 +6727,23 @@ def _write_whole(path: str, content: bytes | memoryview) -> None:
 #        └─ x [1] above
 #
 # The picture (`draw(y)`, by the package graphviz) has the leaves above and the result
-# below. Both are made of the same rows, one for each operand of each operation; at most
-# 200 of them, since a tape may be a million operations long.
+# below. Text and picture are made from the same rows: one for the result, and one for
+# each operand of each operation, except numbers. There are at most 200 rows, because a
+# tape may be a million operations long.
 
 
 class _Row(NamedTuple):
     """A line of the text, or an arrow of the picture."""
 
     node: Any  # a Tensor, or an array that is an operand
-    result: Tensor | None  # what it is an operand of; None for the tensor to draw
-    branch: str  # what leads to it in the text, such as "│  ├─ "
-    again: bool  # it stands in an earlier row already, with its operands
+    result: Tensor | None  # the tensor computed from it; None for the tensor drawn
+    branch: str  # the lines that lead to it in the text, such as "│  ├─ "
+    again: bool  # an earlier row already has it, with its operands below
 
 
 def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iterator[_Row]:
-    """The rows of a tape, each operation before its operands, as they are asked for: 200
-    rows are at most 200 calls deep, however deep the tape is.
+    """Yield the rows of a tape on demand, each operation before its operands. Each row
+    adds at most one call, so 200 rows of a deep tape cannot overflow Python's stack.
     """
     again = id(node) in seen
     seen.add(id(node))
@@ -6752,21 +6759,21 @@ def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iter
 
 
 def _operands_of(node: Any) -> list:
-    """What an operation computed with: Tensors, arrays and numbers, but no settings."""
+    """The operands of a node's operation: Tensors, arrays, numbers, but no settings."""
     if not isinstance(node, Tensor) or node._op is None or node._operands is None:
-        return []  # a leaf, or let go by backward
+        return []  # a leaf, or backward let its operands go
     operands = node._operands[:node._op.operands]
-    return [a for a in operands if a is not None]  # as a bias may be
+    return [a for a in operands if a is not None]  # a bias may be None
 
 
 def _is_number(operand: Any) -> bool:
-    """Whether it has no row, but stands in the operation's name: `power(·, 2)`."""
+    """Whether an operand is a number, shown not as a row but inside `power(·, 2)`."""
     return not isinstance(operand, Tensor) and np.ndim(operand) == 0
 
 
-# What is told of a node? Its kind: operation, parameter (a leaf that a module trains),
-# leaf, or constant. Its name. Its value and gradient. (`names` has the parameters' names
-# in a module, by the id of the Tensor.)
+# A node is shown with its kind (operation, parameter, leaf or constant), its name, its
+# value and its gradient. A parameter is a leaf that a module trains. `names` maps the
+# id of each parameter's Tensor to its name in the module.
 def _kind(node: Any, names: dict[int, str]) -> str:
     if not _tracked(node):
         return "constant"
@@ -6776,12 +6783,12 @@ def _kind(node: Any, names: dict[int, str]) -> str:
 
 
 def _label(node: Any, names: dict[int, str]) -> str:
-    """What the user or the module calls a node, or nothing."""
+    """The name that the user or the module gave a node, or ""."""
     return getattr(node, "label", "") or names.get(id(node), "")
 
 
 def _name_of(node: Any, names: dict[int, str]) -> str:
-    """The label of a node, and the operation that made it: `loss = power(·, 2)`."""
+    """A node's label and the operation that made it, such as `loss = power(·, 2)`."""
     label = _label(node, names)
     if _kind(node, names) != "operation":
         return label
@@ -6794,7 +6801,7 @@ def _name_of(node: Any, names: dict[int, str]) -> str:
 
 
 def _facts(node: Any) -> list[str]:
-    """The value of a node, or its dtype and shape, and its gradient, if it has one."""
+    """A node's value (dtype and shape unless it is one element), and its gradient."""
     array = np.asarray(_value(node))
     one = array.size == 1
     facts = [f"{array.item():.5g}" if one else f"{array.dtype}{list(array.shape)}"]
@@ -6812,11 +6819,13 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
          model: Module | None = None) -> Any:
     """Draw the tape of `tensor`: operations, leaves, parameters and constants.
 
-    Parameters of `model` have their names in it. Returns a `graphviz.Digraph`, which a
-    notebook shows (ImportError without that package), or for `format="text"` a str.
-    `rankdir` is the picture's direction from leaves to result: "TB" (top to bottom),
-    "BT", "LR" or "RL". Backward lets the tape go: draw before, or give it
-    `retain_grads=True`. Raises TypeError if `tensor` or `model` is something else.
+    The parameters of `model` are drawn with their names in it. Returns a str for
+    `format="text"`, else a `graphviz.Digraph`, which a notebook shows (raises
+    ImportError without that package). `rankdir` is the picture's direction from leaves
+    to result: "TB" (top to bottom), "BT", "LR" or "RL"; raises ValueError for any
+    other. Backward lets the tape go, so draw before it, or call backward with
+    `retain_grads=True`. Raises TypeError if `tensor` is not a Tensor or `model` is not
+    a Module.
 
         >>> layer = Linear(2, 3)
         >>> print(draw(layer(np.ones((4, 2))), format="text", model=layer))
@@ -6843,8 +6852,8 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
 
 
 def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
-    """One line for each row. What occurs again is numbered, and told only once."""
-    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # each once
+    """A line for each row. A node that occurs again is numbered and described once."""
+    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # without repeats
     marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
 
     lines = []
@@ -6862,8 +6871,9 @@ def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
     return "\n".join([*lines, note]).rstrip()
 
 
-# In the picture the kinds differ in shape and colour: what training moves is coloured,
-# and what receives no gradient is only a word.
+# In the picture the kinds differ in shape and colour: leaves and parameters are
+# coloured boxes, operations are white boxes, and a constant, which receives no
+# gradient, is only text.
 _STYLES = {
     "operation": {"shape": "box", "style": "filled", "fillcolor": "white"},
     "leaf": {"shape": "box", "style": "rounded,filled", "fillcolor": "#cfe2ff"},
@@ -6901,7 +6911,7 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 
 # ## IV.9 Plot: does the loss fall?
 #
-# A terminal can show that, in characters:
+# A terminal can show the curve of the loss in characters:
 #
 #     >>> training = (range(5), [4, 2, 1, 1, 1])
 #     >>> validation = ([2, 4], [2, 2])
@@ -6916,32 +6926,35 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #       └────────────────────────
 #        0         step         4
 #
-# It is made in four steps:
+# The plot is made in four steps:
 #
-# 1. The axis of steps is cut into columns, one for each character, and a curve becomes
-#    a number for each: the mean of its finite values there, or nan (`_by_column`).
-# 2. The first curve is to be a line. So a column between two steps, which holds none, is
-#    given what a straight line between these has there. Where all of a column's values
-#    are nan, so are the lines to its neighbours: a gap is not bridged.
-# 3. The axis of values is cut into rows, and each number is rounded to one
-#    (`_draw_curves`). A curve of marks is done then.
-# 4. The line gets corners where it comes from another row (`_draw_line`).
+# 1. The axis of steps is cut into columns, one for each character. In each column a
+#    curve becomes one number: the mean of its finite values there, or nan
+#    (`_by_column`).
+# 2. The first curve is drawn as a line. So a column between two steps, with no step of
+#    its own, gets its value from the straight line between them. If a column has steps
+#    but no finite value, it stays nan, and so do the lines to its neighbours: a gap is
+#    not bridged.
+# 3. The axis of values is cut into rows, and each number is rounded to a row
+#    (`_draw_curves`). A curve of marks is then complete.
+# 4. The line gets corners where it changes rows (`_draw_line`).
 def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
          xlabel: str = "") -> str:
     """Curves in `height` rows of at most `width` characters, as a str.
 
-    `values` is 1-d, at steps 0, 1, 2 ..., or a dict of label -> (steps, values): the
-    first of these is drawn as a line, the others as marks, and a legend stands above.
-    `title` stands over it; `xlabel` names the axis of steps, which is drawn only then.
-    Nan and inf leave a gap. Raises ValueError if steps and values differ in length, or
-    for a width or height below 1.
+    `values` is 1-d, at steps 0, 1, 2 ..., or a dict of label -> (steps, values). The
+    first curve is drawn as a line, the others as marks, and a dict gets a legend above.
+    `title` stands above all. `xlabel` names the axis of steps, which is drawn only if
+    `xlabel` is given. Nan and inf leave a gap. Raises ValueError if steps and values
+    differ in length, if a step is not finite, or if `width` or `height` is below 1. A
+    `width` below 13 counts as 13, and a long title or legend is not cut.
     """
     _positive("plot", width=width, height=height)
     curves = _curves(values)
     if not any(np.isfinite(y).any() for _, y in curves.values()):
         return "(no finite values to plot)"
 
-    columns = max(width - 12, 1)  # beside a tick of up to 10 characters, and the axis
+    columns = max(width - 12, 1)  # a tick of up to 10 characters, and the axis, take 12
     first, last, means = _by_column(curves, columns)
     low, high = np.nanmin(means), np.nanmax(means)
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
@@ -6965,7 +6978,7 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
 
 
 def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What is to be plotted: label -> (steps, values), two 1-d arrays of floats."""
+    """The curves to plot: label -> (steps, values), two 1-d arrays of floats."""
     if not isinstance(values, dict):
         values = np.asarray(values, np.float64).ravel()
         return {"": (np.arange(len(values), dtype=np.float64), values)}
@@ -6986,21 +6999,21 @@ def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _mark(i: int) -> str:
-    """What curve i is drawn with: a line, or a mark that every terminal has."""
+    """The mark of curve i: a line for the first, else an ASCII character."""
     return "──" if i == 0 else "ox+*#"[(i - 1) % 5]
 
 
 def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
                columns: int) -> tuple[float, float, list[np.ndarray]]:
-    """The first step, the last, and each curve's means in the columns, (columns,)."""
+    """The first step, the last step, and each curve's means, an array (columns,)."""
     every_step = np.concatenate([steps for steps, _ in curves.values()])
     first, last = every_step.min(), every_step.max()
-    span = last - first or 1  # (of a single step)
+    span = last - first or 1  # 1 for a single step, where 0 / 0 would be nan
 
-    beyond = {"left": np.nan, "right": np.nan}  # the line begins and ends with its steps
+    beyond = {"left": np.nan, "right": np.nan}  # no line beyond its own steps
     means = []
     for i, (steps, values) in enumerate(curves.values()):
-        # The first step lies in the middle of the first column, the last of the last.
+        # The first step is the middle of the first column, the last that of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
         is_finite = np.isfinite(values)
         mean = np.full(columns, np.nan)
@@ -7017,7 +7030,7 @@ def _draw_curves(means: list[np.ndarray], low: float, high: float,
                  height: int) -> list[str]:
     """The rows of the picture, from the highest to the lowest."""
     grid = np.full((height, len(means[0])), " ")
-    span = high - low or 1  # (of a constant)
+    span = high - low or 1  # 1 for a constant, where 0 / 0 would be nan
     for i, mean in enumerate(means):
         rows = np.rint((high - mean) / span * (height - 1))  # row 0 is the highest
         if i == 0:
@@ -7028,19 +7041,19 @@ def _draw_curves(means: list[np.ndarray], low: float, high: float,
     return ["".join(row) for row in grid]
 
 
-# Where the line comes from another row, a column has a corner in both, and strokes in
-# the rows between. Falling by two rows, and rising by two:
+# Where the line changes rows, a column has a corner in each of the two rows, and
+# strokes in the rows between. A fall by two rows, and a rise by two, look like this:
 #
 #     ─╮           ╭─     row 0
 #      │           │      row 1
 #      ╰─         ─╯      row 2
 def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
-    """Draw a curve into `grid`, given its row in each column, or nan for a gap."""
+    """Draw a curve into `grid`; `rows` has its row in each column, or nan in a gap."""
     is_drawn = np.isfinite(rows)
     for x in is_drawn.nonzero()[0]:
         row = int(rows[x])
         before = int(rows[x - 1]) if x > 0 and is_drawn[x - 1] else row
-        if before == row:  # also where it begins anew, after a gap
+        if before == row:  # level, or at the start, or after a gap
             grid[row, x] = "─"
         elif before < row:  # it falls: row 0 is the highest
             grid[before, x] = "╮"
