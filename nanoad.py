@@ -4204,8 +4204,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     """Normalize each row of x, (..., n): subtract its mean, divide by its deviation.
 
     The result is scaled by `weight` (n,) and shifted by `bias` (n,) or None. The
-    deviation is the square root of the variance plus `eps`. Raises ValueError for other
-    shapes. (Ba, Kiros and Hinton, 2016)
+    deviation is the root of the sum of the variance and `eps`. Raises ValueError for
+    other shapes. (Ba, Kiros and Hinton, 2016)
     """
     n = x.shape[-1] if x.ndim else 0
     if weight.shape != (n,) or bias is not None and bias.shape != (n,):
@@ -4251,7 +4251,7 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each, and uses two devices.
+# The kernel sees the images as (N, C, P), with P pixels each, and adds two refinements.
 #
 # *A guess of the mean.* First subtract any number near the mean, the guess. The rest, c,
 # is small and loses no digits. Its own mean, e, is the error of the guess:
@@ -4275,7 +4275,7 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 #
 #     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
 def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether the images of one channel lie closer than the channels of one image."""
+    """Whether images of one channel lie closer in memory than channels of one image."""
     return x.strides[0] < x.strides[1]
 
 
@@ -4292,7 +4292,7 @@ def _channel_mean(x: np.ndarray) -> np.ndarray:
 
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
-    """batch_norm in training. Moves the arrays `running` towards mean and variance."""
+    """batch_norm in training; moves the arrays `running` towards mean and variance."""
     shape = x.shape
     x = x.astype(np.result_type(x, weight, bias), copy=False)
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
@@ -4394,11 +4394,11 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 # ## III.6 Attention: who looks at whom?
 #
 # Each position of a sequence asks by its *query*, is found by its *key*, and gives its
-# *value*. The product of a query with every key gives scores. Softmax turns these scores
-# into weights, and the result is the weighted mean of the values. Causal means that a
-# position sees only itself and the positions before it: the scores of later positions
-# become -inf, and their weights 0. If all scores are alike, each position gives equal
-# weight to all that it sees:
+# *value*. The product of a query with a key is a score. Softmax turns the scores of a
+# query into weights, and the result is the weighted mean of the values. Causal means
+# that a position sees only itself and the positions before it: the scores of later
+# positions become -inf, and their weights 0. If all scores are alike, each position gives
+# equal weight to all that it sees:
 #
 #     >>> alike = np.zeros((3, 2))
 #     >>> y = scaled_dot_product_attention(alike, alike, np.eye(3), is_causal=True)
@@ -4439,9 +4439,9 @@ def _attention_definition(q, k, v, is_causal=False):
 # The kernel does just that, with two shortcuts if the scores are of moderate size, as
 # they nearly always are. First, exp cannot overflow, so the maximum of each row need not
 # be subtracted (II.5). Second, the mask, -inf, can be added, which is faster than
-# selecting. (It would turn a score of inf into nan.)
+# selecting, but would turn a score of inf into nan.
 def _attend(q, k, v, is_causal, out=None):
-    """Returns Y, (..., T, Dv), written to `out`, and P, (..., T, S)."""
+    """Return Y, (..., T, Dv), written to `out`, and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
     p = q @ np.multiply(_mT(k), scale, order="C")  # the scores (see PRODUCTS, II.7)
     mask = _mask(p.shape[-2:], p.dtype) if is_causal else None
@@ -4458,7 +4458,7 @@ def _attend(q, k, v, is_causal, out=None):
 
 
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
-    """Returns the gradients of q, k and v, written to `out`."""
+    """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
     ds = g @ _mT(v)  # dP, (..., T, S)
     ds -= _row_dot(g, y)  # d, by step 3
@@ -4672,7 +4672,7 @@ class MultiHeadAttention(Module):
 
 
 class Block(Module):
-    """A layer of a transformer: attention, then an MLP, a layer norm before each."""
+    """A layer of a transformer: attention, then an MLP, each after a layer norm."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         self.ln1 = LayerNorm(embed_dim)
@@ -4719,13 +4719,13 @@ class GPT(Module):
         terms = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # These are the last Linear of the attention and that of the MLP.
+                # The last Linear of the attention and that of the MLP write to it.
                 writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
                 scale = 0.02 / math.sqrt(terms) if writes else 0.02
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
                 parameter._data[...] = scale * noise
             elif name.endswith("bias"):
-                parameter._data[...] = 0  # (no need to note the write: it is unused yet)
+                parameter._data[...] = 0  # (no need to note the write: not used yet)
 
     def forward(self, ids: Any) -> Tensor:
         """The score of every token to be next: (B, T), T <= block_size -> (B, T, V)."""
@@ -4782,8 +4782,8 @@ class GPT(Module):
                             f"{type(self).__name__} has a forward of its own; write a "
                             "generate to go with it")
         ids = np.array(self._token_ids("generate", idx), np.int64)
-        # (With `yield` here, these errors would not be raised before the first token is
-        # asked for.)
+        # (If this method were a generator, it would raise these errors only when the
+        # first token is asked for.)
         return _write(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
 
 
@@ -4962,8 +4962,8 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #
 #        the parent: share 0                             the worker: share 1
 #        -------------------                             -------------------
-#     1. cuts the batch                   -- pipe ---->  its rows, 4 and 5
-#     2. of the rows 1, 2 and 3                          of its rows
+#     1. cuts the batch                   -- pipe ---->  receives its rows, 4 and 5
+#     2. computes rows 1, 2 and 3:                       computes its rows:
 #        the loss is 4, the slope 2                      the loss is 9, the slope 4.5
 #        times 3/5: 2.4 and 1.2                          times 2/5: 3.6 and 1.8
 #     3. waits for 3.6                    <-- pipe ----  sends its part of the loss
@@ -4991,14 +4991,14 @@ class DataParallel:
 
     `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
 
-    - `params` is a Module, or its parameters (as for an optimizer). Each batch tells the
-      workers which parameters are frozen and, of a Module, the `training` flags and what
-      else it saves (such as running statistics: III.2). The changes that a worker makes
-      to its own copy of these are lost. After other changes (such as another layer), make
-      a new DataParallel.
+    - `params` is a Module, or its parameters (as for an optimizer). With each batch, the
+      workers are told which parameters are frozen and, of a Module, its `training` flags
+      and what else it saves (such as running statistics: III.2). Changes that a worker
+      makes to its copy of these are lost. After other changes (such as another layer),
+      make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
-      a scalar Tensor. Anything else that it changes, it changes only in the process that
-      it runs in.
+      a scalar Tensor. Any other state that it changes is changed only in the process
+      that runs it.
     - `evaluate(*arrays)` is given a share, too, and returns a number or an array.
     - `processes` is the number of processes, this one included (default: the number of
       cores). With 1, or if the system cannot fork (Windows, macOS: a warning says so),
@@ -5167,7 +5167,7 @@ class DataParallel:
                 return self._evaluate(*job.arrays)
 
     def _compute_gradient(self, job: _Job, pieces: list) -> tuple[float, list[bool]]:
-        """Write gradients to `pieces`. Return the loss, and which parameters have one."""
+        """Write gradients to `pieces`. Return the loss, and which parameters it reaches."""
         loss = self._loss(*job.arrays)
         if not _tracked(loss) or loss.size != 1:
             raise TypeError("DataParallel: the loss must be a scalar Tensor made of the "
