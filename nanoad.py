@@ -4719,7 +4719,7 @@ class GPT(Module):
         terms = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # The last Linear of the attention and that of the MLP write to it.
+                # The last Linear of attention and of MLP writes to the stream.
                 writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
                 scale = 0.02 / math.sqrt(terms) if writes else 0.02
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
@@ -5167,7 +5167,7 @@ class DataParallel:
                 return self._evaluate(*job.arrays)
 
     def _compute_gradient(self, job: _Job, pieces: list) -> tuple[float, list[bool]]:
-        """Write gradients to `pieces`. Return the loss, and which parameters it reaches."""
+        """Write gradients to `pieces`. Return the loss, and which params it reaches."""
         loss = self._loss(*job.arrays)
         if not _tracked(loss) or loss.size != 1:
             raise TypeError("DataParallel: the loss must be a scalar Tensor made of the "
