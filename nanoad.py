@@ -4111,9 +4111,9 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 
 # ## III.5 Normalization: what is taken from g?
 #
-# To normalize a row of numbers, take their mean from them, and divide by their standard
+# To normalize a row of numbers, subtract their mean and divide by their standard
 # deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
-# to the scale, the next one meets what it is used to.
+# to the scale, the next layer receives numbers of the scale it is used to.
 #
 #     >>> def normalize(x, axis=-1, eps=1e-5):  # eps: for a row of equal numbers
 #     ...     centred = x - x.mean(axis, keepdims=True)
@@ -4127,12 +4127,12 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #      [-0.93 -0.46  1.39]
 #      [-0.93 -0.46  1.39]]
 #
-# These rows come out alike. The second is the first with 1 added to all of it; the third
-# is the first with every number twice as far from their mean, 3. So there are two
+# The three rows come out alike. The second is the first with 1 added to each number. The
+# third is the first with every number twice as far from the mean, 3. So there are two
 # directions in which a row can move while the result `xhat` stands still: all numbers
-# up, and all further out. Along these, no gradient comes back. Whatever xhat receives,
-# call it h, its parts along both are taken away; and the rest, divided by the deviation
-# s as the row was, is what x receives:
+# up, and all further out. Along these, no gradient comes back. Let h be the gradient
+# that xhat receives. To find what x receives, take away the parts of h along both
+# directions, and divide the rest by the deviation s, as the row was divided:
 #
 #            h - mean(h)
 #           /|
@@ -4142,10 +4142,10 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #         taken away
 #
 # The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
-# and the part is `mean(h)`. For "out", v is xhat, and the part `xhat * mean(h * xhat)`:
-# here, too, v @ v is n, for the squares of xhat have the mean 1. And as the sum of xhat
-# is 0, the two are at right angles, and can be taken away one after the other. So the
-# way back is three lines:
+# and the part is `mean(h)`. For "out", v is xhat, and the part is
+# `xhat * mean(h * xhat)`: here, too, v @ v is n, because the squares of xhat have the
+# mean 1. Because xhat sums to 0, the two directions are at right angles, and their parts
+# can be taken away one after the other. So the way back is three lines:
 #
 #     >>> def normalize_back(h, xhat, s, axis=-1):
 #     ...     up = h.mean(axis, keepdims=True)
@@ -4161,11 +4161,11 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #     >>> np.allclose(dx, grad(lambda x: (normalize(x)[0] * h).sum())(x))
 #     True
 #
-# The picture leaves out eps. With it, too, the three lines are exact. Let x move by v:
+# The picture leaves out eps, but the three lines are exact with it, too. Let x move by v:
 #
 # 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
 # 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
-#    that is `mean(xhat * v)`, for the mean of xhat is 0.
+#    that is `mean(xhat * v)`, because the mean of xhat is 0.
 # 3. `xhat = c / s` moves by `(dc - xhat * ds) / s`, which is
 #
 #        (v - mean(v) - xhat * mean(xhat * v)) / s
@@ -4174,8 +4174,8 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
 #
 # **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes each
-# channel, which is all its numbers in the whole batch: of (N, C) along axis 0, and of
-# images (N, C, H, W) along the axes (0, 2, 3).
+# channel over the whole batch: an array (N, C) along axis 0, and images (N, C, H, W)
+# along the axes (0, 2, 3).
 #
 #     >>> ones, zeros = np.ones(3), np.zeros(3)
 #     >>> np.allclose(layer_norm(x, ones, zeros), normalize(x, axis=-1)[0])
@@ -4188,9 +4188,9 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 # Both then scale and shift by a learned weight and bias, here 1 and 0. From `y = xhat *
 # weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat` and the bias `g`.
 #
-# In evaluation, an image is judged by itself, without a batch. So batch norm in training
+# In evaluation, an image is judged by itself, without a batch. So in training, batch norm
 # also moves two arrays, the *running* mean and variance, some of the way towards those
-# of each batch, and in evaluation takes them instead.
+# of each batch. In evaluation, it uses these two instead.
 #
 # ### Layer norm
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
@@ -4200,16 +4200,16 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# The kernel (whose sums of rows are products: ROWS, II.7) adds one care. The mean of
+# The kernel sums rows by products (see ROWS, II.7), and adds one precaution. The mean of
 # large numbers comes out rounded: near a million, a float32 is a multiple of 1/16. So
-# the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is taken
-# away in turn (Chan, Golub and LeVeque, 1983).
+# the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is
+# subtracted in turn (Chan, Golub and LeVeque, 1983).
 @fused(_layer_norm_definition, operands=3)
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    """Each row along the last axis, (..., n), less its mean and over its deviation.
+    """Normalize each row of x, (..., n): subtract its mean, divide by its deviation.
 
     The result is scaled by `weight` (n,) and shifted by `bias` (n,) or None. The
-    standard deviation is the root of the mean square plus `eps`. Raises ValueError for
+    deviation is the root of the sum of the variance and `eps`. Raises ValueError for
     other shapes. (Ba, Kiros and Hinton, 2016)
     """
     n = x.shape[-1] if x.ndim else 0
@@ -4230,7 +4230,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         g = g.reshape(xhat.shape)
         product = g * xhat
         dweight = _row_sum(product.T)[:, 0]
-        # As h = g * weight, both means are products with the weight.
+        # Because h = g * weight, the means of h and of h * xhat are products with weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
         mean_h_xhat = np.dot(product, weight)[:, None] / n
 
@@ -4245,8 +4245,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
 # ### Batch norm
 #
-# The definition is the same along other axes. (It leaves the running statistics alone: to
-# differentiate twice must not move them again.)
+# The definition is the same, along other axes. (It leaves the running statistics alone,
+# because differentiating twice must not move them again.)
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
     axes = tuple(range(x.ndim - 1))
@@ -4256,34 +4256,36 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each, and has two cares.
+# The kernel sees the images as (N, C, P), with P pixels each, and adds two refinements.
 #
-# *A guess of the mean.* Any number near the mean may be taken away first, and c, which is
-# left, is small and loses no digits. Its own mean e is what the guess was wrong by:
+# *A guess of the mean.* First subtract any number near the mean, the guess. The rest, c,
+# is small and loses no digits. Its own mean, e, is the error of the guess:
 #
 #     c = x - guess,    e = mean(c),    mean = guess + e,    variance = mean(c*c) - e^2
 #     y = (c - e) / s * weight + bias = c * scale + (bias - e * scale),  scale = weight / s
 #
-# So to take e away is no pass of its own over the images (see PASSES, II.7). The guess is
-# the mean of a sixteenth of them. If that lies d from the mean of all, this sixteenth
+# So subtracting e needs no pass of its own over the images (see PASSES, II.7). The guess
+# is the mean of a sixteenth of them. If it lies d from the mean of all, this sixteenth
 # alone adds at least d^2 / 16 to the variance s^2. So d is at most 4 s, however odd these
 # images are, and little is lost in `mean(c*c) - e^2`.
 #
 # *Long loops.* One number per channel broadcasts as (C, 1). If images lie in memory as a
-# user makes them, (N, C, P), the loop then begins anew every P pixels (see LOOPS, II.7).
-# Spread out to (C, P), it runs through a whole image. (With the batch last, as conv2d
-# leaves it, a channel is one long line as it is.)
+# user makes them, (N, C, P), NumPy's inner loop then begins anew every P pixels (see
+# LOOPS, II.7). If the numbers are spread out to (C, P), the loop runs through a whole
+# image. (If the batch comes last, as conv2d leaves it, a channel already is one long
+# line.)
 #
-# Backward, the weight is one number per channel, and comes out of the means of h:
+# Backward, h is `g * weight`. As the weight is one number per channel, it can be taken
+# out of the means of h:
 #
 #     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
 def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether the images of one channel lie closer than the channels of one image."""
+    """Whether images of one channel lie closer in memory than channels of one image."""
     return x.strides[0] < x.strides[1]
 
 
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """One number per channel, (C,), to broadcast with x, (N, C, P): (C, 1) or (C, P)."""
+    """(C,), one per channel -> (C, 1) or (C, P), to broadcast with x, (N, C, P)."""
     column = numbers[:, None]
     return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
 
@@ -4301,7 +4303,7 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
     n = x.shape[0] * x.shape[2]
 
-    guess = _channel_mean(x[:math.ceil(len(x) / 16)])  # (C,), as all that follow from it
+    guess = _channel_mean(x[:math.ceil(len(x) / 16)])  # (C,), as are e, mean, ...
     c = x - _spread(guess, x)
     e = _channel_mean(c)
     mean = guess + e
@@ -4319,7 +4321,7 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
-        centred = x - _spread(mean, x)  # again: to keep it would take as much memory as x
+        centred = x - _spread(mean, x)  # again: keeping it takes as much memory as x
         mean_g = _channel_mean(g)
         dweight = np.einsum("ncp,ncp->c", g, centred) * inverse  # the sum of g * xhat
         dx = _batch_norm_dx(g, centred, mean_g, dweight / n * inverse, scale)
@@ -4331,11 +4333,11 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 def _batch_norm_dx(g, centred, mean_g, slope, scale):
     """(g - mean_g - centred * slope) * scale, in place of `centred`.
 
-    As centred is xhat * s, slope is mean(g * xhat) / s.
+    Because centred is xhat * s, slope is mean(g * xhat) / s.
     """
     dx = centred
     minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
-    # Some images at a time, if they lie one after the other (see PASSES, II.7).
+    # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
     step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK * len(dx) // dx.size)
     for i in range(0, len(dx), step):
         some = dx[i:i + step]
@@ -4348,7 +4350,7 @@ def _batch_norm_dx(g, centred, mean_g, slope, scale):
 
 @_in_float32
 def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
-    """batch_norm in evaluation: `x * scale + shift`, by the running statistics."""
+    """batch_norm in evaluation: `x * scale + shift`, from the running statistics."""
     scale = weight / np.sqrt(running_var.astype(x.dtype) + eps)
     shift = bias - scale * running_mean.astype(x.dtype)
     y = x.swapaxes(1, -1) * scale + shift  # channels last, to broadcast
@@ -4358,14 +4360,14 @@ def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
 def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight: Any,
                bias: Any, training: bool = False, momentum: float = 0.1,
                eps: float = 1e-5) -> Tensor:
-    """Each channel of x, (N, C) or (N, C, H, W), less its mean and over its deviation.
+    """Normalize each channel of x, (N, C) or (N, C, H, W), by its mean and deviation.
 
-    In training these are the batch's own, and the arrays `running_mean` and
-    `running_var`, both (C,), move towards them in place by the share `momentum` (the
-    variance unbiased, as PyTorch keeps it). In evaluation the running ones are taken.
+    In training, the mean and variance are the batch's own, and the arrays `running_mean`
+    and `running_var`, both (C,), move towards them in place by the share `momentum` (the
+    variance unbiased, as PyTorch keeps it). In evaluation, the running ones are used.
     The result is scaled by `weight` (C,) and shifted by `bias` (C,). Raises ValueError
-    for other shapes, TypeError for running statistics that cannot be written to. (Ioffe
-    and Szegedy, 2015)
+    for other shapes, TypeError for running statistics that are not arrays of floats.
+    (Ioffe and Szegedy, 2015)
     """
     x = as_tensor(x)
     running_mean, running_var = _value(running_mean), _value(running_var)
@@ -4378,7 +4380,7 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
 
 def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
                       training: bool) -> None:
-    """Raises if these do not fit a weight of c numbers."""
+    """Raise an error if these arguments do not fit a weight of c numbers."""
     if x.ndim < 2 or x.shape[1] != c:
         raise ValueError(f"batch_norm: needs (N, C, ...) with C = {c}, the length of "
                          f"the weight, and not {x.shape}")
@@ -4397,11 +4399,11 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 # ## III.6 Attention: who looks at whom?
 #
 # Each position of a sequence asks by its *query*, is found by its *key*, and gives its
-# *value*. A query is compared with every key, by a product; softmax makes weights of
-# these scores, and the result is the weighted mean of the values. Causal means that a
-# position sees itself and what came before: the scores of what lies ahead become -inf,
-# and their weights 0. With scores that are all alike, everyone sees what is visible
-# with equal weight:
+# *value*. The product of a query with a key is a score. Softmax turns the scores of a
+# query into weights, and the result is the weighted mean of the values. Causal means
+# that a position sees only itself and the positions before it: the scores of later
+# positions become -inf, and their weights 0. If all scores are alike, each position gives
+# equal weight to all that it sees:
 #
 #     >>> alike = np.zeros((3, 2))
 #     >>> y = scaled_dot_product_attention(alike, alike, np.eye(3), is_causal=True)
@@ -4411,8 +4413,8 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 #      [0.33 0.33 0.33]]
 #
 # Shapes: B sequences, H heads, T positions that ask and S that answer; D numbers in a
-# query or key, Dv in a value. A product of two rows of D random numbers grows like the
-# root of D, and is divided by that.
+# query or key, Dv in a value. The product of two rows of D random numbers grows like the
+# square root of D, so scores are divided by that.
 @functools.lru_cache(8)
 def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     """-inf where a key (column) lies ahead of a query (row), else 0: (T, S)."""
@@ -4428,23 +4430,23 @@ def _attention_definition(q, k, v, is_causal=False):
     return softmax(scores) @ v  # (..., T, Dv)
 
 
-# The way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the scores,
-# `P = softmax(S)` and `Y = P V`:
+# This is the way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the
+# scores, `P = softmax(S)` and `Y = P V`:
 #
 # 1. From the product Y = P V, V receives `P^T g`, and P receives `dP = g V^T`.
 # 2. From the softmax, the scores receive `dS = P * (dP - d)`, where d is one number for
 #    each row, `d_i = sum_j P_ij dP_ij`.
-# 3. That sum runs over S positions. But `dP_ij` is `V_j . g_i`, and so the sum is
-#    `Y_i . g_i`, over Dv numbers only (Dao and others, 2022).
+# 3. That sum runs over S positions. But `dP_ij` is `V_j . g_i`, so the sum equals
+#    `Y_i . g_i`, a sum over only Dv numbers (Dao and others, 2022).
 # 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
 #    `dS^T Q / sqrt(D)`.
 #
-# The kernel does just that, with two shortcuts where the scores are of moderate size, as
-# they nearly always are. Then exp cannot overflow, and need not be told the maximum of
-# each row (II.5). And the mask, -inf, can be added, which is faster than to select, but
-# would make nan of a score of inf.
+# The kernel does just that, with two shortcuts if the scores are of moderate size, as
+# they nearly always are. First, exp cannot overflow, so the maximum of each row need not
+# be subtracted (II.5). Second, the mask, -inf, can be added, which is faster than
+# selecting, but would turn a score of inf into nan.
 def _attend(q, k, v, is_causal, out=None):
-    """Y, (..., T, Dv), written to `out`; and P, (..., T, S)."""
+    """Return Y, (..., T, Dv), written to `out`, and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
     p = q @ np.multiply(_mT(k), scale, order="C")  # the scores (see PRODUCTS, II.7)
     mask = _mask(p.shape[-2:], p.dtype) if is_causal else None
@@ -4461,7 +4463,7 @@ def _attend(q, k, v, is_causal, out=None):
 
 
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
-    """The gradients of q, k and v, written to `out`."""
+    """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
     ds = g @ _mT(v)  # dP, (..., T, S)
     ds -= _row_dot(g, y)  # d, by step 3
@@ -4493,9 +4495,9 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
 
 
 # A transformer computes q, k and v of all heads by one product, side by side in one
-# array. The kernel below takes them out as views, and writes their gradients into views
-# of one array, which saves the copies. And it goes by a few sequences, a *group*, at a
-# time: their P, of about two blocks, stays in the cache.
+# array. The kernel below reads them as views of this array, and writes their gradients
+# into views of another, which saves copies. It also takes a few sequences, a *group*, at
+# a time, so that their P, about two blocks in size, stays in the processor's cache.
 def _heads(qkv: Any, num_heads: int) -> Any:
     """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
     b, t, c = qkv.shape
@@ -4519,7 +4521,7 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
 
     qkv holds queries, keys and values of all heads, (B, T, 3, num_heads, C / num_heads),
-    with its last three axes joined. Raises ValueError if it cannot be so divided.
+    with the last three axes joined. Raises ValueError if it cannot be divided like this.
     """
     if num_heads < 1 or qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError("needs q, k and v side by side, (B, T, 3 * C), and a C that "
@@ -4545,16 +4547,16 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
 
 # ### Embedding and dropout
 #
-# How does a network read a letter? It looks up that letter's row in a table. That is
-# the product of the table with a one-hot row, which has a 1 at the letter's number; and
-# for the backward pass of a small vocabulary we really do multiply (see SCATTER, II.7).
+# How does a network read a letter? It looks up that letter's row in a table. This equals
+# the product of a one-hot row, which has a 1 at the letter's number, with the table. In
+# the backward pass of a small vocabulary we really do multiply (see SCATTER, II.7).
 def _lookup_definition(weight, ids):
     return weight[ids]
 
 
 @fused(_lookup_definition, operands=1)
 def _lookup(weight, ids):
-    """embedding, with its operand first."""
+    """The kernel of `embedding`, with the weight first, as its only operand."""
     vocabulary, width = weight.shape
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
@@ -4571,7 +4573,7 @@ def embedding(ids: Any, weight: Any) -> Tensor:
     """The rows of weight (V, C) that an integer array names: ids.shape + (C,).
 
     Raises ValueError for ids outside 0..V-1 or a weight that is not 2-d, TypeError for
-    ids that are no integers.
+    ids that are not integers.
     """
     weight = as_tensor(weight)
     if weight.ndim != 2:
@@ -4581,8 +4583,8 @@ def embedding(ids: Any, weight: Any) -> Tensor:
     return _lookup(weight, ids)
 
 
-# Dropout sets random elements to 0 while training, so that no element can rely on a
-# certain other one. The rest is scaled up, and so the mean stays what it was.
+# Dropout sets random elements to 0 in training, so that the network cannot rely on any
+# single one. The rest is scaled up, so that the mean stays what it was.
 def _check_share(name: str, p: float) -> None:
     if not 0 <= p < 1:
         raise ValueError(f"{name}: p, the share of elements to drop, must be at least 0 "
@@ -4592,7 +4594,8 @@ def _check_share(name: str, p: float) -> None:
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     """In training, set elements to 0 with probability p and scale others by 1 / (1 - p).
 
-    Otherwise, x. Raises ValueError unless 0 <= p < 1. (Srivastava and others, 2014)
+    Otherwise, return x. Raises ValueError unless 0 <= p < 1. (Srivastava and others,
+    2014)
     """
     _check_share("dropout", p)
     x = as_tensor(x)
@@ -4604,10 +4607,10 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 
 # ## III.7 A GPT: what does it learn?
 #
-# It learns to say, at every position of a text, which token comes next. The text is its
-# own teacher: the targets are the ids, moved on by one. Here is all of it, on a
-# sentence (a batch of all its windows of nine characters), and what the network then
-# says by itself:
+# It learns to predict, at every position of a text, which token comes next. The text is
+# its own teacher: the targets are the ids, shifted by one. Here is the whole training, on
+# one sentence (the batch is all its windows of nine characters), and what the network
+# then writes by itself:
 #
 #     >>> sentence = "she sells sea shells by the sea shore."
 #     >>> tokenizer = CharTokenizer(sentence)  # each character has a number, its id
@@ -4629,21 +4632,20 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 #     she sells sea shells by the sea shore.
 #
 # The network is nearly the decoder of "Language Models are Unsupervised Multitask
-# Learners" (Radford and others, 2019). (The attention of that has biases, too, and
-# dropout on its weights.)
-# Each token starts as a row of numbers that says what it
-# is, plus a row that says where it stands. Then each block adds two things to this
-# running sum, the *residual stream*: what the positions learn from one another
-# (attention), and what each makes of it by itself (an MLP). In the end, the stream at a
-# position is compared with the row of every token: that is its score.
+# Learners" (Radford and others, 2019). (The attention of GPT-2 also has biases, and
+# dropout on its weights.) Each token starts as a row of numbers that says what it is,
+# plus a row that says where it stands. Then each block adds two things to this running
+# sum, the *residual stream*: what the positions learn from one another (attention), and
+# what each makes of it by itself (an MLP). In the end, the product of the stream at a
+# position with the row of a token is the score of that token.
 #
 # Shapes: B sequences, T positions, C numbers each, V tokens in the vocabulary.
 
 class MultiHeadAttention(Module):
     """Self-attention: `num_heads` heads share the embed_dim numbers of a position.
 
-    It is causal: no position sees a later one, unless `is_causal=False`. `dropout` is
-    the share of the result's elements that is dropped.
+    Attention is causal, that is, no position sees a later one, unless
+    `is_causal=False`. `dropout` is the share of the result's elements that are dropped.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0,
@@ -4675,7 +4677,7 @@ class MultiHeadAttention(Module):
 
 
 class Block(Module):
-    """A layer of a transformer: attention, then an MLP, a layer norm before each."""
+    """A layer of a transformer: attention, then an MLP, each after a layer norm."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         self.ln1 = LayerNorm(embed_dim)
@@ -4687,7 +4689,7 @@ class Block(Module):
 
     def forward(self, x: Any) -> Tensor:
         """(B, T, embed_dim) -> (B, T, embed_dim)."""
-        x = x + self.attn(self.ln1(x))  # drops out at its end
+        x = x + self.attn(self.ln1(x))  # attn ends with its own dropout
         x = x + self.dropout(self.mlp(self.ln2(x)))
         return x
 
@@ -4695,9 +4697,9 @@ class Block(Module):
 class GPT(Module):
     """A decoder-only transformer, like GPT-2.
 
-    It reads up to block_size token ids at a time. Positions are learned; one matrix
-    serves for looking tokens up and for scoring them (Press and Wolf, 2017). `generate`
-    lets it write; section III.7 has a training loop.
+    It reads up to block_size token ids at a time. The rows of the positions are learned.
+    One matrix serves for looking tokens up and for scoring them (Press and Wolf, 2017).
+    `generate` continues a text; section III.7 has a training loop.
     """
 
     def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
@@ -4713,24 +4715,25 @@ class GPT(Module):
         self._draw_weights()
 
     def _draw_weights(self) -> None:
-        """Begin with a deviation of 0.02, as GPT-2 does, and with biases 0.
+        """Draw weights with a deviation of 0.02, as GPT-2 does, and set biases to 0.
 
-        What writes to the residual stream is smaller by sqrt(2 * layers): so many terms
-        add up in it, and their sum is then as large as one of them would be.
+        Weights that write to the residual stream are smaller by sqrt(2 * layers): that
+        stream adds up 2 * layers terms, and their sum is then as large as one unscaled
+        term.
         """
         terms = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # The last Linear of the attention, and of the MLP.
+                # The last Linear of attention and of MLP writes to the stream.
                 writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
                 scale = 0.02 / math.sqrt(terms) if writes else 0.02
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
                 parameter._data[...] = scale * noise
             elif name.endswith("bias"):
-                parameter._data[...] = 0  # (no write to note: nothing was made of it yet)
+                parameter._data[...] = 0  # (no need to note the write: not used yet)
 
     def forward(self, ids: Any) -> Tensor:
-        """Scores of each token to be next: (B, T), T <= block_size -> (B, T, V)."""
+        """The score of every token to be next: (B, T), T <= block_size -> (B, T, V)."""
         ids = self._token_ids("GPT", ids)
         length = ids.shape[1]
         if length > self.block_size:
@@ -4745,7 +4748,7 @@ class GPT(Module):
         return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
 
     def _token_ids(self, what: str, ids: Any) -> np.ndarray:
-        """`ids` as an array of integers (B, T), T > 0, or an error that says why not."""
+        """Return `ids` as an array of integers (B, T), T > 0, or raise an error."""
         vocab_size = len(self.tok_emb.weight)
         ids = _whole_numbers(f"{what}: token ids", ids, vocab_size)
         if ids.ndim != 2 or ids.shape[1] == 0:
@@ -4758,10 +4761,10 @@ class GPT(Module):
                  top_k: int | None = None) -> np.ndarray:
         """Continue token ids (B, T), without dropout: (B, T + max_new_tokens).
 
-        Each token is drawn from the softmax of the logits, divided by `temperature`:
-        the lower it is, the more often the likeliest is taken. With `top_k`, only the k
-        likeliest can be. `manual_seed` fixes the draws. Of a long text, the last
-        block_size tokens are read.
+        Each token is drawn from the softmax of the logits divided by `temperature`: the
+        lower it is, the more often the likeliest token is drawn. With `top_k`, only the k
+        likeliest can be drawn (and those that tie with the last of them). `manual_seed`
+        fixes the draws. If the text is long, only its last block_size tokens are read.
         """
         ids = np.array(self._token_ids("generate", idx), np.int64)
         new = list(self.stream(ids, max_new_tokens, temperature, top_k))  # (B,) each
@@ -4769,7 +4772,7 @@ class GPT(Module):
 
     def stream(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None) -> Iterator[np.ndarray]:
-        """What `generate` writes, token by token: yields (B,) as soon as it is drawn."""
+        """Yield the tokens of `generate` one by one, (B,) each, as they are drawn."""
         if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be an integer from 0, not"
                              f" {max_new_tokens!r}")
@@ -4784,15 +4787,15 @@ class GPT(Module):
                             f"{type(self).__name__} has a forward of its own; write a "
                             "generate to go with it")
         ids = np.array(self._token_ids("generate", idx), np.int64)
-        # (This is no generator itself, which would refuse nothing before its first
-        # token.)
+        # (If this method were a generator, it would raise these errors only when the
+        # first token is asked for.)
         return _write(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
 
 
 # ## III.8 Writing: what need not be computed again?
 #
-# To write a token, a network reads the text so far, looks at the logits of the last
-# position, draws, and appends. Done plainly, that is a few lines:
+# To write a token, a network reads the text so far, takes the logits of the last
+# position, draws a token from them, and appends it. The plain way is a few lines:
 #
 #     >>> text = prompt  # the sentence of the last section
 #     >>> for _ in range(29):
@@ -4801,11 +4804,11 @@ class GPT(Module):
 #     >>> print(np.array_equal(text, gpt.generate(prompt, 29, top_k=1)))
 #     True
 #
-# But for one new token it reads all the old ones again. What is new about them?
-# Nothing: attention is causal, so no position is touched by what comes after it. All
-# that a new position asks of the old ones is their keys and values, in each block. A
-# *cache* keeps these, and each token costs the work of one position. For the network
-# above, of 2 blocks with 4 heads of 8 numbers, it is two arrays:
+# But for one new token it reads all the old ones again, and nothing about them is new:
+# attention is causal, so no position depends on what comes after it. A new position needs
+# only the keys and values of the old ones, in each block. A *cache* keeps these, so that
+# each token costs the work of one position. For the network above, with 2 blocks of 4
+# heads of 8 numbers, the cache is two arrays:
 #
 #     >>> cache = _new_cache(gpt, batch=1)
 #     >>> print([kept.shape for kept in cache])  # k and v, B, H, positions, D
@@ -4816,13 +4819,13 @@ class GPT(Module):
 #     True
 #
 # Once the text is longer than block_size, the window slides. Every token then stands
-# one place further to the left and has another position's row added to it, so all is
-# new, and is read anew.
+# one place further to the left and has another position's row added to it, so the whole
+# window must be read anew.
 
 
 def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
            top_k: int | None) -> Iterator[np.ndarray]:
-    """Yields `count` tokens (B,) that continue `ids` (B, T), one after another."""
+    """Yield `count` tokens (B,) that continue `ids` (B, T), one after another."""
     cache = _new_cache(gpt, len(ids)) if _can_be_cached(gpt) else None
     modules = gpt.modules()
     start = 0  # how many positions are in the cache
@@ -4837,19 +4840,20 @@ def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
                 logits = _read_on(gpt, window[:, start:], cache, start)
         start = window.shape[1]
 
-        # (A float64 for the temperature would make one of float32 logits.)
+        # (A temperature of type np.float64 would turn float32 logits into float64.)
         new = _sample(logits / np.float32(temperature), top_k)  # (B, 1)
         ids = np.concatenate([ids, new], axis=1)
         yield new[:, 0]
 
 
-# To read with a cache is to repeat the lines of GPT.forward, Block.forward and
-# MultiHeadAttention.forward, with two differences: there is no tape, so this is for
-# `generate` alone; and at the end of the last block, only the last position goes on.
+# Reading with a cache repeats the lines of GPT.forward, Block.forward and
+# MultiHeadAttention.forward, with two differences. There is no tape, so this is for
+# `generate` alone; and after the attention of the last block, only the last position
+# goes on.
 
 
 def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
-    """Room for the keys and values of each block: (2, B, H, block_size, D)."""
+    """Empty arrays for the keys and values of each block: (2, B, H, block_size, D)."""
     weight = gpt.tok_emb.weight  # (V, C)
     heads = [block.attn.num_heads for block in gpt.blocks]
     return [np.empty((2, batch, h, gpt.block_size, weight.shape[1] // h), weight.dtype)
@@ -4857,16 +4861,16 @@ def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
 
 
 def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, N), which stand at `start` and beyond.
+    """The logits (B, V) of what follows `ids` (B, N), whose first position is `start`.
 
-    The positions before are in the cache, and these are added to it.
+    The cache holds the positions before `start`, and those of `ids` are added to it.
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
     x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
     for block, kept in zip(gpt.blocks, cache):
         x = x + _attend_cached(block.attn, block.ln1(x), kept, start)
         if kept is cache[-1]:
-            x = x[:, -1:]  # (B, 1, C): nobody asks about the others any more
+            x = x[:, -1:]  # (B, 1, C): the others are needed no more
         x = x + block.mlp(block.ln2(x))
     logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
     return logits.numpy()[:, 0]
@@ -4874,40 +4878,40 @@ def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> 
 
 def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
                    start: int) -> Tensor:
-    """As MultiHeadAttention.forward, of new positions: (B, N, C) -> (B, N, C)."""
+    """MultiHeadAttention.forward for new positions only: (B, N, C) -> (B, N, C)."""
     q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
     end = start + q.shape[2]
     kept[0, :, :, start:end] = k
     kept[1, :, :, start:end] = v
     keys, values = kept[:, :, :, :end]  # (B, H, end, D) each
 
-    # A single new position sees all the others. Several are the beginning of a text, and
-    # among them none may see a later one.
+    # A single new position sees all the others. If there are several, they are the
+    # beginning of a text, and none of them may see a later one.
     y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
     return attn.proj(_merge(y))
 
 
 # A network with other blocks, or whose attention is not causal, is read the plain way.
-# (What stands for `ln1`, `ln2` and `mlp` must treat each position by itself, as these
-# do.)
+# (A module that replaces `ln1`, `ln2` or `mlp` must treat each position by itself, as
+# these do.)
 
 
 def _can_be_cached(gpt: GPT) -> bool:
-    """Whether `_read_on` computes what the blocks do."""
+    """Whether `_read_on` computes the same as the blocks."""
     return all(_computes(block, Block.forward)
                and _computes(block.attn, MultiHeadAttention.forward)
                and block.attn.is_causal for block in gpt.blocks)
 
 
 def _computes(module: Module, forward: Callable) -> bool:
-    """Whether to call the module is to call this method."""
+    """Whether calling the module calls this method."""
     is_called = type(module).__call__ is Module.__call__
     return is_called and getattr(module.forward, "__func__", None) is forward
 
 
 @contextlib.contextmanager
 def _evaluating(modules: list[Module]) -> Iterator[None]:
-    """Inside, the modules are in evaluation mode; afterwards each in its own."""
+    """Inside, the modules are in evaluation mode. Afterwards, each is in its old mode."""
     training = [module.training for module in modules]
     for module in modules:
         module.training = False
@@ -4919,7 +4923,7 @@ def _evaluating(modules: list[Module]) -> Iterator[None]:
 
 
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
-    """An index for each row of logits (B, V), drawn from its softmax or top k: (B, 1)."""
+    """Draw an index for each row of logits (B, V), from its softmax or top k: (B, 1)."""
     if top_k is not None and top_k < logits.shape[1]:
         smallest = np.partition(logits, -top_k)[:, -top_k, None]  # (B, 1)
         logits = np.where(logits < smallest, -np.inf, logits)
@@ -4931,10 +4935,10 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 
 # ## III.9 Many cores: how is a batch shared?
 #
-# Cut the batch into shares, let each processor compute one, and add up. For the mean
-# loss of a batch is a weighted mean itself, of the mean losses of its shares; and so is
-# its gradient. Take one parameter w = 2, a loss whose slope is the mean of x, and a
-# batch of five rows:
+# Cut the batch into shares, let each processor compute one, and add up. This is right
+# because the mean loss of a batch is a weighted mean of the mean losses of its shares,
+# and its gradient is the same weighted mean of their gradients. Take one parameter w = 2,
+# a loss whose slope is the mean of x, and a batch of five rows:
 #
 #     >>> w, x = Tensor(2.0), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 #     >>> def loss(x):
@@ -4946,43 +4950,45 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #     >>> print(f"{value:.4g} {w.grad.item():.4g}")
 #     6 3
 #
-# **Why not threads?** Of Python's threads only one runs at a time, the one that has a
-# lock. NumPy lets go of it while it computes, but then waits for it again; and a step of
-# training is a thousand short computations. A step of a GPT took two threads as long as
-# one, 22 ms. Two *processes*, which have a lock each, took 13 ms (two cores).
+# **Why not threads?** Only one of Python's threads runs at a time, the one that holds a
+# lock. NumPy releases this lock while it computes, but then waits for it again, and a
+# step of training is a thousand short computations. With two threads, a step of a GPT
+# took as long as with one, 22 ms. With two *processes*, which have a lock each, it took
+# 13 ms (on two cores).
 #
-# **What do processes share?** Nothing, unless they ask for it. `os.fork` makes a copy of
-# this process, our *worker*, with the same model and the same loss function, be it a
-# lambda. From then on each writes to its own memory, except for some that is common to
-# both: there lie the parameters, and the gradients of each worker. All else goes through
-# a *pipe*, a queue of bytes between two processes.
+# **What do processes share?** They share nothing, unless they ask for it. `os.fork`
+# makes a copy of this process, our *worker*, with the same model and the same loss
+# function, even if that is a lambda. From then on each process writes to its own
+# memory, except for a part that is common to all: it holds the parameters, and the
+# gradients of each worker. All else goes through a *pipe*, a queue of bytes between two
+# processes.
 #
 # **The step above**, with shares of 3 rows and 2:
 #
 #        the parent: share 0                             the worker: share 1
 #        -------------------                             -------------------
-#     1. cuts the batch                   -- pipe ---->  its rows, 4 and 5
-#     2. of the rows 1, 2 and 3                          of its rows
+#     1. cuts the batch                   -- pipe ---->  receives its rows, 4 and 5
+#     2. computes rows 1, 2 and 3:                       computes its rows:
 #        the loss is 4, the slope 2                      the loss is 9, the slope 4.5
 #        times 3/5: 2.4 and 1.2                          times 2/5: 3.6 and 1.8
 #     3. waits for 3.6                    <-- pipe ----  sends its part of the loss
 #     4. reads 1.8 and adds up: 6 and 3   <== common ==  has written its slope there
 #     5. optimizer.step()                 == common ==>  sees the new w in the next step
 #
-# The parent adds up in the order of the shares, whoever was first. So the result is the
-# same, bit for bit, whenever the number of processes is the same. Below is what a user
-# calls, and then the steps 1 to 4. How a worker is made, and what happens when one dies,
-# is in IV.5.
+# The parent adds up in the order of the shares, whichever was computed first. So with the
+# same number of processes, the result is the same, bit for bit. Below come the methods
+# that a user calls, and then steps 1 to 4. Section IV.5 says how a worker is made, and
+# what happens when one dies.
 
 
 class _Job(NamedTuple):
-    """What is computed of one share."""
+    """What a process is to compute, for one share."""
 
     kind: str  # "gradient" or "evaluate"
     arrays: tuple  # the share's rows of each array
-    weight: float  # their part of all rows
-    stream: tuple[int, ...]  # the name of the share's random numbers
-    state: tuple  # what has changed in the parent (see `_state`)
+    weight: float  # the share's rows, as a fraction of all rows
+    stream: tuple[int, ...]  # with the share's number, the seed of its random numbers
+    state: tuple  # what may have changed in the parent (see `_state`)
 
 
 class DataParallel:
@@ -4990,26 +4996,27 @@ class DataParallel:
 
     `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
 
-    - `params` is a Module, or its parameters (as for an optimizer). Of a Module, the
-      `training` flags, which parameters are frozen, and what else it saves (such as
-      running statistics: III.2) go along with each batch; what a worker makes of its own
-      is forgotten. After other changes (another layer), make a new DataParallel.
+    - `params` is a Module, or its parameters (as for an optimizer). With each batch, the
+      workers are told which parameters are frozen and, of a Module, its `training` flags
+      and what else it saves (such as running statistics: III.2). Changes that a worker
+      makes to its copy of these are lost. After other changes (such as another layer),
+      make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
-      a scalar Tensor. What it changes, other than the arrays above, it changes in the
-      process that it runs in.
+      a scalar Tensor. Any other state that it changes is changed only in the process
+      that runs it.
     - `evaluate(*arrays)` is given a share, too, and returns a number or an array.
-    - `processes` is how many there are, this one included (default: as many as cores).
-      With 1, or where the system cannot fork (Windows, macOS: a warning says so), this
-      one computes all.
+    - `processes` is the number of processes, this one included (default: the number of
+      cores). With 1, or if the system cannot fork (Windows, macOS: a warning says so),
+      this process computes all.
 
-    While it is open, parameters live in memory common to all processes, and BLAS is held
-    to one thread. Make it before other threads run, and call it from one thread at a
-    time. `close()`, or the end of `with`, ends the workers.
+    While the DataParallel is open, parameters live in memory common to all processes, and
+    BLAS is held to one thread. Make it before other threads run, and call it from one
+    thread at a time. `close()`, or the end of `with`, ends the workers.
 
     After a call, `flat_gradients` has all gradients side by side, in one array for each
-    dtype among the parameters: each `.grad` is a view of its piece, or None where the
-    piece is zero because no loss depends on the parameter. To add up over several
-    machines, too, is to add up these.
+    dtype among the parameters. Each `.grad` is a view of its piece, or None where the
+    piece is zero because no loss depends on the parameter. To train on several machines,
+    add up their `flat_gradients`, too.
     """
 
     def __init__(self, params: Any, loss: Callable, *, evaluate: Callable | None = None,
@@ -5027,26 +5034,27 @@ class DataParallel:
         self._module = params if isinstance(params, Module) else None
         self._modules = params.modules() if isinstance(params, Module) else []
         self._calls = 0
-        # Some number that manual_seed decides; from a copy, to leave the stream as it is.
+        # A number that manual_seed decides, drawn from a copy, so that making a
+        # DataParallel does not change what the program draws later.
         self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
         self.flat_gradients: list[np.ndarray] = []
 
-        _keep_freed_memory(self)  # as for an optimizer
+        _keep_freed_memory(self)  # as an optimizer does
         self._layout = _Layout(self._params)  # side by side in flat arrays (IV.5)
         self._team = _Team(self._params, self._layout, self.processes, self._compute)
 
     def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
         """Leave the gradient of the batch's mean loss in each `.grad`; return that loss.
 
-        The arrays have the same length, and are cut by rows, as by np.array_split. What
-        was in `.grad` is replaced: by None, if no share's loss depends on the
-        parameter. Integers in `stream` name the random numbers: share k draws from
-        `manual_seed((*stream, k))`; without, they differ from call to call. The stream
-        of whoever calls is not disturbed.
+        The arrays have the same length, and are cut by rows, as np.array_split does. The
+        old `.grad` is replaced, by None if no share's loss depends on the parameter.
+        Integers in `stream` name the random numbers: share k draws from
+        `manual_seed((*stream, k))`. Without `stream`, they differ from call to call. The
+        caller's own random numbers are not disturbed.
 
-        An exception in a share is raised here, a worker's as a RuntimeError with its
-        traceback, and the next call may succeed. RuntimeError, too, if a worker was
-        killed; then all is closed.
+        An exception in a share is raised here (a worker's as a RuntimeError with its
+        traceback), and the next call may succeed. If a worker was killed, this raises
+        RuntimeError and closes the DataParallel.
         """
         flats, pieces = self._layout.allocate(np.empty)
         self._calls += 1
@@ -5066,8 +5074,8 @@ class DataParallel:
     def evaluate(self, *arrays: Any) -> list:
         """[evaluate(share) for each share], in the order of the rows, without a tape.
 
-        There are as many shares as processes, or rows if these are fewer. Random numbers
-        are the same in every call.
+        There are as many shares as processes, or as rows if these are fewer. The random
+        numbers are the same in every call.
         """
         if self._evaluate is None:
             raise TypeError("DataParallel: has no function for it; give evaluate=...")
@@ -5088,7 +5096,7 @@ class DataParallel:
 
     def _compute_all(self, kind: str, arrays: tuple, stream: tuple[int, ...],
                      pieces: list | None) -> list:
-        """The answers of all shares; the parent's own gradient goes into `pieces`."""
+        """Return the answers of all shares. The parent's gradient goes into `pieces`."""
         if self._team.is_closed:
             raise RuntimeError("DataParallel: this one is closed")
         if os.getpid() != self._team.parent:
@@ -5102,7 +5110,7 @@ class DataParallel:
                 worker.send(job)
             answers = [self._try_first_share(first, pieces)]
             answers += [worker.receive() for worker in busy]
-        except BaseException:  # Ctrl-C among them: an answer may still be on its way
+        except BaseException:  # also Ctrl-C: a late answer would spoil the next call
             self.close()
             raise
 
@@ -5112,7 +5120,7 @@ class DataParallel:
         return answers
 
     def _cut(self, kind: str, arrays: tuple, stream: tuple[int, ...]) -> list[_Job]:
-        """A job for each share that has rows."""
+        """Make a job for each share that has rows."""
         arrays = [np.asarray(_value(a)) for a in arrays]
         lengths = [a.shape[0] if a.ndim else 0 for a in arrays]
         if not arrays or lengths[0] == 0 or len(set(lengths)) > 1:
@@ -5126,8 +5134,9 @@ class DataParallel:
                 for share in shares if len(share[0]) > 0]
 
     def _state(self) -> tuple:
-        """What may change in the parent (by `model.eval()`, by batch norm in training),
-        where workers, being copies, do not see it.
+        """What may change in the parent (by `model.eval()`, by batch norm in training).
+
+        Workers are copies, and would not see the change.
         """
         tracked = [p.requires_grad for p in self._params]
         training = [module.training for module in self._modules]
@@ -5135,9 +5144,13 @@ class DataParallel:
         return tracked, training, constants
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
-        """The parent's share, or its exception, to be raised when all have answered."""
+        """The answer of the parent's share, or its exception.
+
+        The exception is raised only after all workers have answered.
+        """
         try:
-            # To ask a module for its parameters takes a moment: so while workers compute.
+            # Listing a module's parameters takes a moment, so it is done while workers
+            # compute.
             now = self._params if self._module is None else self._module.parameters()
             if list(map(id, now)) != list(map(id, self._params)):
                 raise RuntimeError("DataParallel: the module has other parameters than it "
@@ -5146,10 +5159,10 @@ class DataParallel:
         except Exception as error:
             return error
 
-    # What follows is computed in all processes: the parent's share is number 0.
+    # All processes run the methods below. The parent's share is number 0.
 
     def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
-        """The answer to a job; a gradient goes into `pieces`."""
+        """Return the answer to a job. A gradient goes into `pieces`."""
         if share > 0:
             self._take_state(*job.state)
         with _mode.set(rng=np.random.default_rng((*job.stream, share))):
@@ -5159,7 +5172,7 @@ class DataParallel:
                 return self._evaluate(*job.arrays)
 
     def _compute_gradient(self, job: _Job, pieces: list) -> tuple[float, list[bool]]:
-        """Write gradients to `pieces`. Returns the loss, and who has a gradient."""
+        """Write gradients to `pieces`. Return the loss, and which params it reaches."""
         loss = self._loss(*job.arrays)
         if not _tracked(loss) or loss.size != 1:
             raise TypeError("DataParallel: the loss must be a scalar Tensor made of the "
@@ -5172,7 +5185,7 @@ class DataParallel:
         return loss.item(), [p in slopes for p in self._params]
 
     def _take_state(self, tracked: list, training: list, constants: list) -> None:
-        """Give parameters and module the state that the parent's have."""
+        """Give the parameters and the module the state that they have in the parent."""
         for p, is_tracked in zip(self._params, tracked):
             p.requires_grad = is_tracked
         for module, is_training in zip(self._modules, training):
@@ -5182,7 +5195,7 @@ class DataParallel:
 
 
 def _constants(module: Module | None) -> list:
-    """The Tensors and arrays that a module saves and does not train, each once."""
+    """The Tensors and arrays that a module saves but does not train, each once."""
     if module is None:
         return []
     saved = [value for _, value in module._contents() if _is_saved(value)]
