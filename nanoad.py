@@ -2992,7 +2992,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 class Parameter(Tensor):
     """A Tensor that its module trains, and still lists while it is frozen.
 
-    It has the dtype of its data. Layers are float32, so give float32 beside them.
+    It has the dtype of its data: give float32 to use it beside layers, which are float32.
     """
 
     __slots__ = ()
@@ -3378,7 +3378,7 @@ class LayerNorm(Module):
 
 
 class Embedding(Module):
-    """A table with a row for each of `num_embeddings` integers, drawn from N(0, 1)."""
+    """A table of rows, at first from N(0, 1), one for each of `num_embeddings` integers."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
@@ -3600,7 +3600,7 @@ class Optimizer:
     these. Raises TypeError if a parameter is not a leaf Tensor; ValueError if there are
     no parameters, one is listed twice, or a setting is wrong.
 
-    While an optimizer exists, glibc keeps freed memory for this process (IV.4).
+    While an optimizer exists, glibc keeps freed blocks below 32 MiB for this process.
     """
 
     _state_names: tuple[str, ...] = ()  # what `_update` takes after g
@@ -3649,8 +3649,8 @@ class Optimizer:
 
         # Adam's rule needs the number of steps a parameter has made, and a parameter
         # without a gradient makes none. So neighbours with the same count move
-        # together: with counts 7 7 0 7, first the first two, then the last. Usually all
-        # parameters move together.
+        # together: with counts 7 7 0 7, the first two, then the last. Usually all
+        # parameters are one group.
         counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: does not move
         first = 0
         for count, neighbours in itertools.groupby(counts):
