@@ -2992,7 +2992,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 class Parameter(Tensor):
     """A Tensor that its module trains, and still lists while it is frozen.
 
-    It has the dtype of its data: give float32 to use it beside layers, which are float32.
+    It has the dtype of its data: give float32 for use beside layers, which are float32.
     """
 
     __slots__ = ()
@@ -3561,11 +3561,11 @@ class MLP(Sequential):
 #     0.710 1.90
 #     0.439 2.71
 #
-# The steps of SGD scale with the gradients, whose sizes can differ a
-# thousandfold from layer to layer. **Adam** divides by that size. It keeps two
-# averages, of the gradient and of its square, and moves by about lr, whatever the
-# scale. (Both averages begin at 0, so after k steps they are too small by the factor `1
-# - b**k`. Two divisions correct that.)
+# The steps of SGD scale with the gradients, whose sizes can differ a thousandfold from
+# layer to layer. **Adam** divides by that size. It keeps two averages, of the gradient
+# and of its square, and moves by about lr, whatever the scale. (Both averages begin at
+# 0, so after k steps they are too small by the factor `1 - b**k`. Two divisions correct
+# that.)
 #
 #     >>> def naive_adam(x, g, mean, square, step, lr=0.1, b1=0.9, b2=0.999, eps=1e-8):
 #     ...     mean = b1 * mean + (1 - b1) * g
@@ -3756,7 +3756,8 @@ class Adam(Optimizer):
             raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # This is `naive_adam`, in place. No array is divided by a correction, because
+    # This is `naive_adam`, in place. With c and root as below, no array is divided by a
+    # correction, because
     #
     #     lr * (mean / c) / (sqrt(square) / root + eps)  is
     #     lr * root / c * mean / (sqrt(square) + eps * root)
@@ -3873,7 +3874,7 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 #
 # If each window is written as a column, all weighted sums are one product: a row of 9
 # weights times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006). If all
-# weights are 1, it is the sum of each window:
+# weights are 1, the product is the sum of each window:
 #
 #     >>> image = np.arange(16).reshape(1, 1, 4, 4)
 #     >>> columns = np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4)
@@ -3988,8 +3989,8 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 #
 #     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
-# In backward, the weight receives `g @ columns^T`. The columns receive
-# `weight^T @ g`, which is scattered back to the image.
+# In backward, the weight receives `g @ columns^T`. The columns receive `weight^T @ g`,
+# which is scattered back to the image.
 _BATCH_LAST = (1, 2, 3, 0)   # (N, C, H, W) -> (C, H, W, N), the order in memory
 _BATCH_FIRST = (3, 0, 1, 2)  # and back, to the order that callers see
 
