@@ -3152,7 +3152,7 @@ class Module:
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Set `training`, which dropout and batch norm read, here and in all modules below."""
+        """Set `training`, which dropout and batch norm read, here and in modules below."""
         for module in self.modules():
             module.training = mode
         return self
@@ -3378,7 +3378,7 @@ class LayerNorm(Module):
 
 
 class Embedding(Module):
-    """A table of rows, at first from N(0, 1), one for each of `num_embeddings` integers."""
+    """A table with one row for each of `num_embeddings` integers, at first from N(0, 1)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
@@ -3689,7 +3689,10 @@ class Optimizer:
         return {"steps": self.steps.copy(), "lr": self.lr, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict. Raises KeyError if names differ, ValueError if shapes do."""
+        """Continue from a state_dict.
+
+        Raises KeyError if names differ, ValueError if shapes do.
+        """
         state = dict(state)
         if "steps" in state and np.ndim(state["steps"]) == 0:  # nanoad 1: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
@@ -3923,7 +3926,7 @@ def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
 
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window, a view (N, C, oh, ow) of what all windows have there."""
+    """For each position in a window, a view (N, C, oh, ow): what all windows have there."""
     kernel = _pair(kernel_size, "the kernel size")
     strides = kernel if stride is None else _pair(stride, "the stride")
     if x.ndim != 4:
@@ -3969,7 +3972,7 @@ def _around(padding: Any, kernel: Sequence[int], stride: Any,
         half = tuple(k // 2 for k in kernel)
         raise ValueError(f"{what} 'same' is for stride 1, not {stride}; with another, "
                          f"write padding={half}")
-    return [((k - 1) // 2, k // 2) for k in kernel]  # an odd zero goes last, as in PyTorch
+    return [((k - 1) // 2, k // 2) for k in kernel]  # an odd one goes last, as in PyTorch
 
 
 # With these functions, a convolution takes three steps: pad, gather, weighted sum.
