@@ -2945,7 +2945,8 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     (5,)
 #
 # A layer of your own is a class with an `__init__` that sets attributes and a `forward`
-# that computes with them. This one gives each column a factor, for training to find:
+# that computes with them. This one multiplies each column by a factor that training
+# finds:
 #
 #     >>> class Scale(Module):
 #     ...     def __init__(self, columns):
@@ -2955,8 +2956,8 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     ...         return x * self.factor
 #     ...
 #
-# There is no registry. Whoever wants the parameters looks through the attributes, in
-# the order in which they were set, and through those of the modules among them:
+# There is no registry. To find the parameters, look through the attributes, in the
+# order in which they were set, and through those of the modules among them:
 #
 #     >>> def naive_parameters(module, prefix=""):
 #     ...     for name, value in vars(module).items():
@@ -2968,8 +2969,9 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     >>> print(*(name for name, _ in naive_parameters(Sequential(Scale(2), model))))
 #     0.factor 1.0.weight 1.0.bias 1.2.weight 1.2.bias
 #
-# The real search also looks into lists, tuples and dicts, whose keys then stand in the
-# dotted name: `blocks.3.ln1.weight`. What an attribute is decides what becomes of it:
+# The real search also looks into lists, tuples and dicts, and puts the position or key
+# into the dotted name: `blocks.3.ln1.weight`. The kind of an attribute decides what
+# becomes of it:
 #
 #     | attribute                       | trained | saved | for example               |
 #     | ------------------------------- | ------- | ----- | ------------------------- |
@@ -2978,23 +2980,24 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | a tracked result                | no      | no    | the last hidden state     |
 #     | a number, a text, a function    | no      | no    | a setting                 |
 #
-# (A result is tracked if it was made of what is tracked. Made inside no_grad(), it is a
-# constant like others, and saved.)
+# (A result is tracked if it was made from something tracked. A result made inside
+# no_grad() is a constant like any other, and is saved.)
 #
-# So a plain Tensor is trained, and what is to be saved but not trained is a constant,
-# `t.detach()`. A Parameter can also be frozen for a part of the training, by
-# `p.requires_grad = False`: it is listed still, so that the optimizer has it when it
+# So a plain Tensor is trained. To save one without training it, make it a constant with
+# `t.detach()`. A Parameter can also be frozen for part of the training, by
+# `p.requires_grad = False`: it is still listed, so that the optimizer has it when it
 # thaws.
 #
 # Names and shapes are PyTorch's: `1.0.weight` above, and (out, in) for a Linear. So a
-# state_dict goes in both directions, with two exceptions: PyTorch's BatchNorm2d also
-# counts batches (num_batches_tracked; `strict=False` passes over it), and its attention
-# calls in_proj_weight and out_proj.weight what is qkv.weight and proj.weight in ours.
+# state_dict can go in both directions, with two exceptions. PyTorch's BatchNorm2d also
+# counts batches (num_batches_tracked, which `strict=False` passes over), and our
+# attention's qkv.weight and proj.weight are called in_proj_weight and out_proj.weight
+# in PyTorch.
 
 class Parameter(Tensor):
-    """A Tensor that its module trains, and lists even while it is frozen.
+    """A Tensor that its module trains, and still lists while it is frozen.
 
-    Its dtype is that of the data: beside layers, which are float32, give float32.
+    It has the dtype of its data: give float32 for use beside layers, which are float32.
     """
 
     __slots__ = ()
@@ -3014,11 +3017,11 @@ def _is_saved(value: Any) -> bool:
     return constant or isinstance(value, np.ndarray) or _is_trained(value)
 
 
-# The search takes two steps. `_held` finds what one module holds, be it in lists or
-# dicts; `Module._contents` goes on to the modules among that.
+# The search takes two steps. `_held` finds what one module holds, also inside lists and
+# dicts. `Module._contents` then goes on into the modules among these.
 
 def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of all that stands in a module or nest."""
+    """(dotted name, value) of everything that a module or nest holds."""
     items = vars(holder) if isinstance(holder, Module) else holder
     pairs = items.items() if isinstance(items, dict) else enumerate(items)
 
@@ -3040,22 +3043,23 @@ class Module:
     training = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes. Each class writes its own; call the module."""
+        """What the module computes. Each class writes its own; users call the module."""
         raise NotImplementedError(f"{type(self).__name__} has no forward method; write one in "
                                   "the class, `def forward(self, x): ...`")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """An array may not take a parameter's place, and end its training in silence."""
+        """Refuse an array in a parameter's place: it would silently not be trained."""
         if isinstance(value, np.ndarray) and _is_trained(getattr(self, name, None)):
             raise TypeError(f"{type(self).__name__}.{name} is a parameter, and an array would "
                             f"not be trained; write .{name}.data = ... or assign a Tensor")
         super().__setattr__(name, value)
 
     def _contents(self, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
-        """(dotted name, value) of what this module and all below it hold.
+        """(dotted name, value) of everything in this module and all modules below it.
 
-        What occurs twice comes twice, under both names. But no module comes again
-        inside itself: else, after `child.parent = self`, there would be no end.
+        An object that occurs twice is listed twice, under both names. But no module is
+        listed inside itself, or else the search would never end after
+        `child.parent = self`.
         """
         above = (*above, self)
         for name, value in _held(self, prefix):
@@ -3072,7 +3076,7 @@ class Module:
         return list(by_identity.values())
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
-        """(dotted name, parameter) pairs; what occurs twice has its first name."""
+        """(dotted name, parameter) pairs; one that occurs twice has its first name."""
         names = {}
         for name, value in self._contents():
             if _is_trained(value):
@@ -3084,18 +3088,18 @@ class Module:
         return [parameter for _, parameter in self.named_parameters()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`, on arrays in the dtype of the parameters: float64 data shall not
-        make a float32 network compute in float64.
+        """Run `forward`, with arrays of floats converted to the dtype of the parameters:
+        float64 data would otherwise make a float32 network compute in float64.
 
-        A list given by position is stacked to one array or Tensor; a tuple stays, for it
-        may be a setting, such as an axis.
+        A list given by position is stacked to one array or Tensor. A tuple stays, because
+        it may be a setting, such as an axis.
         """
         args = [self._convert(self._stack(a)) for a in args]
         kwargs = {name: self._convert(a) for name, a in kwargs.items()}
         return self.forward(*args, **kwargs)
 
     def _stack(self, value: Any) -> Any:
-        """A list as one array, or as a Tensor if it holds some; all else as it is."""
+        """A list as one array, or as a Tensor if it holds Tensors; all else as it is."""
         if not isinstance(value, list):
             return value
         try:
@@ -3113,7 +3117,7 @@ class Module:
         return value.astype(next(dtypes, value.dtype), copy=False)
 
     def _state(self) -> dict[str, Any]:
-        """Dotted name -> Tensor or array, of all that is saved."""
+        """Dotted name -> Tensor or array, for everything that is saved."""
         state = {}
         for name, value in self._contents():
             if _is_saved(value):
@@ -3124,14 +3128,14 @@ class Module:
         return state
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Dotted name -> copy, of parameters and constants (such as running means)."""
+        """Dotted name -> a copy, for parameters and constants (such as running means)."""
         return {name: np.array(_value(item)) for name, item in self._state().items()}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Copy the arrays of a state_dict in: all of them, or none if there is an error.
+        """Copy in the arrays of a state_dict: all of them, or none if there is an error.
 
-        KeyError if names are missing or unknown (`strict=False` passes these over),
-        ValueError if a shape is another, TypeError if floats would become integers.
+        Raises KeyError if names are missing or unknown (`strict=False` passes over
+        these), ValueError if a shape differs, TypeError if floats would become integers.
         """
         current = self._state()
         for name, array in _fitting("load_state_dict", current, state, strict).items():
@@ -3140,9 +3144,9 @@ class Module:
     def astype(self, dtype: Any) -> Self:
         """Convert parameters and constants in place, say to float64; returns self.
 
-        Tensors, lists and dicts stay the same objects, as others may have them in hand;
-        arrays and tuples, which cannot change their type or items, are replaced. Integers
-        and bools stay so. Gradients are forgotten.
+        Tensors, lists and dicts stay the same objects, because others may refer to
+        them. Arrays and tuples, which cannot change their dtype or items, are replaced.
+        Integers and bools keep their dtype. Gradients are forgotten.
         """
         dtype = np.dtype(dtype)
         if dtype.kind != "f":
@@ -3153,13 +3157,13 @@ class Module:
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Set this and all below to training, which dropout and batch norm ask about."""
+        """Set `training`, which dropout and batch norm read, here and in modules below."""
         for module in self.modules():
             module.training = mode
         return self
 
     def eval(self) -> Self:
-        """Set this and all below to evaluation."""
+        """Set this module and all below it to evaluation."""
         return self.train(False)
 
     def zero_grad(self) -> None:
@@ -3175,12 +3179,12 @@ class Module:
                  if isinstance(value, Module) or name.isdigit()]  # (a layer of Sequential)
 
         head = f"{type(self).__name__}({', '.join(settings)}"
-        below = "".join(lines).replace("\n", "\n  ")  # two further in, at each level
+        below = "".join(lines).replace("\n", "\n  ")  # two columns further in, per level
         return f"{head}{below}\n)" if lines else f"{head})"
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether `repr` of a module shows this attribute beside the module's name."""
+    """Whether a module's `repr` shows this attribute beside the module's name."""
     if isinstance(value, tuple):
         return all(isinstance(n, (int, float)) for n in value)
     return isinstance(value, (Tensor, int, float, str))
@@ -3194,7 +3198,7 @@ def _brief(value: Any) -> str:
 
 
 def _as_dtype(value: Any, dtype: np.dtype) -> Any:
-    """What `astype` puts in the place of `value`: the same object, where it can change."""
+    """What `astype` puts in the place of `value`: the same object, if that can change."""
     if isinstance(value, (list, dict)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in list(pairs):
@@ -3212,17 +3216,17 @@ def _as_dtype(value: Any, dtype: np.dtype) -> Any:
 
 
 def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
-    """Copy an array into what a module saves."""
+    """Copy an array into a Tensor or array that a module saves."""
     if isinstance(target, Tensor):
-        target._data = np.asarray(target._data)  # a 0-d result may be a scalar of NumPy's
+        target._data = np.asarray(target._data)  # a 0-d result may be a NumPy scalar
         _note_write(target)
     _value(target)[...] = array
 
 
 def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict:
-    """Name -> the array in `state` that is to replace the `current` one, in its dtype.
+    """Name -> the array in `state` that will replace the `current` one, in its dtype.
 
-    Raises an error that says what differs in name (if `strict`), shape or kind of dtype.
+    Raises an error that says which name (if `strict`), shape or kind of dtype differs.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"{what}: needs a dict of arrays, such as state_dict() returns, "
@@ -3254,13 +3258,14 @@ def manual_seed(seed: int | Sequence[int]) -> None:
 
 # ### Layers
 #
-# A layer is a function together with the numbers it needs. What it has to decide is
-# where its weights begin. All zeros would give all units the same gradient, and they
-# would stay alike for ever; so weights begin at random. How large? A unit adds up n
-# products of weights and inputs. If the weights have either sign and a size of about 1
-# / sqrt(n), the sum is about as large as one input, and through many layers the numbers
-# neither vanish nor explode. Linear and Conv2d draw them between -1 / sqrt(n) and 1 /
-# sqrt(n), as PyTorch does, so that its recipes and learning rates carry over.
+# A layer is a function together with the numbers it needs. It has to decide where its
+# weights begin. If all were zero, all units would receive the same gradient and stay
+# alike for ever, so weights begin at random. How large should they be? A unit adds up n
+# products of weights and inputs. If the weights have either sign and a size of about
+# 1 / sqrt(n), the sum is about as large as one input, and through many layers the
+# numbers neither vanish nor explode. Linear and Conv2d draw weights between
+# -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and learning rates
+# carry over.
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
@@ -3269,7 +3274,7 @@ def _uniform(bound: float, *shape: int) -> Parameter:
 
 
 def _positive(what: str, **sizes: int) -> None:
-    """ValueError unless all sizes are positive integers."""
+    """Raise ValueError unless all sizes are positive integers."""
     for name, size in sizes.items():
         if not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{what}: {name} must be a positive integer, got {size!r}")
@@ -3300,7 +3305,7 @@ class Conv2d(Module):
                  padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
         height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (III.4)
-        _pair(stride, "Conv2d: stride")  # this and the next only check
+        _pair(stride, "Conv2d: stride")  # this line and the next only check
         _around(padding, (height, width), stride, "Conv2d: padding")
         self.stride = stride
         self.padding = padding
@@ -3315,9 +3320,9 @@ class Conv2d(Module):
 
 
 class _Pool2d(Module):
-    """What the two pools share: sizes are numbers, or pairs for height and width.
+    """The base of the two pools. Sizes are numbers, or pairs for height and width.
 
-    Windows lie side by side, unless there is a stride.
+    Windows lie side by side unless a stride is given.
     """
 
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
@@ -3378,7 +3383,7 @@ class LayerNorm(Module):
 
 
 class Embedding(Module):
-    """A table with a row for each of `num_embeddings` integers, at first of N(0, 1)."""
+    """A table with one row for each of `num_embeddings` integers, at first from N(0, 1)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
@@ -3391,7 +3396,7 @@ class Embedding(Module):
 
 
 class Dropout(Module):
-    """`dropout` with probability p in training, and nothing in evaluation."""
+    """`dropout` with probability p in training. In evaluation, x is left as it is."""
 
     def __init__(self, p: float = 0.5) -> None:
         _check_share("Dropout", p)
@@ -3403,17 +3408,17 @@ class Dropout(Module):
 
 
 class Flatten(Module):
-    """Each image, or whatever an item is, as one row."""
+    """Each item of a batch, such as an image, as one row."""
 
     def forward(self, x: Any) -> Tensor:
-        """(N, ...) -> (N, all else)."""
+        """(N, ...) -> (N, the product of the other sizes)."""
         if np.ndim(x) == 0:
             raise ValueError("Flatten: needs a batch (N, ...), not a single number")
         return reshape(x, len(x), math.prod(x.shape[1:]))
 
 
 def _elementwise(name: str, f: Callable, does: str) -> type[Module]:
-    """The layer of a function that works element by element: a class of its own."""
+    """Make a layer class from a function that works element by element."""
     class Layer(Module):
         def forward(self, x: Any) -> Tensor:
             """Any shape -> the same shape."""
@@ -3459,8 +3464,8 @@ class Sequential(Module):
         >>> [name for name, _ in model.named_parameters()]
         ['0.weight', '0.bias', '2.weight', '2.bias']
 
-    `model[1]` is a layer, `model[:2]` a Sequential of two; `len` and `for` work as well.
-    Of a function no parameters are found: what is to be trained belongs in a Module.
+    `model[1]` is a layer, `model[:2]` a Sequential of two. `len` and `for` work as well.
+    Parameters inside a function are not found: to train them, put them in a Module.
     """
 
     def __init__(self, *layers: Callable) -> None:
@@ -3474,7 +3479,7 @@ class Sequential(Module):
             setattr(self, str(i), layer)
 
     def _layers(self) -> list[tuple[str, Any]]:
-        """(number, layer) pairs: the attributes that have a number for a name."""
+        """(number, layer) pairs: the attributes whose name is a number."""
         return [(name, layer) for name, layer in vars(self).items() if name.isdigit()]
 
     def __getitem__(self, index: int | slice) -> Any:
@@ -3496,7 +3501,7 @@ class Sequential(Module):
         return iter([layer for _, layer in self._layers()])
 
     def forward(self, x: Any) -> Any:
-        """x, handed on from layer to layer."""
+        """Pass x from layer to layer."""
         for layer in self:
             x = layer(x)
         return x
@@ -3530,7 +3535,7 @@ class MLP(Sequential):
 
 # ## III.3 Optimizers: how far?
 #
-# Gradients say which way is down, and not how far to go. The whole of training, once:
+# Gradients say which way is down, but not how far to go. Here is all of training, once:
 #
 #     >>> manual_seed(0)
 #     >>> points, labels = make_moons(100, noise=0.1)
@@ -3544,10 +3549,10 @@ class MLP(Sequential):
 #     >>> loss.item() < 0.3
 #     True
 #
-# Every optimizer below is this loop, with another rule for how far a parameter moves. A
-# rule may remember something for each parameter, its *states*. **SGD** with momentum
-# moves like a ball that rolls downhill. Its state is a velocity: the sum of all gradients
-# so far, each of which fades by a tenth with every step that follows:
+# Every optimizer below is this loop, with a different rule for how far a parameter
+# moves. A rule may remember something about each parameter, its *states*. **SGD** with
+# momentum moves like a ball that rolls downhill. Its state is a velocity: the sum of
+# all gradients so far, each of which fades by a tenth in every later step:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -3561,10 +3566,11 @@ class MLP(Sequential):
 #     0.710 1.90
 #     0.439 2.71
 #
-# Its steps are as large as the gradients, which differ a thousandfold from layer to
-# layer. **Adam** divides by their size. It keeps two averages, of the gradient and of
-# its square, and moves by about lr, whatever the scale. (Both averages begin at 0, and
-# after k steps are too small by the factor `1 - b**k`; two divisions mend that.)
+# The steps of SGD scale with the gradients, whose sizes can differ a thousandfold from
+# layer to layer. **Adam** divides by that size. It keeps two averages, of the gradient
+# and of its square, and moves by about lr, whatever the scale. (Both averages begin at
+# 0, so after k steps they are too small by the factor `1 - b**k`. Two divisions correct
+# that.)
 #
 #     >>> def naive_adam(x, g, mean, square, step, lr=0.1, b1=0.9, b2=0.999, eps=1e-8):
 #     ...     mean = b1 * mean + (1 - b1) * g
@@ -3579,30 +3585,30 @@ class MLP(Sequential):
 #     0.900
 #     0.900
 #
-# What the classes add most of all is speed. A network has fifty small arrays of
-# parameters, and to call NumPy ten times on each takes longer than the arithmetic. So the
-# parameters are laid end to end in one flat array, the gradients in a second, and
-# each state in one more. For the network above:
+# The classes mainly add speed. A network may have fifty small arrays of parameters, and
+# calling NumPy ten times on each takes longer than the arithmetic. So the parameters
+# are laid end to end in one flat array, the gradients in a second, and each state in
+# one more. For the network above:
 #
 #     weight (16, 2)    bias (16,)    weight (1, 16)    bias (1,)
 #     |-----------------|-------------|-----------------|----------|
 #     0                32            48                64         65    _bounds
 #
-# Then the rule, `_update`, runs once, on all 65 numbers. `step` says which parameters
-# move, and `_move` brings their numbers to the rule and back.
+# Then the rule, `_update`, runs once, on all 65 numbers. `step` decides which
+# parameters move, and `_move` takes their numbers to the rule and back.
 
 class Optimizer:
     """The base of all optimizers: a subclass names its states and writes `_update`.
 
     `params` are leaf Tensors (an iterable, a Module, or one Tensor). `lr`, the learning
     rate, and the other `settings` become attributes: numbers of at least 0, or tuples of
-    such. TypeError for what is no leaf Tensor; ValueError for no parameters, one that is
-    listed twice, or a wrong setting.
+    these. Raises TypeError if a parameter is not a leaf Tensor; ValueError if there are
+    no parameters, one is listed twice, or a setting is wrong.
 
-    While there is an optimizer, freed memory is not given back to the system.
+    While an optimizer exists, glibc keeps freed blocks below 32 MiB for this process.
     """
 
-    _state_names: tuple[str, ...] = ()  # of what `_update` is given after g
+    _state_names: tuple[str, ...] = ()  # what `_update` takes after g
 
     def __init__(self, params: Any, lr: float, **settings: Any) -> None:
         name = type(self).__name__
@@ -3621,13 +3627,13 @@ class Optimizer:
                 raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
             setattr(self, key, value)
 
-        self.steps = np.zeros(len(self.params), np.int64)  # of each parameter
+        self.steps = np.zeros(len(self.params), np.int64)  # made by each parameter
         ends = np.cumsum([p.size for p in self.params]).tolist()
         self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
         dtype = np.result_type(*[p.dtype for p in self.params])  # the widest
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        _keep_freed_memory(self)  # (IV.4), for every step makes the same arrays anew
+        _keep_freed_memory(self)  # (IV.4): every step allocates the same arrays
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray, *states: np.ndarray) -> None:
         """Move the parameters x, and renew the states, in place; g may be overwritten.
@@ -3646,10 +3652,11 @@ class Optimizer:
         has_gradient = [p.grad is not None for p in self.params]
         self.steps += has_gradient
 
-        # Adam's rule asks how many steps a parameter has made, and one without a gradient
-        # makes none. So neighbours with the same count move together: of the counts
-        # 7 7 0 7, the first two and then the last. Most often they are all there are.
-        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: it stays
+        # Adam's rule needs the number of steps a parameter has made, and a parameter
+        # without a gradient makes none. So neighbours with the same count move
+        # together: with counts 7 7 0 7, the first two, then the last. Usually all
+        # parameters are one group.
+        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: does not move
         first = 0
         for count, neighbours in itertools.groupby(counts):
             end = first + len(list(neighbours))
@@ -3658,20 +3665,20 @@ class Optimizer:
             first = end
 
     def _move(self, first: int, end: int, step: int) -> None:
-        """The step of the parameters from number `first` to before number `end`."""
+        """Make step number `step` of the parameters `first` to `end - 1`."""
         params = self.params[first:end]
         g = np.concatenate([p.grad._data.ravel() for p in params])
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # Parameters that lie end to end in memory, as DataParallel lays them (IV.5), are
-        # moved where they are. Others are copied together, moved, and copied back.
+        # Parameters that lie end to end in memory, as DataParallel lays them (IV.5),
+        # are moved in place. Others are copied into one array, moved, and copied back.
         arrays = [p._data for p in params]
         x = _side_by_side(arrays)
         is_copy = x is None
         if is_copy:
             x = np.concatenate([a.ravel() for a in arrays])
-        for block in _blocks(x, g, *states):  # each stays in the cache (II.7)
+        for block in _blocks(x, g, *states):  # each block fits the cache (II.7)
             self._update(step, *block)
 
         start = 0
@@ -3682,14 +3689,17 @@ class Optimizer:
             _note_write(p)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: the parameters' steps, lr, and the states."""
+        """Everything a resumed run needs: the parameters' steps, lr, and the states."""
         states = {key: state.copy() for key, state in self._state.items()}
         return {"steps": self.steps.copy(), "lr": self.lr, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict. KeyError or ValueError for another optimizer's."""
+        """Continue from a state_dict.
+
+        Raises KeyError if names differ, ValueError if shapes do.
+        """
         state = dict(state)
-        if "steps" in state and np.ndim(state["steps"]) == 0:  # of nanoad 1: one for all
+        if "steps" in state and np.ndim(state["steps"]) == 0:  # nanoad 1: one for all
             state["steps"] = np.full(len(self.params), state["steps"])
         new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
         self.steps = new["steps"].copy()
@@ -3698,7 +3708,7 @@ class Optimizer:
 
 
 def _listed(name: str, params: Any) -> list[Tensor]:
-    """The Tensors of a Module, of any iterable, or the one."""
+    """The Tensors of a Module or of an iterable, or one Tensor, as a list."""
     if isinstance(params, Module):
         params = params.parameters()
     params = [params] if isinstance(params, Tensor) else list(params)
@@ -3712,9 +3722,10 @@ def _listed(name: str, params: Any) -> list[Tensor]:
 class SGD(Optimizer):
     """Descent with momentum (Polyak, 1964).
 
-    With `nesterov`, a step goes by the velocity of one step later, were the gradient to
-    stay (Sutskever and others, 2013). `weight_decay` times the parameter is added to
-    its gradient: what nothing else moves shrinks.
+    With `nesterov`, a step uses the velocity that the next step would have if the
+    gradient stayed the same (Sutskever and others, 2013). `weight_decay` times the
+    parameter is added to its gradient, so that a parameter shrinks where nothing else
+    moves it.
     """
 
     _state_names = ("velocity",)
@@ -3739,12 +3750,12 @@ class SGD(Optimizer):
 class Adam(Optimizer):
     """Steps of about lr: the mean gradient over its RMS (Kingma and Ba, 2015).
 
-    `betas` are the two numbers (b1, b2), in [0, 1), by which the means of the gradient
-    and of its square fade in a step. `weight_decay` is as in SGD.
+    `betas` are the factors (b1, b2), in [0, 1), by which the means of the gradient and
+    of its square fade in each step. `weight_decay` is as in SGD.
     """
 
     _state_names = ("mean", "square")
-    _decoupled = False  # whether weight_decay leaves the gradient alone
+    _decoupled = False  # whether weight_decay leaves the gradient as it is
 
     def __init__(self, params: Any, lr: float = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -3753,7 +3764,8 @@ class Adam(Optimizer):
             raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # As `naive_adam`, in place. Both corrections become one number before the arrays:
+    # This is `naive_adam`, in place. With c and root as below, no array is divided by a
+    # correction, because
     #
     #     lr * (mean / c) / (sqrt(square) / root + eps)  is
     #     lr * root / c * mean / (sqrt(square) + eps * root)
@@ -3779,8 +3791,8 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """Adam whose weight_decay shrinks x itself (Loshchilov and Hutter, 2019).
 
-    In the gradient, as in Adam, it would be divided by the gradient's size: what has
-    large gradients would hardly decay.
+    Adam adds the decay to the gradient, and so divides it by the gradient's size:
+    parameters with large gradients hardly decay.
     """
 
     _decoupled = True
@@ -3792,7 +3804,7 @@ class AdamW(Adam):
 
 
 class CosineWarmupLR:
-    """Sets an optimizer's lr: a line up to what it was, then half a cosine to min_lr.
+    """Sets an optimizer's lr: a line up to its first value, then half a cosine to min_lr.
 
     Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017; no restarts.)
     """
@@ -3826,7 +3838,7 @@ class CosineWarmupLR:
         self.optimizer.lr = self.rate(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Everything a resumed run needs."""
         return {"steps": self.steps, "max_lr": self.max_lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -3835,19 +3847,20 @@ class CosineWarmupLR:
         self._go_to(int(state["steps"]))
 
 
-# One strange batch can have a gradient a hundred times as long as all others, and throw
-# away in one step what was learned in a thousand. So gradients are often shortened to a
-# length that is usual.
+# One strange batch can have a gradient a hundred times as long as all others, and undo
+# in one step what a thousand steps have learned. So gradients are often shortened to a
+# usual length.
 def clip_grad_norm(params: Any, max_norm: float) -> float:
     """Scale gradients to a joint 2-norm of at most max_norm; returns the norm before.
 
-    `params` are as for an optimizer. A norm that is not finite leaves the gradients
-    alone. ValueError unless max_norm is above 0. (Pascanu, Mikolov and Bengio, 2013.)
+    `params` are as for an optimizer. If the norm is not finite, the gradients stay as
+    they are. Raises ValueError unless max_norm is above 0. (Pascanu, Mikolov and
+    Bengio, 2013.)
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
     params = [p for p in _listed("clip_grad_norm", params) if p.grad is not None]
-    # (float16 is too narrow for squares, and has no factor as small as 1e-8: see II.7.)
+    # (The squares may overflow float16, and 1e-8 as a factor would be 0 in it: see II.7.)
     wide = [astype(p.grad, np.float32) if p.dtype == np.float16 else p.grad for p in params]
     norm = math.sqrt(sum(float(np.vdot(g._data, g._data)) for g in wide))
     if max_norm < norm < math.inf:
@@ -3858,18 +3871,18 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 
 # ## III.4 Images: a convolution as a product?
 #
-# A convolution slides a small window over an image, and takes the same weighted sum of
-# what it sees at every place. Here is an image of 4 x 4, and where a window of 3 x 3
-# can be:
+# A convolution slides a small window over an image, and at every place takes the same
+# weighted sum of what it sees. Here are an image of 4 x 4, and all windows of 3 x 3 in
+# it:
 #
 #      0  1  2  3
 #      4  5  6  7         0  1  2       1  2  3       4  5  6       5  6  7
 #      8  9 10 11         4  5  6       5  6  7       8  9 10       9 10 11
 #     12 13 14 15         8  9 10       9 10 11      12 13 14      13 14 15
 #
-# Write each window as a column, and all weighted sums are one product: weights as a row
-# of 9, times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006). With all
-# weights 1 it is the sum of each window:
+# If each window is written as a column, all weighted sums are one product: a row of 9
+# weights times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006). If all
+# weights are 1, the product is the sum of each window:
 #
 #     >>> image = np.arange(16).reshape(1, 1, 4, 4)
 #     >>> columns = np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4)
@@ -3886,14 +3899,14 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 #      [ 9 10 13 14]
 #      [10 11 14 15]]
 #
-# Now read it by rows, each of which belongs to one position *in the window*: the first
-# has what all windows see in their upper left corner. That is the image without its
-# last two rows and columns: a slice, and NumPy's slices cost nothing. So we never visit
-# window after window, but gather nine slices.
+# Now read the matrix by rows. Each row belongs to one position *in the window*: the
+# first holds what all windows see in their upper left corner. Together, these are the
+# image without its last two rows and columns. That is a slice, and NumPy's slices cost
+# nothing. So we gather nine slices, and need not visit window after window.
 #
 # The way back goes through the same slices: what a row of the matrix receives is added
-# to the image where that row was gathered. With 1 for everything, each pixel receives
-# the number of the windows that see it:
+# to the image where that row was gathered. If every entry receives 1, each pixel
+# receives the number of windows that see it:
 #
 #     >>> ones = [np.ones((2, 2), int)] * 9
 #     >>> print(_scatter_back(ones, image, (3, 3), (1, 1))[0, 0])
@@ -3902,13 +3915,13 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 #      [2 4 4 2]
 #      [1 2 2 1]]
 #
-# Pooling gathers in the same way, and takes the largest of the slices, or their mean.
+# Pooling gathers in the same way, and takes the maximum of the slices, or their mean.
 #
-# Images are (N, C, H, W), which is batch, channels, height and width; results have
-# height and width (oh, ow). Sizes of windows, strides and paddings are one number, or a
-# pair for height and width.
+# Images are (N, C, H, W): batch, channels, height and width. Results have height and
+# width (oh, ow). Sizes of windows, strides and paddings are one number, or a pair for
+# height and width.
 def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
-    """(height, width) of a size that is such a pair, or one number for both."""
+    """(height, width), from a pair or from one number for both."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     are_whole = all(isinstance(n, (int, np.integer)) for n in pair)
     if len(pair) != 2 or not are_whole or min(pair) < least:
@@ -3918,7 +3931,7 @@ def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
 
 
 def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window, what all windows have there: views (N, C, oh, ow)."""
+    """For each position in a window, a view (N, C, oh, ow): what all windows have there."""
     kernel = _pair(kernel_size, "the kernel size")
     strides = kernel if stride is None else _pair(stride, "the stride")
     if x.ndim != 4:
@@ -3940,7 +3953,7 @@ def _slices(n: int, k: int, step: int) -> list[slice]:
         >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
         [0 1] [1 2] [2 3]
     """
-    starts = n - k + 1  # where a window may begin, if the step is 1
+    starts = n - k + 1  # in how many places a window may begin, if the step is 1
     return [slice(i, i + starts, step) for i in range(k)]
 
 
@@ -3964,10 +3977,10 @@ def _around(padding: Any, kernel: Sequence[int], stride: Any,
         half = tuple(k // 2 for k in kernel)
         raise ValueError(f"{what} 'same' is for stride 1, not {stride}; with another, "
                          f"write padding={half}")
-    return [((k - 1) // 2, k // 2) for k in kernel]  # PyTorch, too, puts an odd one last
+    return [((k - 1) // 2, k // 2) for k in kernel]  # an odd one goes last, as in PyTorch
 
 
-# Said with these, a convolution is three lines: pad, gather, weighted sum.
+# With these functions, a convolution takes three steps: pad, gather, weighted sum.
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     o, c, *kernel = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
@@ -3976,18 +3989,18 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     return y if bias is None else y + bias.reshape(-1, 1, 1)
 
 
-# The kernel does the same, with one change of layout. A slice of an image has short
+# The kernel does the same, with a different layout. A slice of an image has short
 # lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). But a batch
-# has a hundred images. So in memory the batch is last, (C, H, W, N), and everybody is
-# shown a transposed view of that, (N, C, H, W). Elementwise operations keep the order in
-# memory, so from layer to layer nothing is moved. The product is
+# has a hundred images. So in memory the batch is last, (C, H, W, N), and the result is
+# a transposed view of that, (N, C, H, W). Elementwise operations keep the order in
+# memory, so nothing is rearranged between layers. The product is
 #
 #     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
-# and backward the weight receives `g @ columns^T` and the columns `weight^T @ g`, which
-# is scattered back to the image.
-_BATCH_LAST = (1, 2, 3, 0)   # transposed by this, (N, C, H, W) is (C, H, W, N), as in memory
-_BATCH_FIRST = (3, 0, 1, 2)  # and by this it is what everybody sees
+# In backward, the weight receives `g @ columns^T`. The columns receive `weight^T @ g`,
+# which is scattered back to the image.
+_BATCH_LAST = (1, 2, 3, 0)   # (N, C, H, W) -> (C, H, W, N), the order in memory
+_BATCH_FIRST = (3, 0, 1, 2)  # and back, to the order that callers see
 
 
 @fused(_conv2d_definition, operands=3)
@@ -4011,7 +4024,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
     matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
 
-    def columns():  # made twice: to keep them would take kh kw times the memory of x
+    def columns():  # made twice, as keeping them would take kh kw times x's memory
         return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
 
     y = matrix @ columns()  # (O, oh ow N)
@@ -4046,7 +4059,7 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 
 
 # The largest element of a window receives the window's cotangent, and the others
-# nothing. Where several are the largest it goes to the first, and a nan counts as the
+# receive nothing. If several are largest, the first receives it. A nan counts as the
 # largest, as in PyTorch.
 def _max_pool2d_definition(x, kernel_size, stride=None):
     first, *others = _gather(x, kernel_size, stride)
@@ -4059,27 +4072,27 @@ def _max_pool2d_definition(x, kernel_size, stride=None):
 def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The largest element of each window, (N, C, H, W) -> (N, C, oh, ow).
 
-    The stride is the kernel's size if None. Raises ValueError for windows that do not
-    fit.
+    If the stride is None, it is the kernel's size. Raises ValueError if the windows do
+    not fit.
     """
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, views)
     apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
 
-    # Backward, the positions in a window are asked one after another: in which windows,
-    # of those not yet claimed, is the largest element here? These claim it: the image
-    # receives their g here, and 0 from the others (II.3). If windows overlap, a pixel is
-    # in several, and adds up what it receives.
+    # Backward takes the positions in a window one after another, and finds the
+    # unclaimed windows whose largest element is at this position. These are then
+    # claimed: the image receives their g here, and 0 from the others (II.3). If windows
+    # overlap, a pixel is in several, and adds up what it receives.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
-        has_nan = np.isnan(np.max(y, initial=0))  # if not, nobody need look for one
+        has_nan = np.isnan(np.max(y, initial=0))  # if not, no view is searched for one
         dx = np.zeros_like(x)
         share = np.empty_like(y)
         unclaimed = np.ones_like(y, bool)  # (N, C, oh, ow)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
             if has_nan:
-                chosen |= np.isnan(view)  # for nan == nan is False
+                chosen |= np.isnan(view)  # because nan == nan is False
             chosen &= unclaimed
             unclaimed ^= chosen
             if apart:
