@@ -1401,7 +1401,7 @@ relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way t
                doc="max(x, 0), element by element.")
 
 
-# The larger of two operands receives all of g; where they tie, each receives half. The
+# The chosen one of two operands receives all of g; if they tie, each receives half. The
 # rule asks whether the *other* differs from the result, which is also right for nan,
 # since nan differs from everything:
 #
@@ -1445,10 +1445,11 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
 # rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`.
-# `np.add.at` does that, and is slow. `np.bincount([0, 0, 2], weights=[5, 6, 7])` is
-# fast, and gives the same 11, 0, 7. If there are several axes, the elements are
-# numbered, and the index picks numbers. (An index of numbers and slices, or a mask,
-# names no element twice, so `out[index] = x` is enough.)
+# `np.add.at` does that, and is slow if the index picks whole rows.
+# `np.bincount([0, 0, 2], weights=[5, 6, 7])` is fast there, too, and gives the same 11,
+# 0, 7. If there are several axes, the elements are numbered, and the index picks
+# numbers. (An index of numbers and slices, or a mask, names no element twice, so
+# `out[index] = x` is enough.)
 getitem = _define("getitem", lambda x, index: x[index],
                   lambda g, y, x, index: scatter_add(g, index, x.shape),
                   doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1740,8 +1741,8 @@ def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
 
 
-# The largest element receives the cotangent; several that tie share it evenly. If one
-# is nan, the result is nan: then all are winners, each with the share nan.
+# The largest (or smallest) element receives the cotangent; several that tie share it
+# evenly. If one is nan, the result is nan: then all are winners, each with share nan.
 def _to_ties(g, y, x, axis=None, keepdims=False):
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
@@ -1912,7 +1913,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # an axis for each of q
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
     if keepdims:
-        y = expand_dims(y, axes)  # (they count from the front, and q's axes are at the back)
+        y = expand_dims(y, axes)  # (axes count from the front; q's are at the back)
     return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))  # q's axes first
 
 
