@@ -1041,11 +1041,11 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
 #
 # ## II.1 How to add an operation, and how to test it
 #
-# Write the function and one rule per operand, and call it by its name. The function may
-# use all of NumPy, for it only meets arrays, and returns one; rules use operators,
-# functions of `np`, and operations. `check_grad` compares the derivative that the rules
-# give with differences of the function; then the second derivative with differences of
-# the first, and so on, up to `order`:
+# To add an operation, write the function and one rule per operand, and call it by its
+# name. The function receives arrays and returns one, so it may use all of NumPy; rules
+# may use operators, functions of `np`, and operations. `check_grad` compares the
+# derivative that the rules give with differences of the function, then the second
+# derivative with differences of the first, and so on, up to `order`:
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def my_arctan(x):
@@ -1056,17 +1056,17 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
 #     >>> print(grad(grad(my_arctan))(1.0))  # -2x / (1 + x*x)**2
 #     -0.5
 #
-# If that is too slow, write a kernel, and let what you had be its definition (II.7).
+# If that is too slow, write a kernel, and keep what you had as its definition (II.7).
 
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                eps: float = 1e-5) -> float:
     """Compare the derivatives of f, up to `order`, with central differences.
 
-    f takes Tensors and returns one of any shape; it is tested at `args`, by those of
-    them that hold floating-point numbers, in float64. Returns the largest error,
-    relative to max(1, |derivative|). Raises AssertionError that names the worst element
-    and both its values.
+    f takes Tensors and returns one of any shape. It is tested at `args`, in float64,
+    for each argument that holds floating-point numbers. Returns the largest error,
+    relative to max(1, |derivative|). Raises AssertionError if that exceeds `rtol`, and
+    names the worst element and both its values.
     """
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
@@ -1076,7 +1076,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
                  for i, a in enumerate(args))
 
     def weighted(*args: Any) -> Tensor:
-        """The sum of f's elements, with weights, lest the slopes of two of them cancel."""
+        """The sum of f's elements, weighted so that the slopes of two do not cancel."""
         (y,) = _outputs("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
@@ -1103,7 +1103,7 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
             below = f(*args[:i], args[i] - step, *args[i + 1:])
             numeric = (above.item() - below.item()) / (2 * eps)
             error = abs(numeric - analytic) / max(1.0, abs(numeric))
-            if not error <= largest:  # so that nan counts as large
+            if not error <= largest:  # not `error > largest`: nan counts as large
                 largest = math.inf if math.isnan(error) else float(error)
                 worst = (f"by argument {i} at index {index}: numeric {numeric:.9g}, "
                          f"analytic {analytic:.9g}")
@@ -1114,9 +1114,9 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
 
 # ## II.2 NumPy: how does `np.exp(t)` arrive here?
 #
-# Before it computes, NumPy asks an operand that is not its own. Its elementwise
+# Before NumPy computes, it asks any operand of a foreign type. Its elementwise
 # functions (the "ufuncs", like exp) call the operand's `__array_ufunc__`, and most
-# others its `__array_function__`. So `np.exp(t)` is answered by our `exp`:
+# others call its `__array_function__`. So our `exp` answers `np.exp(t)`:
 #
 #     >>> t = Tensor([0.0, 1.0])
 #     >>> np.exp(t)._op is exp, np.sum(t, axis=0)._op is sum_
@@ -1124,24 +1124,25 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
 #
 # (`array * t` is np.multiply to NumPy, and arrives here, too.) What becomes of a call?
 #
-# - A function with an answer is in one table, `_FUNCTIONS`. It begins with part I's, and
-#   is filled where the operations stand; IV.11 adds the rest.
-# - A function whose derivative is zero wherever it has one, such as `np.sign`, or that
-#   asks for a shape, is called with the bare arrays (`_WITHOUT_GRADIENT`, IV.11). So is
-#   any other, if all its Tensors are constants, which have no gradient to lose.
-# - What is left is a TypeError: to go on with bare arrays would cut the tape, and the
-#   gradient would be wrong.
-_FUNCTIONS = {  # a function of NumPy -> what answers for it
+# - The table `_FUNCTIONS` holds every function that has an answer. It begins with those
+#   of part I and grows where the operations are defined; IV.11 adds the rest.
+# - A function is called with the bare arrays if its derivative is zero wherever it has
+#   one, as for `np.sign`, or if it only asks for a shape (`_WITHOUT_GRADIENT`, IV.11).
+#   Any other function is, too, if all its Tensors are constants, which have no gradient
+#   to lose.
+# - Every other call raises TypeError: going on with bare arrays would cut the tape, and
+#   the gradient would be wrong.
+_FUNCTIONS = {  # a function of NumPy -> our function that answers for it
     np.positive: identity, np.negative: neg, np.add: add, np.subtract: sub, np.multiply: mul,
     np.true_divide: div, np.exp: exp, np.log: log, np.sin: sin, np.cos: cos,
 }
 
 
 def _answers(*functions: Callable | None) -> Callable:
-    """Decorate what is called instead of these functions of NumPy when they meet a Tensor."""
+    """Decorate the function that replaces these functions of NumPy when they meet a Tensor."""
     def register(answer: Callable) -> Callable:
         for function in functions:
-            if function is not None:  # which the installed NumPy does not have
+            if function is not None:  # None: the installed NumPy lacks it
                 _FUNCTIONS[function] = answer
         return answer
 
@@ -1149,11 +1150,11 @@ def _answers(*functions: Callable | None) -> Callable:
 
 
 def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-    """What `ufunc(*inputs, **kwargs)` gives, one of the inputs or outputs being a Tensor."""
+    """The result of `ufunc(*inputs, **kwargs)`, where an input or output is a Tensor."""
     if any(isinstance(a, Tensor) for a in kwargs.get("out", ())):
         raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its result")
 
-    is_plain = method == "__call__" and not kwargs  # no np.add.reduce, and no where=
+    is_plain = method == "__call__" and not kwargs  # not np.add.reduce, and without where=
     if is_plain and ufunc in _FUNCTIONS:
         return _FUNCTIONS[ufunc](*inputs)
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
@@ -1165,7 +1166,7 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwa
 
 def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
                     kwargs: dict) -> Any:
-    """What `function(*args, **kwargs)` of NumPy gives, a Tensor being somewhere among these."""
+    """The result of NumPy's `function(*args, **kwargs)`, where some argument holds a Tensor."""
     if function in _FUNCTIONS:
         return _FUNCTIONS[function](*args, **kwargs)
 
@@ -1175,7 +1176,7 @@ def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
     raise TypeError(_no_derivative(function.__module__, function.__name__))
 
 
-# Where something else does the same and has a derivative, the message says so.
+# If another function does the same and has a derivative, the message names it.
 _INSTEAD = {
     "add.reduce": "np.sum", "add.accumulate": "np.cumsum", "multiply.reduce": "np.prod",
     "multiply.accumulate": "np.cumprod", "multiply.outer": "np.outer", "maximum.reduce": "np.max",
@@ -1193,7 +1194,7 @@ def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
 
 
 def _array(self: Tensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    """What NumPy gets that asks for the array itself, as np.asarray and `array[0] = t` do."""
+    """The array itself, for which np.asarray and `array[0] = t` ask."""
     if self.requires_grad:
         raise TypeError("a Tensor that needs a gradient is no array, and as one it would lose it: use "
                         "np.stack or np.concatenate to join Tensors, nanoad.Tensor([t, u]) for a "
@@ -1207,20 +1208,21 @@ Tensor.__array__ = _array
 
 # ## II.3 Element by element: what stands beside g?
 #
-# The derivative that every table of calculus has. For here an element of the result
-# depends on one element of each operand, so what each receives is `g` times that, and
-# this section is such a table. `_define` makes a row of it, of a function and its rules.
+# Beside g stands the derivative that every table of calculus has. Here an element of
+# the result depends on one element of each operand, so each operand receives `g` times
+# that derivative, and this section is such a table. `_define` makes one row of it from
+# a function and its rules.
 #
-# (Two formulas are written with care: `(1 - x) * (1 + x)` is 1 - x^2, which near 1
-# would lose its digits, and `hypot(1, x)` is the root of 1 + x^2, which would overflow.
-# The two roots of arccosh multiply to that of x^2 - 1, which would do both.)
+# (Three formulas are written with care. `(1 - x) * (1 + x)` stands for 1 - x^2, which
+# would lose its digits near 1, and `hypot(1, x)` for the root of 1 + x^2, which would
+# overflow. The two roots of arccosh stand for that of x^2 - 1, which would do both.)
 _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dtypes."
 
 
 def _define(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
             doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """An operation. It answers for the function `answers` of NumPy, and for `forward`
-    if that is one.
+    """Make an operation. It answers for NumPy's function `answers`, and for `forward` if
+    that is NumPy's, too.
     """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
@@ -1231,14 +1233,14 @@ def _define(name: str, forward: Callable, *rules: Callable, answers: Callable | 
 
 
 def _named(operation: Callable, name: str, doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """The operation, for help() to show it as one of ours."""
+    """Name and document the operation, so that help() shows it as one of ours."""
     operation.__name__ = operation.__qualname__ = name
     operation.__module__ = __name__
     operation.__doc__ = doc.format(name)
     return operation
 
 
-for _operation_of_part_one in _FUNCTIONS.values():  # these are ours in help(), too
+for _operation_of_part_one in _FUNCTIONS.values():  # help() shows these as ours, too
     _named(_operation_of_part_one, _operation_of_part_one.__name__)
 
 exp2 = _define("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
@@ -1268,7 +1270,7 @@ _copy = _define("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.cop
 
 @primitive(lambda g, y, x, dtype: g)
 def astype(x: Any, dtype: Any) -> Tensor:
-    """x as another floating-point type; the gradient is converted back (by the walk)."""
+    """x as another floating-point type; the walk converts the gradient back."""
     if np.dtype(dtype).kind != "f":
         raise TypeError(f"a Tensor holds floating-point numbers, not {np.dtype(dtype)}")
     return x.astype(dtype)
@@ -1276,7 +1278,7 @@ def astype(x: Any, dtype: Any) -> Tensor:
 
 # ### One word each: where would calculus alone go wrong?
 #
-# *Remainders.* Between the jumps of floor(a/b), which is then a constant, the remainder
+# *Remainders.* Between its jumps, floor(a/b) is a constant. So the remainder
 # `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod rounds toward zero.)
 mod = _define("mod", np.remainder,
               lambda g, y, a, b: g,
@@ -1286,14 +1288,15 @@ fmod = _define("fmod", np.fmod,
                lambda g, y, a, b: -g * np.trunc(a / b))
 
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
-# x = 0 the first would be 0 times infinity for p = 0: there the exponent is taken as 0,
-# and `0 * 0 ** 0` is 0. The second has the logarithm of 0. If p >= 0 it is taken of 1
-# instead, so that the slope is 0; if p < 0, y is infinite there, and so is its slope.
+# x = 0 and p = 0 the first would be 0 times infinity, so the exponent is taken as 0
+# there, and `0 * 0 ** 0` is 0. At x = 0 the second contains the logarithm of 0. If
+# p >= 0, the logarithm of 1 is taken instead, so that the slope is 0; if p < 0, y is
+# infinite there, and so is its slope.
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
 def _to_the_power(x: Any, p: Any) -> Any:
-    """x ** p. Small powers are products, ten times faster than the C library's pow."""
+    """x ** p. The powers 1 to 3 are products, ten times faster than the C library's pow."""
     if isinstance(p, (int, float)) and p in _PRODUCTS:
         return _PRODUCTS[p](x)
     return x ** p
@@ -1312,10 +1315,11 @@ power = _define("power", _to_the_power,
                 answers=np.power)
 
 
-# *Distance and angle.* The slopes of `hypot`, the distance of (a, b) from the origin,
-# are a and b divided by it; at the origin, a kink, they are taken as 0 (divided by 1).
-# Those of arctan2, the angle, are `b / (a*a + b*b)` and `-a / (a*a + b*b)`. But that sum
-# of squares overflows where its root, the distance, does not: we divide by this twice.
+# *Distance and angle.* `hypot` is the distance of (a, b) from the origin, and its
+# slopes are a and b divided by it. At the origin, a kink, they are taken as 0 (0
+# divided by 1). arctan2 is the angle, and its slopes are `b / (a*a + b*b)` and
+# `-a / (a*a + b*b)`. That sum of squares overflows where its root, the distance, does
+# not, so we divide by the distance twice.
 hypot = _define("hypot", np.hypot,
                 lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
                 lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
@@ -1333,7 +1337,8 @@ arctan2 = _define("arctan2", np.arctan2,
                   lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
 
 # *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
-# logaddexp(x, 0) is the same and does not. The slopes, with what they are found from:
+# logaddexp(x, 0) is the same function and does not. Here are the equation that defines
+# each y, and the slope that follows from it:
 #
 #     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
 #     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
@@ -1353,14 +1358,14 @@ logaddexp2 = _define("logaddexp2", np.logaddexp2,
 
 # ### Choosing: why not multiply by a mask?
 #
-# What chooses between elements passes the cotangent to the chosen ones and 0 to the
-# rest. That looks like `g * mask`. But infinite cotangents do occur, as the slope of
-# sqrt at 0, and `inf * 0` is nan, where 0 is wanted.
+# An operation that chooses between elements passes the cotangent to the chosen ones and
+# 0 to the rest. That looks like `g * mask`. But cotangents can be infinite, as the
+# slope of sqrt at 0 is, and `inf * 0` is nan where 0 is wanted.
 #
-# `np.where(mask, g, 0)` is right, and takes seven times as long as a product when the
-# mask is irregular, for the processor cannot guess its jumps. So we do multiply: not
-# the numbers, but their *bits*, read as integers. Times 1, all bits stay; times 0, they
-# become the bits of 0.0.
+# `np.where(mask, g, 0)` is right, but takes seven times as long as a product when the
+# mask is irregular, because the processor cannot predict its jumps. So we do multiply,
+# though not the numbers: we multiply their *bits*, read as integers. Times 1, all bits
+# stay; times 0, they become the bits of 0.0.
 #
 #     >>> bits = np.array([np.inf, 1.5]).view(np.int64)
 #     >>> print((bits * np.array([False, True])).view(np.float64))
@@ -1368,14 +1373,14 @@ logaddexp2 = _define("logaddexp2", np.logaddexp2,
 #
 @primitive(lambda g, y, x, mask: _chosen(g, mask))
 def _chosen(x: Any, mask: Any) -> Tensor:
-    """x where the bool array `mask`, which broadcasts to x, holds; else 0."""
+    """x where the bool array `mask`, which broadcasts to x, is True; else 0."""
     y = np.empty_like(x)
     _write_chosen(y, x, mask)
     return y
 
 
 def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
-    """The same, written to `out`, an array of the shape and dtype of x."""
+    """Write `_chosen(x, mask)` to `out`, an array of the shape and dtype of x."""
     if x.dtype.itemsize > 8:  # there is no integer as long as a longdouble
         out[...] = np.where(mask, x, 0)
     else:
@@ -1388,20 +1393,20 @@ def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
            lambda g, y, c, a, b: _chosen(g, c),
            lambda g, y, c, a, b: _chosen(g, np.logical_not(c)))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the bool array `condition` holds, else b. The condition has no gradient."""
+    """a where the bool array `condition` is True, else b. The condition has no gradient."""
     if np.asarray(condition).dtype.kind != "b":
         raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
 
 
-# At a kink any slope between the two sides is right: abs and relu take 0 there.
+# At a kink any slope between the two one-sided ones is right; abs and relu take 0.
 abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
-relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to say so
-               lambda g, y, x: _chosen(g, y != 0),  # not y > 0, so that nan hands g on
+relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to do it
+               lambda g, y, x: _chosen(g, y != 0),  # not y > 0, so that g passes at nan
                doc="max(x, 0), element by element.")
 
 
-# The larger of two operands receives all of g; where they tie, each receives half. The
+# The chosen one of two operands receives all of g; if they tie, each receives half. The
 # rule asks whether the *other* differs from the result, which is also right for nan,
 # since nan differs from everything:
 #
@@ -1411,7 +1416,7 @@ relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way t
 #                nan    3      nan    g            g             (as in PyTorch)
 #     fmax       nan    3      3      0            g
 def _to_the_chosen(g, y, mine, other):
-    """What an operand receives: g where the other is not y, half where they tie."""
+    """What one operand receives: g where the other differs from y, half of g at a tie."""
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
@@ -1421,13 +1426,13 @@ minimum = _define("minimum", np.minimum, *_of_two)
 fmax = _define("fmax", np.fmax, *_of_two)
 fmin = _define("fmin", np.fmin, *_of_two)
 
-# Within the bounds x is y, and receives g; nan is never within (as in PyTorch).
+# Within the bounds x equals y, and receives g; nan counts as outside (as in PyTorch).
 _clip = _define("clip", lambda x, low, high: np.clip(x, low, high),
                 lambda g, y, x, low, high: _chosen(g, x == y))
 
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
-    """x limited to [low, high], constants; the gradient passes where x is within."""
+    """x limited to [low, high]; the bounds are constants, and the gradient passes within."""
     if _tracked(low) or _tracked(high):
         raise TypeError("clip: the bounds are constants; for Tensors use maximum and minimum")
     return _clip(x, _value(low), _value(high))
@@ -1435,8 +1440,8 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 
 # ## II.4 Moving elements: what undoes a move?
 #
-# To send each element back to where it came from. If it was taken twice, two cotangents
-# arrive there, and are *added*:
+# A move is undone by sending each element back to where it came from. If an element was
+# taken twice, two cotangents arrive there, and they are *added*:
 #
 #     >>> x = Tensor([1.0, 2.0, 3.0])
 #     >>> x[[0, 0, 2]].backward([5.0, 6.0, 7.0])
@@ -1444,11 +1449,12 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #     [11.  0.  7.]
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
-# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`, which
-# is `np.add.at`, and slow. Fast is `np.bincount([0, 0, 2], weights=[5, 6, 7])`, which
-# gives the same 11, 0, 7. If there are several axes, the elements are numbered, and the
-# index picks numbers. (An index of numbers and slices, or a mask, names no element
-# twice: there `out[index] = x` will do.)
+# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`.
+# `np.add.at` does that, and is slow if the index picks whole rows.
+# `np.bincount([0, 0, 2], weights=[5, 6, 7])` is fast there, too, and gives the same 11,
+# 0, 7. If there are several axes, the elements are numbered, and the index picks
+# numbers. (An index of numbers and slices, or a mask, names no element twice, so
+# `out[index] = x` is enough.)
 getitem = _define("getitem", lambda x, index: x[index],
                   lambda g, y, x, index: scatter_add(g, index, x.shape),
                   doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1456,7 +1462,7 @@ getitem = _define("getitem", lambda x, index: x[index],
 
 @primitive(lambda g, y, x, index, shape: g[index])
 def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
-    """Zeros of `shape`, with the elements of x added at `index`: indexing transposed."""
+    """Zeros of `shape`, with the elements of x added at `index`: the transpose of indexing."""
     out = np.zeros(shape, x.dtype)
     if _names_none_twice(index):
         out[index] = x
@@ -1472,7 +1478,7 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
 
 
 def _names_none_twice(index: Any) -> bool:
-    """Whether `index` is a mask, or made of numbers and slices only."""
+    """Whether `index` is a mask, or has only numbers, slices, None and `...`."""
     if isinstance(index, np.ndarray):
         return index.dtype == bool
     entries = index if isinstance(index, tuple) else (index,)
@@ -1481,17 +1487,17 @@ def _names_none_twice(index: Any) -> bool:
 
 # ### Any move: where did each element come from?
 #
-# Whatever else only moves or repeats elements needs no rule of its own. Let NumPy do it
-# to the *positions* 1, 2, 3, ... instead of the elements, and the result tells where
-# each element came from: there its cotangent goes. Of positions [[1, 2], [3, 4]], tril
-# makes [[1, 0], [3, 4]]. So of a cotangent [[5, 6], [7, 8]] the 5, 7 and 8 go to the
-# positions 1, 3 and 4. The 6 goes to position 0, which stands for all zeros that were
-# filled in, and is cut off.
+# An operation that only moves or repeats elements needs no rule of its own. Let NumPy
+# move the *positions* 1, 2, 3, ... instead of the elements: the result tells where each
+# element came from, and its cotangent goes there. tril turns the positions
+# [[1, 2], [3, 4]] into [[1, 0], [3, 4]]. So if the cotangent is [[5, 6], [7, 8]], the
+# 5, 7 and 8 go to the positions 1, 3 and 4. The 6 goes to position 0, which stands for
+# all zeros that were filled in, and is cut off.
 _like_np = functools.partial(_define, doc="As np.{}, with the same arguments.")
 
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
-    """The operation `move`: its result has elements of its first argument, and zeros."""
+    """The operation `move`, whose result holds elements of its first argument, and zeros."""
 
     def send_back(g, y, x, *settings, **named):
         positions = np.arange(1, x.size + 1).reshape(x.shape)
@@ -1516,21 +1522,21 @@ take_along_axis = _moves("take_along_axis", lambda arr, indices, axis=-1:  # as 
                          np.take_along_axis(arr, indices, axis), answers=np.take_along_axis)
 
 
-# Sorting moves elements, too; their order tells which. (Equal elements stay in order.)
+# Sorting moves elements, too; argsort tells which. (Equal elements keep their order.)
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
-    """A copy of x (also as `t.sort()`), sorted along an axis; None flattens it first."""
+    """A copy of x, sorted along an axis (also as `t.sort()`); None flattens x first."""
     if axis is not None:
-        _axes("sort", x, axis)  # which raises an error that names the shape
+        _axes("sort", x, axis)  # raises an error that names the shape
     order = np.argsort(_value(x), axis, kind or "stable")
     return take_along_axis(x, order, axis)
 
 
 # ### The same elements in another shape: what undoes a view?
 #
-# Another view. NumPy does these without touching an element, and their rules need not,
-# either: a shape is undone by the shape of x, and an order of the axes, such as
-# (2, 0, 1), by its argsort, (1, 2, 0).
+# Another view undoes it. NumPy makes views without touching an element, and the rules
+# need not touch one, either. To undo a new shape, the rule restores the shape of x; to
+# undo an order of the axes, such as (2, 0, 1), it takes the argsort, (1, 2, 0).
 def _in_the_shape_of_x(g, y, x, *_, **__):
     return g.reshape(x.shape)
 
@@ -1556,12 +1562,12 @@ moveaxis = _like_np("moveaxis",
                     lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
                     answers=np.moveaxis)
 broadcast_to = _like_np("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
-                        lambda g, y, x, shape: g,  # the sum over the copies is the walk's
+                        lambda g, y, x, shape: g,  # the walk sums over the copies (I.4)
                         answers=np.broadcast_to)
 
 
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-    """x with the axes `start_dim` to `end_dim` joined into one, as by torch.flatten."""
+    """x with the axes `start_dim` to `end_dim` joined into one, as in torch.flatten."""
     shape = np.shape(_value(x)) or (1,)
     axes = range(len(shape))
     try:
@@ -1577,11 +1583,11 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 
 # ### Joined, cut, and framed: whose slice is it?
 #
-# Each operand of a concatenation receives the slice of g that lies where it was put:
-# operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`. One rule serves operand i of
-# any number of them (`each`, I.2).
+# Each operand of a concatenation receives the slice of g that lies where the operand
+# was put: operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`. One rule, `each`
+# (I.2), serves any number of operands.
 def _narrow(x: Any, axis: int, start: int, n: int) -> Any:
-    """x[start:start + n] along an axis, as torch.narrow."""
+    """x[start:start + n] along an axis, as in torch.narrow."""
     before = (slice(None),) * (axis % x.ndim)
     return x[(*before, slice(start, start + n))]
 
@@ -1628,7 +1634,7 @@ def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
     return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
 
 
-# A frame of constants is taken off again. A frame of x's own elements is a move.
+# The rule for a frame of constants cuts it off. A frame of x's own elements is a move.
 def _without_frame(g, y, x, pad_width, value):
     before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]
     return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
@@ -1644,8 +1650,9 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
         constant_values: float = 0) -> Tensor:
     """x in a frame of zeros, or of other `constant_values`.
 
-    Its width is a number, (before, after), a pair per axis, or {axis: pair}. By np.pad's
-    modes "edge", "reflect", "symmetric" and "wrap" it is made of elements of x.
+    `pad_width` is a number, (before, after), a pair per axis, or {axis: pair}. In the
+    modes "edge", "reflect", "symmetric" and "wrap" of np.pad, the frame is made of
+    elements of x. Raises TypeError for other modes.
     """
     if isinstance(pad_width, dict):
         pairs = np.zeros((np.ndim(x), 2), int)
@@ -1662,11 +1669,11 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 
 # ## II.5 Reductions: what does a sum hand back?
 #
-# Its cotangent, as it is, to everything it added up. Take x of shape (4, 3) and
-# `y = sum(x, axis=0)`, of shape (3,). Move one element `x[i, j]` by `dx`: `y[j]` moves
-# by the same `dx`, and L by `g[j] * dx`. So `x[i, j]` receives `g[j]`, whatever i is.
-# In arrays, g of shape (3,) regains the axis that was summed away, (1, 3), and is
-# stretched along it, (4, 3):
+# A sum hands its cotangent, unchanged, to every element that it added up. Take x of
+# shape (4, 3) and `y = sum(x, axis=0)`, of shape (3,). If one element `x[i, j]` moves
+# by `dx`, `y[j]` moves by the same `dx`, and L by `g[j] * dx`. So `x[i, j]` receives
+# `g[j]`, whatever i is. In arrays, g of shape (3,) regains the axis that was summed
+# away, which gives (1, 3), and is stretched along it to (4, 3):
 #
 #     >>> @primitive(lambda g, y, x, axis: np.broadcast_to(np.expand_dims(g, axis), x.shape))
 #     ... def naive_sum(x, axis):
@@ -1677,10 +1684,10 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 #     >>> print(x.grad[0], x.grad[3])
 #     [1. 2. 3.] [1. 2. 3.]
 #
-# The real rule is the same, also for several axes or all, and a mean of n hands everybody
-# an n-th of g. (`_fast_sum`, np.sum in less time, stands at the section's end.)
+# The real rule is the same, also for several axes or all. A mean of n elements hands an
+# n-th of g to each. (`_fast_sum`, np.sum in less time, stands at the section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
-    """r, a reduction of x over `axis`, with the reduced axes as axes of length 1."""
+    """r, a reduction of x, made to broadcast to x: by axes of length 1, unless axis is None."""
     return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
 
 
@@ -1712,14 +1719,14 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 
 # ### Spread and extremes: what of equal elements?
 #
-# The variance is the mean square of `x - mean(x)`, and written so it needs no rule. Nor
-# does its root; but at equal elements, where the variance is 0, the slope of the root is
-# infinite. There the root of 1 is taken instead, and `where` drops it.
+# The variance is the mean square of `x - mean(x)`. Written like this, it needs no rule,
+# and neither does its root. But if all elements are equal, the variance is 0, and the
+# slope of the root is infinite. There the root of 1 is taken, and `where` drops it.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
-    """The variance, divided by n - ddof, as np.var has it (torch.var has ddof=1)."""
+    """The variance, with divisor n - ddof, as in np.var (torch.var has ddof=1)."""
     x = as_tensor(x)
-    if x.dtype == np.float16:  # whose squares overflow above 256
+    if x.dtype == np.float16:  # its squares overflow from 256 on
         return astype(var(astype(x, np.float32), axis, ddof, keepdims), np.float16)
 
     total = sum_(x, axis, keepdims=True)
@@ -1733,14 +1740,14 @@ def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
-    """The standard deviation, the root of `var`. Its gradient is 0 at equal elements."""
+    """The standard deviation, the root of `var`. Its gradient is 0 for equal elements."""
     variance = var(x, axis, ddof, keepdims)
     is_zero = variance == 0
     return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
 
 
-# The largest element receives the cotangent; several that tie share it evenly. Where
-# one is nan, so is the result: then all are winners, and the share of each is nan.
+# The largest (or smallest) element receives the cotangent; several that tie share it
+# evenly. If one is nan, the result is nan: then all are winners, each with share nan.
 def _to_ties(g, y, x, axis=None, keepdims=False):
     y, g = _restore(y, x, axis), _restore(g, x, axis)
     is_nan = np.isnan(y)
@@ -1764,14 +1771,14 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 
 # ### Softmax: how do large exponentials add up?
 #
-# They overflow: in float32, e^89 is infinite. But in `softmax(x) = e^x / sum(e^x)` a
-# number that is subtracted from all of x cancels. Let it be the largest, and nothing
-# exceeds e^0 = 1. `logsumexp`, the logarithm of the sum, adds it back at the end; its
-# derivative is the softmax, which is `e^(x - y)`.
+# Large exponentials overflow: in float32, e^89 is infinite. But a number that is
+# subtracted from all of x cancels in `softmax(x) = e^x / sum(e^x)`. If that is the
+# largest element, no exponential exceeds e^0 = 1. `logsumexp`, the logarithm of the
+# sum, adds it back at the end; its derivative is the softmax, which is `e^(x - y)`.
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
 def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """log(sum(exp(x))), without overflow. If all x are -inf, so is it, with gradient nan."""
+    """log(sum(exp(x))), without overflow. If all x are -inf, it is -inf, with gradient nan."""
     top = np.max(x, axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, x.dtype.type(0))  # -inf - -inf would be nan
     with np.errstate(divide="ignore"):  # log(0)
@@ -1780,9 +1787,10 @@ def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -
 
 
 # With `y = softmax(x)`, the slope of y_i by x_j is `-y_i y_j`, and `y_j - y_j y_j` for
-# i = j. Times g_i, and added up over i, x_j receives `y_j g_j - y_j sum_i(g_i y_i)`. In
-# arrays that is `y * (g - sum(g * y))`; for the logarithm of y it is `g - y * sum(g)`.
-# (`_row_sum` and its kin are sums and maxima with keepdims=True, and stand at the end.)
+# i = j. Multiplied by g_i and added up over i, this gives what x_j receives:
+# `y_j g_j - y_j sum_i(g_i y_i)`. In arrays that is `y * (g - sum(g * y))`; for the
+# logarithm of y it is `g - y * sum(g)`. (`_row_sum`, `_row_dot` and `_row_max` reduce
+# with keepdims=True, and stand at the section's end.)
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
@@ -1795,7 +1803,7 @@ def softmax(x: Any, axis: int = -1) -> Tensor:
 
 @primitive(lambda g, y, x, axis=-1: g - np.exp(y) * _row_sum(g, axis))
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
-    """The logarithm of softmax, exact also where softmax underflows."""
+    """The logarithm of softmax, exact even where softmax underflows."""
     if x.size == 0:
         return x
     z = x - _row_max(x, axis)
@@ -1804,21 +1812,22 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 
 # ### Products and running sums: what of zeros?
 #
-# The derivative of a product by one element is the product of all others. That is not
-# `y / x`, for the element may be 0. So a product is taken by halves, the first half
-# times the second, until one element is left, and the rule of `mul` is all it needs:
+# The derivative of a product by one element is the product of all others. We cannot
+# compute that as `y / x`, for the element may be 0. So the first half of the elements
+# is multiplied by the second half, again and again, until one element is left. This
+# needs only the rule of `mul`:
 #
 #     [2 3 0 5]  ->  [2*0 3*5] = [0 15]  ->  [0*15] = [0]
 #
-# A running product takes log2(n) steps, too: each element is multiplied with the one
-# before it, then with the one 2 before it, 4 before it (Hillis and Steele, 1986):
+# A running product takes log2(n) steps, too: each element is multiplied by the one
+# before it, then by the one 2 before it, then 4 before it (Hillis and Steele, 1986):
 #
 #     [a b c d]  ->  [a ab bc cd]  ->  [a ab abc abcd]
 #
-# And a running sum hands each cotangent to all elements that were added by then: that
-# is a running sum from the end.
+# A running sum hands each cotangent to all elements that had been added by then, so its
+# rule is a running sum from the end.
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The product of all elements, or over the axes given. Zeros are no special case."""
+    """The product of all elements, or over the axes given; zeros are no special case."""
     x, axes = _joined("prod", x, axis)  # (..., n)
     if x.shape[-1] == 0:  # an empty product is 1; the empty sum keeps x on the tape
         x = 1 + sum_(x, -1, keepdims=True)
@@ -1847,18 +1856,18 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
     return np.cumsum(x, axis)
 
 
-# These, and the quantiles below, work along one axis, so several are joined into one.
+# Products and quantiles work along one axis, so several axes are joined into one.
 def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
-    """x with the axes named joined into one, which is the last; and their numbers."""
+    """x with the named axes joined into one, the last; and the numbers of the named axes."""
     x = as_tensor(x)
     axes = _axes(name, x, axis)
     moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
-    outer = x.ndim - len(axes)  # so many axes stay
+    outer = x.ndim - len(axes)  # the number of axes that stay
     return reshape(moved, (*moved.shape[:outer], math.prod(moved.shape[outer:]))), axes
 
 
 def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
-    """The numbers, from 0 on, of the axes named; None means all. Errors say `name`."""
+    """The numbers, from 0 on, of the named axes; None means all. Errors mention `name`."""
     numbers = range(x.ndim)
     if axis is None:
         return tuple(numbers)
@@ -1873,10 +1882,11 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 
 # ### Quantiles: which elements is one made of?
 #
-# Two neighbours in sorted order. To learn which, we ask NumPy for the same quantile of
-# the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and q = 0.75. Of the places 0 to 3 it
-# is 2.25; so of 10, 20, 40, 80 it is a quarter of the way from place 2 to place 3, or
-# `0.75 * 40 + 0.25 * 80`. Sorting, indexing and products have rules, and that is all:
+# A quantile is made of two neighbours in sorted order. To learn which two, we ask NumPy
+# for the same quantile of the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and
+# q = 0.75. The quantile of the places 0 to 3 is 2.25. So that of 10, 20, 40, 80 lies a
+# quarter of the way from place 2 to place 3: it is `0.75 * 40 + 0.25 * 80`. Sorting,
+# indexing and products have rules, so nothing else is needed:
 #
 #     >>> x = Tensor([40.0, 10.0, 80.0, 20.0])
 #     >>> y = np.quantile(x, 0.75)
@@ -1886,7 +1896,7 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
-    """The numbers below which a part q of the elements lies; `method` as NumPy's."""
+    """The numbers below which a part q of the elements lies; `method` is as in NumPy."""
     shape = np.shape(_value(x))
     x, axes = _joined("quantile", x, axis)  # (..., n)
     n = x.shape[-1]
@@ -1902,21 +1912,21 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     above = ordered[..., np.ceil(place).astype(int)]
     part = np.asarray(place % 1, x.dtype)
     rest = np.asarray(1 - part, x.dtype)
-    above = where(part > 0, above, 0)  # as inf * 0 is nan
+    above = where(part > 0, above, 0)  # where part is 0, inf * part would be nan
     y = below * rest + above * part  # (..., *q's shape)
 
     last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # an axis for each of q
     y = where(np.isnan(last), np.nan, y)  # a nan sorts last
     if keepdims:
-        y = expand_dims(y, axes)  # (they count from the front, and q's axes are at the back)
+        y = expand_dims(y, axes)  # (axes count from the front; q's are at the back)
     return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))  # q's axes first
 
 
 # ### The same in less time
 #
-# NumPy begins anew for each row, and most of the time of a short row is that beginning.
-# So rows are summed by a product with ones, and their maxima taken by one call of
-# reduceat (ROWS, II.7). Where that does not fit, it is plain np.sum and np.max.
+# NumPy starts anew for each row, and for a short row that start takes most of the time.
+# So rows are summed by a product with ones, and one call of reduceat takes their maxima
+# (ROWS, II.7). Where that does not fit, we use plain np.sum and np.max.
 _ones = functools.lru_cache(16)(np.ones)
 
 
@@ -1928,8 +1938,8 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (Of rows of 5, OpenBLAS 0.3.31 also reads memory that nobody wrote. The sums are
-    # right, but NumPy may warn of what it finds there.)
+    # (For rows of 5, OpenBLAS 0.3.31 also reads uninitialized memory. The sums are
+    # right, but NumPy may warn of what was read, so np.sum takes these rows.)
     if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
@@ -1952,7 +1962,7 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
 
 
 def _is_moderate(x: np.ndarray) -> bool:
-    """Whether |x| <= 40: as e^40 < 1e18, softmax needs no maxima. (In float16 it does.)"""
+    """Whether |x| <= 40. Then e^x < 1e18, and softmax needs no maxima (except in float16)."""
     if x.dtype == np.float16:
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
@@ -1965,7 +1975,7 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
 
     n = _last_axes(x, axis) if x.dtype == np.float32 else 0
     length = math.prod(x.shape[x.ndim - n:])
-    if n == 0 or length > 4096:  # with more, a product would round off too much
+    if n == 0 or length > 4096:  # in longer rows a product rounds off too much
         return np.sum(x, axis=axis, keepdims=keepdims)
 
     sums = _row_sum(x.reshape(*x.shape[:-n], length))  # (..., 1)
