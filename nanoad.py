@@ -5218,7 +5218,7 @@ def _note_write(t: Tensor) -> None:
 
 
 def _check_unwritten(t: Tensor, result: Tensor) -> None:
-    """Raise if `t` was written to after `result`, which was made of `t` or is `t`, was made."""
+    """Raise if `t` was written to after `result` was made. (`result` is `t` or made of it.)"""
     if t._checksum is not None:
         _renew_checksum(t)  # (below)
     if t._written > result._time:
@@ -5230,8 +5230,8 @@ def _check_unwritten(t: Tensor, result: Tensor) -> None:
 # and nobody is told. So we take a *checksum* when we hand the array out, and again
 # whenever it is about to be read, by an operation or by a walk that needs the old
 # contents. If the checksum has changed, we note the write then. That is soon enough,
-# since nothing was made of x between the write and this moment. (Above, the second `x *
-# x` notes the 3 before its result z gets the 4.)
+# since nothing was made of x between the write and this moment. (Above, the second
+# `x * x` notes the 3 before its result z gets the 4.)
 #
 # As long as no caller has the array, `_checksum` is None and nothing is computed. From
 # then on, each operation on x reads the array once more, for a crc32.
@@ -5240,7 +5240,7 @@ def _check_unwritten(t: Tensor, result: Tensor) -> None:
 #     through x.data, x.numpy() or a view, whenever taken      yes
 #     by x.data = array, or later through that array           yes
 #     by optimizers, load_state_dict, `x -= 1` (below)         yes
-#     to the array of a constant, or to one in no Tensor       no
+#     to a constant's array, or an array given as operand      no
 #     through x.detach().data or x.T.data, which share memory  only if x.data was taken too
 
 
@@ -5285,7 +5285,7 @@ def _replace_data(t: Tensor, value: Any) -> None:
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """A copy of `share` if it is `g` itself or a view; else a rule has made it anew."""
+    """A copy of `share` if it is `g` itself or a view; else `share`, which a rule made anew."""
     return share.copy() if share is g or share.base is not None else share
 
 
@@ -5739,8 +5739,8 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, for a search for `inputs`. If they were let go, returns () when
-    no input can be behind `t`, and otherwise raises RuntimeError.
+    """The operands of `t`, for a search for `inputs`. If they were let go, returns ()
+    when no input can be behind `t`, and otherwise raises RuntimeError.
     """
     if t._operands is not None:
         return t._operands
@@ -6031,7 +6031,7 @@ class _Team:
                            "in the way? Make the DataParallel before it starts")
 
     def copy_moved_parameters(self) -> None:
-        """Copy parameters that left common memory (p.data was taken or replaced) into it."""
+        """Copy parameters outside common memory (p.data was taken or replaced) into it."""
         for p, common in zip(self._params, self._common):
             if p._data is common:
                 continue
@@ -6077,7 +6077,7 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and p._checksum is None:  # else a caller has that array
+                if p._data is common and p._checksum is None:  # else a caller has it
                     p._data = array
             self._common = []
 
@@ -6095,7 +6095,7 @@ class _Worker:
         self.pid = _fork()
         if self.pid == 0:
             # Fork copies every open end of a pipe. We close the copies of the parent's
-            # ends: while one is open, `recv` waits, even if the parent is dead.
+            # ends: while one is open, its worker waits, even if the parent is dead.
             for worker in [self, *team.workers]:
                 worker._pipe.close()
             team.live_as_worker(workers_end, answer)
@@ -6190,7 +6190,7 @@ def _interrupts_held() -> Iterator[None]:
     import signal
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # only returns what is blocked
-    try:  # before the block, so that `finally` always undoes it
+    try:  # begins before SIG_BLOCK, so that `finally` always undoes it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         yield
     finally:
