@@ -5401,7 +5401,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # as a Tensor (IV.3)
     operands = tuple(_find_route([y], [], horizon=began).older)
-    if not operands or not _mode.recording:  # (f may return x itself, without a tape)
+    if not operands or not _mode.recording:  # (even without a tape, f may return x itself)
         return y.detach()
 
     def run_again() -> Tensor:
@@ -5431,7 +5431,7 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     route = _find_route([again], inputs, horizon=began)
     reached = _walk_to(inputs, [(again, g)], create_graph, retain_graph=create_graph,
                        route=route)
-    return [reached.get(a) for a in t._operands]  # None if none is wanted or arrives
+    return [reached.get(a) for a in t._operands]  # None where no cotangent is wanted or arrives
 
 
 # To the walk (I.5), `checkpoint` is an operation with any number of operands.
@@ -5479,7 +5479,7 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
 
 
 # What is an item? Anything but a dict, list or tuple is one. So is a list that stands
-# for an array: one of numbers, or of such lists of one shape. So [[1.0], [2.0]] is one
+# for an array: one of numbers, or of such lists of one shape. [[1.0], [2.0]] is one
 # item, and [[1.0], 2.0] holds two.
 
 
@@ -5549,7 +5549,7 @@ def _outline(tree: Any) -> str:
 
 
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
-    """The argument at `argnums`, or a tuple of them (None: all), and what puts others there."""
+    """The argument at `argnums`, or a tuple of them (None: all), and how to replace them."""
     is_one = isinstance(argnums, (int, np.integer))
     positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
     if not all(isinstance(i, int) for i in positions):
@@ -5721,12 +5721,11 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 
 # ### What if a tape was let go?
 #
-# The search for a route (I.5) asks each tensor for its operands. A tensor that a
-# `backward` has passed no longer has any. That is an error, unless no input can be
-# behind that tensor. Take a function with a training loop inside, which returns x times
-# its last loss. `backward` leaves in the `_sources` of that loss the times of the
-# leaves that it met, so the search can see that x is not among them. Below, s is the
-# loss, made of w alone:
+# The search for a route (I.5) asks each tensor for its operands. A tensor whose tape a
+# `backward` has let go no longer has them. That is an error if an input may be behind
+# that tensor. But a function may have a training loop inside, and return x times its
+# last loss. So `backward` leaves in the `_sources` of that loss the times of the leaves
+# that it met: x is not among them. Below, s is the loss, made of w alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
@@ -5849,9 +5848,9 @@ def _openblas() -> tuple[Callable, Callable]:
 # largest block that it has seen freed, but no longer does so once mallopt was called.
 # If we set it back, larger arrays would come from the system each time.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
-_LARGEST_INT = (1 << 31) - 1  # so all is kept
+_LARGEST_INT = (1 << 31) - 1  # so all free memory is kept
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB
-_trainers: set[int] = set()  # the ids of those that live
+_trainers: set[int] = set()  # the ids of the optimizers and DataParallels that live
 
 
 def _keep_freed_memory(trainer: Any) -> None:
