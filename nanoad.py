@@ -5230,9 +5230,10 @@ def _constants(module: Module | None) -> list:
 #
 # ## IV.1 Writes: who changed my array?
 #
-# An operation does not copy its operands. So whoever writes to one of them between the
-# forward and the backward pass changes the derivative. This one should be 6. The rule of
-# `mul` would read 100, and answer 200 without a word; it is an error instead:
+# An operation does not copy its operands, so a write to one of them between the forward
+# and the backward pass would change the derivative. The derivative below should be 6.
+# The rules of `mul` would read 100 and silently make it 200, so the walk raises an
+# error instead:
 #
 #     >>> x = Tensor(3.0)
 #     >>> y = x * x
@@ -5241,16 +5242,16 @@ def _constants(module: Module | None) -> list:
 #     Traceback (most recent call last):
 #     RuntimeError: mul: data of a Tensor () was changed between forward and backward; call backward first, then write
 #
-# **The naive watch** is a clock. Whoever writes to a tensor notes when, in `_written`,
-# by the counter that also says when tensors were made:
+# **The naive watch** is a clock. A function that writes to a tensor notes the time in
+# `_written`, by the counter that also says when tensors were made:
 #
 #     1    x is made
 #     2    y = x * x
 #     3    x is written to, and x._written is 3
 #     4    z = x * x
 #
-# A walk that comes to y needs x as it was at 2, and 3 is later: an error. From z it may
-# go on, for z has seen what was written.
+# A walk that comes to y needs x as it was at time 2. The write at 3 is later, so the
+# walk raises an error. From z it may go on, since z was made of what was written.
 
 
 def _note_write(t: Tensor) -> None:
@@ -5258,7 +5259,7 @@ def _note_write(t: Tensor) -> None:
 
 
 def _check_unwritten(t: Tensor, result: Tensor) -> None:
-    """Raise if `t` was written to after `result` was made (of `t`; or it is `t` itself)."""
+    """Raise if `t` was written to after `result` was made. (`result` is `t` or made of it.)"""
     if t._checksum is not None:
         _renew_checksum(t)  # (below)
     if t._written > result._time:
@@ -5266,33 +5267,34 @@ def _check_unwritten(t: Tensor, result: Tensor) -> None:
                            "changed between forward and backward; call backward first, then write")
 
 
-# **What if NumPy writes?** It does, to an array that was handed out (`x.data`), and tells
-# nobody. So a *checksum* is taken at that moment, and again whenever the array is about
-# to be read: by an operation, or by a walk that needs it as it was. If it has changed,
-# the write is noted then. That is soon enough, for since the write nothing was made of
-# x. (Above, the second `x * x` notes the 3, before its result z gets the 4.)
+# **What if NumPy writes?** NumPy can write to an array that was handed out (`x.data`),
+# and nobody is told. So we take a *checksum* when we hand the array out, and again
+# whenever it is about to be read, by an operation or by a walk that needs the old
+# contents. If the checksum has changed, we note the write then. That is soon enough,
+# since nothing was made of x between the write and this moment. (Above, the second
+# `x * x` notes the 3 before its result z gets the 4.)
 #
-# As long as nobody has the array, `_checksum` is None, and nothing is computed. From
+# As long as no caller has the array, `_checksum` is None and nothing is computed. From
 # then on, each operation on x reads the array once more, for a crc32.
 #
-#     who writes                                           is noticed
-#     x.data, x.numpy() or a view of these, taken anytime  yes
-#     x.data = array, and later by that array              yes
-#     optimizers, load_state_dict, `x -= 1` (below)        yes
-#     the array of a constant, or one that is no Tensor's  no
-#     x.detach().data or x.T.data, which share memory      only if x.data was taken, too
+#     a write                                                  is noticed
+#     through x.data, x.numpy() or a view, whenever taken      yes
+#     by x.data = array, or later through that array           yes
+#     by optimizers, load_state_dict, `x -= 1` (below)         yes
+#     to a constant's array, or an array given as operand      no
+#     through x.detach().data or x.T.data, which share memory  only if x.data was taken too
 
 
 def _hand_out(t: Tensor) -> np.ndarray:
-    """The array of `t`, for somebody who may write to it."""
+    """The array of `t`, for a caller who may write to it."""
     if t.requires_grad:
         _renew_checksum(t)
-    t._data = np.asarray(t._data)  # of a NumPy scalar, which nobody can write to
+    t._data = np.asarray(t._data)  # a NumPy scalar becomes an array, to write to
     return t._data
 
 
 def _renew_checksum(t: Tensor) -> None:
-    """Take the checksum, and note a write if it is not what it was."""
+    """Take the checksum, and note a write if it has changed."""
     now = zlib.crc32(np.ascontiguousarray(t._data))
     if t._checksum not in (None, now):
         _note_write(t)
@@ -5307,23 +5309,24 @@ def _replace_data(t: Tensor, value: Any) -> None:
         raise ValueError(f"t.data is {t.dtype} of shape {t.shape} and cannot become {array.dtype} of"
                          f" shape {array.shape}; make a new Tensor for that")
     t._data = array
-    _renew_checksum(t)  # for whoever assigns has the array, too
+    _renew_checksum(t)  # since the caller has the array, too
     _note_write(t)
 
 
-# **Gradients are written to, too,** as when they are clipped. So one that is kept shares
-# its memory with no other, and with nothing that it was computed from. Who sees to it?
+# **Gradients are written to, too,** for example by a user who clips them in place. So a
+# gradient that is kept shares its memory with no other, and with nothing that it was
+# computed from. Three functions see to that:
 #
-#     what arrives at a leaf            `_fit` (I.5), which copies what a rule has reused
-#     the first cotangent, if it        `_first_cotangent` (IV.3), which copies what the
-#     is that of a leaf                 caller gave
-#     all else that is kept             `_to_keep`, where the walk hands it out
+#     what arrives at a leaf            `_fit` (I.5) copies it if a rule has reused an array
+#     the first cotangent, if it        `_first_cotangent` (IV.3) copies what the caller
+#     is that of a leaf                 gave
+#     all else that is kept             `_to_keep` copies it when the walk hands it out
 #
-# So at a leaf, `_to_keep` need not copy again.
+# So at a leaf, `_to_keep` need not copy again. (With `create_graph`, it copies all.)
 
 
 def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """A copy, if a rule has returned `g` itself or a view; else it has made a new array."""
+    """A copy of `share` if it is `g` itself or a view; else `share`, which a rule made anew."""
     return share.copy() if share is g or share.base is not None else share
 
 
@@ -5368,7 +5371,7 @@ for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power).items()
     setattr(Tensor, f"__i{_name}__", _in_place(_f))
 
 
-# Copies and pickles are new leaves, made now.
+# A copied or unpickled Tensor is a new leaf, made at that moment.
 def _reduce(t: Tensor) -> tuple:
     if t._op is not None:
         raise TypeError("only leaves can be copied or pickled, and this is the result of "
@@ -5382,8 +5385,8 @@ Tensor.__reduce__ = _reduce
 # ## IV.2 Checkpoint: memory for time?
 #
 # A tape keeps every intermediate result until the walk has passed it. A checkpoint
-# keeps none, and computes them again when the walk arrives: it is one operation, whose
-# rule runs the function.
+# keeps none of them, and computes them again when the walk arrives. It is a single
+# operation, whose rule runs the function:
 #
 #     >>> def naive_checkpoint(f, x):
 #     ...     def rule(g, y, x):
@@ -5399,15 +5402,16 @@ Tensor.__reduce__ = _reduce
 #     >>> print(x.grad)  # exp(sin(0)) * cos(0)
 #     1.0
 #
-# What does it lack? *Other operands*: f may close over Tensors, such as the parameters
-# of a module, and these receive nothing. *Chance*: where f drops out, the second run
-# must draw the numbers that the first one drew. And *a check* that both give the same.
+# The naive version lacks three things. *Other operands*: f may close over Tensors, such
+# as the parameters of a module, and these receive nothing. *Chance*: if f uses dropout,
+# the second run must draw the same numbers as the first. *A check* that both runs give
+# the same result.
 #
-# How do we find out what f reads? Run it once with a tape, which is then dropped. (So
-# what is checkpointed should be pieces: for a moment the tape of one is there.) All that
-# f makes is younger than the moment when it began, and all that it reads is older: it
-# is what the search for a route (I.5) calls `older`, with that moment for its horizon.
-# Here f reads w and x, and makes h:
+# How do we find out what f reads? We run it once with a tape, and then drop the tape.
+# (It is in memory for a moment, so checkpoint a model in pieces.) All that f makes is
+# younger than the moment when it began, and all that it reads is older. A search for a
+# route (I.5) with that moment for its horizon lists what f reads as `older`. Here f
+# reads w and x, and makes h and y:
 #
 #     >>> w, x = Tensor(3.0, label="w"), Tensor(2.0, label="x")  # w:1, x:2
 #     >>> began = next(_clock)  # 3
@@ -5416,27 +5420,29 @@ Tensor.__reduce__ = _reduce
 #     >>> print([t.label for t in _find_route([y], [], horizon=began).older])
 #     ['x', 'w']
 #
-# These are the operands of the checkpoint. In the backward pass f runs again, and a small
-# walk goes back along this new tape. Its horizon is the moment when the second run began:
-# so it ends at the operands, and what reaches them is what the checkpoint hands to them.
+# These are the operands of the checkpoint. In the backward pass f runs again, and a
+# small walk goes back along the new tape. Its horizon is the moment when the second run
+# began, so it ends at the operands. The checkpoint hands them the cotangents that reach
+# them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
     """f(*args), whose intermediate results are computed again in the backward pass.
 
-    Saves memory for time (Griewank and Walther, 2000). f returns one Tensor; what it
-    closes over (a module's parameters) gets gradients too. Random numbers are drawn
-    again alike; other effects of f, such as those on batch norm's running statistics,
-    happen twice. RuntimeError if f, run again, gives something else.
+    Saves memory for time (Griewank and Walther, 2000). f returns one Tensor, and what
+    it closes over (a module's parameters) gets gradients too. The second run draws the
+    same random numbers; other effects of f, such as those on batch norm's running
+    statistics, happen twice. The backward pass raises RuntimeError if f then gives
+    another result.
     """
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
     kind_of_random = type(_mode.rng.bit_generator)
     random_state = _mode.rng.bit_generator.state
     began = next(_clock)
-    (y,) = _outputs("checkpoint", [f(*args)])  # (IV.3) as a Tensor
+    (y,) = _outputs("checkpoint", [f(*args)])  # as a Tensor (IV.3)
     operands = tuple(_find_route([y], [], horizon=began).older)
-    if not operands or not _mode.recording:  # (where f may return what is older)
+    if not operands or not _mode.recording:  # (even without a tape, f may return x itself)
         return y.detach()
 
     def run_again() -> Tensor:
@@ -5445,8 +5451,9 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         with _mode.set(recording=True, rng=rng):
             return f(*args)
 
-    # The operation is `checkpoint` itself: a walk asks for its `operands` and its `pull`
-    # (below), and that runs f again. (Where a fused operation has its pullback: II.7.)
+    # The operation is `checkpoint` itself. A walk reads its `operands` and calls its
+    # `pull` (below), which calls `run_again`. That is stored where a fused operation
+    # has its pullback (II.7).
     return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands, pullback=run_again)
 
 
@@ -5454,7 +5461,7 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     """What the operands of a checkpoint receive."""
     began = next(_clock)
     again = t._pullback()
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits, for rounding
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # rounding may change half of the digits
     if np.shape(again) != t.shape or not np.allclose(
             _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError("checkpoint: f gave another result when it was run again for the "
@@ -5465,31 +5472,31 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     route = _find_route([again], inputs, horizon=began)
     reached = _walk_to(inputs, [(again, g)], create_graph, retain_graph=create_graph,
                        route=route)
-    return [reached.get(a) for a in t._operands]  # None where nothing is wanted
+    return [reached.get(a) for a in t._operands]  # None where no cotangent is wanted or arrives
 
 
-# To the walk (I.5) it is an operation, with any number of operands.
+# To the walk (I.5), `checkpoint` is an operation with any number of operands.
 checkpoint.operands = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
 
 # ## IV.3 Arguments of transforms: what if one is a dict of lists?
 #
-# An argument may be a *nest*: dicts, lists and tuples of arrays, as the parameters of a
-# model are. A walk only knows a flat list of tensors. So a nest is taken apart into the
-# list of its *items*, and what comes out is put together like the nest that went in:
+# An argument may be a *nest* of dicts, lists and tuples of arrays, as the parameters of
+# a model are. A walk knows only a flat list of tensors. So we take a nest apart into
+# the list of its *items*, and put the results together in the same structure:
 #
 #     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
 #     >>> print(items, rebuild([10, 20, 30]))
 #     [1, 2, 3] {'w': 10, 'layers': (20, 30)}
 #
-# Both are done by one function, which goes through a nest and builds the same nest of
-# what `f` makes of each item. To flatten, f notes the item; to rebuild, it returns the
-# next of the others.
+# One function does both. It goes through a nest, and builds a nest of the same
+# structure from what `f` returns for each item. To flatten, f adds the item to a list;
+# to rebuild, f returns the next of the other items.
 
 
 def _map_tree(f: Callable, tree: Any) -> Any:
-    """Apply `f` to all items of a nest; returns the same nest of its results."""
+    """Apply `f` to all items of a nest, and return the same nest of its results."""
     if _is_item(tree):
         return f(tree)
     if isinstance(tree, dict):
@@ -5512,9 +5519,9 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
     return items, rebuild
 
 
-# What is an item? All that is no dict, list or tuple; and a list that is an array to
-# be: of numbers, or of such lists of one shape. Of [[1.0], [2.0]] there is one item, and
-# of [[1.0], 2.0] there are two.
+# What is an item? Anything but a dict, list or tuple is one. So is a list that stands
+# for an array: one of numbers, or of such lists of one shape. [[1.0], [2.0]] is one
+# item, and [[1.0], 2.0] holds two.
 
 
 def _is_item(tree: Any) -> bool:
@@ -5526,9 +5533,9 @@ def _is_item(tree: Any) -> bool:
     return len(rows) == len(tree) and len(set(map(np.shape, rows))) == 1
 
 
-# A cotangent is built like the result that it belongs to, and a tangent like its
-# argument. To pair them, walk through both nests at once, dicts by key. The result, or
-# the argument, decides what is an item, for [1.0, 1.0] may belong to one array or to two:
+# A cotangent is built like its result, and a tangent like its argument. To pair them,
+# we go through both nests at once, and match dicts by key. The result or the argument
+# decides what is an item, since [1.0, 1.0] may belong to one array or to two:
 #
 #     >>> for like in np.ones(2), (1.0, 1.0):
 #     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
@@ -5537,8 +5544,8 @@ def _is_item(tree: Any) -> bool:
 
 
 def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
-    """The items of `tree`, as Tensors, in the order of those of `like`."""
-    if _is_item(like) and not isinstance(tree, dict):  # (that is refused below)
+    """The items of `tree`, as Tensors, in the order of the items of `like`."""
+    if _is_item(like) and not isinstance(tree, dict):  # (a dict is refused below)
         item = as_tensor(tree)
         shape = np.shape(_value(like))
         if item.shape != shape:
@@ -5556,7 +5563,7 @@ def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
 
 
 def _keys(tree: Any) -> Any:
-    """The keys of a dict, or the positions in a list or tuple; None for all else."""
+    """The keys of a dict, or the positions in a list or tuple; None for anything else."""
     if isinstance(tree, dict):
         return tree.keys()
     return range(len(tree)) if isinstance(tree, (list, tuple)) else None
@@ -5569,13 +5576,13 @@ def _outline(tree: Any) -> str:
 
 # ### What does a transform ask of its caller?
 #
-# When `grad(f)` runs f, there are four questions. A function for each converts what it
-# can, and refuses the rest in the name of the transform:
+# When `grad(f)` runs f, four questions arise. Each has a function that converts what it
+# can, and refuses the rest with an error that names the transform:
 #
-#     by which arguments?        `_choose_arguments`  those at `argnums`, each once
-#     have they a derivative?    `_fresh_input`       if they are floating-point numbers
-#     has f returned Tensors?    `_outputs`           or numbers, with a warning
-#     with what cotangents?      `_first_cotangent`   of the same shape; 1 for a scalar
+#     by which arguments?         `_choose_arguments`  those at `argnums`, each once
+#     do they have a derivative?  `_fresh_input`       if they are floating-point numbers
+#     did f return Tensors?       `_outputs`           numbers are taken, with a warning
+#     from which cotangents?      `_first_cotangent`   of the same shape; 1 for a scalar
 #
 #     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
 #     >>> print(chosen, put_back((10.0, 30.0)))
@@ -5583,7 +5590,7 @@ def _outline(tree: Any) -> str:
 
 
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
-    """The argument at `argnums`, or a tuple of them (None: of all), and how to put others back."""
+    """The argument at `argnums`, or a tuple of them (None: all), and how to replace them."""
     is_one = isinstance(argnums, (int, np.integer))
     positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
     if not all(isinstance(i, int) for i in positions):
@@ -5613,7 +5620,7 @@ def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
 
 
 def _fresh_input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by, tied to `x` if somebody else tracks that."""
+    """A new tensor to differentiate by; tied to `x` if that is tracked and a tape is written."""
     array = np.asarray(_value(x))
     if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
         raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which has "
@@ -5622,7 +5629,7 @@ def _fresh_input(name: str, x: Any) -> Tensor:
 
 
 def _copied_argument(x: Any) -> Any:
-    """A copy, still on the tape of x if that is on one. (Integers stay, to be refused.)"""
+    """A copy, tied to `x` if that is tracked. (Integers stay: `_fresh_input` refuses them.)"""
     return _copy(x) if _tracked(x) else np.array(_value(x))
 
 
@@ -5642,7 +5649,7 @@ def _outputs(name: str, items: Iterable) -> list[Tensor]:
 
 
 def _level_of_caller() -> int:
-    """The `stacklevel` by which a warning points to whoever called into this file."""
+    """The `stacklevel` with which a warning points to the code that called into this file."""
     level = 1
     frame = sys._getframe(1)
     here = frame.f_code.co_filename
@@ -5660,7 +5667,7 @@ def _first_of_pair(name: str, output: Any) -> Any:
 
 
 def _first_cotangent(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
-    """What a walk starts with: the cotangent given, or 1 for a scalar."""
+    """The cotangent that a walk starts with: the one given, or 1 for a scalar."""
     if not isinstance(output, Tensor):
         raise TypeError(f"{name}: a {type(output).__name__} ({str(output)[:40]}) is no Tensor")
     if cotangent is None and output.size == 1:
@@ -5669,20 +5676,20 @@ def _first_cotangent(name: str, output: Tensor, cotangent: Any, create_graph: bo
         given = "none" if cotangent is None else f"one of shape {np.shape(cotangent)}"
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent of its shape,"
                          f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
-    if create_graph:  # a tracked cotangent, as jvp's u (I.8), must stay on the tape
+    if create_graph:  # a tracked cotangent, such as jvp's u (I.8), must stay on the tape
         with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
     array = np.asarray(_value(cotangent), output.dtype)
-    return np.array(array) if output._op is None else array  # a copy, where a leaf keeps it
+    return np.array(array) if output._op is None else array  # a leaf keeps it, so copy
 
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
-    """Pairs (output, cotangent), with which a walk starts."""
+    """The pairs (output, cotangent) that a walk starts with."""
     return [(y, _first_cotangent(name, y, g, create_graph)) for y, g in zip(outputs, cotangents)]
 
 
 def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
-    """What `gradients` asks: it runs no f, and its inputs must be on a tape already."""
+    """Check the inputs of `gradients`: it runs no f, so they must be tracked already."""
     inputs = list(inputs)
     for t in inputs:
         if not isinstance(t, Tensor):
@@ -5695,9 +5702,9 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
 
 # ### jacobian and hessian: what of a nest?
 #
-# One walk for each element of the output, as in I.8. If the output is a nest, so is its
-# Jacobian, and each item of that is a nest built like the arguments. A Hessian is the
-# Jacobian of the slopes, which are such a nest themselves.
+# Each element of the output takes one walk, as in I.8. If the output is a nest, so is
+# its Jacobian, and each item of the Jacobian is a nest built like the arguments. A
+# Hessian is the Jacobian of the slopes, which are a nest built like the arguments, too.
 
 
 def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
@@ -5720,8 +5727,8 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = Non
 def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
     """The function that returns the Hessian of a scalar f: shape in.shape + in.shape.
 
-    f runs once, and each row is one walk. For a nest of arguments it is a nest of such
-    nests.
+    f runs once, and each row takes one walk. For a nest of arguments, the Hessian is a
+    nest of such nests.
 
         >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
         [6. 0.] [ 0. 12.]
@@ -5732,7 +5739,7 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None
     def function(*args: Any, **kwargs: Any) -> Any:
         run = _Run("hessian", f, args, kwargs, argnums)
         slopes = run.slopes()
-        route = _find_route(slopes, run.inputs)  # the tape of the slopes is a new one
+        route = _find_route(slopes, run.inputs)  # the slopes have a new tape
         return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
 
     return function
@@ -5741,7 +5748,7 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None
 def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
     """The derivatives of `y` by all inputs, each of shape y.shape + input.shape."""
     (y,) = _outputs(run.name, [y])
-    rows = []  # the route may be wider than that of y alone, and does no harm
+    rows = []  # (the route may be that of several outputs, which does no harm)
     for unit in np.eye(y.size).reshape(y.size, *y.shape):
         seeds = _seeds(run.name, [y], [unit], run.recorded)
         rows.append(_gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route))
@@ -5755,11 +5762,11 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 
 # ### What if a tape was let go?
 #
-# The search for a route (I.5) asks each tensor what it was made of. One that a `backward`
-# has passed cannot say any more. That is an error, unless it cannot matter, as for a
-# function with a training loop inside, which returns x times its last loss. So
-# `backward` leaves in the `_sources` of that loss the times of the leaves that it met.
-# Below, s is the loss, and was made of w alone:
+# The search for a route (I.5) asks each tensor for its operands. A tensor whose tape a
+# `backward` has let go no longer has them. That is an error if an input may be behind
+# that tensor. But a function may have a training loop inside, and return x times its
+# last loss. So `backward` leaves in the `_sources` of that loss the times of the leaves
+# that it met: x is not among them. Below, s is the loss, made of w alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
@@ -5772,8 +5779,8 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 
 
 def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, for a search for `inputs`. Of those that were let go: none, if
-    no input is behind `t`; else RuntimeError.
+    """The operands of `t`, for a search for `inputs`. If they were let go, returns ()
+    when no input can be behind `t`, and otherwise raises RuntimeError.
     """
     if t._operands is not None:
         return t._operands
@@ -5787,22 +5794,22 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
     if x._time >= t._time:
         return False  # operands are older
     if t._sources is None or x._op is not None:
-        return True  # for t, or for what is no leaf, nothing was noted
+        return True  # nothing was noted in t; or x is no leaf, and only leaves are noted
     return x._time in t._sources
 
 
 # ## IV.4 The machine: what had to be measured?
 #
-# What does the ground we stand on do that we did not ask for?
+# What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
-# **Old NumPy.** Before its version 2, NumPy made a float64 of a single float32 number
-# times 2.0, though not of an array of several. There, what an operation computes from
-# float32 alone is converted back.
+# **Old NumPy.** Before version 2, NumPy made a float64 of a single float32 number times
+# 2.0, though not of an array of several. With such a version, we convert back what an
+# operation computes from float32 alone.
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
 def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarray:
-    """The result of an operation, as the floating-point type that it is to have."""
+    """The result of an operation, in the floating-point type that it should have."""
     arrays = [a for a in arrays if isinstance(a, (np.ndarray, np.generic))]
     dtypes = {a.dtype for a in arrays if a.dtype.kind == "f"}
     y = _float_array(y)  # (a complex result is refused)
@@ -5811,35 +5818,37 @@ def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarra
     return y
 
 
-# **How many cores?** A process may be confined to some of those that the machine has.
+# **How many cores?** A process may be confined to some of the machine's cores.
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # 0: of this process
     return os.cpu_count() or 1
 
 
-# **Fork.** macOS has os.fork, but its own libraries do not survive it, and Windows has
-# none. Python 3.12 and later warn of a fork while other threads run, BLAS's idle ones
-# included: a lock that a thread holds stays locked in the copy, where that thread is
-# not. Our workers only compute with NumPy, whose locks are IV.5's point 5.
+# **Fork.** Windows has no os.fork. macOS has it, but its own libraries do not survive
+# it. Python 3.12 and later warn of a fork while other threads run, BLAS's idle ones
+# included: a lock that a thread holds stays locked in the copy, where that thread does
+# not exist. Our workers only compute with NumPy, and point 5 of IV.5 deals with its
+# locks.
 _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
 
 
 def _fork() -> int:
-    """os.fork, which returns twice: 0 in the new process, its number in the old one."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stdout, or closed
-        sys.stdout.flush()  # or the copy may print it a second time
+    """Call os.fork, which returns twice: 0 in the new process, its number in the old one."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stdout, or a closed one
+        sys.stdout.flush()  # else the copy may print the buffer a second time
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         return os.fork()
 
 
-# **BLAS,** which computes NumPy's matrix products, has a thread for each core. With as
-# many processes, these would be in each other's way. NumPy has no name for their
-# number, but OpenBLAS, which comes with it, has. (Before NumPy is imported,
-# OPENBLAS_NUM_THREADS=1 in the environment does the same.)
+# **BLAS** computes NumPy's matrix products, with a thread for each core. With a process
+# for each core as well, the threads would be in each other's way. NumPy has no function
+# to set their number, but OpenBLAS, which comes with NumPy, has one.
+# (OPENBLAS_NUM_THREADS=1 in the environment does the same, if set before NumPy is
+# imported.)
 def _set_blas_threads(count: int | None) -> int | None:
-    """Give OpenBLAS so many threads; returns how many it had (None: no OpenBLAS)."""
+    """Give OpenBLAS `count` threads; return how many it had (None: no OpenBLAS)."""
     get_threads, set_threads = _openblas()
     before = get_threads()
     set_threads(count)
@@ -5848,13 +5857,13 @@ def _set_blas_threads(count: int | None) -> int | None:
 
 @functools.cache
 def _openblas() -> tuple[Callable, Callable]:
-    """Its functions that get and set the number of threads; without it, two that do nothing."""
+    """OpenBLAS's functions to get and set its threads; without it, two that do nothing."""
     import ctypes
 
-    names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
+    names = ("scipy_openblas_{}_num_threads64_",  # in the one that comes with NumPy 2
              "openblas_{}_num_threads64_",  # with NumPy 1
-             "openblas_{}_num_threads")  # and with the system
-    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:  # (of Linux)
+             "openblas_{}_num_threads")  # with the system
+    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:  # (on Linux)
         for path in {line.split()[-1] for line in loaded if "openblas" in line}:
             library = ctypes.CDLL(path)
             for name in names:
@@ -5863,24 +5872,26 @@ def _openblas() -> tuple[Callable, Callable]:
     return lambda: None, lambda count: None
 
 
-# **The allocator.** A step of training makes and drops the same arrays of a few megabytes
-# each time. By default glibc, the C library of most Linuxes, gives such memory back to
-# the system at once, and gets it again page by page: half of the time of a CNN's step
-# goes there. So while an optimizer lives, this process keeps the memory that it frees.
-# Two settings rule it (mallopt(3)), and we raise both to the most they may be:
+# **The allocator.** Each step of training makes and drops the same arrays of a few
+# megabytes. By default glibc, the C library of most Linuxes, gives such memory back to
+# the system at once and gets it again page by page, which takes half of the time of a
+# CNN's step. So while an optimizer or a DataParallel lives, this process keeps the
+# memory that it frees. Two settings control this (mallopt(3)), and we raise both to
+# their maximum:
 #
 # - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
-# - Smaller ones come from a heap, at whose end up to M_TRIM_THRESHOLD free bytes are
-#   kept.
+# - Smaller blocks come from a heap, which keeps up to M_TRIM_THRESHOLD free bytes at
+#   its end.
 #
-# When the last optimizer is gone, free memory is given back, and M_TRIM_THRESHOLD becomes
-# twice the other, as glibc itself would choose. M_MMAP_THRESHOLD stays: glibc begins with
-# 128 KiB and raises it to the largest block that it has seen freed, but not once mallopt
-# was called. Set back, it would make every array anew.
+# When the last of these is gone, free memory goes back to the system, and
+# M_TRIM_THRESHOLD becomes twice M_MMAP_THRESHOLD, as glibc itself would choose.
+# M_MMAP_THRESHOLD stays. By itself, glibc begins with 128 KiB and raises it to the
+# largest block that it has seen freed, but no longer does so once mallopt was called.
+# If we set it back, larger arrays would come from the system each time.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
-_LARGEST_INT = (1 << 31) - 1  # that is, all is kept
+_LARGEST_INT = (1 << 31) - 1  # so all free memory is kept
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB
-_trainers: set[int] = set()  # the id of each that lives
+_trainers: set[int] = set()  # the ids of the optimizers and DataParallels that live
 
 
 def _keep_freed_memory(trainer: Any) -> None:
@@ -5891,20 +5902,20 @@ def _keep_freed_memory(trainer: Any) -> None:
     _glibc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _trainers.add(id(trainer))
     when_gone = weakref.finalize(trainer, _give_back, id(trainer))
-    when_gone.atexit = False  # at Python's end, the system takes back all anyhow
+    when_gone.atexit = False  # at Python's end, the system takes everything back anyway
 
 
 def _give_back(trainer: int) -> None:
-    """After the last trainer's end, give back what is kept, and keep no more."""
+    """When the last trainer is gone, give back the kept memory, and keep no more."""
     _trainers.discard(trainer)
     if not _trainers:
         _glibc().mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
-        _glibc().malloc_trim(0)  # with 0 bytes to spare
+        _glibc().malloc_trim(0)  # keep 0 free bytes
 
 
 @functools.cache
 def _glibc() -> Any:
-    """The C library, if it is glibc."""
+    """The C library if it is glibc, else None."""
     import ctypes
 
     with contextlib.suppress(OSError, TypeError):  # (TypeError: on Windows)
@@ -5916,47 +5927,49 @@ def _glibc() -> Any:
 
 # ## IV.5 Workers: what if one dies?
 #
-# DataParallel (III.9) makes its workers by `os.fork`. Such a copy of the program runs
-# this loop, and never anything else:
+# DataParallel (III.9) makes its workers by `os.fork`. Each is a copy of the program
+# that runs this loop and nothing else:
 #
 #     while True:
 #         job = pipe.recv()           # waits
 #         pipe.send(compute(job))
 #
-# The rest is about what may go wrong, for no process may wait for ever, and none run on:
+# The rest is about what may go wrong. No process may wait for ever, and no worker may
+# run on when it is no longer needed:
 #
-# 1. *We end it.* A worker has nothing to tidy up. So it is killed (SIGKILL, the signal
-#    that no process can refuse), and waited for: until its parent has asked how it
-#    ended, the system keeps an entry for it.
-# 2. *A worker dies*, perhaps since memory ran out. The system closes its end of the pipe.
-#    So the parent, waiting at the other, gets an EOFError, says how the worker ended, and
-#    ends the others.
-# 3. *The parent dies.* Then `recv` in the worker fails likewise. But a worker in the
-#    middle of a long share is not listening, and another process may hold a copy of the
-#    parent's end. So each worker also looks four times a second whether its parent
-#    still is its parent: an orphan is given to another.
+# 1. *We end a worker.* It has nothing to tidy up, so we kill it (by SIGKILL, the signal
+#    that no process can refuse). Then we wait for it, because the system keeps an entry
+#    for it until its parent has asked how it ended.
+# 2. *A worker dies*, perhaps because memory ran out. The system closes its end of the
+#    pipe. So the parent, which waits at the other end, gets an EOFError. It ends the
+#    other workers, and raises an error that says how this one ended.
+# 3. *The parent dies.* Then `recv` in the worker fails in the same way. But a worker in
+#    the middle of a long share does not call `recv`, and another process may hold a
+#    copy of the parent's end. So each worker also checks four times a second whether it
+#    still has the same parent, since the system gives an orphan to another.
 # 4. *Ctrl-C* reaches all processes of a terminal. Workers ignore it, and the parent,
-#    interrupted, ends them. Between a fork and the note of it, where it must not be
-#    interrupted, Ctrl-C has to wait (`_interrupts_held`).
-# 5. *A worker never begins.* If another thread of the program is at a matrix product at
-#    the moment of the fork, it may hold OpenBLAS's lock on its buffers. The copy of that
-#    lock is never let go, and the worker's first product waits for ever. So a worker
-#    computes a product before it says that it is ready, and one that does not say so in
-#    time is ended and made again.
+#    when interrupted, ends them. Ctrl-C has to wait (`_interrupts_held`) from a fork
+#    until the worker is on the parent's list, since the parent could not end one that
+#    is missing there.
+# 5. *A worker never begins.* If another thread of the program computes a matrix product
+#    at the moment of the fork, it may hold OpenBLAS's lock on its buffers. The copy of
+#    that lock is never released, and the worker's first product waits for ever. So a
+#    worker computes a product before it says that it is ready. If it does not say so in
+#    time, it is ended and another is made.
 #
-# The memory in common comes first.
+# We begin with the memory that all processes share.
 
 
 def _shared(size: int, dtype: np.dtype) -> np.ndarray:
-    """Zeros in memory that is common to this process and all that it forks later."""
-    import mmap  # only here, for it is slow to load, as are some below
+    """A flat array of zeros, in memory common to this process and all that it forks later."""
+    import mmap  # only here, since it is slow to load, as are some below
 
     memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # -1: of no file; 0 bytes are refused
     return np.frombuffer(memory, dtype, size)
 
 
 class _Layout:
-    """How to lay arrays side by side in flat ones, one for each dtype among them.
+    """How arrays lie side by side in flat ones, one for each dtype among them.
 
         >>> layout = _Layout([np.zeros((2, 2)), np.zeros(3)])
         >>> (flat,), (a, b) = layout.allocate(np.zeros)
@@ -5981,12 +5994,13 @@ class _Layout:
         return list(flats.values()), pieces
 
 
-# An optimizer moves what lies side by side where it is (`_move`, III.3). It asks:
+# If parameters lie side by side, an optimizer moves them where they are, without copies
+# (`_move`, III.3). It finds out by this function:
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """Arrays that are views of one flat array, end to end: that part of it. Else None."""
-    flat = arrays[0].base  # what it is a view of
+    """The part of a flat array that `arrays`, its views, cover end to end; None if they do not."""
+    flat = arrays[0].base  # the array that it is a view of
     if type(flat) is not np.ndarray or flat.ndim != 1:
         return None
 
@@ -6001,16 +6015,16 @@ def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
     return flat[first:first + (end - start) // flat.itemsize]
 
 
-# How long to wait for a worker's beginning, which takes about a millisecond: longer each
-# time, for it may be the machine that is slow.
+# How long we wait for a worker to begin, which takes about a millisecond. We wait
+# longer each time, since it may be the machine that is slow.
 _SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
 
 
 class _Team:
     """The workers of one DataParallel, and the parameters in common memory.
 
-    `compute(share, job, pieces)` is what a worker does with a job. Of a single process,
-    which is the parent, the team is empty, and nothing is moved.
+    A worker answers a job by `compute(share, job, pieces)`. With a single process,
+    which is the parent, the team has no workers, and nothing is moved.
     """
 
     def __init__(self, params: list, layout: _Layout, processes: int, compute: Callable) -> None:
@@ -6029,24 +6043,24 @@ class _Team:
         _, self._common = self._layout.allocate(_shared)
         for p, common in zip(self._params, self._common):
             common[...] = p._data
-            if p._checksum is None:  # else somebody has the array, and may write to it (IV.1)
+            if p._checksum is None:  # else a caller has the array, and may write to it (IV.1)
                 p._data = common
 
         threads = _set_blas_threads(1)  # (IV.4)
-        self._end = weakref.finalize(  # also if nobody calls `close`
+        self._end = weakref.finalize(  # runs even if nobody calls `close`
             self, _end_workers, self.workers, self.parent, threads)
         try:
             with _interrupts_held():
                 for share in range(1, processes):
                     flats, pieces = self._layout.allocate(_shared)
-                    answer = functools.partial(compute, share, pieces=pieces)  # of a job
+                    answer = functools.partial(compute, share, pieces=pieces)  # to a job
                     self._add_worker(flats, answer)
-        except BaseException:  # such as: no more processes
+        except BaseException:  # such as OSError: no more processes
             self.close()
             raise
 
     def _add_worker(self, flats: list[np.ndarray], answer: Callable) -> None:
-        """Fork a worker, and another one for each that never begins."""
+        """Fork a worker; if it does not begin in time, end it and fork another."""
         for seconds in _SECONDS_TO_BEGIN:
             self.workers.append(_Worker(self, flats, answer))
             if self.workers[-1].begins(within=seconds):
@@ -6057,7 +6071,7 @@ class _Team:
                            "in the way? Make the DataParallel before it starts")
 
     def copy_moved_parameters(self) -> None:
-        """Copy what is not in common memory (p.data was taken, or replaced) to there."""
+        """Copy parameters outside common memory (p.data was taken or replaced) into it."""
         for p, common in zip(self._params, self._common):
             if p._data is common:
                 continue
@@ -6079,8 +6093,8 @@ class _Team:
             gc.freeze()  # a collection would write to all objects, and so copy their memory
             for p, common in zip(self._params, self._common):
                 p._data = common
-            _mode.recording = True  # also if it was made inside no_grad()
-            np.ones((128, 128)) @ np.ones((128, 128))  # point 5: it needs a buffer
+            _mode.recording = True  # even if it was made inside no_grad()
+            np.ones((128, 128)) @ np.ones((128, 128))  # point 5: this needs a buffer
             pipe.send("ready")
             while True:
                 job = pipe.recv()  # EOFError if nobody is left to send one
@@ -6103,7 +6117,7 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and p._checksum is None:  # else somebody looks there
+                if p._data is common and p._checksum is None:  # else a caller has it
                     p._data = array
             self._common = []
 
@@ -6120,35 +6134,36 @@ class _Worker:
         self._exit_code: int | None = None  # -n: killed by signal n
         self.pid = _fork()
         if self.pid == 0:
-            # Fork copies all open ends, and a pipe with a forgotten copy never closes.
+            # Fork copies every open end of a pipe. We close the copies of the parent's
+            # ends: while one is open, its worker waits, even if the parent is dead.
             for worker in [self, *team.workers]:
                 worker._pipe.close()
             team.live_as_worker(workers_end, answer)
         workers_end.close()
 
     def begins(self, within: float) -> bool:
-        """Whether it says in so many seconds that it is ready. RuntimeError if it is dead."""
+        """Whether the worker is ready within these seconds. Raises RuntimeError if it is dead."""
         return self._pipe.poll(within) and self.receive() == "ready"
 
     def send(self, job: _Job) -> None:
-        """Give the worker its share. RuntimeError if it is dead."""
+        """Give the worker its share. Raises RuntimeError if it is dead."""
         try:
             self._pipe.send(job)
         except OSError:
             raise self._lost() from None
 
     def receive(self) -> Any:
-        """Its answer, or the exception that it met. RuntimeError if it is dead."""
+        """The worker's answer, or the exception it met. Raises RuntimeError if it is dead."""
         try:
             return self._pipe.recv()
         except (EOFError, OSError):
             raise self._lost() from None
 
     def _lost(self) -> RuntimeError:
-        """What to say of a worker whose end of the pipe is closed."""
+        """The error to raise for a worker whose end of the pipe is closed."""
         import signal
 
-        self._wait(seconds=1)  # plenty: a pipe is closed a moment before the end is told
+        self._wait(seconds=1)  # plenty: the system closes a pipe a moment before it reports the end
         code = self._exit_code
         if not self._has_ended:
             how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
@@ -6163,23 +6178,23 @@ class _Worker:
         return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it is doing."""
         import signal
 
         self._pipe.close()
         self._wait(seconds=0)
-        if not self._has_ended:  # else its number may be another's by now
+        if not self._has_ended:  # else another process may have its number by now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self._wait(seconds=math.inf)
 
     def _wait(self, seconds: float) -> None:
-        """Wait for its end, at most so long, and note how it ended."""
+        """Wait at most `seconds` for the process to end, and note how it ended."""
         deadline = time.monotonic() + seconds
         while not self._has_ended:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)  # (0, 0): it still runs
-            except ChildProcessError:  # somebody else has waited for it
+            except ChildProcessError:  # other code has waited for it
                 self._has_ended = True
                 return
             if pid == self.pid:
@@ -6188,18 +6203,18 @@ class _Worker:
             elif time.monotonic() >= deadline:
                 return
             else:
-                time.sleep(0.001)  # not to ask all the time
+                time.sleep(0.001)  # so as not to ask all the time
 
 
 def _follow(parent: int) -> None:
-    """End this process when its parent is gone (then it is given to another)."""
+    """End this process when its parent is gone (getppid then returns another number)."""
     while os.getppid() == parent:
         time.sleep(0.25)
     os._exit(1)
 
 
 def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) -> None:
-    """End the workers, if this process is their parent, and not a copy of it."""
+    """End the workers if this process is their parent and not a copy of it."""
     if os.getpid() != parent:
         return
     with _interrupts_held():
@@ -6211,11 +6226,11 @@ def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) 
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C has to wait until this is done."""
+    """Make Ctrl-C wait until the `with` block is done."""
     import signal
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # asks, and blocks nothing
-    try:  # from here on, what is blocked is let through in the end
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # only returns what is blocked
+    try:  # begins before SIG_BLOCK, so that `finally` always undoes it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         yield
     finally:
