@@ -1981,8 +1981,8 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 # ## II.6 Linear algebra: why the transposes?
 #
 # For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so
-# it receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless
-# they are square, the shapes alone allow nothing else.
+# it receives `sum_j g_ij B_kj`, which is `g B^T`. Likewise B receives `A^T g`. If i, j
+# and k run over different numbers, the shapes alone allow nothing else.
 #
 #     >>> A, B = Tensor([[1.0, 2.0]]), Tensor([[3.0], [5.0]])
 #     >>> (A @ B).backward(grad=[[10.0]])
@@ -1992,12 +1992,12 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 # What follows, down to `linear`, is nearly all that the networks of part III need.
 # (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
-    """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
+    """The transpose of a matrix, or of each matrix in a stack. (NumPy 2 has it as mT.)"""
     return a.swapaxes(-1, -2)
 
 
 def _with_shape(x: Any) -> Any:
-    """A Tensor or an array of x. (An operation settles the dtype of arrays.)"""
+    """x as a Tensor or an array. (The operation it goes to settles an array's dtype.)"""
     if isinstance(x, np.generic):
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -2009,12 +2009,12 @@ def _matmul(a: Any, b: Any) -> Tensor:
     return np.matmul(a, b)  # matrices, or stacks of them
 
 
-# NumPy's `@` also takes vectors. A vector is a matrix of one row or one column, and a
-# stack that meets a single matrix is one long matrix of all its rows, which BLAS
-# multiplies in one go.
+# NumPy's `@` also takes vectors. We treat a vector as a matrix of one row or one column.
+# If a is a stack and b a single matrix, we treat a as one long matrix of all its rows,
+# which BLAS multiplies in one go.
 @_answers(np.matmul)
 def matmul(a: Any, b: Any) -> Tensor:
-    """a @ b as NumPy has it for every rank: vectors, matrices, stacks of matrices."""
+    """a @ b as in NumPy, for every rank: vectors, matrices, stacks of matrices."""
     a, b = _with_shape(a), _with_shape(b)
     rank_a, rank_b = a.ndim, b.ndim
     if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[max(rank_b - 2, 0)]:
@@ -2032,15 +2032,17 @@ def matmul(a: Any, b: Any) -> Tensor:
 
 @_answers(np.dot)
 def dot(a: Any, b: Any) -> Tensor:
-    """a * b if one is a number, else the sum over a's last axis and b's last but one."""
+    """a * b if one is a number, else the sum over a's last axis and b's last but one.
+    (A vector b has only one axis, and the sum is over that.)
+    """
     a, b = _with_shape(a), _with_shape(b)
     if 0 in (a.ndim, b.ndim):
         return mul(a, b)
     return matmul(a, b) if b.ndim <= 2 else tensordot(a, b, (-1, -2))
 
 
-# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All
-# leading axes of x are one long axis to it, so each gradient is a single product.
+# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. It
+# joins all leading axes of x into one, so the gradients of x and W are one product each.
 @primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
            lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
            lambda g, y, x, weight, bias=None: g)  # asked only if there is a bias
@@ -2056,7 +2058,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
 
 
 def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """y + bias; in place, unless the bias is of a wider type."""
+    """y + bias, computed in place unless the bias has a wider dtype."""
     if np.result_type(y, bias) != y.dtype:
         return y + bias
     return np.add(y, bias, out=y)
@@ -2064,25 +2066,25 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 # ### einsum: what do the letters say?
 #
-# `einsum("ij,jk->ik", A, B)` gives each axis a letter. It multiplies what has equal
-# letters, and adds up over the letters that the output lacks: here, `A @ B`.
+# `einsum("ij,jk->ik", A, B)` gives each axis a letter. It multiplies the elements whose
+# letters agree, and adds up over the letters that the output lacks. Here it is `A @ B`.
 #
-# **The rule: g takes the operand's place, and its letters and those of the output
-# change places.** So A receives the einsum "ik,jk->ij" of g and B; with the numbers
-# from above:
+# **The rule: g takes the operand's place, and the letters of the operand change places
+# with those of the output.** So A receives the einsum "ik,jk->ij" of g and B. With the
+# numbers from above:
 #
 #     >>> B, g = np.array([[3.0], [5.0]]), np.array([[10.0]])
 #     >>> print(np.einsum("ik,jk->ij", g, B))
 #     [[30. 50.]]
 #
-# Why? Both are loops over all letters, forwards and backwards:
+# Why? The forward and the backward step are both loops over all letters:
 #
 #     for all i, j, k:    Y[i, k]  += A[i, j] * B[j, k]
 #     for all i, j, k:    gA[i, j] += g[i, k] * B[j, k]
 #
-# In each round of the first, `A[i, j]` meets `B[j, k]`, and goes into `Y[i, k]`. So in
-# each round of the second it receives `g[i, k] * B[j, k]`. Nothing in this depends on
-# the letters, or on how many other operands there are.
+# In each round of the first loop, `A[i, j]` is multiplied by `B[j, k]`, and the product
+# is added to `Y[i, k]`. So in the same round of the second loop, `A[i, j]` receives
+# `g[i, k] * B[j, k]`. This does not depend on the letters, nor on the number of operands.
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
@@ -2094,29 +2096,29 @@ def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any
 
 @primitive(each=_einsum_rule)
 def _einsum(*operands: Any, subscripts: str) -> Tensor:
-    # (`optimize` finds a good order of products, and leaves each to BLAS if it can.)
+    # (`optimize` finds a good order of the products, and leaves them to BLAS if it can.)
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# Where does the rule fail? Of "ii->i" it would make "i->ii", and no einsum has a letter
-# twice in its output. And of "ij,jk->k" it would make "k,jk->ij", where nobody knows how
-# long i is. For each axis of A must have a *partner*: an axis of the output, or of
-# another operand, with its letter and its length. So `einsum` first takes diagonals and
-# sums, which have rules of their own:
+# Where does the rule fail? It would turn "ii->i" into "i->ii", but einsum does not allow
+# a letter twice in its output. And it would turn "ij,jk->k" into "k,jk->ij", where
+# neither g nor B says how long i is. So each axis of A must have a *partner*: an axis of
+# the output, or of another operand, with the same letter and the same length. `einsum`
+# ensures this: it first takes diagonals and sums, which have rules of their own:
 #
-#     a letter twice in A: the diagonal        "ii->i"     is  "i->i" of it
-#     an axis without a partner: its sum       "ij,jk->k"  is  "j,jk->k" of that
+#     a letter twice in A: the diagonal        "ii->i"     is  "i->i" of the diagonal
+#     an axis without a partner: its sum       "ij,jk->k"  is  "j,jk->k" of the sum and B
 #
 # (An axis of length 1 is no partner of a longer one, though NumPy stretches it. In
-# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has one: it is "i,k->ik" of two
-# sums.)
+# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has a partner, so the result is
+# "i,k->ik" of two sums.)
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
 
-    Dots, repeated letters and stretched axes mean what they mean to NumPy. A good order
-    of the products is always chosen (`optimize`). ValueError if letters and shapes do
-    not fit together, or if it takes more than 52 letters.
+    Dots, repeated letters and stretched axes mean what they mean in NumPy. Whatever
+    `optimize` says, a good order of the products is chosen. Raises ValueError if letters
+    and shapes do not fit together, or if more than 52 letters are needed.
     """
     if not isinstance(subscripts, str):
         subscripts, operands = _einsum_by_letters(subscripts, *operands)
@@ -2135,7 +2137,7 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
 
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
-    """Of each letter that occurs more than once in the term, the diagonal."""
+    """Replace the axes of each letter that occurs more than once by their diagonal."""
     for letter in term:
         while term.count(letter) > 1:
             i = term.index(letter)
@@ -2143,17 +2145,17 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
             if x.shape[i] != x.shape[j]:
                 raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
                                  f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
-            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): the diagonal comes last
             term = term.replace(letter, "", 2) + letter
     return term, x
 
 
 def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, Any]]:
-    """The operands without the axes that have no partner."""
-    axes: list[tuple[str, int]] = []  # all there are, as (letter, length)
+    """Sum each operand over its axes that have no partner."""
+    axes: list[tuple[str, int]] = []  # of all operands, then the output's
     for term, x in factors:
         axes += zip(term, x.shape)
-    lengths: dict[str, int] = {}  # of each letter the one length, apart from 1
+    lengths: dict[str, int] = {}  # each letter's length, apart from 1
     for letter, n in axes:
         if n != 1 and n != lengths.setdefault(letter, n):
             raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are {letter!r}")
@@ -2162,7 +2164,7 @@ def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
     with_partners = []
     for term, x in factors:
         axes_here = enumerate(zip(term, x.shape))
-        alone = [i for i, axis in axes_here if axes.count(axis) == 1]  # once, of all
+        alone = [i for i, axis in axes_here if axes.count(axis) == 1]  # no partner
         if alone:
             term = "".join(letter for i, letter in enumerate(term) if i not in alone)
             x = np.sum(x, axis=tuple(alone))
@@ -2170,13 +2172,13 @@ def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
     return with_partners
 
 
-# The rest is notation: numbers for letters, dots, and an output that is not said.
-_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
+# The rest is notation: numbers for letters, dots, and an output that is left out.
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # in sorted order
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
-    """Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
+    """Turn numbers into letters: (a, [0, 1], b, [1]) becomes ("AB,B", (a, b))."""
     operands, lists = arguments[:-1:2], arguments[1::2]
     output = arguments[2 * len(lists):]  # the last argument, if their number is odd
     terms = []
@@ -2193,8 +2195,9 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
     """The letters of each operand, and of the output.
 
-    Dots become letters that are free. They align at the right, as in broadcasting: so n
-    of them always get the *last* n letters, and the longest such tail is the output's.
+    Dots become letters that occur nowhere else. Their axes align at the right, as in
+    broadcasting. So dots for n axes get the *last* n free letters, and the output's dots
+    get as many letters as the longest of the operands'.
 
         >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
         (('yzi', 'iz'), 'yz')
@@ -2204,14 +2207,14 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
         raise ValueError(f"the subscripts are of {more} operands")
-    if not arrow:  # as NumPy has it: the dots, then what occurs once, in order
+    if not arrow:  # as in NumPy: the dots, then the letters that occur once, sorted
         output = "..." + "".join(c for c in _LETTERS if inputs.count(c) == 1)
 
     free = "".join(c for c in _LETTERS if c not in inputs)
     dots = ""
     for i, (term, shape) in enumerate(zip(terms, shapes)):
         if "..." in term:
-            n = len(shape) - len(term.replace("...", ""))  # axes for the dots
+            n = len(shape) - len(term.replace("...", ""))  # axes that the dots stand for
             if n > len(free):
                 raise ValueError("with its dots this takes more than 52 letters")
             of_term = free[len(free) - n:]
@@ -2234,45 +2237,46 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 
 # ### The inverse: how is a rule of matrices found?
 #
-# All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that the loss moves
-# by `<g, dY>` if Y moves by dY. Then:
+# All such rules are found in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so
+# that the loss moves by `<g, dY>` if Y moves by dY. Then:
 #
-# 1. Say how dY comes from dA, by differentiating what defines Y.
-# 2. In `<g, dY>`, bring what stands around dA over to g: `<g, P dA Q>` is
+# 1. Differentiate the equation that defines Y, to express dY by dA.
+# 2. In `<g, dY>`, move the factors around dA over to g: `<g, P dA Q>` is
 #    `<P^T g Q^T, dA>` (the rule of matmul, twice).
-# 3. What then stands beside dA is what A receives.
+# 3. A receives the matrix that now stands beside dA.
 #
-# (Giles, 2008, has the whole collection.) *inv*, `Y = A^-1`:
+# (Giles, 2008, has the whole collection.) For *inv*, `Y = A^-1`:
 #
-#     1  A Y = I moves by           dA Y + A dY = 0
-#     2  times Y from the left      dY = -Y dA Y
+#     1  differentiate A Y = I      dA Y + A dY = 0
+#        times Y from the left      dY = -Y dA Y
+#     2  move both Y over to g      <g, -Y dA Y> = <-Y^T g Y^T, dA>
 #     3  A receives                 -Y^T g Y^T
 inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
               doc="The inverse of each matrix. LinAlgError if one is singular.")
 
 
-# *solve*, `Y = A^-1 B`:
+# For *solve*, `Y = A^-1 B`:
 #
-#     1  A Y = B moves by           dA Y + A dY = dB
-#     2  so                         dY = A^-1 (dB - dA Y)
-#     3  bring A^-1 over            <g, dY> = <h, dB - dA Y>   with h = A^-T g
-#     4  B receives                 h, another solve
+#     1  differentiate A Y = B      dA Y + A dY = dB
+#     2  solve for dY               dY = A^-1 (dB - dA Y)
+#     3  move A^-1 over to g        <g, dY> = <h, dB - dA Y>   with h = A^-T g
+#     4  B receives                 h, found by another solve
 #     5  A receives                 -h Y^T
 @primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 5
            lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
-    # To NumPy 1, b is vectors if it has one axis less than a.
+    # NumPy 1 takes b for vectors if it has one axis less than a, so b gets as many axes.
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
     return np.linalg.solve(a, b)
 
 
 @_answers(np.linalg.solve)
 def solve(a: Any, b: Any) -> Tensor:
-    """The x of a @ x = b, for (..., n, n) and (n,) or (..., n, k).
-    LinAlgError if a is singular.
+    """The x with a @ x = b, for a (..., n, n) and b (n,) or (..., n, k).
+    Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
-    vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 have it
+    vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 decide it
     columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
@@ -2283,10 +2287,10 @@ def solve(a: Any, b: Any) -> Tensor:
 
 # ## II.7 Fused operations: how is one made fast?
 #
-# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written so, it is a tape
-# of two operations, each with arrays of its own. To make it one, write a **kernel**: a
-# function on bare arrays that returns two things, the result and its whole backward
-# step. That is the `pullback`, a function that remembers what it needs:
+# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written this way, it puts
+# two operations on the tape, each with arrays of its own. To make it one operation, write
+# a **kernel**: a function on bare arrays that returns the result and the `pullback`. The
+# pullback is a function that does the whole backward step, and remembers what it needs:
 #
 #     >>> def definition(x):
 #     ...     return x * sigmoid(x)
@@ -2301,8 +2305,9 @@ def solve(a: Any, b: Any) -> Tensor:
 #     >>> print(f"{swish(1.0):.6f} {grad(swish)(1.0):.6f} {grad(definition)(1.0):.6f}")
 #     0.731059 0.927671 0.927671
 #
-# A kernel may be clever, in place, and without a thought for second derivatives: with
-# `create_graph` the walk does not call the pullback, but differentiates the definition.
+# A kernel may be clever and work in place, and it need not care for second derivatives:
+# with `create_graph` the walk does not call the pullback, but differentiates the
+# definition.
 #
 #     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
 #     0.302366118810 0.302366118810
@@ -2314,11 +2319,12 @@ def solve(a: Any, b: Any) -> Tensor:
 def fused(definition: Callable, operands: int | None = None) -> Callable:
     """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
 
-    `definition` computes the same by other operations. The first `operands` arguments
-    (all that are given by position, if it is not said) are differentiated by.
-    `pullback(g, wanted)` returns a cotangent for each, and may give None where `wanted`
-    is False. Each is an array of its own, or `g`, or a view. It must not write to `g`
-    or to what it remembers: a tape may be walked twice. float16 arrives as float32.
+    `definition` computes the same result by other operations. The first `operands`
+    arguments (by default, all that are given by position) are operands, and get
+    gradients. `pullback(g, wanted)` returns a cotangent for each operand, and may give
+    None where `wanted` is False. A cotangent is a new array, or `g`, or a view. The
+    pullback must not write to `g` or to what it remembers, because a tape may be walked
+    twice. float16 operands arrive as float32.
     """
     def decorate(kernel: Callable) -> Callable:
         count = sys.maxsize if operands is None else operands
@@ -2330,7 +2336,7 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
 
 
 def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Sequence:
-    """What each operand of `t` receives, or None: by its pullback, or by the definition."""
+    """What each operand of `t` receives, or None, by the pullback or by the definition."""
     if create_graph:
         return _pull_by_definition(t, g, wanted)
     shares = t._pullback(g, wanted)
@@ -2338,14 +2344,14 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 
 # "By the definition" means to compute the result once more, by other operations, and to
-# walk the new tape back to the operands. Each place has to receive its own share alone.
-# But in f(x, x) both places are one tensor, and in f(x, 2 * x) the walk would go on from
-# the second to the first. So every operand is replaced by an `identity` of it: a new
-# tensor, met nowhere else, at which the walk ends.
+# walk the new tape back to the operands. Each operand must receive its own share alone.
+# But in f(x, x) both operands are one tensor, and in f(x, 2 * x) the walk would go on
+# from the second to the first. So we replace every operand by its `identity`: a new
+# tensor, used nowhere else, at which the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
-    arguments = list(t._operands)  # and, behind them, settings
+    arguments = list(t._operands)  # followed by the settings given by position
     for i, is_wanted in enumerate(wanted):
         if is_wanted:
             arguments[i] = identity(arguments[i])
@@ -2356,13 +2362,13 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
     return [next(shares) if is_wanted else None for is_wanted in wanted]
 
 
-# *float16* is infinite beyond 65,504, and a sum of squares is soon there. So kernels and
-# definitions compute in float32, and the result is rounded to float16, unless a wider
-# operand makes it wider.
+# The largest *float16* is 65,504, and a sum of squares soon exceeds it and becomes
+# infinite. So kernels and definitions compute in float32, and the result is rounded to
+# float16 unless another operand has a wider dtype.
 
 
 def _in_float32(f: Callable) -> Callable:
-    """Let `f`, a kernel or what returns an array, compute in float32 what is float16."""
+    """Wrap `f`, a kernel or a function to an array, so that float16 is done in float32."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
         dtypes = [getattr(a, "dtype", None) for a in operands]
@@ -2374,7 +2380,7 @@ def _in_float32(f: Callable) -> Callable:
         result = f(*operands, **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
             return result
-        if isinstance(result, tuple):  # a kernel's
+        if isinstance(result, tuple):  # `f` is a kernel
             y, pullback = result
             return (y.astype(np.float16),
                     lambda g, wanted: pullback(g.astype(np.float32), wanted))
@@ -2385,29 +2391,30 @@ def _in_float32(f: Callable) -> Callable:
 
 # ### What NumPy is slow at
 #
-# Kernels look different from their definitions only where NumPy is slow. These are the
-# places; a kernel that goes around one points here by the word in capitals. (Times are
-# for float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
+# Kernels differ from their definitions only where NumPy is slow. Here is where that is.
+# A kernel that avoids such a place points to it by the word in capitals. (Times are for
+# float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones, `[3 4 5] @ [1 1 1] = 12`
-#   (`_row_sum`, II.5). The maxima take 330 us, and 200 us by reduceat (`_row_max`); the
-#   maximum of the whole array takes 9 us, and often is enough (`_is_moderate`). Inner
-#   products of rows are fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
+#   (`_row_sum`, II.5). The maxima take 330 us by `max(axis=1)`, and 200 us by reduceat
+#   (`_row_max`). The maximum of the whole array takes 9 us, and is often enough
+#   (`_is_moderate`). Inner products of rows are fast as `np.einsum("ij,ij->i", a, b)`
+#   (`_row_dot`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
-#   pays for each that it begins. So the longest axis should lie last: adding (128, 16,
-#   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
+#   each start of that loop costs time. So the longest axis should lie last: adding (128,
+#   16, 14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
 #   200 us with the batch last.
 # - PASSES. Each operation reads and writes whole arrays, and beyond a few hundred
-#   kilobytes that is all one waits for. So kernels work in place. And where passes are
-#   many, a dozen in gelu below, all go over one block while it is in the processor's
-#   cache, and then over the next.
-# - PRODUCTS. Only matmul and dot reach BLAS, the library that multiplies matrices at
-#   full speed, and best where both lie in memory row by row (`order="C"`). Of `A @ B^T`
-#   and `(B @ A^T)^T`, which are equal, OpenBLAS is up to twice as fast at the one whose
-#   product has more rows.
-# - SCATTER. To add rows where several have one place, NumPy goes element by element, also
-#   in bincount (II.4): a product with one-hot rows is several times faster.
+#   kilobytes this takes nearly all of the time. So kernels work in place. And where there
+#   are many passes (eight forwards in gelu below), all of them go over one block while it
+#   is in the processor's cache, and then over the next.
+# - PRODUCTS. Only products such as matmul and dot reach BLAS, the library that multiplies
+#   matrices at full speed. It is fastest if both lie in memory row by row (`order="C"`).
+#   `A @ B^T` and `(B @ A^T)^T` are equal, but OpenBLAS is up to twice as fast at the one
+#   whose product has more rows.
+# - SCATTER. When several rows are added to one place, NumPy goes element by element, even
+#   in bincount (II.4). A product with one-hot rows is several times faster.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 
@@ -2419,17 +2426,17 @@ def _blocks(*arrays: np.ndarray) -> Iterator[list]:
 
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """x without gaps in memory, its axes in the order of `like`; copied only if it must be."""
-    out = np.empty_like(x if like is None else like)  # keeps that order, and has no gaps
+    """x without gaps in memory, its axes in the order of `like`; copied only if needed."""
+    out = np.empty_like(x if like is None else like)  # in the same order, without gaps
     if x.strides == out.strides:
         return x
     out[...] = x
     return out
 
 
-# gelu is `x` times the probability `p` that a standard normal number is below x. Its
-# definition here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses
-# and PyTorch calls `approximate="tanh"` (NumPy lacks the erf of the exact one):
+# gelu is `x` times the probability `p` that a standard normal number is below x. We
+# define it by the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and
+# PyTorch calls `approximate="tanh"`. (The exact one needs erf, which NumPy lacks.)
 #
 #     p = (1 + tanh(u)) / 2,   u = scale * x + cubic * x^3
 #
@@ -2437,8 +2444,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p for the way back. It works block by block, and in place: in p, and in
-# the array that it returns.
+# The kernel keeps p for the way back. It works block by block (PASSES), and in place: its
+# intermediate results stand in p, or in the array that it returns.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
