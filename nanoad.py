@@ -2041,9 +2041,8 @@ def dot(a: Any, b: Any) -> Tensor:
     return matmul(a, b) if b.ndim <= 2 else tensordot(a, b, (-1, -2))
 
 
-# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. It
-# joins all leading axes of x into one, so the gradients of x and W are one product
-# each.
+# `linear` is `x @ W^T + b` with W stored as (out, in), as in PyTorch. It joins all
+# leading axes of x into one, so the gradients of x and W are one product each.
 @primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
            lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
            lambda g, y, x, weight, bias=None: g)  # asked only if there is a bias
@@ -2085,8 +2084,7 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 #
 # In each round of the first loop, `A[i, j]` is multiplied by `B[j, k]`, and the product
 # is added to `Y[i, k]`. So in the same round of the second loop, `A[i, j]` receives
-# `g[i, k] * B[j, k]`. This does not depend on the letters, nor on the number of
-# operands.
+# `g[i, k] * B[j, k]`. The same holds for any letters and any number of operands.
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
@@ -2349,8 +2347,8 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 # "By the definition" means to compute the result once more, by other operations, and to
 # walk the new tape back to the operands. Each operand must receive its own share alone.
 # But in f(x, x) both operands are one tensor, and in f(x, 2 * x) the walk would go on
-# from the second to the first. So we replace every operand by its `identity`: a new
-# tensor, used nowhere else, at which the walk ends.
+# from the second to the first. So we replace every wanted operand by its `identity`: a
+# new tensor, used nowhere else, at which the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
@@ -2394,19 +2392,19 @@ def _in_float32(f: Callable) -> Callable:
 
 # ### What NumPy is slow at
 #
-# Kernels differ from their definitions only where NumPy is slow. Here is where that is.
-# A kernel that avoids such a place points to it by the word in capitals. (Times are for
-# float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
+# Kernels differ from their definitions only where NumPy is slow. This list says where.
+# A kernel that avoids one of these places names it by the word in capitals. (Times are
+# for float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
-#   take 78 us by `sum(axis=1)`, and 9 us as a product with ones, `[3 4 5] @ [1 1 1] =
-#   12` (`_row_sum`, II.5). The maxima take 330 us by `max(axis=1)`, and 200 us by
+#   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
+#   `[3 4 5] @ [1 1 1] = 12`. The maxima take 330 us by `max(axis=1)`, and 200 us by
 #   reduceat (`_row_max`). The maximum of the whole array takes 9 us, and is often
-#   enough (`_is_moderate`). Inner products of rows are fast as `np.einsum("ij,ij->i",
-#   a, b)` (`_row_dot`).
+#   enough (`_is_moderate`). Inner products of rows are fast as
+#   `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
-#   each start of that loop costs time. So the longest axis should lie last: adding
-#   (128, 16, 14, 14) to the inside of a padded array takes 340 us with lines of 14
+#   each start of that loop costs time. So the longest axis should lie last: adding an
+#   array (128, 16, 14, 14) to the inside of a padded one takes 340 us with lines of 14
 #   numbers, and 200 us with the batch last.
 # - PASSES. Each operation reads and writes whole arrays, and beyond a few hundred
 #   kilobytes this takes nearly all of the time. So kernels work in place. And where
@@ -2539,9 +2537,8 @@ for _name, _f in dict(
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
 
 
-# Comparisons give plain bool arrays. (An `__eq__` inside the class would remove
-# `__hash__`. Set from outside, it leaves it: tensors of equal value count as
-# different.)
+# Comparisons give plain bool arrays. (Defined inside the class, `__eq__` would remove
+# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not.)
 def _comparison(name: str) -> Callable:
     def compare(self: Tensor, other: Any) -> np.ndarray:
         return getattr(np.asarray(self._data), name)(_value(other))
@@ -2591,8 +2588,7 @@ for _name, _f in dict(
     setattr(Tensor, f"__{_name}__", _f)
 
 
-# A gradient may be set by hand, as in `t.grad = 0.0`, where a number stands for all
-# elements.
+# A gradient may be set by hand, as in `t.grad = 0.0`: a number stands for all elements.
 def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     """`value` as a gradient for `t`: None, or a Tensor of the shape and dtype of `t`."""
     if value is None:
@@ -2826,8 +2822,8 @@ def _cross_entropy_definition(logits, targets):
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
 
-    Raises ValueError if shapes or targets do not fit, TypeError for non-integer
-    targets.
+    Raises ValueError if shapes or targets do not fit, and TypeError if the targets are
+    not integers.
     """
     _check_classes(logits, targets)
     n, classes = logits.shape
@@ -2905,12 +2901,12 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# If the network gives probabilities p instead of scores, the loss is `-t log(p) - (1 -
-# t) log(1 - p)`. A p of 0 or 1 needs two precautions. No logarithm may go below -100,
-# as in PyTorch. But where it is held there its slope is 0, and the most wrong
-# predictions would not learn. So the rule for p differentiates the formula without the
-# limit, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a denominator of at
-# least 1e-12.
+# If the network gives probabilities p instead of scores, the loss is
+# `-t log(p) - (1 - t) log(1 - p)`. A p of 0 or 1 needs two precautions. Each logarithm
+# is at least -100, as in PyTorch. But where it is held there, its slope is 0, and the
+# most wrong predictions would not be corrected. So the rule for p is the derivative
+# without that limit, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a
+# denominator of at least 1e-12.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
