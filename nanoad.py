@@ -2214,7 +2214,7 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
     dots = ""
     for i, (term, shape) in enumerate(zip(terms, shapes)):
         if "..." in term:
-            n = len(shape) - len(term.replace("...", ""))  # axes that the dots stand for
+            n = len(shape) - len(term.replace("...", ""))  # axes of the dots
             if n > len(free):
                 raise ValueError("with its dots this takes more than 52 letters")
             of_term = free[len(free) - n:]
@@ -2427,7 +2427,7 @@ def _blocks(*arrays: np.ndarray) -> Iterator[list]:
 
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """x without gaps in memory, with its axes ordered as in `like`; a copy if needed."""
+    """x without gaps in memory, its axes ordered as in `like`; copied only if needed."""
     out = np.empty_like(x if like is None else like)  # in the same order, without gaps
     if x.strides == out.strides:
         return x
@@ -2590,7 +2590,7 @@ for _name, _f in dict(
 
 # A gradient may be set by hand, as in `t.grad = 0.0`: a number stands for all elements.
 def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
-    """`value` as a gradient for `t`: None, or a Tensor of the shape and dtype of `t`."""
+    """`value` as a gradient for `t`: None, or a Tensor of its shape and dtype."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
