@@ -1995,9 +1995,9 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 
 # ## II.6 Linear algebra: why the transposes?
 #
-# For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j, so
-# it receives `sum_j g_ij B_kj`, which is `g B^T`; likewise B receives `A^T g`. Unless
-# they are square, the shapes alone allow nothing else.
+# For `Y = A B`, each `Y_ij = sum_k A_ik B_kj`. `A_ik` meets `B_kj` in every column j,
+# so it receives `sum_j g_ij B_kj`, which is `g B^T`. Likewise B receives `A^T g`. If i,
+# j and k run over different numbers, the shapes alone allow nothing else.
 #
 #     >>> A, B = Tensor([[1.0, 2.0]]), Tensor([[3.0], [5.0]])
 #     >>> (A @ B).backward(grad=[[10.0]])
@@ -2007,12 +2007,12 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 # What follows, down to `linear`, is nearly all that the networks of part III need.
 # (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
-    """The transpose of a matrix, or of each in a stack. (NumPy 2 has a method mT.)"""
+    """The transpose of each matrix in a stack, or of one. (NumPy 2 has it as mT.)"""
     return a.swapaxes(-1, -2)
 
 
 def _with_shape(x: Any) -> Any:
-    """A Tensor or an array of x. (An operation settles the dtype of arrays.)"""
+    """x as a Tensor or an array. (The operation that takes it settles the dtype.)"""
     if isinstance(x, np.generic):
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -2024,12 +2024,12 @@ def _matmul(a: Any, b: Any) -> Tensor:
     return np.matmul(a, b)  # matrices, or stacks of them
 
 
-# NumPy's `@` also takes vectors. A vector is a matrix of one row or one column, and a
-# stack that meets a single matrix is one long matrix of all its rows, which BLAS
-# multiplies in one go.
+# NumPy's `@` also takes vectors. We treat a vector as a matrix of one row or one
+# column. If a is a stack and b a single matrix, we treat a as one long matrix of all
+# its rows, which BLAS multiplies in one go.
 @_answers(np.matmul)
 def matmul(a: Any, b: Any) -> Tensor:
-    """a @ b as NumPy has it for every rank: vectors, matrices, stacks of matrices."""
+    """a @ b as in NumPy, for every rank: vectors, matrices, stacks of matrices."""
     a, b = _with_shape(a), _with_shape(b)
     rank_a, rank_b = a.ndim, b.ndim
     if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[max(rank_b - 2, 0)]:
@@ -2047,15 +2047,17 @@ def matmul(a: Any, b: Any) -> Tensor:
 
 @_answers(np.dot)
 def dot(a: Any, b: Any) -> Tensor:
-    """a * b if one is a number, else the sum over a's last axis and b's last but one."""
+    """a * b if one is a number, else the sum over a's last axis and b's last but one
+    (a vector's only one).
+    """
     a, b = _with_shape(a), _with_shape(b)
     if 0 in (a.ndim, b.ndim):
         return mul(a, b)
     return matmul(a, b) if b.ndim <= 2 else tensordot(a, b, (-1, -2))
 
 
-# `linear` is `x @ W^T + b` with W stored as (out, in), the way PyTorch stores it. All
-# leading axes of x are one long axis to it, so each gradient is a single product.
+# `linear` is `x @ W^T + b` with W stored as (out, in), as in PyTorch. It joins all
+# leading axes of x into one, so the gradients of x and W are one product each.
 @primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
            lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
            lambda g, y, x, weight, bias=None: g)  # asked only if there is a bias
@@ -2071,7 +2073,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
 
 
 def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """y + bias; in place, unless the bias is of a wider type."""
+    """y + bias, computed in place unless the bias has a wider dtype."""
     if np.result_type(y, bias) != y.dtype:
         return y + bias
     return np.add(y, bias, out=y)
@@ -2079,25 +2081,25 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 # ### einsum: what do the letters say?
 #
-# `einsum("ij,jk->ik", A, B)` gives each axis a letter. It multiplies what has equal
-# letters, and adds up over the letters that the output lacks: here, `A @ B`.
+# `einsum("ij,jk->ik", A, B)` gives each axis a letter. It multiplies the elements whose
+# letters agree, and adds up over the letters that the output lacks. Here it is `A @ B`.
 #
-# **The rule: g takes the operand's place, and its letters and those of the output
-# change places.** So A receives the einsum "ik,jk->ij" of g and B; with the numbers
-# from above:
+# **The rule: g takes the operand's place, and the letters of the operand change places
+# with those of the output.** So A receives the einsum "ik,jk->ij" of g and B. With the
+# numbers from above:
 #
 #     >>> B, g = np.array([[3.0], [5.0]]), np.array([[10.0]])
 #     >>> print(np.einsum("ik,jk->ij", g, B))
 #     [[30. 50.]]
 #
-# Why? Both are loops over all letters, forwards and backwards:
+# Why? The forward and the backward step are both loops over all letters:
 #
 #     for all i, j, k:    Y[i, k]  += A[i, j] * B[j, k]
 #     for all i, j, k:    gA[i, j] += g[i, k] * B[j, k]
 #
-# In each round of the first, `A[i, j]` meets `B[j, k]`, and goes into `Y[i, k]`. So in
-# each round of the second it receives `g[i, k] * B[j, k]`. Nothing in this depends on
-# the letters, or on how many other operands there are.
+# In each round of the first loop, `A[i, j]` is multiplied by `B[j, k]`, and the product
+# is added to `Y[i, k]`. So in the same round of the second loop, `A[i, j]` receives
+# `g[i, k] * B[j, k]`. The same holds for any letters and any number of operands.
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
     inputs, output = subscripts.split("->")
     terms, factors = inputs.split(","), list(operands)
@@ -2109,29 +2111,29 @@ def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any
 
 @primitive(each=_einsum_rule)
 def _einsum(*operands: Any, subscripts: str) -> Tensor:
-    # (`optimize` finds a good order of products, and leaves each to BLAS if it can.)
+    # (`optimize` finds a good order of products, and leaves them to BLAS if it can.)
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# Where does the rule fail? Of "ii->i" it would make "i->ii", and no einsum has a letter
-# twice in its output. And of "ij,jk->k" it would make "k,jk->ij", where nobody knows how
-# long i is. For each axis of A must have a *partner*: an axis of the output, or of
-# another operand, with its letter and its length. So `einsum` first takes diagonals and
-# sums, which have rules of their own:
+# Where does the rule fail? It would turn "ii->i" into "i->ii", but einsum does not
+# allow a letter twice in its output. And it would turn "ij,jk->k" into "k,jk->ij",
+# where neither g nor B says how long i is. So each axis of A must have a *partner*: an
+# axis of the output, or of another operand, with the same letter and length. To ensure
+# this, `einsum` first takes diagonals and sums, which have rules of their own:
 #
-#     a letter twice in A: the diagonal        "ii->i"     is  "i->i" of it
-#     an axis without a partner: its sum       "ij,jk->k"  is  "j,jk->k" of that
+#     a letter twice in A: the diagonal      "ii->i"     is  "i->i" of the diagonal
+#     an axis without a partner: its sum     "ij,jk->k"  is  "j,jk->k" of the sum and B
 #
 # (An axis of length 1 is no partner of a longer one, though NumPy stretches it. In
-# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has one: it is "i,k->ik" of two
-# sums.)
+# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has a partner, so the result is
+# "i,k->ik" of two sums.)
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
 
-    Dots, repeated letters and stretched axes mean what they mean to NumPy. A good order
-    of the products is always chosen (`optimize`). ValueError if letters and shapes do
-    not fit together, or if it takes more than 52 letters.
+    Dots, repeated letters and stretched axes mean what they mean in NumPy. Whatever
+    `optimize` says, a good order of the products is chosen. Raises ValueError if
+    letters and shapes do not fit together, or if more than 52 letters are needed.
     """
     if not isinstance(subscripts, str):
         subscripts, operands = _einsum_by_letters(subscripts, *operands)
@@ -2150,7 +2152,7 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
 
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
-    """Of each letter that occurs more than once in the term, the diagonal."""
+    """Replace the axes of each letter that occurs more than once by their diagonal."""
     for letter in term:
         while term.count(letter) > 1:
             i = term.index(letter)
@@ -2158,17 +2160,17 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
             if x.shape[i] != x.shape[j]:
                 raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
                                  f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
-            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): it comes last
+            x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): the diagonal comes last
             term = term.replace(letter, "", 2) + letter
     return term, x
 
 
 def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, Any]]:
-    """The operands without the axes that have no partner."""
-    axes: list[tuple[str, int]] = []  # all there are, as (letter, length)
+    """Sum each operand over its axes that have no partner."""
+    axes: list[tuple[str, int]] = []  # of all operands, then the output's
     for term, x in factors:
         axes += zip(term, x.shape)
-    lengths: dict[str, int] = {}  # of each letter the one length, apart from 1
+    lengths: dict[str, int] = {}  # each letter's length, apart from 1
     for letter, n in axes:
         if n != 1 and n != lengths.setdefault(letter, n):
             raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are {letter!r}")
@@ -2177,7 +2179,7 @@ def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
     with_partners = []
     for term, x in factors:
         axes_here = enumerate(zip(term, x.shape))
-        alone = [i for i, axis in axes_here if axes.count(axis) == 1]  # once, of all
+        alone = [i for i, axis in axes_here if axes.count(axis) == 1]  # no partner
         if alone:
             term = "".join(letter for i, letter in enumerate(term) if i not in alone)
             x = np.sum(x, axis=tuple(alone))
@@ -2185,13 +2187,13 @@ def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
     return with_partners
 
 
-# The rest is notation: numbers for letters, dots, and an output that is not said.
-_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # as they sort
+# The rest is notation: numbers for letters, dots, and an output that is left out.
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # in sorted order
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
-    """Numbers as subscripts: (a, [0, 1], b, [1]) is ("AB,B", (a, b))."""
+    """Turn numbers into letters: (a, [0, 1], b, [1]) becomes ("AB,B", (a, b))."""
     operands, lists = arguments[:-1:2], arguments[1::2]
     output = arguments[2 * len(lists):]  # the last argument, if their number is odd
     terms = []
@@ -2208,8 +2210,9 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
     """The letters of each operand, and of the output.
 
-    Dots become letters that are free. They align at the right, as in broadcasting: so n
-    of them always get the *last* n letters, and the longest such tail is the output's.
+    Dots become letters that occur nowhere else. Their axes align at the right, as in
+    broadcasting. So dots for n axes get the *last* n free letters, and the output's
+    dots get as many letters as the longest of the operands'.
 
         >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
         (('yzi', 'iz'), 'yz')
@@ -2219,14 +2222,14 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
         raise ValueError(f"the subscripts are of {more} operands")
-    if not arrow:  # as NumPy has it: the dots, then what occurs once, in order
+    if not arrow:  # as in NumPy: the dots, then the letters that occur once, sorted
         output = "..." + "".join(c for c in _LETTERS if inputs.count(c) == 1)
 
     free = "".join(c for c in _LETTERS if c not in inputs)
     dots = ""
     for i, (term, shape) in enumerate(zip(terms, shapes)):
         if "..." in term:
-            n = len(shape) - len(term.replace("...", ""))  # axes for the dots
+            n = len(shape) - len(term.replace("...", ""))  # axes of the dots
             if n > len(free):
                 raise ValueError("with its dots this takes more than 52 letters")
             of_term = free[len(free) - n:]
@@ -2249,45 +2252,46 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 
 # ### The inverse: how is a rule of matrices found?
 #
-# All in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so that the loss moves
-# by `<g, dY>` if Y moves by dY. Then:
+# All such rules are found in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so
+# that the loss moves by `<g, dY>` if Y moves by dY. Then:
 #
-# 1. Say how dY comes from dA, by differentiating what defines Y.
-# 2. In `<g, dY>`, bring what stands around dA over to g: `<g, P dA Q>` is
+# 1. Differentiate the equation that defines Y, to express dY by dA.
+# 2. In `<g, dY>`, move the factors around dA over to g: `<g, P dA Q>` is
 #    `<P^T g Q^T, dA>` (the rule of matmul, twice).
-# 3. What then stands beside dA is what A receives.
+# 3. A receives the matrix that now stands beside dA.
 #
-# (Giles, 2008, has the whole collection.) *inv*, `Y = A^-1`:
+# (Giles, 2008, has the whole collection.) For *inv*, `Y = A^-1`:
 #
-#     1  A Y = I moves by           dA Y + A dY = 0
-#     2  times Y from the left      dY = -Y dA Y
+#     1  differentiate A Y = I      dA Y + A dY = 0
+#        times Y from the left      dY = -Y dA Y
+#     2  move both Y over to g      <g, -Y dA Y> = <-Y^T g Y^T, dA>
 #     3  A receives                 -Y^T g Y^T
 inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
-              doc="The inverse of each matrix. LinAlgError if one is singular.")
+              doc="The inverse of each matrix. Raises LinAlgError if one is singular.")
 
 
-# *solve*, `Y = A^-1 B`:
+# For *solve*, `Y = A^-1 B`:
 #
-#     1  A Y = B moves by           dA Y + A dY = dB
-#     2  so                         dY = A^-1 (dB - dA Y)
-#     3  bring A^-1 over            <g, dY> = <h, dB - dA Y>   with h = A^-T g
-#     4  B receives                 h, another solve
+#     1  differentiate A Y = B      dA Y + A dY = dB
+#     2  solve for dY               dY = A^-1 (dB - dA Y)
+#     3  move A^-1 over to g        <g, dY> = <h, dB - dA Y>   with h = A^-T g
+#     4  B receives                 h, found by another solve
 #     5  A receives                 -h Y^T
 @primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 5
            lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
-    # To NumPy 1, b is vectors if it has one axis less than a.
+    # NumPy 1 takes b for vectors if it has one axis less than a. So it gets as many.
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
     return np.linalg.solve(a, b)
 
 
 @_answers(np.linalg.solve)
 def solve(a: Any, b: Any) -> Tensor:
-    """The x of a @ x = b, for (..., n, n) and (n,) or (..., n, k).
-    LinAlgError if a is singular.
+    """The x with a @ x = b, for a (..., n, n) and b (n,) or (..., n, k).
+    Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
-    vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 have it
+    vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 decide it
     columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
@@ -2298,10 +2302,11 @@ def solve(a: Any, b: Any) -> Tensor:
 
 # ## II.7 Fused operations: how is one made fast?
 #
-# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written so, it is a tape
-# of two operations, each with arrays of its own. To make it one, write a **kernel**: a
-# function on bare arrays that returns two things, the result and its whole backward
-# step. That is the `pullback`, a function that remembers what it needs:
+# Take `x * sigmoid(x)` (swish: Ramachandran and others, 2017). Written this way, it
+# puts two operations on the tape, each with arrays of its own. To make it one
+# operation, write a **kernel**: a function on bare arrays that returns the result and
+# the `pullback`. The pullback is a function that does the whole backward step, and
+# remembers what it needs:
 #
 #     >>> def definition(x):
 #     ...     return x * sigmoid(x)
@@ -2316,8 +2321,9 @@ def solve(a: Any, b: Any) -> Tensor:
 #     >>> print(f"{swish(1.0):.6f} {grad(swish)(1.0):.6f} {grad(definition)(1.0):.6f}")
 #     0.731059 0.927671 0.927671
 #
-# A kernel may be clever, in place, and without a thought for second derivatives: with
-# `create_graph` the walk does not call the pullback, but differentiates the definition.
+# A kernel may be clever and work in place, and it need not care for second derivatives:
+# with `create_graph` the walk does not call the pullback, but differentiates the
+# definition.
 #
 #     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
 #     0.302366118810 0.302366118810
@@ -2329,11 +2335,12 @@ def solve(a: Any, b: Any) -> Tensor:
 def fused(definition: Callable, operands: int | None = None) -> Callable:
     """Decorate a kernel `(arrays) -> (result, pullback)` to make it an operation.
 
-    `definition` computes the same by other operations. The first `operands` arguments
-    (all that are given by position, if it is not said) are differentiated by.
-    `pullback(g, wanted)` returns a cotangent for each, and may give None where `wanted`
-    is False. Each is an array of its own, or `g`, or a view. It must not write to `g`
-    or to what it remembers: a tape may be walked twice. float16 arrives as float32.
+    `definition` computes the same result by other operations. The first `operands`
+    arguments (by default, all that are given by position) are operands, and get
+    gradients. `pullback(g, wanted)` returns a cotangent for each operand, and may give
+    None where `wanted` is False. A cotangent is a new array, or `g`, or a view. The
+    pullback must not write to `g` or to what it remembers, because a tape may be walked
+    twice. float16 operands arrive as float32.
     """
     def decorate(kernel: Callable) -> Callable:
         count = sys.maxsize if operands is None else operands
@@ -2345,7 +2352,7 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
 
 
 def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Sequence:
-    """What each operand of `t` receives, or None: by its pullback, or by the definition."""
+    """What each operand receives, or None, by the pullback or by the definition."""
     if create_graph:
         return _pull_by_definition(t, g, wanted)
     shares = t._pullback(g, wanted)
@@ -2353,14 +2360,14 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 
 # "By the definition" means to compute the result once more, by other operations, and to
-# walk the new tape back to the operands. Each place has to receive its own share alone.
-# But in f(x, x) both places are one tensor, and in f(x, 2 * x) the walk would go on from
-# the second to the first. So every operand is replaced by an `identity` of it: a new
-# tensor, met nowhere else, at which the walk ends.
+# walk the new tape back to the operands. Each operand must receive its own share alone.
+# But in f(x, x) both operands are one tensor, and in f(x, 2 * x) the walk would go on
+# from the second to the first. So we replace every wanted operand by its `identity`: a
+# new tensor, used nowhere else, at which the walk ends.
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
-    arguments = list(t._operands)  # and, behind them, settings
+    arguments = list(t._operands)  # followed by the settings given by position
     for i, is_wanted in enumerate(wanted):
         if is_wanted:
             arguments[i] = identity(arguments[i])
@@ -2371,13 +2378,13 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
     return [next(shares) if is_wanted else None for is_wanted in wanted]
 
 
-# *float16* is infinite beyond 65,504, and a sum of squares is soon there. So kernels and
-# definitions compute in float32, and the result is rounded to float16, unless a wider
-# operand makes it wider.
+# The largest *float16* is 65,504, and a sum of squares soon exceeds it and becomes
+# infinite. So kernels and definitions compute in float32, and the result is rounded to
+# float16 unless another operand has a wider dtype.
 
 
 def _in_float32(f: Callable) -> Callable:
-    """Let `f`, a kernel or what returns an array, compute in float32 what is float16."""
+    """Let a kernel, or a function that returns an array, do float16 in float32."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
         dtypes = [getattr(a, "dtype", None) for a in operands]
@@ -2389,7 +2396,7 @@ def _in_float32(f: Callable) -> Callable:
         result = f(*operands, **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
             return result
-        if isinstance(result, tuple):  # a kernel's
+        if isinstance(result, tuple):  # `f` is a kernel
             y, pullback = result
             return (y.astype(np.float16),
                     lambda g, wanted: pullback(g.astype(np.float32), wanted))
@@ -2400,29 +2407,30 @@ def _in_float32(f: Callable) -> Callable:
 
 # ### What NumPy is slow at
 #
-# Kernels look different from their definitions only where NumPy is slow. These are the
-# places; a kernel that goes around one points here by the word in capitals. (Times are
+# Kernels differ from their definitions only where NumPy is slow. This list says where.
+# A kernel that avoids one of these places names it by the word in capitals. (Times are
 # for float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
-#   take 78 us by `sum(axis=1)`, and 9 us as a product with ones, `[3 4 5] @ [1 1 1] = 12`
-#   (`_row_sum`, II.5). The maxima take 330 us, and 200 us by reduceat (`_row_max`); the
-#   maximum of the whole array takes 9 us, and often is enough (`_is_moderate`). Inner
-#   products of rows are fast as `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
+#   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
+#   `[3 4 5] @ [1 1 1] = 12`. The maxima take 330 us by `max(axis=1)`, and 200 us by
+#   reduceat (`_row_max`). The maximum of the whole array takes 9 us, and is often
+#   enough (`_is_moderate`). Inner products of rows are fast as
+#   `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
-#   pays for each that it begins. So the longest axis should lie last: adding (128, 16,
-#   14, 14) to the inside of a padded array takes 340 us with lines of 14 numbers, and
-#   200 us with the batch last.
+#   each start of that loop costs time. So the longest axis should lie last: adding an
+#   array (128, 16, 14, 14) to the inside of a padded one takes 340 us with lines of 14
+#   numbers, and 200 us with the batch last.
 # - PASSES. Each operation reads and writes whole arrays, and beyond a few hundred
-#   kilobytes that is all one waits for. So kernels work in place. And where passes are
-#   many, a dozen in gelu below, all go over one block while it is in the processor's
-#   cache, and then over the next.
-# - PRODUCTS. Only matmul and dot reach BLAS, the library that multiplies matrices at
-#   full speed, and best where both lie in memory row by row (`order="C"`). Of `A @ B^T`
-#   and `(B @ A^T)^T`, which are equal, OpenBLAS is up to twice as fast at the one whose
-#   product has more rows.
-# - SCATTER. To add rows where several have one place, NumPy goes element by element, also
-#   in bincount (II.4): a product with one-hot rows is several times faster.
+#   kilobytes this takes nearly all of the time. So kernels work in place. And where
+#   there are many passes (eight forwards in gelu below), all of them go over one block
+#   while it is in the processor's cache, and then over the next.
+# - PRODUCTS. Only products such as matmul and dot reach BLAS, the library that
+#   multiplies matrices at full speed. It is fastest if both lie in memory row by row
+#   (`order="C"`). `A @ B^T` and `(B @ A^T)^T` are equal, but OpenBLAS is up to twice as
+#   fast at the one whose product has more rows.
+# - SCATTER. When several rows are added to one place, NumPy goes element by element,
+#   even in bincount (II.4). A product with one-hot rows is several times faster.
 _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 
@@ -2434,17 +2442,17 @@ def _blocks(*arrays: np.ndarray) -> Iterator[list]:
 
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """x without gaps in memory, its axes in the order of `like`; copied only if it must be."""
-    out = np.empty_like(x if like is None else like)  # keeps that order, and has no gaps
+    """x without gaps in memory, its axes ordered as in `like`; copied only if needed."""
+    out = np.empty_like(x if like is None else like)  # in the same order, without gaps
     if x.strides == out.strides:
         return x
     out[...] = x
     return out
 
 
-# gelu is `x` times the probability `p` that a standard normal number is below x. Its
-# definition here is the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses
-# and PyTorch calls `approximate="tanh"` (NumPy lacks the erf of the exact one):
+# gelu is `x` times the probability `p` that a standard normal number is below x. We
+# define it by the approximation of Hendrycks and Gimpel (2016) that GPT-2 uses and
+# PyTorch calls `approximate="tanh"`. (The exact one needs erf, which NumPy lacks.)
 #
 #     p = (1 + tanh(u)) / 2,   u = scale * x + cubic * x^3
 #
@@ -2452,8 +2460,8 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
 # 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
 #
-# The kernel keeps p for the way back. It works block by block, and in place: in p, and in
-# the array that it returns.
+# The kernel keeps p for the way back. It works block by block (PASSES), and in place:
+# its intermediate results stand in p, or in the array that it returns.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2495,16 +2503,16 @@ def gelu(x: Any) -> Tensor:
 
 # ## II.8 Methods: what else can a Tensor do?
 #
-# What ndarray does by a method or an operator, a Tensor does by the same name. A function
-# whose first argument is the tensor is a method as it is.
+# The methods and operators that a Tensor shares with ndarray have the same names. A
+# function whose first argument is the tensor can serve as a method unchanged.
 #
 #     >>> t = Tensor([1.0, 2.0, 4.0])
 #     >>> print(t.sum(), t // 2, t > 1)
 #     7.0 [0. 1. 2.] [False  True  True]
 #
-# Three new ones give what is no Tensor.
+# Three methods have to be written, because their results are not Tensors.
 def _item(self: Tensor) -> float:
-    """The one element, as a Python number. ValueError if there is not exactly one."""
+    """The one element, as a Python number. Raises ValueError for any other size."""
     if self.size != 1:
         raise ValueError(f"item() needs a tensor of one element, and this has shape "
                          f"{self.shape}: use .tolist(), or index one element first")
@@ -2517,12 +2525,12 @@ def _tolist(self: Tensor) -> Any:
 
 
 def _numpy(self: Tensor) -> np.ndarray:
-    """The array, as `data` gives it: the same memory."""
+    """The array that `data` gives, in the same memory."""
     return self.data
 
 
-# (np.argmax and its like are functions of Python, so as methods they are given self, and
-# their calls come back to us by II.2. A ufunc, in C, would not be given self.)
+# (As methods, np.argmax and the like are given self, as Python functions are, and their
+# calls come back to us by II.2. A ufunc would not be given self.)
 _METHODS = [
     _item, _tolist, _numpy,
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
@@ -2535,7 +2543,7 @@ for _f in _METHODS:
 Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-# The other operators, as the first ones in I.2.
+# The other operators are set like the first ones in I.2.
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
@@ -2544,8 +2552,8 @@ for _name, _f in dict(
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
 
 
-# Comparisons give plain bool arrays. (Set from outside, `__eq__` leaves `__hash__` as it
-# is: tensors that are equal in value are still two.)
+# Comparisons give plain bool arrays. (Defined inside the class, `__eq__` would remove
+# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not.)
 def _comparison(name: str) -> Callable:
     def compare(self: Tensor, other: Any) -> np.ndarray:
         return getattr(np.asarray(self._data), name)(_value(other))
@@ -2557,10 +2565,11 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, _comparison(_name))
 
 
-# And what Python's own functions and brackets ask for. `math.sin(t)` asks t for a plain
-# float, and returns one: it knows nothing of the tape. So while a transform runs your
-# function, `float(t)` and `int(t)` are errors if t was made from the transform's inputs.
-# (`t.item()` says that one means it.)
+# Last come the methods that Python's own functions and brackets call. `math.sin(t)`
+# calls `float(t)` and returns a plain float, so the tape would end there and the
+# derivative be lost. Therefore, while a transform runs your function, `float(t)` and
+# `int(t)` raise TypeError if t was made from the transform's inputs. (`t.item()` is
+# allowed: it says that only the number is wanted.)
 def _plain_number(t: Tensor) -> float:
     for run in _mode.runs:
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
@@ -2596,7 +2605,7 @@ for _name, _f in dict(
 
 # A gradient may be set by hand, as in `t.grad = 0.0`: a number stands for all elements.
 def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
-    """`value` as a gradient that `t` can have: None, or a Tensor of its shape and dtype."""
+    """`value` as a gradient for `t`: None, or a Tensor of its shape and dtype."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -2611,32 +2620,34 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 
 # ## II.9 Arguments: what may be an operand?
 #
-# The functions and the rules of this part only ever meet floating-point arrays and
-# Python's numbers. A user gives more: lists, masks, integers, and all of it by name.
+# The functions and the rules of this part expect floating-point arrays and Python's
+# numbers. A user also gives lists, masks and integers, and gives operands by name.
 #
 #     >>> t = Tensor([0.5, 0.25], dtype=np.float32)
 #     >>> print(where([True, False], b=np.array([7, 7]), a=t))  # t, or else 7
 #     [0.5 7. ]
 #
-# Unless Tensors meet only each other and Python's numbers, `_operation` (I.2) first has
-# the arguments converted, which is its step 1, and has four parts:
+# In the usual call, all arguments are Tensors and Python's numbers given by position,
+# and are used as they are. In any other call, `_operation` (I.2) first converts them.
+# This is its step 1, and has four parts:
 #
-# a. Operands that are given by name go to their positions, for rules go by position.
+# a. Operands given by name are put at their positions, because rules go by position.
 # b. A list becomes an array.
-# c. Integers and bools become floating-point numbers. (Not those of the condition: its
-#    rule is None, for it has no derivative.)
-# d. All other arguments are settings, and must not want a derivative.
+# c. Integers and bools become floating-point numbers. (Those of the condition stay: it
+#    has no derivative, and so its rule is None.)
+# d. All other arguments are settings, and must not need a gradient.
 #
 #     >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
 #     >>> print(args[0], args[1] is t, args[2], settings)
 #     [ True False] True [7. 7.] {}
 #
-# Then the function computes `np.where` of three arrays (if it failed, `_explained` would
-# say on what shapes); and as t is tracked, the result remembers `where` and `args`.
+# Then the function computes `np.where` of three arrays. (If it failed, `_explained`
+# would add the shapes to the error.) And because t is tracked, the result remembers
+# `where` and `args`.
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
-    """The arguments of an operation as its function and rules may have them."""
+    """The arguments of an operation, converted for its function and its rules."""
     name, count = operation.__name__, operation.operands
     if settings:
         settings = dict(settings)
@@ -2650,7 +2661,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
                 for a in args[:count]]  # (b)
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     all_floating = kinds == {"f"}
-    if not all_floating:  # but integers or bools; or no arrays, and Python's numbers alone
+    if not all_floating:  # there are integers or bools, or no arrays at all
         exempt = [i for i in range(len(operands))
                   if operation.rules and operation.rules[i] is None]
         operands = _to_floating(operands, exempt)  # (c)
@@ -2662,7 +2673,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
 
 
 def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
-    """The names of its operands, and of its settings. (A function of C has none.)
+    """The names of its operands, and of its settings. (A function in C has none.)
 
         >>> _argument_names(where), _argument_names(sum_)
         ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
@@ -2676,8 +2687,8 @@ def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
 
 
 # **b** makes `t * [1, 2]` possible, and `t * [t, 2]`, where the list becomes a Tensor.
-# Python's numbers stay, for they take the dtype of what they meet. What is none of
-# these stays, too, and the function will refuse it.
+# Python's numbers stay, because NumPy gives them the dtype of the array they meet. An
+# argument of any other kind also stays, and the function will refuse it.
 
 
 def _admit_operand(name: str, a: Any) -> Any:
@@ -2699,10 +2710,11 @@ def _holds_tensor(a: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
 
 
-# **c** makes `t * mask` and `log(counts)` possible. (A uint8 would wrap at 255, and its
-# logarithm would be float16.) Beside floating-point arrays an integer takes the dtype
-# that NumPy would compute in, so a mask beside float32 leaves the result float32;
-# without any it is float64. If there are only numbers of Python's, they become arrays.
+# **c** makes `t * mask` and `log(counts)` possible. (Unconverted, a uint8 would wrap at
+# 255, and its logarithm would be float16.) Beside floating-point arrays, an integer
+# array takes the dtype that NumPy would compute in, so a mask beside float32 leaves the
+# result float32. Without any, it becomes float64. If all operands are Python's numbers,
+# they become float64 arrays.
 #
 #     >>> mask, counts = np.array([True, False]), np.array([7, 7])
 #     >>> [a.dtype.name for a in _to_floating([t, mask, counts])]
@@ -2710,7 +2722,7 @@ def _holds_tensor(a: Any) -> bool:
 
 
 def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
-    """The operands without integers and bools, save at the places `exempt`."""
+    """The operands, with integers and bools made floating except at `exempt` places."""
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
     floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
     floating = []
@@ -2724,19 +2736,19 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     return floating
 
 
-# A function that calls several operations, such as `solve`, converts its operands
-# together, before the first of them: a reshape of a bool mask alone would make it
-# float64, and then the float32 that it was to meet.
+# A function that calls several operations, such as `solve`, first converts its operands
+# together. Otherwise, if the first operation reshaped a bool mask alone, the mask would
+# become float64, and then so would the result with a float32 operand.
 
 
 def _admit_together(*operands: Any) -> list[Tensor]:
-    """The operands as Tensors, admitted as by one operation of them all."""
+    """The operands as Tensors, converted as if one operation took them all."""
     admitted = [_admit_operand("an operand", a) for a in operands]
     return [as_tensor(a) for a in _to_floating(admitted)]
 
 
 # **d** lets a constant Tensor be a setting, as in `layer_norm(x, w, b, eps=Tensor(1e-5,
-# False))`. One that wants a derivative is refused: it would get none there.
+# False))`. A Tensor that needs a gradient is refused, because a setting gets none.
 
 
 def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
@@ -2753,18 +2765,18 @@ def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
 
 
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
-    """An error of the same kind, which also says which operation failed, and on what."""
+    """An error of the same kind that also names the operation and the shapes."""
     shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
     kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
     kind = next(kind for kind in kinds if isinstance(error, kind))
     return kind(f"{operation.__name__} of {shapes}: {error}")
 
 
-# What is to become a Tensor (I.1) is no operand yet, and converted by itself.
+# The data of a new Tensor (I.1) are not an operand yet, and are converted separately.
 
 
 def _float_array(data: Any) -> np.ndarray:
-    """`data` as a floating-point array, copied only if it must be."""
+    """`data` as a floating-point array, copied only if needed."""
     array = np.asarray(data)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
@@ -2781,12 +2793,13 @@ def _require_flag(what: str, value: Any) -> None:
 #
 # ## III.1 Losses: how wrong is a prediction?
 #
-# A loss says it in one number, for training to make small. Take a network that is to
-# name the class of each row. It returns a score for every class, of any size (the field
-# says *logits*). **Softmax** makes probabilities of the scores: exp makes them positive,
-# and dividing by their sum makes them add up to 1. The **cross-entropy** is minus the
-# logarithm of the probability that the right class has got: 0 for a network that is
-# sure and right, and the larger, the surer it is of something else.
+# A loss says in one number how wrong the predictions are, and training makes it small.
+# Take a network that is to name the class of each row. It returns a score of any size
+# for every class (the field calls them *logits*). **Softmax** turns the scores into
+# probabilities: exp makes them positive, and dividing by their sum makes them add up to
+# 1. The **cross-entropy** is minus the logarithm of the probability of the right class.
+# It is 0 if the network is sure and right, and grows as the network becomes surer of
+# another class.
 #
 #     >>> def naive_cross_entropy(logits, targets):  # (N, C), (N,)
 #     ...     e = np.exp(logits)
@@ -2808,11 +2821,11 @@ def _require_flag(what: str, value: Any) -> None:
 # 2. the derivative of the first term is `exp(x) / sum(exp(x))`, the softmax; that of
 #    the second is 1 at the target, and 0 elsewhere;
 # 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
-#    have been. Of the mean of N rows it is that over N.
+#    have been. For the mean over N rows, it is divided by N.
 #
 # The naive code fails for large scores: exp(1000) is infinite. The loss does not change
-# if all scores of a row go down by the same number, so the largest is taken from them
-# first. And step 1 needs no logarithm of a small probability, which may have become 0.
+# if all scores of a row go down by the same number, so we first subtract the largest.
+# And the formula of step 1 avoids the logarithm of a probability that may round to 0.
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
@@ -2824,7 +2837,8 @@ def _cross_entropy_definition(logits, targets):
 def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """The mean of -log softmax(logits)[target]: (N, C), integers (N,) -> a scalar.
 
-    ValueError for shapes or targets that do not fit, TypeError for what is no integer.
+    Raises ValueError if shapes or targets do not fit, and TypeError if the targets are
+    not integers.
     """
     _check_classes(logits, targets)
     n, classes = logits.shape
@@ -2835,16 +2849,16 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     total = _row_sum(e)  # (N, 1); the softmax is e / total
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        share = np.asarray(g / n, e.dtype)  # of each row
+        share = np.asarray(g / n, e.dtype)  # what each row receives
         dx = e * (share / total)  # (N, C), share * softmax
-        dx[hit] -= share  # less share * one_hot
+        dx[hit] -= share  # minus share * one_hot
         return (dx,)
 
     return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
 
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
-    """`ids` as an integer array with all elements in 0..count-1, or else an error."""
+    """`ids` as an integer array. Raises an error unless all are in 0..count-1."""
     ids = np.asarray(_value(ids))
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; if they "
@@ -2868,12 +2882,12 @@ def _check_classes(logits: np.ndarray, targets: Any) -> None:
         raise ValueError("there are no rows, and so there is no mean")
 
 
-# The other losses are the mean of a formula, element by element. They do not broadcast:
-# a prediction (N, 1) less a target (N,) would be (N, N), and its mean would look like a
-# loss.
+# The other losses apply a formula element by element, and take the mean. They do not
+# broadcast: a prediction (N, 1) minus a target (N,) would be (N, N), and nobody would
+# see from its mean that the loss is wrong.
 @_in_float32
 def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
-    """The mean of formula(prediction, target), of two arrays of one shape."""
+    """The mean of formula(prediction, target), for two arrays of the same shape."""
     prediction = as_tensor(prediction)
     target = as_tensor(target)
     if prediction.shape != target.shape:
@@ -2885,28 +2899,28 @@ def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) ->
 
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
-    """The mean squared difference of two arrays of one shape, else a ValueError."""
+    """The mean squared difference. Raises ValueError if the two shapes differ."""
     return _mean_loss(prediction, target, name="mse_loss", formula=lambda p, t: (p - t) ** 2)
 
 
-# Where the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
-# yes is s = sigmoid(x), that of no is 1 - s, and the loss is again -log of the right
-# one, in one formula: `-t log(s) - (1 - t) log(1 - s)`. With `-log(s) = softplus(x) - x`
-# and `-log(1 - s) = softplus(x)` this is `softplus(x) - t x`, which neither overflows
-# nor loses digits.
+# If the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
+# yes is s = sigmoid(x), that of no is 1 - s. The loss is again -log of the right one,
+# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. With `-log(s) = softplus(x) - x`
+# and `-log(1 - s) = softplus(x)` this is `softplus(x) - t x`, which does not overflow.
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
-    """The mean of -log probability of the target, where sigmoid(logits) is that of 1.
+    """The mean of -log probability of the target, if 1 has probability sigmoid(logits).
 
-    Two arrays of one shape, else a ValueError; targets are in [0, 1].
+    Targets are in [0, 1]. Raises ValueError if the two shapes differ.
     """
     return _mean_loss(logits, target, name="binary_cross_entropy_with_logits",
                       formula=lambda x, t: softplus(x) - t * x)
 
 
-# Of probabilities p instead of scores the loss is `-t log(p) - (1 - t) log(1 - p)`, with
-# two cares for a p of 0 or 1. The logarithm of 0 is held at -100, as in PyTorch. But the
-# slope of what is held is 0, and what is most wrong would not learn; so the rule for p
-# is that of the formula, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a
+# If the network gives probabilities p instead of scores, the loss is
+# `-t log(p) - (1 - t) log(1 - p)`. A p of 0 or 1 needs two precautions. Each logarithm
+# is at least -100, as in PyTorch. But where it is held there, its slope is 0, and the
+# most wrong predictions would not be corrected. So the rule for p is the derivative
+# without that limit, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a
 # denominator of at least 1e-12.
 def _log_above(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
@@ -2919,9 +2933,10 @@ def _log_loss(p, t):
 
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
-    """The mean of -log probability of the target, where `probability` is that of 1.
+    """The mean of -log probability of the target, if 1 has the given `probability`.
 
-    Two arrays of one shape. -log is at most 100. ValueError for what is outside [0, 1].
+    -log is held to at most 100. Raises ValueError if the two shapes differ, or if a
+    probability is outside [0, 1].
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
@@ -2931,7 +2946,10 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
 
 
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
-    """The mean of max(0, 1 - target * prediction), for targets -1 and 1."""
+    """The mean of max(0, 1 - target * prediction), for targets -1 or 1.
+
+    Raises ValueError for other targets, or if the two shapes differ.
+    """
     target = as_tensor(target)
     if not np.all((target == 1) | (target == -1)):
         raise ValueError("hinge_loss: the targets must be -1 or 1; of 0 and 1 make 2 * t - 1")
