@@ -2905,15 +2905,16 @@ def mse_loss(prediction: Any, target: Any) -> Tensor:
 
 # If the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
 # yes is s = sigmoid(x), that of no is 1 - s. The loss is again -log of the right one,
-# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. With `-log(s) = softplus(x) - x`
-# and `-log(1 - s) = softplus(x)` this is `softplus(x) - t x`, which does not overflow.
+# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. Here `-log(s)` is `softplus(-x)` and
+# `-log(1 - s)` is `softplus(x)`, which do not overflow. (Their difference is x, so one
+# could do: `softplus(x) - t x`. But for t = 1 and a large x, nothing would be left of it.)
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
     """The mean of -log probability of the target, if 1 has probability sigmoid(logits).
 
     Targets are in [0, 1]. Raises ValueError if the two shapes differ.
     """
     return _mean_loss(logits, target, name="binary_cross_entropy_with_logits",
-                      formula=lambda x, t: softplus(x) - t * x)
+                      formula=lambda x, t: t * softplus(-x) + (1 - t) * softplus(x))
 
 
 # If the network gives probabilities p instead of scores, the loss is

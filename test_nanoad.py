@@ -4205,6 +4205,15 @@ def test_kernels_do_not_compute_in_small_integers():
     close(F.cross_entropy(np.array([[0, 200]], np.uint8), [0]), 200.0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("score", [10.0, 40.0, 80.0])
+def test_a_score_that_is_right_and_large_has_a_small_loss_and_not_none(dtype, score):
+    x = np.array([score, -score], dtype)
+    loss, slope = value_and_grad(F.binary_cross_entropy_with_logits)(x, np.array([1, 0]))
+    close(loss, math.log1p(math.exp(-score)), rtol=1e-6)
+    close(slope, np.array([-0.5, 0.5]) / (1 + math.exp(score)), rtol=1e-6, atol=0)
+
+
 WIDE_LOSSES = {  # a loss, its names of operands, and what they are
     "mse_loss": ("prediction target", 300, 0),
     "binary_cross_entropy_with_logits": ("logits target", 40000, 0),
