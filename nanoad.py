@@ -7051,51 +7051,58 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 # Each rule is found as in II.6: say how the result moves if A moves by dA, put that into
 # the motion of the loss, and read off what stands beside dA. The steps are numbered, and
-# the code points to them; test_nanoad.py has finite differences beside each rule. Follow
+# the code points to them; test_nanoad.py checks each rule by finite differences. Follow
 # one with a pencil, and leave the others until you need them. In all of them:
 #
-# - dX is how X moves, I the identity, and gX the cotangent of X (g, of the only result).
-# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by `<gX, dX>`, added up over
-#   the results X. There, `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is `<X^T, Y^T>`.
+# - dX is how X moves, I is the identity, and gX is the cotangent of X. (If there is only
+#   one result, its cotangent is g.)
+# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by the sum of `<gX, dX>` over
+#   the results X. Two identities: `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is
+#   `<X^T, Y^T>`.
 #
 # ### The determinant: what is its slope where it is 0?
 #
-# Let C_ij be the cofactor of A_ij: the determinant without row i and column j, with the
-# sign of the chessboard, + where i + j is even.
+# Let C_ij be the cofactor of A_ij: the determinant of A without row i and column j, with
+# the sign of the chessboard, which is + where i + j is even.
 #
-#     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
-#     2  so A receives              g C
-#     3  and by Cramer              A C^T = det(A) I, so C = det(A) A^-T
+#     1  expand along row i         det A = sum_j A_ij C_ij
+#     2  no C_ij contains row i     so C_ij is the slope of det A by A_ij
+#     3  for all elements           d(det A) = <C, dA>
+#     4  the loss moves by          g <C, dA>, so A receives g C
+#     5  Cramer's rule              A C^T = det(A) I
+#     6  A^-1 before it             C^T = det(A) A^-1, so C = det(A) A^-T
 #
-# The logarithm of the determinant divides that by it: A receives `g A^-T`.
+# The logarithm of |det A| has the slope 1 / det(A) by det A, so A receives `g A^-T`.
 #
-# A singular matrix has cofactors, too, though no inverse:
+# A singular matrix has no inverse, but it has cofactors:
 #
 #     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 2.0]])))
 #     [[ 2. -4.]
 #      [-1.  2.]]
 #
-# Their transpose, the adjugate, can be had by products alone. It is the last, H_(n-1), of
-# these (Faddeev and LeVerrier), so for n = 2 it is `trace(A) I - A`:
+# Their transpose, the adjugate, can be computed by products alone. It is the last,
+# H_(n-1), of these matrices (Faddeev and LeVerrier), so for n = 2 it is `trace(A) I - A`:
 #
 #     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
-# (Of the matrix above, that is [[2, -1], [-4, 2]].) Why? The determinant p and the
+# (For the matrix above, that is [[2, -1], [-4, 2]].) Why? The determinant p and the
 # adjugate H of A + t I are polynomials in t:
 #
 #     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
 #
-# The adjugate of A is H(0), which is H_(n-1). And p and H depend on each other:
+# The adjugate of A is H(0), which is H_(n-1). Two polynomials are equal if each power of
+# t has the same coefficient in both. So p and H depend on each other:
 #
-#     1  Cramer                      (A + t I) H(t) = p(t) I
-#     2  beside t^(n-k) stands       A H_(k-1) + H_k = p_k I
-#     3  whose trace is              trace(A H_(k-1)) + trace(H_k) = n p_k
-#     4  det's step 2, for dA = dt I dp = trace(H(t)) dt, so p'(t) = trace(H(t))
-#     5  beside t^(n-k-1) stands     (n - k) p_k = trace(H_k)
-#     6  3 minus 5                   trace(A H_(k-1)) = k p_k
+#     1  Cramer's rule              (A + t I) H(t) = p(t) I
+#     2  coefficients of t^(n-k)    A H_(k-1) + H_k = p_k I    (of t^n: H_0 = I)
+#     3  the trace of 2             trace(A H_(k-1)) + trace(H_k) = n p_k
+#     4  det's step 3, dA = dt I    dp = <H(t)^T, dt I> = trace(H(t)) dt
+#     5  so the slope of p is       p'(t) = trace(H(t))
+#     6  coefficients of t^(n-k-1)  (n - k) p_k = trace(H_k)
+#     7  3 minus 6                  trace(A H_(k-1)) = n p_k - (n - k) p_k = k p_k
 #
-# (Two polynomials are equal if in both the same stands beside each power of t.) From n =
-# 10 or so on this loses digits: where there is an inverse, that is used.
+# Steps 2 and 7 are the two formulas above. From n = 10 or so on they lose digits, so the
+# inverse is used where there is one.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -7109,18 +7116,19 @@ def _adjugate(a: Any) -> Any:
 
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
     if np.all(y != 0):
-        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
-    return g[..., None, None] * _mT(_adjugate(a))  # step 2 of det
+        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # steps 4 and 6 of det
+    return g[..., None, None] * _mT(_adjugate(a))  # step 4 of det
 
 
 det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
 
 
-# What has several results packs them into one array, to be one operation; they are cut
-# apart by indexing, whose rule we have, and returned as NumPy returns them.
+# A decomposition with several results packs them into one array, so that it is one
+# operation. Indexing, whose rule we have, cuts them apart, and they are returned as NumPy
+# returns them.
 @functools.cache
 def _result_type(function: Callable) -> Callable:
-    """NumPy's own namedtuple for what `function` returns."""
+    """Makes NumPy's own namedtuple, as `function` returns it, from a list of results."""
     return type(function(np.eye(1)))._make
 
 
@@ -7131,7 +7139,7 @@ def _slogdet(a: Any) -> Tensor:
 
 @_answers(np.linalg.slogdet)
 def slogdet(a: Any) -> tuple[Tensor, Tensor]:
-    """(sign, logabsdet) of the determinant, which itself may over- or underflow."""
+    """(sign, logabsdet) of the determinant, even where that would over- or underflow."""
     packed = _slogdet(a)
     return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
 
@@ -7140,15 +7148,18 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #
 # A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). L stays triangular
 # when it moves, and that is enough to find dL. Let `low(Y)` be the lower triangle of Y
-# with *half* of its diagonal. Of a lower triangular X, `low(X + X^T)` is X. And as low
+# with *half* of its diagonal. If X is lower triangular, `low(X + X^T)` is X. And as low
 # only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 #     1  A moves by                 dA = dL L^T + L dL^T
-#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T        with X = L^-1 dL
-#     3  X is lower triangular      X = low(L^-1 dA L^-T),        and dL = L X
-#     4  the loss moves by          <gL, L X> = <L^T gL, X> = <low(L^T gL), L^-1 dA L^-T>
-#     5  A receives                 L^-T low(L^T gL) L^-1
-#     6  as dA is symmetric         or the symmetric part of that
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = L^-1 dL + dL^T L^-T
+#     3  in short                   L^-1 dA L^-T = X + X^T        with X = L^-1 dL
+#     4  X is lower triangular      X = low(L^-1 dA L^-T)
+#     5  the loss moves by          <gL, dL> = <gL, L X> = <L^T gL, X>
+#     6  by 4                       = <L^T gL, low(L^-1 dA L^-T)>
+#     7  low changes sides          = <low(L^T gL), L^-1 dA L^-T>
+#     8  A receives                 L^-T low(L^T gL) L^-1
+#     9  as dA is symmetric         or the symmetric part of that
 #
 # NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
 # each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
@@ -7161,9 +7172,9 @@ def _low(x: Any) -> Any:
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
     inside = _low(_mT(y) @ g)
-    left = np.linalg.solve(_mT(y), inside)  # step 5: L^-T before it
-    ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
-    return (ga + _mT(ga)) / 2  # step 6
+    left = np.linalg.solve(_mT(y), inside)  # step 8: L^-T before it
+    ga = np.linalg.solve(_mT(y), _mT(left))  # L^-1 behind it, all transposed
+    return (ga + _mT(ga)) / 2  # step 9
 
 
 _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
@@ -7171,8 +7182,8 @@ _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
 
 @_answers(np.linalg.cholesky)
 def cholesky(a: Any, *, upper: bool = False) -> Tensor:
-    """The lower triangular L with L @ L.T = a for symmetric a, or with `upper` its
-    transpose. LinAlgError if a is not positive definite.
+    """The lower triangular L with L @ L.T = a for symmetric a; with `upper`, its
+    transpose. Raises LinAlgError if a is not positive definite.
     """
     lower = _cholesky(a)
     return _mT(lower) if upper else lower
@@ -7182,25 +7193,28 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #
 # A symmetric A has orthonormal eigenvectors, the columns of V: `A V = V W`, with
 # `W = diag(w)` and `V^T V = I`. They can only turn, `dV = V C`: the same columns, mixed
-# by a small C. As `V^T V = I` stays, `C + C^T = 0`, so C is antisymmetric, and its
-# diagonal is 0.
+# by a small C. As `V^T V` stays I, `C^T + C = 0`. So C is antisymmetric, and its diagonal
+# is 0.
 #
-#     1  A V = V W moves by         dA V + A V C = V C W + V dW
-#     2  V^T before it              P + W C = C W + dW            with P = V^T dA V
-#     3  on the diagonal            dw_i = P_ii
-#     4  elsewhere                  P_ij + w_i C_ij = C_ij w_j
-#     5  so                         C_ij = P_ij / (w_j - w_i)
-#     6  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
-#     7  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
-#     8  by 3 and 5                 = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
-#     9  A receives                 V M V^T, a symmetric matrix
+#     1  A V = V W moves by         dA V + A dV = dV W + V dW
+#     2  as dV = V C                dA V + A V C = V C W + V dW
+#     3  V^T before it              P + W C = C W + dW            with P = V^T dA V
+#     4  on the diagonal            dw_i = P_ii,   as C_ii = 0
+#     5  elsewhere                  P_ij + w_i C_ij = C_ij w_j
+#     6  so                         C_ij = P_ij / (w_j - w_i)
+#     7  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
+#     8  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
+#     9  by 4 and 6                 = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
+#    10  as P = V^T dA V            = <V M V^T, dA>
+#    11  A receives                 V M V^T, a symmetric matrix
 #
-# In 7, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
+# In 8, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
 # beside an antisymmetric C, its elements ij and ji cancel.
 #
-# Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
-# 0 says that they have no derivative. Near to that, they lose as many digits as
-# w_j - w_i has. But 0 / 0 is 0, for whoever asks for eigenvalues alone, with gV = 0.
+# If eigenvalues are equal, their eigenvectors may be any that span the same plane, and
+# have no derivative: step 6 divides by 0. If two are close, the derivative loses digits,
+# as w_j - w_i does. But 0 / 0 counts as 0, so that whoever uses the eigenvalues alone,
+# where gV = 0, gets no nan.
 def _antisym(x: Any) -> Any:
     return (x - _mT(x)) / 2
 
@@ -7213,9 +7227,9 @@ def _ratio(a: Any, b: Any) -> Any:
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
-    c = _antisym(_mT(v) @ gv)  # step 7
-    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 8
-    return v @ m @ _mT(v)  # step 9
+    c = _antisym(_mT(v) @ gv)  # step 8
+    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 9
+    return v @ m @ _mT(v)  # step 11
 
 
 @primitive(_eigh_rule)
@@ -7228,9 +7242,9 @@ def _eigh(a: Any, uplo: str = "L") -> Tensor:
 def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     """(eigenvalues, eigenvectors) of symmetric a: (..., n) and, in columns, (..., n, n).
 
-    Eigenvectors of equal eigenvalues have no derivative (inf or nan). Of the equal
-    eigenvalues themselves, the first derivative is right for what does not depend on
-    their order.
+    Eigenvectors of equal eigenvalues have no derivative (inf or nan). The first
+    derivative of the equal eigenvalues themselves is right for a function that does not
+    depend on their order.
     """
     packed = _eigh(a, uplo=UPLO)
     return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
@@ -7240,48 +7254,54 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #
 # `A V = U S` and `A^T U = V S`, with `S = diag(s)` and orthonormal columns in both U and
 # V. First let A be square. Then both bases turn, `dU = U C` and `dV = V D`, with
-# antisymmetric C and D: two unknowns, and there are two equations.
+# antisymmetric C and D: there are two unknowns, and two equations.
 #
-#     1  A V = U S moves by         dA V + A V D = U C S + U dS
-#        U^T before it              P + S D = C S + dS            with P = U^T dA V
-#     2  likewise of A^T U = V S    P^T + S C = D S + dS
-#     3  on the diagonal            ds_i = P_ii
-#     4  elsewhere, 1 plus 2        (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
-#     5  and 1 minus 2              (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
-#     6  the loss moves by          <gs, ds> + <c, C> + <d, D>,   with
+#     1  A V = U S moves by         dA V + A dV = dU S + U dS
+#     2  as dU = U C, dV = V D      dA V + A V D = U C S + U dS
+#     3  U^T before it              P + S D = C S + dS            with P = U^T dA V
+#     4  likewise for A^T U = V S   P^T + S C = D S + dS
+#     5  on the diagonal            ds_i = P_ii
+#     6  elsewhere, 3 plus 4        (P + P^T)_ij + s_i (C + D)_ij = (C + D)_ij s_j
+#     7  so                         (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
+#     8  and 3 minus 4              (P - P^T)_ij - s_i (C - D)_ij = (C - D)_ij s_j
+#     9  so                         (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
+#    10  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
+#    11  as in eigh, 7 and 8        = <gs, ds> + <c, C> + <d, D>,   with
 #                                   c = antisym(U^T gU) and d = antisym(V^T gV)
-#     7  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
-#     8  by 4 and 5, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
+#    12  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
+#    13  by 7 and 9, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
 #                                   X_ij = (c + d)_ij / (s_j - s_i)
 #                                   Z_ij = (c - d)_ij / (s_j + s_i)
-#     9  X is symmetric, and        = <X, P> + <Z, P>
+#    14  X is symmetric, and        = <X, P> + <Z, P>
 #        Z antisymmetric
-#    10  by 3 and 9, A receives     U (diag(gs) + X + Z) V^T
+#    15  with 5, the loss moves by  <diag(gs) + X + Z, P>
+#    16  A receives                 U (diag(gs) + X + Z) V^T
 #
 # If A is tall, U has fewer columns than rows, and dU also has a part outside of the space
-# that they span. That part is E dU, with `E = I - U U^T`, for which E U = 0 and E A = 0:
+# that they span. That part is E dU, with `E = I - U U^T`. As E U = 0 and A = U S V^T, also
+# E A = 0:
 #
-#    11  A V = U S moves by         dA V + A dV = dU S + U dS
-#    12  E before it                E dA V = E dU S,  as E A = 0 and E U = 0
-#    13  so that part is            E dU = E dA V S^-1
-#    14  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
-#    15  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
+#    17  E before 1                 E dA V + E A dV = E dU S + E U dS
+#    18  as E A = 0 and E U = 0     E dA V = E dU S
+#    19  so that part is            E dU = E dA V S^-1
+#    20  the loss also moves by     <gU, E dU> = <gU, E dA V S^-1>
+#    21  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
 #
-# If A is wide, the same goes for V and A^T.
+# If A is wide, the same holds for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
     gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    c = _antisym(_mT(u) @ gu)  # step 6, (..., k, k)
+    c = _antisym(_mT(u) @ gu)  # step 11, (..., k, k)
     d = _antisym(_mT(v) @ gv)
 
-    x = _ratio(c + d, s - _mT(s))  # step 8
+    x = _ratio(c + d, s - _mT(s))  # step 13
     z = _ratio(c - d, s + _mT(s))
-    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 10
+    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 16
     if m > n:
-        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 15
+        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 21
     if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 15, transposed
+        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 21, transposed
     return ga
 
 
@@ -7293,13 +7313,13 @@ def _svd(a: Any) -> Tensor:
 
 @_answers(np.linalg.svd)
 def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
-    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv` S alone.
+    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv`, S alone.
 
-    Equal singular values, and zeros, are to U and Vh what equal eigenvalues are to
-    `eigh`. TypeError if `full_matrices` asks for columns that a does not determine.
+    Where singular values are equal, or 0, U and Vh have no derivative; compare `eigh`.
+    Raises TypeError if `full_matrices` asks for columns that a does not determine.
     """
     a = as_tensor(a)
-    m = a.shape[-2] if a.ndim > 1 else 0  # (a vector is refused by NumPy, below)
+    m = a.shape[-2] if a.ndim > 1 else 0  # (NumPy refuses a vector, below)
     packed = _svd(a)
     singular = packed[..., m, :]
     if not compute_uv:
@@ -7320,30 +7340,36 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #     1  A moves by                 dA = dQ R + Q dR
 #     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
 #     3  Q^T before it              P = Q^T dQ + X                with P = Q^T dA R^-1
-#     4  plus its transpose         P + P^T = X + X^T
+#     4  plus its transpose         P + P^T = X + X^T,  as Q^T dQ cancels
 #     5  X^T is lower triangular    X^T = low(P + P^T)
-#     6  the loss moves by          <gQ, dQ> + <gR, dR> = <gQ, dA R^-1 - Q X> + <gR, X R>
-#     7  collect X                  = <gQ, dA R^-1> + <Y, X^T>    with Y = R gR^T - gQ^T Q
-#     8  by 5, <Y, X^T> is          <low(Y), P + P^T> = <N, P>
-#                                   with N = low(Y) + low(Y)^T
-#     9  A receives                 (gQ + Q N) R^-T
+#     6  by 2                       dQ = dA R^-1 - Q X            and dR = X R
+#     7  the loss moves by          <gQ, dQ> + <gR, dR>
+#     8  by 6                       = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
+#     9  the last two terms are     <gR R^T - Q^T gQ, X>
+#    10  both sides transposed      = <Y, X^T>                    with Y = R gR^T - gQ^T Q
+#    11  by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
+#    12  <Z, P^T> is <Z^T, P>       = <N, P>                      with N = low(Y) + low(Y)^T
+#    13  by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
+#        moves by                   = <gQ + Q N, dA R^-1>
+#    14  A receives                 (gQ + Q N) R^-T
 #
-# A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
+# A wide A is a square one with more columns, `A = Q [R1 R2]`: these columns A2 lead to
 # `R2 = Q^T A2`.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
 
-    # R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0.
+    # R^-1 must exist. Rounding may have left a small number where R has a 0 on its
+    # diagonal, so that counts as 0, too.
     diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
     if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
         raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
                                     "(R has a 0 on its diagonal, up to rounding)")
 
-    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8
-    left = gq + q @ (low + _mT(low))  # step 9
-    return _mT(np.linalg.solve(r, _mT(left)))
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # low(Y), by steps 10 and 11
+    left = gq + q @ (low + _mT(low))  # step 13
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 14, the solve transposed
 
 
 @primitive(_qr_rule)
@@ -7354,7 +7380,7 @@ def _qr(a: Any) -> Tensor:
 @_answers(np.linalg.qr)
 def qr(a: Any, mode: str = "reduced") -> Any:
     """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle; for mode "r",
-    R alone. Backward, LinAlgError where the first columns of a depend on each other.
+    R alone. Backward raises LinAlgError if the first columns of a depend on each other.
     """
     a = as_tensor(a)
     if a.ndim < 2 or mode not in ("reduced", "r"):
@@ -7371,24 +7397,26 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 # ### pinv: what stands for an inverse?
 #
 # If A is tall and its columns are independent, its pseudo-inverse is `(A^T A)^-1 A^T`, by
-# which least squares are solved. So the rule of inv leads to its own:
+# which least squares are solved. So its rule follows from that of inv:
 #
 #     1  in short                   P = G A^T,  with G = (A^T A)^-1
-#     2  G moves, as inv does, by   dG = -G (dA^T A + A^T dA) G
-#     3  A^T behind it              dG A^T = -G dA^T A P - P dA P
-#     4  plus G dA^T, that is       dP = -P dA P + G dA^T E       with E = I - A P
-#     5  as G is P P^T              dP = -P dA P + P P^T dA^T E
-#     6  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
-#     7  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#     2  P moves by                 dP = dG A^T + G dA^T
+#     3  G moves, as inv does, by   dG = -G (dA^T A + A^T dA) G
+#     4  A^T behind it, G A^T = P   dG A^T = -G dA^T A P - P dA P
+#     5  4 put into 2               dP = -P dA P + G dA^T E       with E = I - A P
+#     6  as P P^T = G A^T A G = G   dP = -P dA P + P P^T dA^T E
+#     7  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
+#     8  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#     9  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
 #
-# 7 is the theorem of Golub and Pereyra (1973). It has 5 and 6 in it, since the tall A has
-# P A = I, hence F = 0, and the wide one E = 0. (In 8, E, F and `P P^T` are symmetric.)
+# Step 8 is the theorem of Golub and Pereyra (1973). It contains 6, since a tall A has
+# P A = I, hence F = 0, and it contains 7, since a wide A has A P = I, hence E = 0. (In 9,
+# E, F, `P P^T` and `P^T P` are symmetric.)
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
-    # step 8
+    # step 9
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
@@ -7396,7 +7424,7 @@ def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
 @primitive(_pinv_rule)
 def pinv(a: Any, rcond: Any = None) -> Tensor:
     """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
-    Its derivative is right for changes of a that leave the rank as it is.
+    Its derivative is right for changes of a that do not change the rank.
     """
     return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
 
