@@ -7431,35 +7431,36 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 
 # ## IV.11 NumPy's other names: what needs no new idea?
 #
-# NumPy has hundreds of functions. One that meets a Tensor gets one of four answers.
+# NumPy has hundreds of functions. When one meets a Tensor, it gets one of four answers.
 #
 # 1. Nearly all are *compositions* of operations that we have, so their derivatives
-#    follow. np.ptp, the range of the values, is a maximum minus a minimum:
+#    follow. For example, np.ptp, the range of the values, is a maximum minus a minimum:
 #
 #        >>> t = Tensor([4.0, 1.0, 2.0])
 #        >>> y = np.ptp(t)
 #        >>> print(y, y._op is sub, *gradients(y, [t]))
 #        3.0 True [ 1. -1.  0.]
 #
-# 2. A few have a *rule* of their own, where a composition would not do: np.sinc is
+# 2. A few have a *rule* of their own, because a composition would fail: np.sinc is
 #    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
 #
-# 3. Those whose derivative is zero wherever they have one, or that ask for a shape or an
-#    order, give *plain values*:
+# 3. Some give *plain values*, because their derivative is zero wherever they have one, or
+#    because they ask for a shape or an order:
 #
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All else is *refused*, by a TypeError that names another way if there is one (II.2):
-#    complex numbers, `fft`, `i0`, `unwrap`, `modf`, `frexp`, `copysign`, the other nan
-#    functions, methods of ufuncs such as `np.add.reduce`, and what writes into an array
-#    (`put`, `copyto`, `fill_diagonal`).
+# 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError names
+#    another way if there is one. These are complex numbers, `fft`, `i0`, `unwrap`, `modf`,
+#    `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
+#    `np.add.reduce`, and functions that write into an array (`put`, `copyto`,
+#    `fill_diagonal`).
 #
-# **A reader may stop here and go on with IV.12**: the rest is for looking up.
+# **You may stop here and go on with IV.12**: the rest is for looking up.
 #
 # ### What is answered
 #
-# The first two kinds, which NumPy code may use, by kind:
+# NumPy code may use these functions, which are of the first two kinds:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
 #                     positive square reciprocal power float_power
@@ -7486,7 +7487,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
 #                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
 #
-# Plain values, for these round, compare, count or ask (np.histogram gives some, too):
+# These give plain values, because they round, compare, count or ask (np.histogram does,
+# too):
 _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     sign floor ceil trunc rint fix round around floor_divide imag angle
     isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
@@ -7503,15 +7505,16 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 
 # ### How to read an entry
 #
-# It is called with NumPy's own arguments, so it has their names and order. What it does
-# not have, such as `out`, Python refuses. Four things are the same everywhere:
+# An entry is called with NumPy's own arguments, so its parameters have their names and
+# order. Python itself refuses an argument that the entry lacks, such as `out`. Four things
+# are the same everywhere:
 #
-# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). It is
-#   public besides, as `nanoad.median` is, if IV.12 lists its name.
-# - Several operands first go through `_admit_together` (II.9): a mask beside float32
-#   leaves the result float32.
-# - What chooses or counts has no derivative, and is asked of the array, `_value(x)`.
-# - Operands that do not fit are refused:
+# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If IV.12
+#   lists its name, it is also public, as `nanoad.median` is.
+# - Several operands first go through `_admit_together` (II.9), so that a mask beside
+#   float32 leaves the result float32.
+# - A step that chooses or counts has no derivative, so it uses the array, `_value(x)`.
+# - Operands that do not fit are refused by this function:
 def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
     if not holds:
         shapes = ", ".join(str(np.shape(a)) for a in operands)
@@ -7520,9 +7523,9 @@ def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
 
 # ### In one line
 #
-# First the helpers of rows.
+# First come the helpers that the lines of the table use.
 def _with_dtype(op: Callable) -> Callable:
-    """A reduction as NumPy calls it: its third argument is the dtype to compute in."""
+    """The reduction `op` as NumPy calls it: the third argument is the dtype to compute in."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
         return op(a if dtype is None else astype(a, dtype), axis, **more)
 
@@ -7539,7 +7542,7 @@ def _nanmean(a, axis=None, keepdims=False):
 
 
 def _at_least(function: Callable) -> Callable:
-    """np.atleast_1d or its like, of one array or several: a reshape, to its shape."""
+    """np.atleast_1d or its like, for one array or several: a reshape to the shape it gives."""
     def answer(*arrays):
         tensors = map(as_tensor, arrays)
         results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
@@ -7553,8 +7556,8 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
     return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
-# To move elements of several arrays, lay them end to end, and ask `move` what it does to
-# their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
+# To move elements of several arrays, lay the arrays end to end, and let `move` move the
+# positions of their elements there: for shapes (2,) and (3,) these are [0 1] and [2 3 4].
 def _moves_several(move: Callable, *operands: Any) -> Tensor:
     tensors = _admit_together(*operands)
     ends = np.cumsum([t.size for t in tensors])
@@ -7564,7 +7567,7 @@ def _moves_several(move: Callable, *operands: Any) -> Tensor:
 
 
 _FUNCTIONS.update({
-    # elements (all numbers here are real)
+    # elements (all numbers are real here)
     np.conjugate: identity, np.real: identity, np.real_if_close: identity,
     np.square: lambda x: x * x,
     np.reciprocal: lambda x: 1 / x,
@@ -7572,7 +7575,7 @@ _FUNCTIONS.update({
     np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
     np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
-    np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
+    np.heaviside: lambda x, at_zero:  # 0 or 1, but `at_zero` where x is 0
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
     np.choose: lambda a, choices, *, mode="raise":
         _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices),
@@ -7625,16 +7628,16 @@ _FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
 _FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
 
 for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize):
-    _moves(_f.__name__, _f)  # (II.4; it enters the table by itself)
+    _moves(_f.__name__, _f)  # enters itself in the table (II.4)
 
 
 # ### Elements
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
-# at 0 and loses its digits nearby. There we add up its series: the first term is
-# `-pi u / 3`, and each one after it is the last times `-u^2 / (2k (2k + 3))`, for k = 1,
-# 2, ...; or, as nested products, `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the
-# loop computes from inside. For |x| < 1/2, ten terms give all digits of float64.
+# at 0 and loses digits nearby. There we add up its series. The first term is `-pi u / 3`,
+# and each later term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ...
+# As nested products, this is `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the loop
+# computes from the inside out. For |x| < 1/2, ten factors give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -7643,7 +7646,7 @@ def _sinc_slope(x: Any) -> Any:
         series = 1 - u * u / (2 * k * (2 * k + 3)) * series
     near = -np.pi * u / 3 * series
 
-    x = np.where(is_near, 1, x)  # lest `far` be 0/0, where it is not taken
+    x = np.where(is_near, 1, x)  # so that `far` is not 0/0 where it is unused
     far = (np.cos(np.pi * x) - np.sinc(x)) / x
     return np.where(is_near, near, far)
 
@@ -7655,7 +7658,7 @@ sinc = _define("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 @primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
                neginf: float | None = None) -> Tensor:
-    """A copy of x with numbers for nan, inf and -inf, whose gradient is 0."""
+    """A copy of x with numbers in place of nan, inf and -inf; the gradient there is 0."""
     return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
 
 
@@ -7668,7 +7671,7 @@ def _histogram(a, bins=10, range=None, density=None, weights=None):
 
 @_answers(np.select)
 def _select(condlist, choicelist, default=0):
-    """The choice of the first condition that holds; so that one has the last word."""
+    """The choice of the first condition that holds, which is therefore applied last."""
     result = default
     for condition, choice in zip(condlist[::-1], choicelist[::-1], strict=True):
         result = where(condition, choice, result)
@@ -7678,12 +7681,12 @@ def _select(condlist, choicelist, default=0):
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
     """Each function gets only those x for which its condition is the last that holds."""
-    if np.ndim(condlist) == np.ndim(x):  # a mask alone, and no list of masks
+    if np.ndim(condlist) == np.ndim(x):  # one mask, not a list of masks
         condlist = [condlist]
     count = len(condlist)
     if len(funclist) not in (count, count + 1):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
-    number = np.full(np.shape(x), count)  # of each x's function; `count` is the rest's
+    number = np.full(np.shape(x), count)  # of each x's function; `count` if no mask holds
     for i, condition in enumerate(condlist):
         number[np.reshape(condition, np.shape(x)).astype(bool)] = i
 
@@ -7700,7 +7703,7 @@ def _piecewise(x, condlist, funclist, *args, **kw):
 @_answers(np.partition)
 def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
               kind: str = "introselect") -> Tensor:
-    """x with element number `kth` where sorting would put it, as np.partition has it."""
+    """x with element number `kth` where sorting would put it, as np.partition gives it."""
     order = np.argpartition(_value(x), kth, axis, kind)
     return take_along_axis(x, order, axis)
 
@@ -7713,9 +7716,8 @@ def _broadcast_arrays(*arrays):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """For each of the coordinates xi a grid, along axis i, stretched along all others.
-
-    "xy", NumPy's default, exchanges the first two axes.
+    """A grid for each of the coordinates xi, which lie along axis i. Unless `sparse`, it
+    is stretched along all other axes. "xy", NumPy's default, exchanges the first two axes.
     """
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
@@ -7737,9 +7739,9 @@ def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> T
 @_answers(np.average)
 def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
             returned: bool = False, *, keepdims: bool = False) -> Any:
-    """The mean by weights; if `returned`, the pair (mean, sum of weights).
+    """The weighted mean; if `returned`, the pair (mean, sum of weights).
 
-    The weights have the shape of x, or, for a single axis, its length.
+    The weights have the shape of x or, for a single axis, the shape (length of it,).
     """
     if weights is None:
         weights = np.ones_like(as_tensor(x))
@@ -7750,7 +7752,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
                  "weights of that shape or an axis; these fit neither that nor the axis")
         last = moveaxis(x, axis, -1)
         weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
-    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
+    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # the dtype to add up in
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
         raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")
@@ -7761,7 +7763,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
 @_answers(np.diff)
 def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
          append: Any = None) -> Tensor:
-    """The differences of neighbours along an axis, n times over, as by np.diff."""
+    """The differences of neighbours along an axis, taken n times, as by np.diff."""
     if n < 0:
         raise ValueError(f"diff: n must be at least 0, not {n}")
     if n == 0:
@@ -7769,7 +7771,7 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
     if len(pieces) > 1:
-        edge = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
+        edge = np.sum(_value(x), axis, keepdims=True).shape  # a number is stretched to this
         pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
         x = concatenate(pieces, axis)
     y = moveaxis(x, axis, 0)
@@ -7796,10 +7798,11 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
     return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
 
 
-# np.gradient joins neighbouring points by chords. The slope at an inner point is the
-# mean of its two chords', the shorter one counted more; at an end, that of its only
-# chord. With edge_order=2, an end is taken to lie on a parabola: there a chord's slope
-# is the mean of those at its two ends, so `first = 2 chord - inner`.
+# np.gradient joins neighbouring points by chords. The slope at an inner point is the mean
+# of the slopes of its two chords, in which the shorter chord counts more. The slope at an
+# end is that of its only chord. With edge_order=2, a parabola is laid through the end and
+# its neighbours. On a parabola, a chord's slope is the mean of the slopes at its two ends,
+# so `first = 2 chord - inner`.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -7833,10 +7836,10 @@ def _gradient(f, *varargs, axis=None, edge_order=1):
 
 @_answers(np.cov)
 def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
-    """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
+    """The covariances of the variables, which are rows (columns if `rowvar` is False)."""
     def as_rows(a):
         a = np.atleast_2d(astype(a, dtype))
-        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy keeps a single row
+        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy does not transpose one row
 
     x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
     ddof = int(not bias) if ddof is None else ddof
@@ -7856,7 +7859,7 @@ def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
 
 @_answers(np.interp)
 def _interp(x, xp, fp, left=None, right=None):
-    """At each x, the line through its two neighbouring points (xp, fp)."""
+    """The value at each x of the line through its two neighbouring points (xp, fp)."""
     x, xp, fp = _admit_together(x, xp, fp)
     _require(xp.ndim == 1 and xp.shape == fp.shape and len(xp) > 1, "interp", [xp, fp],
              "at least two points, given by two vectors of one length")
@@ -7864,7 +7867,7 @@ def _interp(x, xp, fp, left=None, right=None):
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
     at_point = (x == xp[i]) & ~np.isfinite(slope)
-    slope = np.where(at_point, 0, slope)  # for inf times 0 is nan
+    slope = np.where(at_point, 0, slope)  # because inf times 0 is nan
     y = fp[i] + slope * (x - xp[i])
     y = np.where(x < xp[0], fp[0] if left is None else left, y)
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
@@ -7896,15 +7899,15 @@ def outer(a: Any, b: Any) -> Tensor:
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     """The products of a and b, added up over axes that they share.
 
-    `axes` says how many (the last of a, the first of b), or is a pair of lists. What
-    remains of a comes first, then what remains of b.
+    `axes` is their number (the last of a, the first of b), or a pair of lists of axes. The
+    other axes of a come first in the result, then those of b.
     """
     a, b = _admit_together(a, b)
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
 
-    of_a = list(range(a.ndim))  # einsum's numbers; it adds up over the common ones
+    of_a = list(range(a.ndim))  # numbers for einsum, which adds up over those in common
     of_b = list(range(a.ndim, a.ndim + b.ndim))
     try:
         fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
@@ -7920,7 +7923,7 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
 
 @_answers(np.kron)
 def kron(a: Any, b: Any) -> Tensor:
-    """The Kronecker product: b in place of each element of a, multiplied by it."""
+    """The Kronecker product: each element of a is replaced by b times that element."""
     a, b = _admit_together(a, b)
     a = expand_dims(a, tuple(range(1, 2 * a.ndim, 2)))  # (2, 3) -> (2, 1, 3, 1)
     b = expand_dims(b, tuple(range(0, 2 * b.ndim, 2)))  # (5, 7) -> (1, 5, 1, 7)
@@ -7943,8 +7946,9 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
     return moveaxis(c, -1, axisc)
 
 
-# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
-# `sum_n g_n v_(n-k)`: the correlation of g with v. And v_k receives that of g with a.
+# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k is multiplied by v_(n-k) in y_n. So it
+# receives `sum_n g_n v_(n-k)`, the correlation of g with v. Likewise v_k receives the
+# correlation of g with a.
 @primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
            lambda g, y, a, v: np.correlate(g, a, "valid"))
 def _convolve(a: Any, v: Any) -> Tensor:
@@ -7953,7 +7957,9 @@ def _convolve(a: Any, v: Any) -> Tensor:
 
 @_answers(np.convolve)
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
+    """The convolution of two vectors: "full", its middle part "same", or the "valid" part,
+    where the vectors overlap fully.
+    """
     a, v = _admit_together(a, v)
     _require(a.ndim == v.ndim == 1, "convolve", [a, v], "two vectors")
     _require(mode in ("full", "same", "valid"), "convolve", [a, v],
@@ -7967,18 +7973,18 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
 
 @_answers(np.correlate)
 def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
-    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
+    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`; `mode` as in convolve."""
     a, v = _admit_together(a, v)
-    if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
+    if len(a) < len(v):  # NumPy's "same" then swaps the two and reverses
         return correlate(v, a, mode)[::-1]
     return convolve(a, v[::-1], mode)
 
 
-# A product of many matrices is begun at its thin end, as in `(A (B v))`: it costs less.
+# A product of many matrices starts at its thin end, as in `(A (B v))`, which costs less.
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
     arrays = _admit_together(*arrays)
-    rows = math.prod(arrays[0].shape[:-1])  # 1, of a vector
+    rows = math.prod(arrays[0].shape[:-1])  # 1 if it is a vector
     columns = math.prod(arrays[-1].shape[1:])
     if rows <= columns:
         return functools.reduce(matmul, arrays)
@@ -7987,7 +7993,7 @@ def _multi_dot(arrays):
 
 @_answers(np.linalg.matrix_power)
 def matrix_power(a: Any, n: int) -> Tensor:
-    """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
+    """The matrix a to the power n, by squaring; for n below 0, its inverse to the -n."""
     a = as_tensor(a)
     is_square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
     _require(is_square and isinstance(n, (int, np.integer)), "matrix_power", [a],
@@ -8007,7 +8013,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     """The x for which `sum((a @ x - b) ** 2)` is least, for each column of b.
 
     a is (m, n), b (m,) or (m, k). Returns (x, residuals, rank, singular values of a).
-    The residuals are those sums, if n is the rank and below m; else there are none.
+    The residuals are those sums if the rank is n and n is below m; else they are empty.
     """
     a, b = _admit_together(a, b)
     _require(a.ndim == 2 and b.ndim in (1, 2) and len(a) == len(b), "lstsq", [a, b],
@@ -8028,7 +8034,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
 
 # ### Norms
 #
-# The length of a vector has the derivative `x / |x|`, and at 0, its kink, 0.
+# The length of a vector x has the derivative `x / |x|`. At its kink, x = 0, we take 0.
 @primitive(lambda g, y, x: (g / np.where(y == 0, 1, y))[..., None] * x)
 def _length(x: Any) -> Tensor:
     return np.sqrt(np.sum(x * x, axis=-1))
@@ -8040,12 +8046,12 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
              f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
     if ord == 2:
         return _length(x)
-    if ord == 0:  # how many are not 0: constant nearly everywhere
+    if ord == 0:  # a count of the nonzero: constant nearly everywhere
         return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
     total = sum_(abs_(x) ** ord, -1)
-    is_zero = total == 0  # where a root's derivative is infinite
+    is_zero = total == 0  # there a root's derivative is infinite
     return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
 
 
@@ -8068,9 +8074,10 @@ def _norm_of_matrices(x: Any, ord: Any) -> Any:
 @_answers(np.linalg.norm)
 def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
          keepdims: bool = False) -> Tensor:
-    """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
+    """The norm of vectors along an axis, or of matrices along two; `ord` as in np.linalg.
 
-    At 0 the length has derivative 0, as in PyTorch; equal largest elements share theirs.
+    At 0 the derivative of the length is 0, as in PyTorch. If several elements are the
+    largest, they share the gradient.
     """
     x = as_tensor(x)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
@@ -8085,7 +8092,7 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    """The norm over one axis, or of all elements of several as one vector."""
+    """The norm over one axis; over several axes, that of their elements as one vector."""
     rows, axes = _joined("norm", x, axis)  # (..., n)
     y = _norm_of_vectors(rows, ord)
     return expand_dims(y, axes) if keepdims else y
@@ -8101,7 +8108,7 @@ def _cond(x, p=None):
 
 # ### What some NumPys lack
 #
-# NumPy 2 added names. Those in np.linalg are about the last two axes.
+# NumPy 2 added names. Those in np.linalg work on the last two axes.
 def _matvec(x1, x2):
     a, b = _admit_together(x1, x2)
     return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
@@ -8113,7 +8120,7 @@ def _vecdot(x1, x2, axis=-1):
 
 
 def _newer(module: Any, **answers: Callable) -> None:
-    """Enter the answers to those of these functions that the installed NumPy has."""
+    """Enter the answers to these functions, where the installed NumPy has them."""
     for name, answer in answers.items():
         _answers(getattr(module, name, None))(answer)
 
@@ -8139,16 +8146,17 @@ _newer(
     matrix_norm=lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
 )
 
-# Python's TypeError for a wrong argument now says np.clip(), and not <lambda>() or
-# _with_dtype.<locals>.answer().
+# Each answer gets NumPy's name, so that Python's TypeError for a wrong argument says
+# np.clip() instead of <lambda>() or _with_dtype.<locals>.answer().
 for _function, _f in _FUNCTIONS.items():
     if _f.__qualname__[0] in "_<":
         _f.__qualname__ = f"np.{_function.__name__}"
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file. Every public name is one of nanoad itself, such as
-# `nanoad.Adam`; those under a namespace are in the module of that name, too.
+# This is the index of the file. Every public name is a name of nanoad itself, such as
+# `nanoad.Adam`. A name listed under a namespace is also in the module of that name, such
+# as `nanoad.optim.Adam`.
 _INDEX = {
     "": {
         "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
@@ -8198,8 +8206,8 @@ _INDEX = {
 }
 
 
-# Python has functions of four of these names. In this file, and after
-# `from nanoad import *`, the names are Python's; ours are `nanoad.sum` and so on.
+# Four of these names are also functions of Python. In this file, and after
+# `from nanoad import *`, they mean Python's functions; ours are `nanoad.sum` and so on.
 _ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
 _public = {**globals(), **_ALSO_OF_PYTHON}
 
@@ -8215,19 +8223,20 @@ for _space, _topics in _INDEX.items():
 
 
 def __getattr__(name: str) -> Any:
-    """nanoad.sum and the like. (Python asks this for what is no global.)"""
+    """nanoad.sum and the like. (Python calls this for a name that is not a global.)"""
     if name in _ALSO_OF_PYTHON:
         return _ALSO_OF_PYTHON[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *filter(None, _INDEX)]  # what an editor offers
+    return [*__all__, *filter(None, _INDEX)]  # the names that an editor offers
 
 
 # help() shows an annotation by its repr. `from __future__ import annotations` (above)
-# makes it a string, whose repr has quotes; so it becomes a string whose repr has none.
-# (Of an operation, help() shows the function that it computes, its `__wrapped__`.)
+# makes each annotation a string, whose repr has quotes. To keep the quotes out of help(),
+# we turn it into a string whose repr has none. (For an operation, help() shows the
+# annotations of the function that it computes, its `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
@@ -8247,10 +8256,10 @@ _unquote_annotations()
 
 # ## IV.13 The tour: what can all this do?
 #
-# `python nanoad.py` shows it in a few seconds: it prints each paragraph, and runs it.
+# `python nanoad.py` shows it in a few seconds: it prints each paragraph below and runs it.
 _TOUR = r"""
-# The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
-# tape, each operation over its operands, with the gradient that reached them:
+# The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by the
+# tape, and draw the tape: each operation over its operands, with the gradients:
 x = Tensor(2.0, label="x")
 y = x * np.sin(x)
 y.backward(retain_grads=True)
@@ -8260,7 +8269,8 @@ print(draw(y, format="text"))
 # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
 print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
 
-# So Newton's method has its Hessian. A logistic regression of 50 weights, in five steps:
+# So Newton's method gets its Hessian. It fits the 50 weights of a logistic regression in
+# five steps:
 rng = np.random.default_rng(0)
 A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
 def loss(w):
@@ -8271,8 +8281,8 @@ for newton_step in range(5):
     print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
     w = w - np.linalg.solve(hessian(loss)(w), slope).numpy()
 
-# A network learns which of two moons a point belongs to: its loss, and what it learned,
-# shaded where it says 1, with the points o (0) and x (1).
+# A network learns which of two moons a point belongs to. We plot its loss, and then what
+# it learned: the region where it says 1 is shaded, and the points are o (0) and x (1).
 manual_seed(1)
 points, labels = make_moons(200, noise=0.15)
 model = MLP(2, [16, 16, 1])
@@ -8295,12 +8305,12 @@ print(*map("".join, picture), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # "?" for a character that the terminal cannot show
     scope = dict(globals())
     try:
         for step in _TOUR.strip().split("\n\n"):
             print(f"\n{step}\n")
             exec(step, scope)
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`: nobody reads on
+    except BrokenPipeError:  # as by `| head`, which stops reading
         os._exit(1)
