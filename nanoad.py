@@ -7102,7 +7102,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     7  3 minus 6                  trace(A H_(k-1)) = n p_k - (n - k) p_k = k p_k
 #
 # Steps 2 and 7 are the two formulas above. From n = 10 or so on they lose digits, so the
-# inverse is used where there is one.
+# rule uses the inverse where there is one.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -7277,9 +7277,9 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #    15  with 5, the loss moves by  <diag(gs) + X + Z, P>
 #    16  A receives                 U (diag(gs) + X + Z) V^T
 #
-# If A is tall, U has fewer columns than rows, and dU also has a part outside of the space
-# that they span. That part is E dU, with `E = I - U U^T`. As E U = 0 and A = U S V^T, also
-# E A = 0:
+# If A is tall, U has fewer columns than rows, and dU also has a part outside of the
+# space that they span. That part is E dU, with `E = I - U U^T`. E U is 0, and so is E A,
+# as `A = U S V^T`:
 #
 #    17  E before 1                 E dA V + E A dV = E dU S + E U dS
 #    18  as E A = 0 and E U = 0     E dA V = E dU S
@@ -7348,7 +7348,7 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #     9  the last two terms are     <gR R^T - Q^T gQ, X>
 #    10  both sides transposed      = <Y, X^T>                    with Y = R gR^T - gQ^T Q
 #    11  by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
-#    12  <Z, P^T> is <Z^T, P>       = <N, P>                      with N = low(Y) + low(Y)^T
+#    12  <Z, P^T> is <Z^T, P>       = <N, P>                      N = low(Y) + low(Y)^T
 #    13  by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
 #        moves by                   = <gQ + Q N, dA R^-1>
 #    14  A receives                 (gQ + Q N) R^-T
@@ -7451,8 +7451,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
 # 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError names
-#    another way if there is one. These are complex numbers, `fft`, `i0`, `unwrap`, `modf`,
-#    `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
+#    another way if there is one. These are complex numbers, `fft`, `i0`, `unwrap`,
+#    `modf`, `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
 #    `np.add.reduce`, and functions that write into an array (`put`, `copyto`,
 #    `fill_diagonal`).
 #
@@ -7506,8 +7506,8 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 # ### How to read an entry
 #
 # An entry is called with NumPy's own arguments, so its parameters have their names and
-# order. Python itself refuses an argument that the entry lacks, such as `out`. Four things
-# are the same everywhere:
+# order. Python itself refuses an argument that the entry lacks, such as `out`. Four
+# things are the same everywhere:
 #
 # - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If IV.12
 #   lists its name, it is also public, as `nanoad.median` is.
@@ -7525,7 +7525,7 @@ def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
 #
 # First come the helpers that the lines of the table use.
 def _with_dtype(op: Callable) -> Callable:
-    """The reduction `op` as NumPy calls it: the third argument is the dtype to compute in."""
+    """The reduction as NumPy calls it: its third argument is the dtype to compute in."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
         return op(a if dtype is None else astype(a, dtype), axis, **more)
 
@@ -7542,7 +7542,7 @@ def _nanmean(a, axis=None, keepdims=False):
 
 
 def _at_least(function: Callable) -> Callable:
-    """np.atleast_1d or its like, for one array or several: a reshape to the shape it gives."""
+    """np.atleast_1d or its like, for one array or several: a reshape to its shape."""
     def answer(*arrays):
         tensors = map(as_tensor, arrays)
         results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
@@ -7703,7 +7703,7 @@ def _piecewise(x, condlist, funclist, *args, **kw):
 @_answers(np.partition)
 def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
               kind: str = "introselect") -> Tensor:
-    """x with element number `kth` where sorting would put it, as np.partition gives it."""
+    """x with element number `kth` where sorting would put it, as by np.partition."""
     order = np.argpartition(_value(x), kth, axis, kind)
     return take_along_axis(x, order, axis)
 
@@ -7716,8 +7716,8 @@ def _broadcast_arrays(*arrays):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """A grid for each of the coordinates xi, which lie along axis i. Unless `sparse`, it
-    is stretched along all other axes. "xy", NumPy's default, exchanges the first two axes.
+    """A grid for each of the coordinates xi, which lie along axis i. Unless `sparse`,
+    it is stretched along the others. "xy", NumPy's default, exchanges the first two axes.
     """
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
@@ -7741,7 +7741,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
             returned: bool = False, *, keepdims: bool = False) -> Any:
     """The weighted mean; if `returned`, the pair (mean, sum of weights).
 
-    The weights have the shape of x or, for a single axis, the shape (length of it,).
+    The weights have the shape of x or, for a single axis, are a vector of its length.
     """
     if weights is None:
         weights = np.ones_like(as_tensor(x))
@@ -7752,7 +7752,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
                  "weights of that shape or an axis; these fit neither that nor the axis")
         last = moveaxis(x, axis, -1)
         weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
-    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # the dtype to add up in
+    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # for the sums
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
         raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")
@@ -7771,7 +7771,7 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
     if len(pieces) > 1:
-        edge = np.sum(_value(x), axis, keepdims=True).shape  # a number is stretched to this
+        edge = np.sum(_value(x), axis, keepdims=True).shape  # a number fills this
         pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
         x = concatenate(pieces, axis)
     y = moveaxis(x, axis, 0)
@@ -7798,11 +7798,11 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
     return sum_(dx * (y[..., 1:] + y[..., :-1]) / 2, -1)
 
 
-# np.gradient joins neighbouring points by chords. The slope at an inner point is the mean
-# of the slopes of its two chords, in which the shorter chord counts more. The slope at an
-# end is that of its only chord. With edge_order=2, a parabola is laid through the end and
-# its neighbours. On a parabola, a chord's slope is the mean of the slopes at its two ends,
-# so `first = 2 chord - inner`.
+# np.gradient joins neighbouring points by chords. The slope at an inner point is the
+# mean of the slopes of its two chords, in which the shorter chord counts more. The
+# slope at an end is that of its only chord. With edge_order=2, a parabola is laid
+# through the end and the two points next to it. On a parabola, a chord's slope is the
+# mean of the slopes at its two ends, so `first = 2 chord - inner`.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -7899,15 +7899,15 @@ def outer(a: Any, b: Any) -> Tensor:
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     """The products of a and b, added up over axes that they share.
 
-    `axes` is their number (the last of a, the first of b), or a pair of lists of axes. The
-    other axes of a come first in the result, then those of b.
+    `axes` is their number (the last of a, the first of b), or a pair of lists of axes.
+    The other axes of a come first in the result, then those of b.
     """
     a, b = _admit_together(a, b)
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
 
-    of_a = list(range(a.ndim))  # numbers for einsum, which adds up over those in common
+    of_a = list(range(a.ndim))  # numbers for einsum, which sums over the common ones
     of_b = list(range(a.ndim, a.ndim + b.ndim))
     try:
         fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
@@ -7957,7 +7957,7 @@ def _convolve(a: Any, v: Any) -> Tensor:
 
 @_answers(np.convolve)
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The convolution of two vectors: "full", its middle part "same", or the "valid" part,
+    """The convolution of two vectors: "full", its middle "same", or the "valid" part,
     where the vectors overlap fully.
     """
     a, v = _admit_together(a, v)
@@ -7973,9 +7973,9 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
 
 @_answers(np.correlate)
 def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
-    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`; `mode` as in convolve."""
+    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`; modes as in convolve."""
     a, v = _admit_together(a, v)
-    if len(a) < len(v):  # NumPy's "same" then swaps the two and reverses
+    if len(a) < len(v):  # NumPy's "same" is then that of (v, a), reversed
         return correlate(v, a, mode)[::-1]
     return convolve(a, v[::-1], mode)
 
@@ -8256,7 +8256,7 @@ _unquote_annotations()
 
 # ## IV.13 The tour: what can all this do?
 #
-# `python nanoad.py` shows it in a few seconds: it prints each paragraph below and runs it.
+# `python nanoad.py` shows it in a few seconds: it prints and runs each paragraph below.
 _TOUR = r"""
 # The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by the
 # tape, and draw the tape: each operation over its operands, with the gradients:
@@ -8305,7 +8305,7 @@ print(*map("".join, picture), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # "?" for a character that the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
     scope = dict(globals())
     try:
         for step in _TOUR.strip().split("\n\n"):
