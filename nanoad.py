@@ -7124,8 +7124,8 @@ det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matr
 
 
 # A decomposition with several results packs them into one array, so that it is one
-# operation. Indexing, whose rule we have, cuts them apart, and they are returned as NumPy
-# returns them.
+# operation. Indexing, whose rule we have, cuts them apart again, and they are returned in
+# NumPy's namedtuple.
 @functools.cache
 def _result_type(function: Callable) -> Callable:
     """Makes NumPy's own namedtuple, as `function` returns it, from a list of results."""
@@ -7204,9 +7204,10 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     6  so                         C_ij = P_ij / (w_j - w_i)
 #     7  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
 #     8  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
-#     9  by 4 and 6                 = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
-#    10  as P = V^T dA V            = <V M V^T, dA>
-#    11  A receives                 V M V^T, a symmetric matrix
+#     9  by 4 and 6                 = sum_i gw_i P_ii + sum_(i≠j) c_ij P_ij / (w_j - w_i)
+#    10  in short                   = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
+#    11  as P = V^T dA V            = <V M V^T, dA>
+#    12  A receives                 V M V^T, a symmetric matrix
 #
 # In 8, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
 # beside an antisymmetric C, its elements ij and ji cancel.
@@ -7228,8 +7229,8 @@ def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
     c = _antisym(_mT(v) @ gv)  # step 8
-    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 9
-    return v @ m @ _mT(v)  # step 11
+    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 10
+    return v @ m @ _mT(v)  # step 12
 
 
 @primitive(_eigh_rule)
@@ -7285,7 +7286,7 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #    18  as E A = 0 and E U = 0     E dA V = E dU S
 #    19  so that part is            E dU = E dA V S^-1
 #    20  the loss also moves by     <gU, E dU> = <gU, E dA V S^-1>
-#    21  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
+#    21  A also receives            E gU S^-1 V^T,  as E^T = E;  E gU is gU - U U^T gU
 #
 # If A is wide, the same holds for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
@@ -7353,14 +7354,14 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #        moves by                   = <gQ + Q N, dA R^-1>
 #    14  A receives                 (gQ + Q N) R^-T
 #
-# A wide A is a square one with more columns, `A = Q [R1 R2]`: these columns A2 lead to
-# `R2 = Q^T A2`.
+# A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`, and
+# `R2 = Q^T A2` is a composition.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
 
-    # R^-1 must exist. Rounding may have left a small number where R has a 0 on its
-    # diagonal, so that counts as 0, too.
+    # R^-1 must exist. Where R should have a 0 on its diagonal, rounding may leave a small
+    # number, which therefore counts as 0.
     diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
     if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
@@ -7405,18 +7406,21 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 #     4  A^T behind it, G A^T = P   dG A^T = -G dA^T A P - P dA P
 #     5  4 put into 2               dP = -P dA P + G dA^T E       with E = I - A P
 #     6  as P P^T = G A^T A G = G   dP = -P dA P + P P^T dA^T E
-#     7  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
-#     8  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#     9  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#     7  if A is wide, 6 holds      dP^T = -P^T dA^T P^T + P^T P dA F
+#        for A^T and P^T            with F = I - P A
+#     8  transposed                 dP = -P dA P + F dA^T P^T P
+#     9  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#    10  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
 #
-# Step 8 is the theorem of Golub and Pereyra (1973). It contains 6, since a tall A has
-# P A = I, hence F = 0, and it contains 7, since a wide A has A P = I, hence E = 0. (In 9,
-# E, F, `P P^T` and `P^T P` are symmetric.)
+# Step 9 is the theorem of Golub and Pereyra (1973). It contains 6, since a tall A has
+# P A = I, hence F = 0, and it contains 8, since a wide A has A P = I, hence E = 0. In 10,
+# E, F, `P P^T` and `P^T P` are symmetric, so that `<g, P P^T dA^T E>`, for example, is
+# `<P P^T g E, dA^T>` and so `<E g^T P P^T, dA>`.
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
-    # step 9
+    # step 10
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
@@ -7451,7 +7455,7 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
 # 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError names
-#    another way if there is one. These are complex numbers, `fft`, `i0`, `unwrap`,
+#    another way if there is one. This holds for complex numbers, `fft`, `i0`, `unwrap`,
 #    `modf`, `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
 #    `np.add.reduce`, and functions that write into an array (`put`, `copyto`,
 #    `fill_diagonal`).
@@ -7899,7 +7903,7 @@ def outer(a: Any, b: Any) -> Tensor:
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     """The products of a and b, added up over axes that they share.
 
-    `axes` is their number (the last of a, the first of b), or a pair of lists of axes.
+    `axes` is the number of these (the last of a, the first of b), or a pair of lists.
     The other axes of a come first in the result, then those of b.
     """
     a, b = _admit_together(a, b)
@@ -8259,7 +8263,8 @@ _unquote_annotations()
 # `python nanoad.py` shows it in a few seconds: it prints and runs each paragraph below.
 _TOUR = r"""
 # The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by the
-# tape, and draw the tape: each operation over its operands, with the gradients:
+# tape, and draw the tape: each operation over its operands, with the gradient that reached
+# it:
 x = Tensor(2.0, label="x")
 y = x * np.sin(x)
 y.backward(retain_grads=True)
