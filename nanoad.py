@@ -7139,51 +7139,58 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 # Each rule is found as in II.6: say how the result moves if A moves by dA, put that into
 # the motion of the loss, and read off what stands beside dA. The steps are numbered, and
-# the code points to them; test_nanoad.py has finite differences beside each rule. Follow
+# the code points to them; test_nanoad.py checks each rule by finite differences. Follow
 # one with a pencil, and leave the others until you need them. In all of them:
 #
-# - dX is how X moves, I the identity, and gX the cotangent of X (g, of the only result).
-# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by `<gX, dX>`, added up over
-#   the results X. There, `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is `<X^T, Y^T>`.
+# - dX is how X moves, I is the identity, and gX is the cotangent of X. (If there is only
+#   one result, its cotangent is g.)
+# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by the sum of `<gX, dX>` over
+#   the results X. Two identities: `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is
+#   `<X^T, Y^T>`.
 #
 # ### The determinant: what is its slope where it is 0?
 #
-# Let C_ij be the cofactor of A_ij: the determinant without row i and column j, with the
-# sign of the chessboard, + where i + j is even.
+# Let C_ij be the cofactor of A_ij: the determinant of A without row i and column j, with
+# the sign of the chessboard, which is + where i + j is even.
 #
-#     1  expand along row i         det A = sum_j A_ij C_ij, with nothing of row i in C_ij
-#     2  so A receives              g C
-#     3  and by Cramer              A C^T = det(A) I, so C = det(A) A^-T
+#     1  expand along row i         det A = sum_j A_ij C_ij
+#     2  no C_ij contains row i     so C_ij is the slope of det A by A_ij
+#     3  for all elements           d(det A) = <C, dA>
+#     4  the loss moves by          g <C, dA>, so A receives g C
+#     5  Cramer's rule              A C^T = det(A) I
+#     6  A^-1 before it             C^T = det(A) A^-1, so C = det(A) A^-T
 #
-# The logarithm of the determinant divides that by it: A receives `g A^-T`.
+# The logarithm of |det A| has the slope 1 / det(A) by det A, so A receives `g A^-T`.
 #
-# A singular matrix has cofactors, too, though no inverse:
+# A singular matrix has no inverse, but it has cofactors:
 #
 #     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 2.0]])))
 #     [[ 2. -4.]
 #      [-1.  2.]]
 #
-# Their transpose, the adjugate, can be had by products alone. It is the last, H_(n-1), of
-# these (Faddeev and LeVerrier), so for n = 2 it is `trace(A) I - A`:
+# Their transpose, the adjugate, can be computed by products alone. It is the last,
+# H_(n-1), of these matrices (Faddeev and LeVerrier), so for n = 2 it is `trace(A) I - A`:
 #
 #     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
-# (Of the matrix above, that is [[2, -1], [-4, 2]].) Why? The determinant p and the
+# (For the matrix above, that is [[2, -1], [-4, 2]].) Why? The determinant p and the
 # adjugate H of A + t I are polynomials in t:
 #
 #     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
 #
-# The adjugate of A is H(0), which is H_(n-1). And p and H depend on each other:
+# The adjugate of A is H(0), which is H_(n-1). Two polynomials are equal if each power of
+# t has the same coefficient in both. So p and H depend on each other:
 #
-#     1  Cramer                      (A + t I) H(t) = p(t) I
-#     2  beside t^(n-k) stands       A H_(k-1) + H_k = p_k I
-#     3  whose trace is              trace(A H_(k-1)) + trace(H_k) = n p_k
-#     4  det's step 2, for dA = dt I dp = trace(H(t)) dt, so p'(t) = trace(H(t))
-#     5  beside t^(n-k-1) stands     (n - k) p_k = trace(H_k)
-#     6  3 minus 5                   trace(A H_(k-1)) = k p_k
+#     1  Cramer's rule              (A + t I) H(t) = p(t) I
+#     2  coefficients of t^(n-k)    A H_(k-1) + H_k = p_k I    (of t^n: H_0 = I)
+#     3  the trace of 2             trace(A H_(k-1)) + trace(H_k) = n p_k
+#     4  det's step 3, dA = dt I    dp = <H(t)^T, dt I> = trace(H(t)) dt
+#     5  so the slope of p is       p'(t) = trace(H(t))
+#     6  coefficients of t^(n-k-1)  (n - k) p_k = trace(H_k)
+#     7  3 minus 6                  trace(A H_(k-1)) = n p_k - (n - k) p_k = k p_k
 #
-# (Two polynomials are equal if in both the same stands beside each power of t.) From n =
-# 10 or so on this loses digits: where there is an inverse, that is used.
+# Steps 2 and 7 are the two formulas above. From n = 10 or so on they lose digits, so the
+# rule uses the inverse where there is one.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -7197,18 +7204,19 @@ def _adjugate(a: Any) -> Any:
 
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
     if np.all(y != 0):
-        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # step 3 of det
-    return g[..., None, None] * _mT(_adjugate(a))  # step 2 of det
+        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # steps 4 and 6 of det
+    return g[..., None, None] * _mT(_adjugate(a))  # step 4 of det
 
 
 det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
 
 
-# What has several results packs them into one array, to be one operation; they are cut
-# apart by indexing, whose rule we have, and returned as NumPy returns them.
+# A decomposition with several results packs them into one array, so that it is one
+# operation. Indexing, whose rule we have, cuts them apart again, and they are returned in
+# NumPy's namedtuple.
 @functools.cache
 def _result_type(function: Callable) -> Callable:
-    """NumPy's own namedtuple for what `function` returns."""
+    """Makes NumPy's own namedtuple, as `function` returns it, from a list of results."""
     return type(function(np.eye(1)))._make
 
 
@@ -7219,7 +7227,7 @@ def _slogdet(a: Any) -> Tensor:
 
 @_answers(np.linalg.slogdet)
 def slogdet(a: Any) -> tuple[Tensor, Tensor]:
-    """(sign, logabsdet) of the determinant, which itself may over- or underflow."""
+    """(sign, logabsdet) of the determinant, even where that would over- or underflow."""
     packed = _slogdet(a)
     return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
 
@@ -7228,15 +7236,18 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #
 # A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). L stays triangular
 # when it moves, and that is enough to find dL. Let `low(Y)` be the lower triangle of Y
-# with *half* of its diagonal. Of a lower triangular X, `low(X + X^T)` is X. And as low
+# with *half* of its diagonal. If X is lower triangular, `low(X + X^T)` is X. And as low
 # only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 #     1  A moves by                 dA = dL L^T + L dL^T
-#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T        with X = L^-1 dL
-#     3  X is lower triangular      X = low(L^-1 dA L^-T),        and dL = L X
-#     4  the loss moves by          <gL, L X> = <L^T gL, X> = <low(L^T gL), L^-1 dA L^-T>
-#     5  A receives                 L^-T low(L^T gL) L^-1
-#     6  as dA is symmetric         or the symmetric part of that
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = L^-1 dL + dL^T L^-T
+#     3  in short                   L^-1 dA L^-T = X + X^T        with X = L^-1 dL
+#     4  X is lower triangular      X = low(L^-1 dA L^-T)
+#     5  the loss moves by          <gL, dL> = <gL, L X> = <L^T gL, X>
+#     6  by 4                       = <L^T gL, low(L^-1 dA L^-T)>
+#     7  low changes sides          = <low(L^T gL), L^-1 dA L^-T>
+#     8  A receives                 L^-T low(L^T gL) L^-1
+#     9  as dA is symmetric         or the symmetric part of that
 #
 # NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
 # each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
@@ -7249,9 +7260,9 @@ def _low(x: Any) -> Any:
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
     inside = _low(_mT(y) @ g)
-    left = np.linalg.solve(_mT(y), inside)  # step 5: L^-T before it
-    ga = np.linalg.solve(_mT(y), _mT(left))  # and L^-1 behind, all transposed
-    return (ga + _mT(ga)) / 2  # step 6
+    left = np.linalg.solve(_mT(y), inside)  # step 8: L^-T before it
+    ga = np.linalg.solve(_mT(y), _mT(left))  # L^-1 behind it, all transposed
+    return (ga + _mT(ga)) / 2  # step 9
 
 
 _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
@@ -7259,8 +7270,8 @@ _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
 
 @_answers(np.linalg.cholesky)
 def cholesky(a: Any, *, upper: bool = False) -> Tensor:
-    """The lower triangular L with L @ L.T = a for symmetric a, or with `upper` its
-    transpose. LinAlgError if a is not positive definite.
+    """The lower triangular L with L @ L.T = a for symmetric a; with `upper`, its
+    transpose. Raises LinAlgError if a is not positive definite.
     """
     lower = _cholesky(a)
     return _mT(lower) if upper else lower
@@ -7270,25 +7281,29 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #
 # A symmetric A has orthonormal eigenvectors, the columns of V: `A V = V W`, with
 # `W = diag(w)` and `V^T V = I`. They can only turn, `dV = V C`: the same columns, mixed
-# by a small C. As `V^T V = I` stays, `C + C^T = 0`, so C is antisymmetric, and its
-# diagonal is 0.
+# by a small C. As `V^T V` stays I, `C^T + C = 0`. So C is antisymmetric, and its diagonal
+# is 0.
 #
-#     1  A V = V W moves by         dA V + A V C = V C W + V dW
-#     2  V^T before it              P + W C = C W + dW            with P = V^T dA V
-#     3  on the diagonal            dw_i = P_ii
-#     4  elsewhere                  P_ij + w_i C_ij = C_ij w_j
-#     5  so                         C_ij = P_ij / (w_j - w_i)
-#     6  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
-#     7  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
-#     8  by 3 and 5                 = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
-#     9  A receives                 V M V^T, a symmetric matrix
+#     1  A V = V W moves by         dA V + A dV = dV W + V dW
+#     2  as dV = V C                dA V + A V C = V C W + V dW
+#     3  V^T before it              P + W C = C W + dW            with P = V^T dA V
+#     4  on the diagonal            dw_i = P_ii,   as C_ii = 0
+#     5  elsewhere                  P_ij + w_i C_ij = C_ij w_j
+#     6  so                         C_ij = P_ij / (w_j - w_i)
+#     7  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
+#     8  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
+#     9  by 4 and 6                 = sum_i gw_i P_ii + sum_(i≠j) c_ij P_ij / (w_j - w_i)
+#    10  in short                   = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
+#    11  as P = V^T dA V            = <V M V^T, dA>
+#    12  A receives                 V M V^T, a symmetric matrix
 #
-# In 7, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
+# In 8, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
 # beside an antisymmetric C, its elements ij and ji cancel.
 #
-# Eigenvectors of equal eigenvalues may be any that span the same plane: the division by
-# 0 says that they have no derivative. Near to that, they lose as many digits as
-# w_j - w_i has. But 0 / 0 is 0, for whoever asks for eigenvalues alone, with gV = 0.
+# If eigenvalues are equal, their eigenvectors may be any that span the same plane, and
+# have no derivative: step 6 divides by 0. If two are close, the derivative loses digits,
+# as w_j - w_i does. But 0 / 0 counts as 0, so that whoever uses the eigenvalues alone,
+# where gV = 0, gets no nan.
 def _antisym(x: Any) -> Any:
     return (x - _mT(x)) / 2
 
@@ -7301,9 +7316,9 @@ def _ratio(a: Any, b: Any) -> Any:
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
-    c = _antisym(_mT(v) @ gv)  # step 7
-    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 8
-    return v @ m @ _mT(v)  # step 9
+    c = _antisym(_mT(v) @ gv)  # step 8
+    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 10
+    return v @ m @ _mT(v)  # step 12
 
 
 @primitive(_eigh_rule)
@@ -7316,9 +7331,9 @@ def _eigh(a: Any, uplo: str = "L") -> Tensor:
 def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     """(eigenvalues, eigenvectors) of symmetric a: (..., n) and, in columns, (..., n, n).
 
-    Eigenvectors of equal eigenvalues have no derivative (inf or nan). Of the equal
-    eigenvalues themselves, the first derivative is right for what does not depend on
-    their order.
+    Eigenvectors of equal eigenvalues have no derivative (inf or nan). The first
+    derivative of the equal eigenvalues themselves is right for a function that does not
+    depend on their order.
     """
     packed = _eigh(a, uplo=UPLO)
     return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
@@ -7328,48 +7343,54 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #
 # `A V = U S` and `A^T U = V S`, with `S = diag(s)` and orthonormal columns in both U and
 # V. First let A be square. Then both bases turn, `dU = U C` and `dV = V D`, with
-# antisymmetric C and D: two unknowns, and there are two equations.
+# antisymmetric C and D: there are two unknowns, and two equations.
 #
-#     1  A V = U S moves by         dA V + A V D = U C S + U dS
-#        U^T before it              P + S D = C S + dS            with P = U^T dA V
-#     2  likewise of A^T U = V S    P^T + S C = D S + dS
-#     3  on the diagonal            ds_i = P_ii
-#     4  elsewhere, 1 plus 2        (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
-#     5  and 1 minus 2              (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
-#     6  the loss moves by          <gs, ds> + <c, C> + <d, D>,   with
+#     1  A V = U S moves by         dA V + A dV = dU S + U dS
+#     2  as dU = U C, dV = V D      dA V + A V D = U C S + U dS
+#     3  U^T before it              P + S D = C S + dS            with P = U^T dA V
+#     4  likewise for A^T U = V S   P^T + S C = D S + dS
+#     5  on the diagonal            ds_i = P_ii
+#     6  elsewhere, 3 plus 4        (P + P^T)_ij + s_i (C + D)_ij = (C + D)_ij s_j
+#     7  so                         (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
+#     8  and 3 minus 4              (P - P^T)_ij - s_i (C - D)_ij = (C - D)_ij s_j
+#     9  so                         (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
+#    10  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
+#    11  as in eigh, 7 and 8        = <gs, ds> + <c, C> + <d, D>,   with
 #                                   c = antisym(U^T gU) and d = antisym(V^T gV)
-#     7  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
-#     8  by 4 and 5, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
+#    12  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
+#    13  by 7 and 9, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
 #                                   X_ij = (c + d)_ij / (s_j - s_i)
 #                                   Z_ij = (c - d)_ij / (s_j + s_i)
-#     9  X is symmetric, and        = <X, P> + <Z, P>
+#    14  X is symmetric, and        = <X, P> + <Z, P>
 #        Z antisymmetric
-#    10  by 3 and 9, A receives     U (diag(gs) + X + Z) V^T
+#    15  with 5, the loss moves by  <diag(gs) + X + Z, P>
+#    16  A receives                 U (diag(gs) + X + Z) V^T
 #
-# If A is tall, U has fewer columns than rows, and dU also has a part outside of the space
-# that they span. That part is E dU, with `E = I - U U^T`, for which E U = 0 and E A = 0:
+# If A is tall, U has fewer columns than rows, and dU also has a part outside of the
+# space that they span. That part is E dU, with `E = I - U U^T`. E U is 0, and so is E A,
+# as `A = U S V^T`:
 #
-#    11  A V = U S moves by         dA V + A dV = dU S + U dS
-#    12  E before it                E dA V = E dU S,  as E A = 0 and E U = 0
-#    13  so that part is            E dU = E dA V S^-1
-#    14  the loss also moves by     <gU, E dU> = <E gU, dA V S^-1>
-#    15  A also receives            E gU S^-1 V^T,  where E gU = gU - U U^T gU
+#    17  E before 1                 E dA V + E A dV = E dU S + E U dS
+#    18  as E A = 0 and E U = 0     E dA V = E dU S
+#    19  so that part is            E dU = E dA V S^-1
+#    20  the loss also moves by     <gU, E dU> = <gU, E dA V S^-1>
+#    21  A also receives            E gU S^-1 V^T,  as E^T = E;  E gU is gU - U U^T gU
 #
-# If A is wide, the same goes for V and A^T.
+# If A is wide, the same holds for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
     gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    c = _antisym(_mT(u) @ gu)  # step 6, (..., k, k)
+    c = _antisym(_mT(u) @ gu)  # step 11, (..., k, k)
     d = _antisym(_mT(v) @ gv)
 
-    x = _ratio(c + d, s - _mT(s))  # step 8
+    x = _ratio(c + d, s - _mT(s))  # step 13
     z = _ratio(c - d, s + _mT(s))
-    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 10
+    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 16
     if m > n:
-        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 15
+        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 21
     if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 15, transposed
+        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 21, transposed
     return ga
 
 
@@ -7381,13 +7402,13 @@ def _svd(a: Any) -> Tensor:
 
 @_answers(np.linalg.svd)
 def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
-    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv` S alone.
+    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv`, S alone.
 
-    Equal singular values, and zeros, are to U and Vh what equal eigenvalues are to
-    `eigh`. TypeError if `full_matrices` asks for columns that a does not determine.
+    Where singular values are equal, or 0, U and Vh have no derivative; compare `eigh`.
+    Raises TypeError if `full_matrices` asks for columns that a does not determine.
     """
     a = as_tensor(a)
-    m = a.shape[-2] if a.ndim > 1 else 0  # (a vector is refused by NumPy, below)
+    m = a.shape[-2] if a.ndim > 1 else 0  # (NumPy refuses a vector, below)
     packed = _svd(a)
     singular = packed[..., m, :]
     if not compute_uv:
@@ -7408,30 +7429,36 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #     1  A moves by                 dA = dQ R + Q dR
 #     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
 #     3  Q^T before it              P = Q^T dQ + X                with P = Q^T dA R^-1
-#     4  plus its transpose         P + P^T = X + X^T
+#     4  plus its transpose         P + P^T = X + X^T,  as Q^T dQ cancels
 #     5  X^T is lower triangular    X^T = low(P + P^T)
-#     6  the loss moves by          <gQ, dQ> + <gR, dR> = <gQ, dA R^-1 - Q X> + <gR, X R>
-#     7  collect X                  = <gQ, dA R^-1> + <Y, X^T>    with Y = R gR^T - gQ^T Q
-#     8  by 5, <Y, X^T> is          <low(Y), P + P^T> = <N, P>
-#                                   with N = low(Y) + low(Y)^T
-#     9  A receives                 (gQ + Q N) R^-T
+#     6  by 2                       dQ = dA R^-1 - Q X            and dR = X R
+#     7  the loss moves by          <gQ, dQ> + <gR, dR>
+#     8  by 6                       = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
+#     9  the last two terms are     <gR R^T - Q^T gQ, X>
+#    10  both sides transposed      = <Y, X^T>                    with Y = R gR^T - gQ^T Q
+#    11  by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
+#    12  <Z, P^T> is <Z^T, P>       = <N, P>                      N = low(Y) + low(Y)^T
+#    13  by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
+#        moves by                   = <gQ + Q N, dA R^-1>
+#    14  A receives                 (gQ + Q N) R^-T
 #
-# A wide A is a square one with more columns, `A = Q [R1 R2]`, and the further ones are
-# `R2 = Q^T A2`.
+# A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`, and
+# `R2 = Q^T A2` is a composition.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
 
-    # R^-1 must exist, beyond what rounding leaves of a diagonal element that is 0.
+    # R^-1 must exist. Where R should have a 0 on its diagonal, rounding may leave a small
+    # number, which therefore counts as 0.
     diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
     if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
         raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
                                     "(R has a 0 on its diagonal, up to rounding)")
 
-    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # steps 7 and 8
-    left = gq + q @ (low + _mT(low))  # step 9
-    return _mT(np.linalg.solve(r, _mT(left)))
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # low(Y), by steps 10 and 11
+    left = gq + q @ (low + _mT(low))  # step 13
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 14, the solve transposed
 
 
 @primitive(_qr_rule)
@@ -7442,7 +7469,7 @@ def _qr(a: Any) -> Tensor:
 @_answers(np.linalg.qr)
 def qr(a: Any, mode: str = "reduced") -> Any:
     """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle; for mode "r",
-    R alone. Backward, LinAlgError where the first columns of a depend on each other.
+    R alone. Backward raises LinAlgError if the first columns of a depend on each other.
     """
     a = as_tensor(a)
     if a.ndim < 2 or mode not in ("reduced", "r"):
@@ -7459,24 +7486,29 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 # ### pinv: what stands for an inverse?
 #
 # If A is tall and its columns are independent, its pseudo-inverse is `(A^T A)^-1 A^T`, by
-# which least squares are solved. So the rule of inv leads to its own:
+# which least squares are solved. So its rule follows from that of inv:
 #
 #     1  in short                   P = G A^T,  with G = (A^T A)^-1
-#     2  G moves, as inv does, by   dG = -G (dA^T A + A^T dA) G
-#     3  A^T behind it              dG A^T = -G dA^T A P - P dA P
-#     4  plus G dA^T, that is       dP = -P dA P + G dA^T E       with E = I - A P
-#     5  as G is P P^T              dP = -P dA P + P P^T dA^T E
-#     6  a wide A, transposed       dP = -P dA P + F dA^T P^T P   with F = I - P A
-#     7  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#     8  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#     2  P moves by                 dP = dG A^T + G dA^T
+#     3  G moves, as inv does, by   dG = -G (dA^T A + A^T dA) G
+#     4  A^T behind it, G A^T = P   dG A^T = -G dA^T A P - P dA P
+#     5  4 put into 2               dP = -P dA P + G dA^T E       with E = I - A P
+#     6  as P P^T = G A^T A G = G   dP = -P dA P + P P^T dA^T E
+#     7  if A is wide, 6 holds      dP^T = -P^T dA^T P^T + P^T P dA F
+#        for A^T and P^T            with F = I - P A
+#     8  transposed                 dP = -P dA P + F dA^T P^T P
+#     9  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
+#    10  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
 #
-# 7 is the theorem of Golub and Pereyra (1973). It has 5 and 6 in it, since the tall A has
-# P A = I, hence F = 0, and the wide one E = 0. (In 8, E, F and `P P^T` are symmetric.)
+# Step 9 is the theorem of Golub and Pereyra (1973). It contains 6, since a tall A has
+# P A = I, hence F = 0, and it contains 8, since a wide A has A P = I, hence E = 0. In 10,
+# E, F, `P P^T` and `P^T P` are symmetric, so that `<g, P P^T dA^T E>`, for example, is
+# `<P P^T g E, dA^T>` and so `<E g^T P P^T, dA>`.
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     second = gt @ y @ pt  # g^T P P^T
     third = pt @ y @ gt  # P^T P g^T
-    # step 8
+    # step 10
     return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
 
 
@@ -7484,42 +7516,43 @@ def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
 @primitive(_pinv_rule)
 def pinv(a: Any, rcond: Any = None) -> Tensor:
     """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
-    Its derivative is right for changes of a that leave the rank as it is.
+    Its derivative is right for changes of a that do not change the rank.
     """
     return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
 
 
 # ## IV.11 NumPy's other names: what needs no new idea?
 #
-# NumPy has hundreds of functions. One that meets a Tensor gets one of four answers.
+# NumPy has hundreds of functions. When one meets a Tensor, it gets one of four answers.
 #
 # 1. Nearly all are *compositions* of operations that we have, so their derivatives
-#    follow. np.ptp, the range of the values, is a maximum minus a minimum:
+#    follow. For example, np.ptp, the range of the values, is a maximum minus a minimum:
 #
 #        >>> t = Tensor([4.0, 1.0, 2.0])
 #        >>> y = np.ptp(t)
 #        >>> print(y, y._op is sub, *gradients(y, [t]))
 #        3.0 True [ 1. -1.  0.]
 #
-# 2. A few have a *rule* of their own, where a composition would not do: np.sinc is
+# 2. A few have a *rule* of their own, because a composition would fail: np.sinc is
 #    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
 #
-# 3. Those whose derivative is zero wherever they have one, or that ask for a shape or an
-#    order, give *plain values*:
+# 3. Some give *plain values*, because their derivative is zero wherever they have one, or
+#    because they ask for a shape or an order:
 #
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All else is *refused*, by a TypeError that names another way if there is one (II.2):
-#    complex numbers, `fft`, `i0`, `unwrap`, `modf`, `frexp`, `copysign`, the other nan
-#    functions, methods of ufuncs such as `np.add.reduce`, and what writes into an array
-#    (`put`, `copyto`, `fill_diagonal`).
+# 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError names
+#    another way if there is one. This holds for complex numbers, `fft`, `i0`, `unwrap`,
+#    `modf`, `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
+#    `np.add.reduce`, and functions that write into an array (`put`, `copyto`,
+#    `fill_diagonal`).
 #
-# **A reader may stop here and go on with IV.12**: the rest is for looking up.
+# **You may stop here and go on with IV.12**: the rest is for looking up.
 #
 # ### What is answered
 #
-# The first two kinds, which NumPy code may use, by kind:
+# NumPy code may use these functions, which are of the first two kinds:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
 #                     positive square reciprocal power float_power
@@ -7546,7 +7579,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
 #                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
 #
-# Plain values, for these round, compare, count or ask (np.histogram gives some, too):
+# These give plain values, because they round, compare, count or ask (np.histogram does,
+# too):
 _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     sign floor ceil trunc rint fix round around floor_divide imag angle
     isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
@@ -7563,15 +7597,16 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 
 # ### How to read an entry
 #
-# It is called with NumPy's own arguments, so it has their names and order. What it does
-# not have, such as `out`, Python refuses. Four things are the same everywhere:
+# An entry is called with NumPy's own arguments, so its parameters have their names and
+# order. Python itself refuses an argument that the entry lacks, such as `out`. Four
+# things are the same everywhere:
 #
-# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). It is
-#   public besides, as `nanoad.median` is, if IV.12 lists its name.
-# - Several operands first go through `_admit_together` (II.9): a mask beside float32
-#   leaves the result float32.
-# - What chooses or counts has no derivative, and is asked of the array, `_value(x)`.
-# - Operands that do not fit are refused:
+# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If IV.12
+#   lists its name, it is also public, as `nanoad.median` is.
+# - Several operands first go through `_admit_together` (II.9), so that a mask beside
+#   float32 leaves the result float32.
+# - A step that chooses or counts has no derivative, so it uses the array, `_value(x)`.
+# - Operands that do not fit are refused by this function:
 def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
     if not holds:
         shapes = ", ".join(str(np.shape(a)) for a in operands)
@@ -7580,9 +7615,9 @@ def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
 
 # ### In one line
 #
-# First the helpers of rows.
+# First come the helpers that the lines of the table use.
 def _with_dtype(op: Callable) -> Callable:
-    """A reduction as NumPy calls it: its third argument is the dtype to compute in."""
+    """The reduction as NumPy calls it: its third argument is the dtype to compute in."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
         return op(a if dtype is None else astype(a, dtype), axis, **more)
 
@@ -7599,7 +7634,7 @@ def _nanmean(a, axis=None, keepdims=False):
 
 
 def _at_least(function: Callable) -> Callable:
-    """np.atleast_1d or its like, of one array or several: a reshape, to its shape."""
+    """np.atleast_1d or its like, for one array or several: a reshape to its shape."""
     def answer(*arrays):
         tensors = map(as_tensor, arrays)
         results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
@@ -7613,8 +7648,8 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
     return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
-# To move elements of several arrays, lay them end to end, and ask `move` what it does to
-# their positions there: those of shapes (2,) and (3,) are [0 1] and [2 3 4].
+# To move elements of several arrays, lay the arrays end to end, and let `move` move the
+# positions of their elements there: for shapes (2,) and (3,) these are [0 1] and [2 3 4].
 def _moves_several(move: Callable, *operands: Any) -> Tensor:
     tensors = _admit_together(*operands)
     ends = np.cumsum([t.size for t in tensors])
@@ -7624,7 +7659,7 @@ def _moves_several(move: Callable, *operands: Any) -> Tensor:
 
 
 _FUNCTIONS.update({
-    # elements (all numbers here are real)
+    # elements (all numbers are real here)
     np.conjugate: identity, np.real: identity, np.real_if_close: identity,
     np.square: lambda x: x * x,
     np.reciprocal: lambda x: 1 / x,
@@ -7632,7 +7667,7 @@ _FUNCTIONS.update({
     np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
     np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
-    np.heaviside: lambda x, at_zero:  # 0 or 1, but at 0 what is given for it
+    np.heaviside: lambda x, at_zero:  # 0 or 1, but `at_zero` where x is 0
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
     np.choose: lambda a, choices, *, mode="raise":
         _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices),
@@ -7685,16 +7720,16 @@ _FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
 _FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
 
 for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize):
-    _moves(_f.__name__, _f)  # (II.4; it enters the table by itself)
+    _moves(_f.__name__, _f)  # enters itself in the table (II.4)
 
 
 # ### Elements
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
-# at 0 and loses its digits nearby. There we add up its series: the first term is
-# `-pi u / 3`, and each one after it is the last times `-u^2 / (2k (2k + 3))`, for k = 1,
-# 2, ...; or, as nested products, `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the
-# loop computes from inside. For |x| < 1/2, ten terms give all digits of float64.
+# at 0 and loses digits nearby. There we add up its series. The first term is `-pi u / 3`,
+# and each later term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ...
+# As nested products, this is `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the loop
+# computes from the inside out. For |x| < 1/2, ten factors give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -7703,7 +7738,7 @@ def _sinc_slope(x: Any) -> Any:
         series = 1 - u * u / (2 * k * (2 * k + 3)) * series
     near = -np.pi * u / 3 * series
 
-    x = np.where(is_near, 1, x)  # lest `far` be 0/0, where it is not taken
+    x = np.where(is_near, 1, x)  # so that `far` is not 0/0 where it is unused
     far = (np.cos(np.pi * x) - np.sinc(x)) / x
     return np.where(is_near, near, far)
 
@@ -7715,7 +7750,7 @@ sinc = _define("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 @primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
                neginf: float | None = None) -> Tensor:
-    """A copy of x with numbers for nan, inf and -inf, whose gradient is 0."""
+    """A copy of x with numbers in place of nan, inf and -inf; the gradient there is 0."""
     return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
 
 
@@ -7728,7 +7763,7 @@ def _histogram(a, bins=10, range=None, density=None, weights=None):
 
 @_answers(np.select)
 def _select(condlist, choicelist, default=0):
-    """The choice of the first condition that holds; so that one has the last word."""
+    """The choice of the first condition that holds, which is therefore applied last."""
     result = default
     for condition, choice in zip(condlist[::-1], choicelist[::-1], strict=True):
         result = where(condition, choice, result)
@@ -7738,12 +7773,12 @@ def _select(condlist, choicelist, default=0):
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
     """Each function gets only those x for which its condition is the last that holds."""
-    if np.ndim(condlist) == np.ndim(x):  # a mask alone, and no list of masks
+    if np.ndim(condlist) == np.ndim(x):  # one mask, not a list of masks
         condlist = [condlist]
     count = len(condlist)
     if len(funclist) not in (count, count + 1):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
-    number = np.full(np.shape(x), count)  # of each x's function; `count` is the rest's
+    number = np.full(np.shape(x), count)  # of each x's function; `count` if no mask holds
     for i, condition in enumerate(condlist):
         number[np.reshape(condition, np.shape(x)).astype(bool)] = i
 
@@ -7760,7 +7795,7 @@ def _piecewise(x, condlist, funclist, *args, **kw):
 @_answers(np.partition)
 def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
               kind: str = "introselect") -> Tensor:
-    """x with element number `kth` where sorting would put it, as np.partition has it."""
+    """x with element number `kth` where sorting would put it, as by np.partition."""
     order = np.argpartition(_value(x), kth, axis, kind)
     return take_along_axis(x, order, axis)
 
@@ -7773,9 +7808,8 @@ def _broadcast_arrays(*arrays):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """For each of the coordinates xi a grid, along axis i, stretched along all others.
-
-    "xy", NumPy's default, exchanges the first two axes.
+    """A grid for each of the coordinates xi, which lie along axis i. Unless `sparse`,
+    it is stretched along the others. "xy", NumPy's default, exchanges the first two axes.
     """
     if indexing not in ("xy", "ij"):
         raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
@@ -7797,9 +7831,9 @@ def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> T
 @_answers(np.average)
 def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
             returned: bool = False, *, keepdims: bool = False) -> Any:
-    """The mean by weights; if `returned`, the pair (mean, sum of weights).
+    """The weighted mean; if `returned`, the pair (mean, sum of weights).
 
-    The weights have the shape of x, or, for a single axis, its length.
+    The weights have the shape of x or, for a single axis, are a vector of its length.
     """
     if weights is None:
         weights = np.ones_like(as_tensor(x))
@@ -7810,7 +7844,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
                  "weights of that shape or an axis; these fit neither that nor the axis")
         last = moveaxis(x, axis, -1)
         weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
-    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # to add up in
+    weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # for the sums
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
         raise ZeroDivisionError("average: the weights add up to 0, so there is no mean")
@@ -7821,7 +7855,7 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
 @_answers(np.diff)
 def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
          append: Any = None) -> Tensor:
-    """The differences of neighbours along an axis, n times over, as by np.diff."""
+    """The differences of neighbours along an axis, taken n times, as by np.diff."""
     if n < 0:
         raise ValueError(f"diff: n must be at least 0, not {n}")
     if n == 0:
@@ -7829,7 +7863,7 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0 if prepend is None else 1]
     if len(pieces) > 1:
-        edge = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
+        edge = np.sum(_value(x), axis, keepdims=True).shape  # a number fills this
         pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
         x = concatenate(pieces, axis)
     y = moveaxis(x, axis, 0)
@@ -7857,9 +7891,10 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
 
 
 # np.gradient joins neighbouring points by chords. The slope at an inner point is the
-# mean of its two chords', the shorter one counted more; at an end, that of its only
-# chord. With edge_order=2, an end is taken to lie on a parabola: there a chord's slope
-# is the mean of those at its two ends, so `first = 2 chord - inner`.
+# mean of the slopes of its two chords, in which the shorter chord counts more. The
+# slope at an end is that of its only chord. With edge_order=2, a parabola is laid
+# through the end and the two points next to it. On a parabola, a chord's slope is the
+# mean of the slopes at its two ends, so `first = 2 chord - inner`.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -7893,10 +7928,10 @@ def _gradient(f, *varargs, axis=None, edge_order=1):
 
 @_answers(np.cov)
 def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
-    """The covariances of the variables in rows (or, not `rowvar`, in columns)."""
+    """The covariances of the variables, which are rows (columns if `rowvar` is False)."""
     def as_rows(a):
         a = np.atleast_2d(astype(a, dtype))
-        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy keeps a single row
+        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy does not transpose one row
 
     x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
     ddof = int(not bias) if ddof is None else ddof
@@ -7916,7 +7951,7 @@ def _corrcoef(x, y=None, rowvar=True, *, dtype=np.float64):
 
 @_answers(np.interp)
 def _interp(x, xp, fp, left=None, right=None):
-    """At each x, the line through its two neighbouring points (xp, fp)."""
+    """The value at each x of the line through its two neighbouring points (xp, fp)."""
     x, xp, fp = _admit_together(x, xp, fp)
     _require(xp.ndim == 1 and xp.shape == fp.shape and len(xp) > 1, "interp", [xp, fp],
              "at least two points, given by two vectors of one length")
@@ -7924,7 +7959,7 @@ def _interp(x, xp, fp, left=None, right=None):
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
     at_point = (x == xp[i]) & ~np.isfinite(slope)
-    slope = np.where(at_point, 0, slope)  # for inf times 0 is nan
+    slope = np.where(at_point, 0, slope)  # because inf times 0 is nan
     y = fp[i] + slope * (x - xp[i])
     y = np.where(x < xp[0], fp[0] if left is None else left, y)
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
@@ -7956,15 +7991,15 @@ def outer(a: Any, b: Any) -> Tensor:
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     """The products of a and b, added up over axes that they share.
 
-    `axes` says how many (the last of a, the first of b), or is a pair of lists. What
-    remains of a comes first, then what remains of b.
+    `axes` is the number of these (the last of a, the first of b), or a pair of lists.
+    The other axes of a come first in the result, then those of b.
     """
     a, b = _admit_together(a, b)
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
 
-    of_a = list(range(a.ndim))  # einsum's numbers; it adds up over the common ones
+    of_a = list(range(a.ndim))  # numbers for einsum, which sums over the common ones
     of_b = list(range(a.ndim, a.ndim + b.ndim))
     try:
         fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
@@ -7980,7 +8015,7 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
 
 @_answers(np.kron)
 def kron(a: Any, b: Any) -> Tensor:
-    """The Kronecker product: b in place of each element of a, multiplied by it."""
+    """The Kronecker product: each element of a is replaced by b times that element."""
     a, b = _admit_together(a, b)
     a = expand_dims(a, tuple(range(1, 2 * a.ndim, 2)))  # (2, 3) -> (2, 1, 3, 1)
     b = expand_dims(b, tuple(range(0, 2 * b.ndim, 2)))  # (5, 7) -> (1, 5, 1, 7)
@@ -8003,8 +8038,9 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
     return moveaxis(c, -1, axisc)
 
 
-# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k meets v_(n-k) in y_n, and receives
-# `sum_n g_n v_(n-k)`: the correlation of g with v. And v_k receives that of g with a.
+# In a convolution `y_n = sum_k a_k v_(n-k)`, a_k is multiplied by v_(n-k) in y_n. So it
+# receives `sum_n g_n v_(n-k)`, the correlation of g with v. Likewise v_k receives the
+# correlation of g with a.
 @primitive(lambda g, y, a, v: np.correlate(g, v, "valid"),
            lambda g, y, a, v: np.correlate(g, a, "valid"))
 def _convolve(a: Any, v: Any) -> Tensor:
@@ -8013,7 +8049,9 @@ def _convolve(a: Any, v: Any) -> Tensor:
 
 @_answers(np.convolve)
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The convolution of two vectors: "full", its middle "same", or what is "valid"."""
+    """The convolution of two vectors: "full", its middle "same", or the "valid" part,
+    where the vectors overlap fully.
+    """
     a, v = _admit_together(a, v)
     _require(a.ndim == v.ndim == 1, "convolve", [a, v], "two vectors")
     _require(mode in ("full", "same", "valid"), "convolve", [a, v],
@@ -8027,18 +8065,18 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
 
 @_answers(np.correlate)
 def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
-    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`, by mode."""
+    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`; modes as in convolve."""
     a, v = _admit_together(a, v)
-    if len(a) < len(v):  # the "same" of NumPy is then that of the other order, backwards
+    if len(a) < len(v):  # NumPy's "same" is then that of (v, a), reversed
         return correlate(v, a, mode)[::-1]
     return convolve(a, v[::-1], mode)
 
 
-# A product of many matrices is begun at its thin end, as in `(A (B v))`: it costs less.
+# A product of many matrices starts at its thin end, as in `(A (B v))`, which costs less.
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
     arrays = _admit_together(*arrays)
-    rows = math.prod(arrays[0].shape[:-1])  # 1, of a vector
+    rows = math.prod(arrays[0].shape[:-1])  # 1 if it is a vector
     columns = math.prod(arrays[-1].shape[1:])
     if rows <= columns:
         return functools.reduce(matmul, arrays)
@@ -8047,7 +8085,7 @@ def _multi_dot(arrays):
 
 @_answers(np.linalg.matrix_power)
 def matrix_power(a: Any, n: int) -> Tensor:
-    """The matrix a to the power n, by squaring; its inverse to -n for n below 0."""
+    """The matrix a to the power n, by squaring; for n below 0, its inverse to the -n."""
     a = as_tensor(a)
     is_square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
     _require(is_square and isinstance(n, (int, np.integer)), "matrix_power", [a],
@@ -8067,7 +8105,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
     """The x for which `sum((a @ x - b) ** 2)` is least, for each column of b.
 
     a is (m, n), b (m,) or (m, k). Returns (x, residuals, rank, singular values of a).
-    The residuals are those sums, if n is the rank and below m; else there are none.
+    The residuals are those sums if the rank is n and n is below m; else they are empty.
     """
     a, b = _admit_together(a, b)
     _require(a.ndim == 2 and b.ndim in (1, 2) and len(a) == len(b), "lstsq", [a, b],
@@ -8088,7 +8126,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
 
 # ### Norms
 #
-# The length of a vector has the derivative `x / |x|`, and at 0, its kink, 0.
+# The length of a vector x has the derivative `x / |x|`. At its kink, x = 0, we take 0.
 @primitive(lambda g, y, x: (g / np.where(y == 0, 1, y))[..., None] * x)
 def _length(x: Any) -> Tensor:
     return np.sqrt(np.sum(x * x, axis=-1))
@@ -8100,12 +8138,12 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
              f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
     if ord == 2:
         return _length(x)
-    if ord == 0:  # how many are not 0: constant nearly everywhere
+    if ord == 0:  # a count of the nonzero: constant nearly everywhere
         return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
     total = sum_(abs_(x) ** ord, -1)
-    is_zero = total == 0  # where a root's derivative is infinite
+    is_zero = total == 0  # there a root's derivative is infinite
     return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
 
 
@@ -8128,9 +8166,10 @@ def _norm_of_matrices(x: Any, ord: Any) -> Any:
 @_answers(np.linalg.norm)
 def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
          keepdims: bool = False) -> Tensor:
-    """The norm of vectors along an axis, or of matrices along two; np.linalg's `ord`.
+    """The norm of vectors along an axis, or of matrices along two; `ord` as in np.linalg.
 
-    At 0 the length has derivative 0, as in PyTorch; equal largest elements share theirs.
+    At 0 the derivative of the length is 0, as in PyTorch. If several elements are the
+    largest, they share the gradient.
     """
     x = as_tensor(x)
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
@@ -8145,7 +8184,7 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    """The norm over one axis, or of all elements of several as one vector."""
+    """The norm over one axis; over several axes, that of their elements as one vector."""
     rows, axes = _joined("norm", x, axis)  # (..., n)
     y = _norm_of_vectors(rows, ord)
     return expand_dims(y, axes) if keepdims else y
@@ -8161,7 +8200,7 @@ def _cond(x, p=None):
 
 # ### What some NumPys lack
 #
-# NumPy 2 added names. Those in np.linalg are about the last two axes.
+# NumPy 2 added names. Those in np.linalg work on the last two axes.
 def _matvec(x1, x2):
     a, b = _admit_together(x1, x2)
     return matmul(a, b[..., None])[..., 0]  # (..., m, n) @ (..., n, 1)
@@ -8173,7 +8212,7 @@ def _vecdot(x1, x2, axis=-1):
 
 
 def _newer(module: Any, **answers: Callable) -> None:
-    """Enter the answers to those of these functions that the installed NumPy has."""
+    """Enter the answers to these functions, where the installed NumPy has them."""
     for name, answer in answers.items():
         _answers(getattr(module, name, None))(answer)
 
@@ -8199,16 +8238,17 @@ _newer(
     matrix_norm=lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
 )
 
-# Python's TypeError for a wrong argument now says np.clip(), and not <lambda>() or
-# _with_dtype.<locals>.answer().
+# Each answer gets NumPy's name, so that Python's TypeError for a wrong argument says
+# np.clip() instead of <lambda>() or _with_dtype.<locals>.answer().
 for _function, _f in _FUNCTIONS.items():
     if _f.__qualname__[0] in "_<":
         _f.__qualname__ = f"np.{_function.__name__}"
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file. Every public name is one of nanoad itself, such as
-# `nanoad.Adam`; those under a namespace are in the module of that name, too.
+# This is the index of the file. Every public name is a name of nanoad itself, such as
+# `nanoad.Adam`. A name listed under a namespace is also in the module of that name, such
+# as `nanoad.optim.Adam`.
 _INDEX = {
     "": {
         "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
@@ -8258,8 +8298,8 @@ _INDEX = {
 }
 
 
-# Python has functions of four of these names. In this file, and after
-# `from nanoad import *`, the names are Python's; ours are `nanoad.sum` and so on.
+# Four of these names are also functions of Python. In this file, and after
+# `from nanoad import *`, they mean Python's functions; ours are `nanoad.sum` and so on.
 _ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
 _public = {**globals(), **_ALSO_OF_PYTHON}
 
@@ -8275,19 +8315,20 @@ for _space, _topics in _INDEX.items():
 
 
 def __getattr__(name: str) -> Any:
-    """nanoad.sum and the like. (Python asks this for what is no global.)"""
+    """nanoad.sum and the like. (Python calls this for a name that is not a global.)"""
     if name in _ALSO_OF_PYTHON:
         return _ALSO_OF_PYTHON[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *filter(None, _INDEX)]  # what an editor offers
+    return [*__all__, *filter(None, _INDEX)]  # the names that an editor offers
 
 
 # help() shows an annotation by its repr. `from __future__ import annotations` (above)
-# makes it a string, whose repr has quotes; so it becomes a string whose repr has none.
-# (Of an operation, help() shows the function that it computes, its `__wrapped__`.)
+# makes each annotation a string, whose repr has quotes. To keep the quotes out of help(),
+# we turn it into a string whose repr has none. (For an operation, help() shows the
+# annotations of the function that it computes, its `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
@@ -8307,10 +8348,11 @@ _unquote_annotations()
 
 # ## IV.13 The tour: what can all this do?
 #
-# `python nanoad.py` shows it in a few seconds: it prints each paragraph, and runs it.
+# `python nanoad.py` shows it in a few seconds: it prints and runs each paragraph below.
 _TOUR = r"""
-# The derivative of x sin x is sin x + x cos x. At x = 2, by hand and by the tape; and that
-# tape, each operation over its operands, with the gradient that reached them:
+# The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by the
+# tape, and draw the tape: each operation over its operands, with the gradient that reached
+# it:
 x = Tensor(2.0, label="x")
 y = x * np.sin(x)
 y.backward(retain_grads=True)
@@ -8320,7 +8362,8 @@ print(draw(y, format="text"))
 # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
 print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
 
-# So Newton's method has its Hessian. A logistic regression of 50 weights, in five steps:
+# So Newton's method gets its Hessian. It fits the 50 weights of a logistic regression in
+# five steps:
 rng = np.random.default_rng(0)
 A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
 def loss(w):
@@ -8331,8 +8374,8 @@ for newton_step in range(5):
     print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
     w = w - np.linalg.solve(hessian(loss)(w), slope).numpy()
 
-# A network learns which of two moons a point belongs to: its loss, and what it learned,
-# shaded where it says 1, with the points o (0) and x (1).
+# A network learns which of two moons a point belongs to. We plot its loss, and then what
+# it learned: the region where it says 1 is shaded, and the points are o (0) and x (1).
 manual_seed(1)
 points, labels = make_moons(200, noise=0.15)
 model = MLP(2, [16, 16, 1])
@@ -8362,5 +8405,5 @@ if __name__ == "__main__":
             print(f"\n{step}\n")
             exec(step, scope)
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`: nobody reads on
+    except BrokenPipeError:  # as by `| head`, which stops reading
         os._exit(1)
