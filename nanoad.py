@@ -2905,9 +2905,10 @@ def mse_loss(prediction: Any, target: Any) -> Tensor:
 
 # If the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
 # yes is s = sigmoid(x), that of no is 1 - s. The loss is again -log of the right one,
-# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. Here `-log(s)` is `softplus(-x)` and
-# `-log(1 - s)` is `softplus(x)`, which do not overflow. (Their difference is x, so one
-# could do: `softplus(x) - t x`. But for t = 1 and a large x, nothing would be left of it.)
+# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. Here `-log(s)` is `softplus(-x)`
+# and `-log(1 - s)` is `softplus(x)`, which do not overflow. (Their difference is x, so
+# one could do: `softplus(x) - t x`. But for t = 1 and a large x, nothing would be left
+# of it.)
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
     """The mean of -log probability of the target, if 1 has probability sigmoid(logits).
 
@@ -7292,7 +7293,7 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     6  so                         C_ij = P_ij / (w_j - w_i)
 #     7  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
 #     8  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
-#     9  by 4 and 6                 = sum_i gw_i P_ii + sum_(i≠j) c_ij P_ij / (w_j - w_i)
+#     9  by 4 and 6                 = sum_i gw_i P_ii + sum_(i != j) c_ij P_ij / (w_j - w_i)
 #    10  in short                   = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
 #    11  as P = V^T dA V            = <V M V^T, dA>
 #    12  A receives                 V M V^T, a symmetric matrix
