@@ -106,7 +106,7 @@ class Tensor:
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
         "_operands",      # what that was given by position: its operands, and behind them
-                          # settings, if any; None once the tape was let go (I.5)
+                          # settings, if any. None once the tape was let go (I.5)
         "_settings",      # what it was given by name: settings, such as axis=0
         # Skip these: they are for the fast way back (II.7), the watch over writes (IV.1),
         # what an earlier walk has met (IV.3), and Python's weak references.
@@ -522,7 +522,12 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 #
 # x stands *at* the horizon, so its own operands are still looked at. If x is
 # `identity(a)`, the search finds a and notes it as older. I.7 needs exactly that: it
-# means that somebody else may ask for derivatives by a.
+# means that somebody else may ask for derivatives by a. A walk has no business there:
+#
+#     a tensor that is           its operands are searched    and walked to
+#     younger than the horizon   yes                          if they are on the route
+#     at the horizon             yes, to find who is older    no
+#     older                      no, it is noted              no
 #
 # No two tensors have one time, so a time serves as a tensor's name, and a set of times
 # keeps no tensor alive.
@@ -591,7 +596,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
         if t._op is None or (route is not None and t._time <= route.horizon):
-            continue  # a leaf; or at the horizon, where the search looked on, and a walk ends
+            continue  # a leaf, or at the horizon
         wanted = _wanted_operands(t, route)
         if True not in wanted:
             continue  # a younger input, say: nothing behind it is asked for, so all is kept
@@ -832,6 +837,7 @@ class _Run:
     def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
                  argnums: Any = None, tangents: Any = ()) -> None:
         self.name = name
+        # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
         self.inputs = [_fresh_input(name, item) for item in items]  # the x of the sketch
@@ -1013,7 +1019,7 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
         2.0
     """
     _require_tuples("jvp", primals, tangents)
-    run = _Run("jvp", f, primals, tangents=tangents)
+    run = _Run("jvp", f, primals, tangents=tangents)  # (which say whether to record)
     items, rebuild = _flatten(run.output)
     outputs = _outputs("jvp", items)
     u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
@@ -1187,7 +1193,7 @@ _INSTEAD = {
 
 
 def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
-    instead = _INSTEAD.get(name, "what it has one for (nanoad.functional)")
+    instead = _INSTEAD.get(name, "a function of nanoad.functional")
     given = f" with {', '.join(options)}=" if options else ""
     return (f"{module}.{name}{given}: nanoad has no derivative for this; use {instead}, or call an "
             "operation of your own (nanoad.primitive), or t.numpy() if no gradient is wanted")
@@ -1526,6 +1532,7 @@ take_along_axis = _moves("take_along_axis", lambda arr, indices, axis=-1:  # as 
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
     """A copy of x, sorted along an axis (also as `t.sort()`); None flattens x first."""
+    x = as_tensor(x)
     if axis is not None:
         _axes("sort", x, axis)  # raises an error that names the shape
     order = np.argsort(_value(x), axis, kind or "stable")
@@ -2291,13 +2298,13 @@ def solve(a: Any, b: Any) -> Tensor:
     Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
-    vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 decide it
-    columns = expand_dims(b, -1) if vectors else b  # (..., n, k)
+    is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 decide it
+    columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
                          "(..., n, n) and a vector (n,) or columns (..., n, k); else lstsq")
     x = _solve(a, columns)
-    return x[..., 0] if vectors else x
+    return x[..., 0] if is_vectors else x
 
 
 # ## II.7 Fused operations: how is one made fast?
@@ -2395,12 +2402,11 @@ def _in_float32(f: Callable) -> Callable:
                     for a, dtype in zip(operands, dtypes)]
         result = f(*operands, **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
-            return result
-        if isinstance(result, tuple):  # `f` is a kernel
-            y, pullback = result
-            return (y.astype(np.float16),
-                    lambda g, wanted: pullback(g.astype(np.float32), wanted))
-        return result.astype(np.float16)
+            return result  # the wider dtype holds for the result
+        if not isinstance(result, tuple):
+            return result.astype(np.float16)
+        y, pullback = result  # of a kernel, whose way back is in float32, too
+        return y.astype(np.float16), lambda g, wanted: pullback(g.astype(np.float32), wanted)
 
     return wide
 
@@ -2643,7 +2649,14 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #
 # Then the function computes `np.where` of three arrays. (If it failed, `_explained`
 # would add the shapes to the error.) And because t is tracked, the result remembers
-# `where` and `args`.
+# `where` and `args`. The functions below convert, and so do two of part I's (I.1):
+#
+#     `_admit`            all arguments of a call      by a to d
+#     `_admit_operand`    one operand                  b: a Tensor, an array or a number
+#     `_to_floating`      several operands together    c
+#     `_admit_together`   several operands together    b and c, and then Tensors
+#     `_admit_setting`    one setting                  d
+#     `as_tensor`         what becomes a Tensor        b and c (by `_float_array`)
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
@@ -4124,7 +4137,7 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
             if has_nan:
                 chosen |= np.isnan(view)  # because nan == nan is False
             chosen &= unclaimed
-            unclaimed ^= chosen
+            unclaimed ^= chosen  # these were unclaimed, and are not any more
             if apart:
                 _write_chosen(target, g, chosen)
             else:
@@ -4574,15 +4587,18 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), for _merge a view
     step = max(1, 2 * _BLOCK // max(1, h * t * t))
     groups = [slice(i, i + step) for i in range(0, b, step)]
-    results = [_attend(*heads[:, group], is_causal=True, out=y[group])
-               for group in groups]
+    results = []  # of each group
+    for group in groups:
+        q, k, v = heads[:, group]
+        results.append(_attend(q, k, v, is_causal=True, out=y[group]))
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(b, t, h, d).swapaxes(1, 2)  # (B, H, T, D)
         dqkv = np.empty_like(qkv)
         dheads = _heads(dqkv, num_heads)
         for group, result in zip(groups, results):
-            _attend_back(g[group], *heads[:, group], *result, out=dheads[:, group])
+            q, k, v = heads[:, group]
+            _attend_back(g[group], q, k, v, *result, out=dheads[:, group])
         return (dqkv,)
 
     return _merge(y), pullback
@@ -4840,7 +4856,7 @@ class GPT(Module):
 # To write a token, a network reads the text so far, takes the logits of the last
 # position, draws a token from them, and appends it. The plain way is a few lines:
 #
-#     >>> text = prompt  # the sentence of the last section
+#     >>> text = prompt  # "she sells", of the last section
 #     >>> for _ in range(29):
 #     ...     last = gpt(text[:, -gpt.block_size:]).numpy()[:, -1]  # (B, V)
 #     ...     text = np.concatenate([text, last.argmax(axis=1)[:, None]], axis=1)
@@ -4909,12 +4925,12 @@ def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> 
     The cache holds the positions before `start`, and those of `ids` are added to it.
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
-    x = gpt.tok_emb(ids) + gpt.pos_emb(positions)  # (B, N, C)
+    x = gpt.dropout(gpt.tok_emb(ids) + gpt.pos_emb(positions))  # (B, N, C)
     for block, kept in zip(gpt.blocks, cache):
         x = x + _attend_cached(block.attn, block.ln1(x), kept, start)
         if kept is cache[-1]:
             x = x[:, -1:]  # (B, 1, C): the others are needed no more
-        x = x + block.mlp(block.ln2(x))
+        x = x + block.dropout(block.mlp(block.ln2(x)))
     logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
     return logits.numpy()[:, 0]
 
@@ -4931,7 +4947,7 @@ def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
     # A single new position sees all the others. If there are several, they are the
     # beginning of a text, and none of them may see a later one.
     y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
-    return attn.proj(_merge(y))
+    return attn.dropout(attn.proj(_merge(y)))
 
 
 # A network with other blocks, or whose attention is not causal, is read the plain way.
@@ -5104,7 +5120,8 @@ class DataParallel:
         names = tuple(stream) or (self._seed, self._calls)
         answers = self._compute_all("gradient", arrays, names, pieces)
 
-        busy = self._team.workers[:len(answers) - 1]  # the first answer is the parent's
+        # Step 4. (The first answer is the parent's.)
+        busy = self._team.workers[:len(answers) - 1]
         for worker in busy:
             for flat, addend in zip(flats, worker.flats):
                 flat += addend
@@ -5145,14 +5162,14 @@ class DataParallel:
         if os.getpid() != self._team.parent:
             raise RuntimeError("DataParallel: this process is a fork of the one that made "
                                "it, and would talk to the same workers; make another")
-        first, *others = self._cut(kind, arrays, stream)
+        first, *others = self._cut(kind, arrays, stream)  # step 1
         busy = self._team.workers[:len(others)]
         try:
             self._team.copy_moved_parameters()
             for worker, job in zip(busy, others):
                 worker.send(job)
-            answers = [self._try_first_share(first, pieces)]
-            answers += [worker.receive() for worker in busy]
+            answers = [self._try_first_share(first, pieces)]  # step 2
+            answers += [worker.receive() for worker in busy]  # step 3
         except BaseException:  # also Ctrl-C: a late answer would spoil the next call
             self.close()
             raise
@@ -5270,8 +5287,9 @@ def _constants(module: Module | None) -> list:
 #     3    x is written to, and x._written is 3
 #     4    z = x * x
 #
-# A walk that comes to y needs x as it was at time 2. The write at 3 is later, so the
-# walk raises an error. From z it may go on, since z was made of what was written.
+# A walk that comes to y may need x as it was at time 2. The write at 3 is later, so the
+# walk raises an error. (It does so even if the rules of y do not read x.) From z it may
+# go on, since z was made of what was written.
 
 
 def _note_write(t: Tensor) -> None:
@@ -5903,11 +5921,13 @@ def _openblas() -> tuple[Callable, Callable]:
 # - Smaller blocks come from a heap, which keeps up to M_TRIM_THRESHOLD free bytes at
 #   its end.
 #
-# When the last of these is gone, free memory goes back to the system, and
-# M_TRIM_THRESHOLD becomes twice M_MMAP_THRESHOLD, as glibc itself would choose.
-# M_MMAP_THRESHOLD stays. By itself, glibc begins with 128 KiB and raises it to the
-# largest block that it has seen freed, but no longer does so once mallopt was called.
-# If we set it back, larger arrays would come from the system each time.
+#                        before us                 while they live    afterwards
+#     M_MMAP_THRESHOLD   128 KiB, raised by glibc  32 MiB             32 MiB
+#     M_TRIM_THRESHOLD   twice that                all is kept        64 MiB
+#
+# By itself, glibc raises the first to the largest block that it has seen freed, but no
+# longer after a call of mallopt. So afterwards we do not set it back to 128 KiB, which
+# would bring larger arrays from the system each time. Free memory goes back at once.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
 _LARGEST_INT = (1 << 31) - 1  # so all free memory is kept
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB
@@ -5977,7 +5997,8 @@ def _glibc() -> Any:
 #    worker computes a product before it says that it is ready. If it does not say so in
 #    time, it is ended and another is made.
 #
-# We begin with the memory that all processes share.
+# Below, these numbers mark what sees to each point. We begin with the memory that all
+# processes share.
 
 
 def _shared(size: int, dtype: np.dtype) -> np.ndarray:
@@ -6161,7 +6182,7 @@ class _Worker:
             team.live_as_worker(workers_end, answer)
         workers_end.close()
 
-    def begins(self, within: float) -> bool:
+    def begins(self, within: float) -> bool:  # (5)
         """Whether the worker is ready within these seconds. Raises RuntimeError if it is dead."""
         return self._pipe.poll(within) and self.receive() == "ready"
 
@@ -6179,7 +6200,7 @@ class _Worker:
         except (EOFError, OSError):
             raise self._lost() from None
 
-    def _lost(self) -> RuntimeError:
+    def _lost(self) -> RuntimeError:  # (2)
         """The error to raise for a worker whose end of the pipe is closed."""
         import signal
 
@@ -6197,7 +6218,7 @@ class _Worker:
                 how += ", as the system does when memory runs out"
         return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
 
-    def end(self) -> None:
+    def end(self) -> None:  # (1)
         """End the process, whatever it is doing."""
         import signal
 
@@ -6226,7 +6247,7 @@ class _Worker:
                 time.sleep(0.001)  # so as not to ask all the time
 
 
-def _follow(parent: int) -> None:
+def _follow(parent: int) -> None:  # (3)
     """End this process when its parent is gone (getppid then returns another number)."""
     while os.getppid() == parent:
         time.sleep(0.25)
@@ -6245,7 +6266,7 @@ def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) 
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _interrupts_held() -> Iterator[None]:  # (4)
     """Make Ctrl-C wait until the `with` block is done."""
     import signal
 
@@ -7191,7 +7212,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     7  3 minus 6                  trace(A H_(k-1)) = n p_k - (n - k) p_k = k p_k
 #
 # Steps 2 and 7 are the two formulas above. From n = 10 or so on they lose digits, so the
-# rule uses the inverse where there is one.
+# rule uses the inverse if all matrices of the stack have one.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -7358,12 +7379,13 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #    10  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
 #    11  as in eigh, 7 and 8        = <gs, ds> + <c, C> + <d, D>,   with
 #                                   c = antisym(U^T gU) and d = antisym(V^T gV)
-#    12  <c, C> + <d, D> is         <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
+#    12  with sum and difference    <c, C> + <d, D>
+#                                   = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
 #    13  by 7 and 9, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
 #                                   X_ij = (c + d)_ij / (s_j - s_i)
 #                                   Z_ij = (c - d)_ij / (s_j + s_i)
-#    14  X is symmetric, and        = <X, P> + <Z, P>
-#        Z antisymmetric
+#    14  X_ij = X_ji (both signs    = <X, P> + <Z, P>
+#        turn), and Z_ij = -Z_ji
 #    15  with 5, the loss moves by  <diag(gs) + X + Z, P>
 #    16  A receives                 U (diag(gs) + X + Z) V^T
 #
@@ -8252,50 +8274,62 @@ for _function, _f in _FUNCTIONS.items():
 # as `nanoad.optim.Adam`.
 _INDEX = {
     "": {
-        "tensor": "Tensor Value as_tensor unbroadcast no_grad manual_seed",
-        "operations of your own": "primitive fused",
-        "saving": "save load",
+        "tensor (I.1, I.2, I.4)":
+            "Tensor Value as_tensor unbroadcast no_grad manual_seed",
+        "operations of your own (I.2, II.7)": "primitive fused",
+        "saving (IV.7)": "save load",
     },
     "functional": {
-        "transforms": "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
-        "care": "checkpoint check_grad",
-        "elementwise": "identity neg add sub mul div mod fmod exp exp2 expm1 log log2"
-                       " log10 log1p sqrt cbrt hypot power sin cos tan arcsin arccos"
-                       " arctan arctan2 sinc deg2rad rad2deg sinh cosh tanh arcsinh arccosh"
-                       " arctanh softplus sigmoid logaddexp logaddexp2 gelu astype",
-        "choosing elements": "where maximum minimum fmax fmin abs relu clip nan_to_num",
-        "moving elements": "getitem scatter_add roll flip rot90 repeat tile diag diagonal"
-                           " tril triu take take_along_axis sort partition reshape"
-                           " flatten transpose swapaxes moveaxis expand_dims squeeze"
-                           " broadcast_to concatenate stack split pad",
-        "reductions": "sum mean average var std max min prod cumsum cumprod diff trace"
-                      " median quantile logsumexp softmax log_softmax",
-        "products": "matmul bmm linear einsum dot inner outer tensordot kron cross"
-                    " convolve correlate matrix_power",
-        "linear algebra": "solve inv det slogdet cholesky eigh svd qr pinv lstsq norm",
-        "images": "conv2d max_pool2d avg_pool2d",
-        "normalization": "layer_norm batch_norm",
-        "transformer": "scaled_dot_product_attention causal_self_attention embedding"
-                       " dropout",
-        "losses": "cross_entropy mse_loss binary_cross_entropy"
-                  " binary_cross_entropy_with_logits hinge_loss",
+        "transforms (I.5 to I.8, IV.3)":
+            "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
+        "care (IV.2, II.1)": "checkpoint check_grad",
+        "elementwise (I.2, II.3)":
+            "identity neg add sub mul div mod fmod exp exp2 expm1 log log2 log10 log1p"
+            " sqrt cbrt hypot power sin cos tan arcsin arccos arctan arctan2 sinc"
+            " deg2rad rad2deg sinh cosh tanh arcsinh arccosh arctanh softplus sigmoid"
+            " logaddexp logaddexp2 gelu astype",
+        "choosing elements (II.3)":
+            "where maximum minimum fmax fmin abs relu clip nan_to_num",
+        "moving elements (II.4)":
+            "getitem scatter_add roll flip rot90 repeat tile diag diagonal tril triu"
+            " take take_along_axis sort partition reshape flatten transpose swapaxes"
+            " moveaxis expand_dims squeeze broadcast_to concatenate stack split pad",
+        "reductions (II.5)":
+            "sum mean average var std max min prod cumsum cumprod diff trace median"
+            " quantile logsumexp softmax log_softmax",
+        "products (II.6, IV.11)":
+            "matmul bmm linear einsum dot inner outer tensordot kron cross convolve"
+            " correlate matrix_power",
+        "linear algebra (II.6, IV.10)":
+            "solve inv det slogdet cholesky eigh svd qr pinv lstsq norm",
+        "images (III.4)": "conv2d max_pool2d avg_pool2d",
+        "normalization (III.5)": "layer_norm batch_norm",
+        "transformer (III.6)":
+            "scaled_dot_product_attention causal_self_attention embedding dropout",
+        "losses (III.1)":
+            "cross_entropy mse_loss binary_cross_entropy"
+            " binary_cross_entropy_with_logits hinge_loss",
     },
     "nn": {
-        "modules": "Parameter Module Sequential MLP",
-        "layers": "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding"
-                  " Dropout Flatten ReLU GELU Tanh Sigmoid",
-        "losses": "CrossEntropy CrossEntropyLoss MSE MSELoss",
-        "transformer": "MultiHeadAttention Block GPT",
+        "modules (III.2)": "Parameter Module Sequential MLP",
+        "layers (III.2)":
+            "Linear Conv2d MaxPool2d AvgPool2d BatchNorm2d LayerNorm Embedding Dropout"
+            " Flatten ReLU GELU Tanh Sigmoid",
+        "losses (III.2)": "CrossEntropy CrossEntropyLoss MSE MSELoss",
+        "transformer (III.6, III.7)": "MultiHeadAttention Block GPT",
     },
     "optim": {
-        "optimizers": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm",
-        "many cores": "DataParallel",
+        "optimizers (III.3)": "Optimizer SGD Adam AdamW CosineWarmupLR clip_grad_norm",
+        "many cores (III.9)": "DataParallel",
     },
     "data": {
-        "loaders": "load_mnist load_cifar10 load_tinyshakespeare make_moons DataLoader"
-                   " CharTokenizer",
+        "loaders (IV.6)":
+            "load_mnist load_cifar10 load_tinyshakespeare make_moons DataLoader"
+            " CharTokenizer",
     },
-    "viz": {"drawing": "draw plot"},
+    "viz": {
+        "drawing (IV.8, IV.9)": "draw plot",
+    },
 }
 
 
