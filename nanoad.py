@@ -1904,6 +1904,9 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
     """The numbers below which a part q of the elements lies; `method` is as in NumPy."""
+    if _tracked(q):
+        raise TypeError("quantile: has no derivative by q; give q.numpy()")
+    q = _value(q)
     shape = np.shape(_value(x))
     x, axes = _joined("quantile", x, axis)  # (..., n)
     n = x.shape[-1]
@@ -2394,7 +2397,8 @@ def _in_float32(f: Callable) -> Callable:
     """Let a kernel, or a function that returns an array, do float16 in float32."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
-        dtypes = [getattr(a, "dtype", None) for a in operands]
+        is_array = [isinstance(a, (np.ndarray, Tensor)) for a in operands]  # else a setting
+        dtypes = [a.dtype if yes else None for a, yes in zip(operands, is_array)]
         if np.float16 not in dtypes:
             return f(*operands, **settings)
 
@@ -3468,6 +3472,7 @@ def _elementwise(name: str, f: Callable, does: str) -> type[Module]:
             return f(x)
 
     Layer.__name__ = Layer.__qualname__ = name
+    Layer.forward.__qualname__ = f"{name}.forward"
     Layer.__doc__ = f"`{f.__name__}` as a layer: {does}."
     return Layer
 
@@ -4346,9 +4351,16 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
     return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
 
 
-def _channel_mean(x: np.ndarray) -> np.ndarray:
-    """(N, C, P) -> (C,)"""
-    return np.einsum("ncp->c", x) / (len(x) * x.shape[2])
+# A float32 that has grown large loses what is added to it. So a channel is not added up
+# in one run of a million numbers: first the images are, up to 1,024 of them at each
+# pixel, and then the pixels, which np.sum adds up by halves.
+def _channel_sums(*arrays: np.ndarray) -> np.ndarray:
+    """The sums, over each channel, of one array (N, C, P), or of a product of two: (C,)."""
+    subscripts = ",".join(["ncp"] * len(arrays)) + "->cp"
+    sums = 0  # (C, P)
+    for i in range(0, len(arrays[0]), 1024):
+        sums = sums + np.einsum(subscripts, *(a[i:i + 1024] for a in arrays))
+    return np.sum(sums, axis=1)
 
 
 @fused(_batch_norm_definition, operands=3)
@@ -4359,11 +4371,12 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
     n = x.shape[0] * x.shape[2]
 
-    guess = _channel_mean(x[:math.ceil(len(x) / 16)])  # (C,), as are e, mean, ...
+    some = x[:math.ceil(len(x) / 16)]
+    guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are e, mean, ...
     c = x - _spread(guess, x)
-    e = _channel_mean(c)
+    e = _channel_sums(c) / n
     mean = guess + e
-    variance = np.einsum("ncp,ncp->c", c, c) / n - e * e
+    variance = _channel_sums(c, c) / n - e * e
     variance = np.maximum(variance, 0)  # rounding may take it below 0
     unbiased = variance * (n / (n - 1))
     for array, new in zip(running, (mean, unbiased)):
@@ -4378,10 +4391,10 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
         centred = x - _spread(mean, x)  # again: keeping it takes as much memory as x
-        mean_g = _channel_mean(g)
-        dweight = np.einsum("ncp,ncp->c", g, centred) * inverse  # the sum of g * xhat
-        dx = _batch_norm_dx(g, centred, mean_g, dweight / n * inverse, scale)
-        return dx.reshape(shape), dweight, mean_g * n
+        dbias = _channel_sums(g)
+        dweight = _channel_sums(g, centred) * inverse  # the sum of g * xhat
+        dx = _batch_norm_dx(g, centred, dbias / n, dweight / n * inverse, scale)
+        return dx.reshape(shape), dweight, dbias
 
     return y.reshape(shape), pullback
 
@@ -4931,7 +4944,7 @@ def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> 
         if kept is cache[-1]:
             x = x[:, -1:]  # (B, 1, C): the others are needed no more
         x = x + block.dropout(block.mlp(block.ln2(x)))
-    logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
+    logits = linear(gpt.ln_f(x[:, -1:]), gpt.tok_emb.weight)  # (B, 1, V)
     return logits.numpy()[:, 0]
 
 
@@ -5500,7 +5513,7 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     began = next(_clock)
     again = t._pullback()
     tolerance = math.sqrt(np.finfo(t.dtype).eps)  # rounding may change half of the digits
-    if np.shape(again) != t.shape or not np.allclose(
+    if not isinstance(again, Tensor) or again.shape != t.shape or not np.allclose(
             _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError("checkpoint: f gave another result when it was run again for the "
                            "backward pass; has something that it uses changed, such as a "
@@ -6647,8 +6660,8 @@ def save(path: str | os.PathLike, state: Any) -> None:
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
-    content = file.getbuffer()
-    content[-64:] = _sha256(content[:-64]).encode()
+    content = file.getvalue()[:-64]
+    content += _sha256(content).encode()
     _write_whole(os.path.realpath(os.fsdecode(path)), content)  # follows a link
 
 
@@ -6775,7 +6788,7 @@ def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
 # 5. Force the folder to the disk, because the new name is stored in the folder.
 #
 # A `.tmp` file stays behind only if its process is killed outright or the power fails.
-def _write_whole(path: str, content: bytes | memoryview) -> None:
+def _write_whole(path: str, content: bytes) -> None:
     """Atomically replace the file at `path` by this content; raises OSError."""
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
@@ -7212,7 +7225,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     7  3 minus 6                  trace(A H_(k-1)) = n p_k - (n - k) p_k = k p_k
 #
 # Steps 2 and 7 are the two formulas above. From n = 10 or so on they lose digits, so the
-# rule uses the inverse if all matrices of the stack have one.
+# rule uses the inverse of those matrices that have one.
 def _adjugate(a: Any) -> Any:
     """The transposed cofactors of a, by products alone."""
     eye = np.eye(a.shape[-1], dtype=a.dtype)
@@ -7225,9 +7238,13 @@ def _adjugate(a: Any) -> Any:
 
 
 def _det_rule(g: Any, y: Any, a: Any) -> Any:
-    if np.all(y != 0):
-        return (g * y)[..., None, None] * _mT(np.linalg.inv(a))  # steps 4 and 6 of det
-    return g[..., None, None] * _mT(_adjugate(a))  # step 4 of det
+    g, y = g[..., None, None], y[..., None, None]
+    is_regular = y != 0
+    if np.all(is_regular):
+        return g * y * _mT(np.linalg.inv(a))  # steps 4 and 6 of det
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    by_inverse = y * np.linalg.inv(np.where(is_regular, a, eye))
+    return g * _mT(np.where(is_regular, by_inverse, _adjugate(a)))  # step 4
 
 
 det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
@@ -7313,21 +7330,18 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     5  elsewhere                  P_ij + w_i C_ij = C_ij w_j
 #     6  so                         C_ij = P_ij / (w_j - w_i)
 #     7  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
-#     8  as C is antisymmetric      = <gw, dw> + <c, C>           with c = antisym(V^T gV)
+#     8  in short                   = <gw, dw> + <c, C>           with c = V^T gV
 #     9  by 4 and 6                 = sum_i gw_i P_ii + sum_(i != j) c_ij P_ij / (w_j - w_i)
 #    10  in short                   = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
 #    11  as P = V^T dA V            = <V M V^T, dA>
-#    12  A receives                 V M V^T, a symmetric matrix
-#
-# In 8, antisym(X) is `(X - X^T) / 2`. The rest of X, `(X + X^T) / 2`, is symmetric:
-# beside an antisymmetric C, its elements ij and ji cancel.
+#    12  as dA is symmetric         A receives V sym(M) V^T, with sym(M) = (M + M^T) / 2
 #
 # If eigenvalues are equal, their eigenvectors may be any that span the same plane, and
-# have no derivative: step 6 divides by 0. If two are close, the derivative loses digits,
-# as w_j - w_i does. But 0 / 0 counts as 0, so that whoever uses the eigenvalues alone,
-# where gV = 0, gets no nan.
-def _antisym(x: Any) -> Any:
-    return (x - _mT(x)) / 2
+# have no derivative: step 6 divides by 0, and the result is inf or nan. If two are close,
+# the derivative loses digits, as w_j - w_i does. But 0 / 0 counts as 0, so that whoever
+# uses the eigenvalues alone, where gV = 0, gets no nan.
+def _sym(x: Any) -> Any:
+    return (x + _mT(x)) / 2
 
 
 def _ratio(a: Any, b: Any) -> Any:
@@ -7338,9 +7352,10 @@ def _ratio(a: Any, b: Any) -> Any:
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
-    c = _antisym(_mT(v) @ gv)  # step 8
-    m = np.eye(a.shape[-1], dtype=a.dtype) * gw + _ratio(c, w - _mT(w))  # step 10
-    return v @ m @ _mT(v)  # step 12
+    c = _mT(v) @ gv  # step 8
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 10
+    return v @ _sym(m) @ _mT(v)  # step 12
 
 
 @primitive(_eigh_rule)
@@ -7378,16 +7393,16 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #     9  so                         (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
 #    10  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
 #    11  as in eigh, 7 and 8        = <gs, ds> + <c, C> + <d, D>,   with
-#                                   c = antisym(U^T gU) and d = antisym(V^T gV)
+#                                   c = U^T gU and d = V^T gV
 #    12  with sum and difference    <c, C> + <d, D>
 #                                   = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
 #    13  by 7 and 9, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
 #                                   X_ij = (c + d)_ij / (s_j - s_i)
-#                                   Z_ij = (c - d)_ij / (s_j + s_i)
-#    14  X_ij = X_ji (both signs    = <X, P> + <Z, P>
-#        turn), and Z_ij = -Z_ji
-#    15  with 5, the loss moves by  <diag(gs) + X + Z, P>
-#    16  A receives                 U (diag(gs) + X + Z) V^T
+#                                   Z_ij = (c - d)_ij / (s_j + s_i),  but X_ii = Z_ii = 0
+#    14  <X, P^T> is <X^T, P>       = <sym(X), P> + <antisym(Z), P>
+#                                   with antisym(Z) = (Z - Z^T) / 2
+#    15  with 5, the loss moves by  <M, P>,   with M = diag(gs) + sym(X) + antisym(Z)
+#    16  A receives                 U M V^T
 #
 # If A is tall, U has fewer columns than rows, and dU also has a part outside of the
 # space that they span. That part is E dU, with `E = I - U U^T`. E U is 0, and so is E A,
@@ -7404,12 +7419,12 @@ def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
     gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    c = _antisym(_mT(u) @ gu)  # step 11, (..., k, k)
-    d = _antisym(_mT(v) @ gv)
+    c, d = _mT(u) @ gu, _mT(v) @ gv  # step 11, (..., k, k)
 
-    x = _ratio(c + d, s - _mT(s))  # step 13
-    z = _ratio(c - d, s + _mT(s))
-    ga = u @ (np.eye(min(m, n), dtype=a.dtype) * gs + x + z) @ _mT(v)  # step 16
+    eye = np.eye(min(m, n), dtype=a.dtype)
+    x = _ratio((1 - eye) * (c + d), s - _mT(s))  # step 13
+    z = _ratio((1 - eye) * (c - d), s + _mT(s))
+    ga = u @ (eye * gs + _sym(x) + (z - _mT(z)) / 2) @ _mT(v)  # step 16
     if m > n:
         ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 21
     if n > m:

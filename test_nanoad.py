@@ -3401,6 +3401,14 @@ def test_longdouble_keeps_its_digits():
     assert grad(lambda x: (x[[0, 0]] / 3).sum())(x)[0].numpy() == np.longdouble(2) / 3
 
 
+def test_quantile_by_a_constant_tensor_and_by_a_tracked_one():
+    x = Tensor([1.0, 2.0, 4.0])
+    close(np.quantile(x, Tensor(0.5, False)), 2)
+    close(np.percentile([1.0, 3.0], Tensor(50.0, False)), 2)
+    with pytest.raises(TypeError, match="no derivative by q"):
+        np.quantile(x, Tensor(0.5))
+
+
 # ## II.6 Linear algebra
 
 
@@ -3998,6 +4006,39 @@ def test_principal_components_by_gradient(by):
     assert float(explained(weight)) > before
 
 
+@pytest.mark.parametrize("f", [
+    lambda a: np.sum(A_22 * from_factors(np.linalg.eigh(a), np.sqrt)),
+    lambda a: np.sum(A_22 * from_factors(np.linalg.svd(a), np.sin)),
+])
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_vectors_of_equal_values_have_no_derivative_and_not_a_wrong_one(f):
+    """0 / 0 is 0 only for whoever uses no vectors."""
+    assert not np.isfinite(grad(f)(np.eye(2)).numpy()).any()
+    close(grad(lambda a: np.sum(np.linalg.eigh(a)[0] ** 2))(np.eye(2)), 2 * np.eye(2))
+    close(grad(lambda a: np.sum(np.linalg.svd(a)[1] ** 2))(np.eye(2)), 2 * np.eye(2))
+
+
+A_22 = np.array([[1.0, 2.0], [3.0, 5.0]])
+
+
+def from_factors(factors, f):
+    """`f` of a matrix, of its singular values or, if it is symmetric, its eigenvalues."""
+    if len(factors) == 2:
+        values, vectors = factors
+        return (vectors * f(values)) @ vectors.T
+    u, values, vt = factors
+    return (u * f(values)) @ vt
+
+
+def test_a_singular_matrix_in_a_stack_does_not_spoil_the_regular_ones():
+    a = A(2, 40, 40)
+    a[1] = 0
+    t = Tensor(a)
+    np.linalg.det(t).sum().backward()
+    close(t.grad.numpy()[0], np.linalg.det(a[0]) * np.linalg.inv(a[0]).T, rtol=1e-9)
+    close(t.grad.numpy()[1], 0)
+
+
 # ## II.7 Fused
 
 
@@ -4087,6 +4128,13 @@ def test_fused_operations_equal_their_definitions(name, i, dtype, rtol):
     for fused, defined in zip(*results):
         assert fused.shape == defined.shape
         close(fused, defined, rtol=rtol, atol=rtol)
+
+
+def test_a_setting_of_another_dtype_leaves_float16_as_it_is():
+    x = np.ones((2, 4), np.float16)
+    assert F.layer_norm(x, x[0], x[0], np.float64(1e-5)).dtype == np.float16
+    layer = nn.LayerNorm(4, eps=np.float64(1e-5)).astype(np.float16)
+    assert layer(Tensor(x)).dtype == np.float16
 
 
 # ## II.8 Methods
@@ -5313,6 +5361,24 @@ def test_a_backward_pass_uses_the_statistics_of_its_forward_pass(training):
     close(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(64, 2, 200, 200), (300_000, 2)])
+@pytest.mark.parametrize("batch_last", [False, True])
+def test_batch_norm_of_a_long_channel_keeps_its_digits(shape, batch_last):
+    """A running sum of a million float32 squares would lose a hundredth of them."""
+    x = Numbers.stream.choice(np.array([-0.1, 0.1], np.float32), shape)
+    x += np.float32(0.1)  # 0 or 0.2
+    if batch_last:
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 0, -1)), -1, 0)
+    one, g = np.ones(2, np.float32), np.full_like(x, 0.1)
+    mean, var = np.zeros(2, np.float32), np.zeros(2, np.float32)
+    t, bias = Tensor(x), Tensor(one)
+    F.batch_norm(t, mean, var, one, bias, training=True, momentum=1.0).backward(g)
+    axes = (0, *range(2, x.ndim))
+    close(mean, x.mean(axes, dtype=np.float64), rtol=1e-5)
+    close(var, x.var(axes, dtype=np.float64), rtol=2e-5)
+    close(bias.grad, g.sum(axes, dtype=np.float64), rtol=2e-5)
+
+
 # ## III.6 Attention
 
 
@@ -5649,6 +5715,13 @@ def test_generate_takes_any_integers():
     for dtype in (np.uint8, np.int32, np.uint64):
         text = model.generate(np.array([[1, 2]], dtype), 6, top_k=1)
         assert text.dtype == np.int64 and text.shape == (1, 8)
+
+
+def test_a_gpt_without_blocks_writes_by_its_last_token():
+    gpt = nn.GPT(5, 8, 2, 1, 6)
+    gpt.blocks = []
+    last = gpt(np.array([[1, 2, 3]])).numpy()[:, -1]
+    assert gpt.generate([[1, 2, 3]], 1, top_k=1)[0, -1] == last.argmax()
 
 
 # ## III.9 Many cores
@@ -7367,6 +7440,14 @@ def test_a_checkpoint_leaves_the_random_stream_alone():
     before = nanoad._mode.rng
     y.backward()
     assert nanoad._mode.rng is before
+
+
+def test_a_checkpoint_whose_function_gives_a_plain_array_the_second_time():
+    x = Tensor(2.0)
+    results = [x * 1.0, np.array(2.0)]
+    y = checkpoint(lambda x: results.pop(0), x)
+    with pytest.raises(RuntimeError, match="another result"):
+        y.backward()
 
 
 # ## IV.3 Nests
