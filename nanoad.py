@@ -77,10 +77,10 @@ __version__ = "2.0.0"
 # All Tensors of one computation, each pointing at its operands, are called the *tape*.
 # It is written forwards, and derivatives are read off it backwards.
 #
-# Three words are used from here to the end. A Tensor is *tracked* if somebody may ask
-# for the derivative by it; the results of operations on it are tracked, too. A
-# *constant* is not tracked. A *leaf* is not the result of any operation: a walk back
-# along the tape ends there.
+# Three words are used from here to the end. A Tensor is *tracked* if somebody may ask for
+# the derivative by it; the results of operations on it are tracked, too. A *constant* is
+# not tracked. A *leaf* remembers no operation: a walk back along the tape ends there.
+# (What is computed from constants alone, or inside no_grad(), is one, too.)
 
 
 class Tensor:
@@ -99,15 +99,15 @@ class Tensor:
     """
 
     __slots__ = (
-        "_data",          # the array
+        "_data",          # the array (a single number may be a NumPy scalar)
         "requires_grad",  # whether it is tracked
         "_grad",          # the gradient that `backward` left here, a Tensor, or None
         "label",          # a name, for pictures and messages
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
-        "_operands",      # what that was given by position: its operands, and behind them
-                          # settings, if any. None once the tape was let go (I.5)
-        "_settings",      # what it was given by name: settings, such as axis=0
+        "_operands",      # the operation's positional arguments: operands, then settings.
+                          # () for a leaf; None once the tape was let go (I.5)
+        "_settings",      # the operation's named arguments, such as axis=0
         # Skip these: they are for the fast way back (II.7), the watch over writes (IV.1),
         # what an earlier walk has met (IV.3), and Python's weak references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
@@ -264,10 +264,10 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 
     A rule `(g, y, *operands, **settings) -> cotangent` is array code for ndarrays and
     Tensors alike; it returns a new array, `g` itself or a view. None stands for an
-    operand without a gradient. What follows the operands, or is given by name, are
-    settings, such as an axis. An operation on any number of operands gives one rule
-    for all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an
-    operation.)
+    operand without a gradient. Whatever else a call is given, by position or by name, are
+    settings, such as an axis. (Operands may be given by name, too: II.9.) An operation on
+    any number of operands gives one rule for all,
+    `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an operation.)
     """
     def decorate(forward: Callable) -> Callable:
         count = sys.maxsize if each else len(rules)
@@ -279,7 +279,8 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     return decorate
 
 
-_PLAIN = {Tensor, int, float}  # a Tensor, and others of these: the usual call
+# The usual call has a Tensor, and besides only these. (An int may be a setting.)
+_PLAIN = {Tensor, int, float}
 
 
 def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
@@ -441,7 +442,7 @@ Tensor.__neg__ = neg
 #     >>> print(x.grad)  # 2 x + 1
 #     7.0
 #
-# (As keys of a dict, two tensors are two, however equal their values.)
+# (As keys of a dict, two tensors are two, however equal their values: II.8.)
 #
 # That is reverse-mode differentiation. Each operation is visited once, and its rules cost
 # about what it cost itself: so, however many inputs there are, the walk costs a small
@@ -494,9 +495,10 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     """
     if g.dtype == np.float16:
         g = g.astype(np.float32)  # many small numbers would not add up
-    padded = (1,) * (g.ndim - len(shape)) + shape  # NumPy puts axes of 1 in front: (1, 3)
+    extra = g.ndim - len(shape)  # axes that NumPy put in front: here 1
+    padded = (1,) * extra + shape  # here (1, 3)
     stretched = tuple(i for i, n in enumerate(g.shape) if n != padded[i])  # here (0,)
-    if len(shape) > g.ndim or any(padded[i] != 1 for i in stretched):
+    if extra < 0 or any(padded[i] != 1 for i in stretched):
         raise ValueError(f"a cotangent of shape {g.shape} for an operand of shape {shape}, which "
                          "does not stretch to it: a rule returns the shape of its operand, or of y")
     return np.sum(g, axis=stretched).reshape(shape)
@@ -516,13 +518,14 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 #     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
 #
 # Why was j not found? A tensor is made of older ones. So k, which is older than x, was
-# not made of x, and neither was anything behind k: the search turns back there. The time
-# of the oldest input is its *horizon*. It notes the tracked tensors beyond the horizon at
-# which it turned back, as `older`.
+# not made of x, and neither was anything behind k. The time of the oldest input is the
+# *horizon*. Where the search meets a tracked tensor beyond it, it turns back, and notes
+# that tensor as `older`. A walk has no use for these; I.7 will.
 #
-# x stands *at* the horizon, so its own operands are still looked at. If x is
-# `identity(a)`, the search finds a and notes it as older. I.7 needs exactly that: it
-# means that somebody else may ask for derivatives by a. A walk has no business there:
+# x stands *at* the horizon. No walk goes behind it, but its own operands are looked at.
+# If x is `identity(a)`, as in a nested grad (I.7), the search meets a and notes it as
+# older: somebody who will ask for derivatives by a may be waiting for this result. In
+# short:
 #
 #     a tensor that is           its operands are searched    and walked to
 #     younger than the horizon   yes                          if they are on the route
@@ -599,8 +602,10 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
             continue  # a leaf, or at the horizon
         wanted = _wanted_operands(t, route)
         if True not in wanted:
-            continue  # a younger input, say: nothing behind it is asked for, so all is kept
-        # (Had the list of shares a name, it would keep them alive through the next step.)
+            # t is on the route, and none of its operands is, so t is an input. What it
+            # was made of is not ours to let go.
+            continue
+        # (The list of shares has no name, so that it is freed as soon as the loop ends.)
         for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
             if share is None:
                 continue
@@ -734,7 +739,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     3.0 Tensor(3., dtype=float64)
 #
 # `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
-# given Tensors (`_pull_by_rules`, I.2), and recording stays on during the walk
+# given Tensors (`_pull_by_rules`, I.2), and recording is on during the walk
 # (`_walk_to`). The result `y`, too, is then the Tensor, so the derivative of a rule
 # that uses it goes on through y. There is no second set of rules that could be wrong.
 # The rest of the walk, `+` and the sum in `unbroadcast`, is recorded like the rules.
@@ -805,14 +810,16 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # bare arrays.
 #
 # Can an inner walk let go of a tape that an outer one needs? If the inner walk is
-# recorded, it retains the tape. If it is not, nothing older had a part in y, so nobody
-# else's walk leads there.
+# recorded, it retains the tape. If it is not, then either nothing older had a part in y,
+# so no walk to an older tensor leads there; or the caller is inside no_grad(), and is
+# given constants.
 #
 # (If f reads the parameter of a network, that is older, too: its trainer may ask. If
 # nobody will ask, call `grad(f)` inside `no_grad()`. Then the walk is not recorded. The
-# call of f still is, since one could not walk back without its tape. One case escapes: f
-# may make a tracked tensor and put it into a list. That one is younger than the inputs,
-# so nothing is recorded for somebody who asks by it.)
+# call of f still is, since one could not walk back without its tape. One case escapes.
+# If f makes a tracked tensor of its own and hands it out, by appending it to a list,
+# say, that tensor is younger than the inputs. So nothing is recorded for it, and the
+# gradient cannot be differentiated by it later.)
 #
 # With one input and one output, then, a run of f by a transform is in outline
 #
@@ -930,9 +937,10 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
-# The *Jacobian* J is the matrix of all slopes. The walk computes `J^T u`, its transpose
-# times a cotangent u of the output. Everything below is made of that one product, and for
-# a vector x and one y = f(x) it takes a few lines each.
+# The *Jacobian* J has the slope of y_i by x_j in row i, column j. To walk from y with the
+# cotangent u is to differentiate `sum_i u_i y_i` (I.3), so x_j receives `sum_i u_i J_ij`:
+# the walk computes `J^T u`. Everything below is made of that one product, and for a
+# vector x and one y = f(x) it takes a few lines each.
 #
 # **Jacobian.** A cotangent that is 1 at one element of the output, and 0 elsewhere, picks
 # the slopes of that element, which are a row of J:
@@ -966,7 +974,8 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #    result is `s = J^T u`. It is linear in u, for every rule multiplies by its `g`.
 # 2. The second starts from s with the cotangent v, and goes back to u. It multiplies by
 #    the transpose of `J^T`, so it gives `J v`. The value of u does not matter, since a
-#    linear function has the same slope everywhere: zeros will do.
+#    linear function has the same slope everywhere: zeros will do. (One exception: equal
+#    eigenvalues, IV.10.)
 #
 #     >>> def naive_jvp(f, x, v):
 #     ...     x = Tensor(x)
@@ -1294,10 +1303,11 @@ fmod = _define("fmod", np.fmod,
                lambda g, y, a, b: -g * np.trunc(a / b))
 
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
-# x = 0 and p = 0 the first would be 0 times infinity, so the exponent is taken as 0
-# there, and `0 * 0 ** 0` is 0. At x = 0 the second contains the logarithm of 0. If
-# p >= 0, the logarithm of 1 is taken instead, so that the slope is 0; if p < 0, y is
-# infinite there, and so is its slope.
+# x = 0 they need care:
+#
+#     by x, if p = 0     0 * 0 ** -1 would be nan; 0 * 0 ** 0 is 0, as it should be
+#     by p, if p >= 0    log 0 would give nan; log 1 is taken instead, and the slope is 0
+#     by p, if p < 0     y is infinite, and so is the slope: nothing to do
 _PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
 
 
@@ -1456,11 +1466,11 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
 # rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`.
-# `np.add.at` does that, and is slow if the index picks whole rows.
-# `np.bincount([0, 0, 2], weights=[5, 6, 7])` is fast there, too, and gives the same 11,
-# 0, 7. If there are several axes, the elements are numbered, and the index picks
-# numbers. (An index of numbers and slices, or a mask, names no element twice, so
-# `out[index] = x` is enough.)
+# `np.add.at` does that, and is slow if the index picks whole rows. `np.bincount([0, 0,
+# 2], weights=[5, 6, 7])` gives the same 11, 0, 7, and is faster there. (For a small
+# table a product is faster still: SCATTER, II.7.) If there are several axes, the
+# elements are numbered, and the index picks numbers. (An index of numbers and slices,
+# or a mask, names no element twice, so `out[index] = x` is enough.)
 getitem = _define("getitem", lambda x, index: x[index],
                   lambda g, y, x, index: scatter_add(g, index, x.shape),
                   doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1917,6 +1927,8 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     except ValueError as error:  # q is not within [0, 1], or there is no such method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
+    # For x (2, 3, n), axis -1, and q (5,): place is (5,), and y will be (2, 3, 5). At the
+    # end, the axis of q moves to the front: (5, 2, 3).
     ordered = sort(x, -1)
     below = ordered[..., np.floor(place).astype(int)]  # (..., *q's shape)
     above = ordered[..., np.ceil(place).astype(int)]
@@ -1994,7 +2006,11 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
 
 
 def _last_axes(x: np.ndarray, axis: Any) -> int:
-    """How many axes `axis` names, if they are the last ones and not all; else 0."""
+    """How many axes `axis` names, if they are the last ones and not all; else 0.
+
+        >>> [_last_axes(np.ones((2, 3, 4)), axis) for axis in (-1, (1, 2), 0, (0, 1, 2))]
+        [1, 2, 0, 0]
+    """
     if axis is None:
         return 0
     named = axis if isinstance(axis, tuple) else (axis,)
@@ -2186,10 +2202,12 @@ def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[st
             raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are {letter!r}")
     axes += [(letter, lengths.get(letter, 1)) for letter in output]
 
+    # For "ij,jk->k" of shapes (2, 3) and (3, 4), `axes` is now i2 j3 j3 k4, and k4 of the
+    # output. i2 occurs once: it has no partner.
     with_partners = []
     for term, x in factors:
         axes_here = enumerate(zip(term, x.shape))
-        alone = [i for i, axis in axes_here if axes.count(axis) == 1]  # no partner
+        alone = [i for i, axis in axes_here if axes.count(axis) == 1]
         if alone:
             term = "".join(letter for i, letter in enumerate(term) if i not in alone)
             x = np.sum(x, axis=tuple(alone))
@@ -2226,6 +2244,9 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 
         >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
         (('yzi', 'iz'), 'yz')
+
+    Here y and z are the last free letters. The first dots stand for two axes, yz, and the
+    second for one, z. The output was left out, and i occurs twice, so it is yz.
     """
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -2301,7 +2322,9 @@ def solve(a: Any, b: Any) -> Tensor:
     Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
-    is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)  # as NumPy 1 and 2 decide it
+    # A vector, or columns? NumPy 2 asks whether b has one axis, NumPy 1 whether it has
+    # one axis less than a. We decide as the installed one does.
+    is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)
     columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
@@ -2417,9 +2440,10 @@ def _in_float32(f: Callable) -> Callable:
 
 # ### What NumPy is slow at
 #
-# Kernels differ from their definitions only where NumPy is slow. This list says where.
-# A kernel that avoids one of these places names it by the word in capitals. (Times are
-# for float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
+# Kernels differ from their definitions where NumPy is slow. (Those of III.5 also take
+# care of digits.) This list says where NumPy is slow. A kernel that avoids one of these
+# places names it by the word in capitals. (Times are for float32 on one core of an
+# Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
@@ -2520,7 +2544,7 @@ def gelu(x: Any) -> Tensor:
 #     >>> print(t.sum(), t // 2, t > 1)
 #     7.0 [0. 1. 2.] [False  True  True]
 #
-# Three methods have to be written, because their results are not Tensors.
+# Three of the named methods have to be written, because their results are not Tensors.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. Raises ValueError for any other size."""
     if self.size != 1:
@@ -2575,7 +2599,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, _comparison(_name))
 
 
-# Last come the methods that Python's own functions and brackets call. `math.sin(t)`
+# Then come the methods that Python's own functions and brackets call. `math.sin(t)`
 # calls `float(t)` and returns a plain float, so the tape would end there and the
 # derivative be lost. Therefore, while a transform runs your function, `float(t)` and
 # `int(t)` raise TypeError if t was made from the transform's inputs. (`t.item()` is
@@ -2653,14 +2677,15 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #
 # Then the function computes `np.where` of three arrays. (If it failed, `_explained`
 # would add the shapes to the error.) And because t is tracked, the result remembers
-# `where` and `args`. The functions below convert, and so do two of part I's (I.1):
+# `where` and `args`. The functions below convert. (`as_tensor`, I.1, is for what is to
+# become a Tensor.)
 #
-#     `_admit`            all arguments of a call      by a to d
+#     `_admit`            all arguments of a call      a to d
 #     `_admit_operand`    one operand                  b: a Tensor, an array or a number
 #     `_to_floating`      several operands together    c
 #     `_admit_together`   several operands together    b and c, and then Tensors
 #     `_admit_setting`    one setting                  d
-#     `as_tensor`         what becomes a Tensor        b and c (by `_float_array`)
+#     `_float_array`      data, for `as_tensor`        b and c
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
@@ -4127,10 +4152,11 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     y = functools.reduce(np.maximum, views)
     apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
 
-    # Backward takes the positions in a window one after another, and finds the
-    # unclaimed windows whose largest element is at this position. These are then
-    # claimed: the image receives their g here, and 0 from the others (II.3). If windows
-    # overlap, a pixel is in several, and adds up what it receives.
+    # A window gives its g to the first of its positions that holds its largest element.
+    # So we take the positions in order. `chosen` are the windows that have not given
+    # yet, and have their largest element here: the image receives their g at this
+    # position, and 0 from the others (II.3). If windows overlap, a pixel adds up what
+    # it receives.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, no view is searched for one
@@ -4326,9 +4352,9 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 #     y = (c - e) / s * weight + bias = c * scale + (bias - e * scale),  scale = weight / s
 #
 # So subtracting e needs no pass of its own over the images (see PASSES, II.7). The guess
-# is the mean of a sixteenth of them. If it lies d from the mean of all, this sixteenth
-# alone adds at least d^2 / 16 to the variance s^2. So d is at most 4 s, however odd these
-# images are, and little is lost in `mean(c*c) - e^2`.
+# is the mean of a sixteenth of them. If it lies d from the mean of all, the mean
+# square distance of this sixteenth from that mean is at least d^2. So the variance s^2 is
+# at least d^2 / 16, `mean(c*c)` is at most 17 s^2, and little more than a digit is lost.
 #
 # *Long loops.* One number per channel broadcasts as (C, 1). If images lie in memory as a
 # user makes them, (N, C, P), NumPy's inner loop then begins anew every P pixels (see
@@ -4400,7 +4426,8 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
 
 def _batch_norm_dx(g, centred, mean_g, slope, scale):
-    """(g - mean_g - centred * slope) * scale, in place of `centred`.
+    """(g - mean_g - centred * slope) * scale, in place of `centred`: that is multiplied
+    by -slope, then g is added, mean_g subtracted, and all multiplied by scale.
 
     Because centred is xhat * s, slope is mean(g * xhat) / s.
     """
@@ -6077,6 +6104,9 @@ _SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
 class _Team:
     """The workers of one DataParallel, and the parameters in common memory.
 
+    DataParallel cuts a batch and adds up; the team forks and ends the workers; a _Worker
+    is the parent's end of one pipe. In the worker itself, only `live_as_worker` runs.
+
     A worker answers a job by `compute(share, job, pieces)`. With a single process,
     which is the parent, the team has no workers, and nothing is moved.
     """
@@ -6104,11 +6134,10 @@ class _Team:
         self._end = weakref.finalize(  # runs even if nobody calls `close`
             self, _end_workers, self.workers, self.parent, threads)
         try:
-            with _interrupts_held():
-                for share in range(1, processes):
-                    flats, pieces = self._layout.allocate(_shared)
-                    answer = functools.partial(compute, share, pieces=pieces)  # to a job
-                    self._add_worker(flats, answer)
+            for share in range(1, processes):
+                flats, pieces = self._layout.allocate(_shared)
+                answer = functools.partial(compute, share, pieces=pieces)  # to a job
+                self._add_worker(flats, answer)
         except BaseException:  # such as OSError: no more processes
             self.close()
             raise
@@ -6116,10 +6145,12 @@ class _Team:
     def _add_worker(self, flats: list[np.ndarray], answer: Callable) -> None:
         """Fork a worker; if it does not begin in time, end it and fork another."""
         for seconds in _SECONDS_TO_BEGIN:
-            self.workers.append(_Worker(self, flats, answer))
+            with _interrupts_held():
+                self.workers.append(_Worker(self, flats, answer))
             if self.workers[-1].begins(within=seconds):
                 return
-            self.workers.pop().end()
+            with _interrupts_held():
+                self.workers.pop().end()
         raise RuntimeError(f"DataParallel: {len(_SECONDS_TO_BEGIN)} workers in a row were "
                            "forked and never began; is another thread of this program "
                            "in the way? Make the DataParallel before it starts")
@@ -7174,7 +7205,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 # Each rule is found as in II.6: say how the result moves if A moves by dA, put that into
 # the motion of the loss, and read off what stands beside dA. The steps are numbered, and
-# the code points to them; test_nanoad.py checks each rule by finite differences. Follow
+# the code points to them; the tests check each rule by finite differences. Follow
 # one with a pencil, and leave the others until you need them. In all of them:
 #
 # - dX is how X moves, I is the identity, and gX is the cotangent of X. (If there is only
@@ -7339,7 +7370,9 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 # If eigenvalues are equal, their eigenvectors may be any that span the same plane, and
 # have no derivative: step 6 divides by 0, and the result is inf or nan. If two are close,
 # the derivative loses digits, as w_j - w_i does. But 0 / 0 counts as 0, so that whoever
-# uses the eigenvalues alone, where gV = 0, gets no nan.
+# uses the eigenvalues alone, where gV = 0, gets no nan. (There the rule is not linear in
+# g. So jvp, which walks back with zeros (I.8), gives finite numbers for the motion of
+# such eigenvectors, and they mean nothing.)
 def _sym(x: Any) -> Any:
     return (x + _mT(x)) / 2
 
@@ -7392,7 +7425,7 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #     8  and 3 minus 4              (P - P^T)_ij - s_i (C - D)_ij = (C - D)_ij s_j
 #     9  so                         (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
 #    10  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
-#    11  as in eigh, 7 and 8        = <gs, ds> + <c, C> + <d, D>,   with
+#    11  as in 7 and 8 of eigh      = <gs, ds> + <c, C> + <d, D>,   with
 #                                   c = U^T gU and d = V^T gV
 #    12  with sum and difference    <c, C> + <d, D>
 #                                   = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
@@ -7404,9 +7437,13 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #    15  with 5, the loss moves by  <M, P>,   with M = diag(gs) + sym(X) + antisym(Z)
 #    16  A receives                 U M V^T
 #
+# (Why sum and difference, in 12? Because 7 and 9 give C + D and C - D, not C and D. If
+# one multiplies 12 out, the mixed terms cancel.)
+#
 # If A is tall, U has fewer columns than rows, and dU also has a part outside of the
 # space that they span. That part is E dU, with `E = I - U U^T`. E U is 0, and so is E A,
-# as `A = U S V^T`:
+# as `A = U S V^T`. (So U^T E and A^T E are 0, too: that part drops out of 3 and 4, and
+# steps 5 to 16 stay as they are.)
 #
 #    17  E before 1                 E dA V + E A dV = E dU S + E U dS
 #    18  as E A = 0 and E U = 0     E dA V = E dU S
@@ -7580,8 +7617,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError names
-#    another way if there is one. This holds for complex numbers, `fft`, `i0`, `unwrap`,
+# 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError says
+#    what to use instead. This holds for complex numbers, `fft`, `i0`, `unwrap`,
 #    `modf`, `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
 #    `np.add.reduce`, and functions that write into an array (`put`, `copyto`,
 #    `fill_diagonal`).
@@ -8289,7 +8326,7 @@ for _function, _f in _FUNCTIONS.items():
 # as `nanoad.optim.Adam`.
 _INDEX = {
     "": {
-        "tensor (I.1, I.2, I.4)":
+        "tensor (I.1, I.2, I.4; manual_seed III.2)":
             "Tensor Value as_tensor unbroadcast no_grad manual_seed",
         "operations of your own (I.2, II.7)": "primitive fused",
         "saving (IV.7)": "save load",
@@ -8298,24 +8335,24 @@ _INDEX = {
         "transforms (I.5 to I.8, IV.3)":
             "gradients value_and_grad grad vjp jvp hvp jacobian hessian",
         "care (IV.2, II.1)": "checkpoint check_grad",
-        "elementwise (I.2, II.3)":
+        "elementwise (I.2, II.3; gelu II.7, sinc IV.11)":
             "identity neg add sub mul div mod fmod exp exp2 expm1 log log2 log10 log1p"
             " sqrt cbrt hypot power sin cos tan arcsin arccos arctan arctan2 sinc"
             " deg2rad rad2deg sinh cosh tanh arcsinh arccosh arctanh softplus sigmoid"
             " logaddexp logaddexp2 gelu astype",
-        "choosing elements (II.3)":
+        "choosing elements (II.3, IV.11)":
             "where maximum minimum fmax fmin abs relu clip nan_to_num",
-        "moving elements (II.4)":
+        "moving elements (II.4; partition IV.11)":
             "getitem scatter_add roll flip rot90 repeat tile diag diagonal tril triu"
             " take take_along_axis sort partition reshape flatten transpose swapaxes"
             " moveaxis expand_dims squeeze broadcast_to concatenate stack split pad",
-        "reductions (II.5)":
+        "reductions (II.5, IV.11)":
             "sum mean average var std max min prod cumsum cumprod diff trace median"
             " quantile logsumexp softmax log_softmax",
         "products (II.6, IV.11)":
             "matmul bmm linear einsum dot inner outer tensordot kron cross convolve"
             " correlate matrix_power",
-        "linear algebra (II.6, IV.10)":
+        "linear algebra (II.6, IV.10; lstsq, norm IV.11)":
             "solve inv det slogdet cholesky eigh svd qr pinv lstsq norm",
         "images (III.4)": "conv2d max_pool2d avg_pool2d",
         "normalization (III.5)": "layer_norm batch_norm",
