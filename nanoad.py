@@ -2234,19 +2234,17 @@ def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
     return "->".join([inputs, *terms[len(lists):]]), operands
 
 
+# In the example below, y and z are the last free letters. The first dots stand for two
+# axes, yz, and the second for one, z. The output is left out, and i occurs twice, so the
+# output is yz.
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """The letters of each operand, and of the output.
-
-    Dots become letters that occur nowhere else. Their axes align at the right, as in
-    broadcasting. So dots for n axes get the *last* n free letters, and the output's
-    dots get as many letters as the longest of the operands'.
+    """The letters of each operand, and of the output. Dots become letters that occur
+    nowhere else. Their axes align at the right, as in broadcasting. So dots for n axes
+    get the *last* n free letters, and the output's get as many as the longest.
 
         >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
         (('yzi', 'iz'), 'yz')
-
-    Here y and z are the last free letters. The first dots stand for two axes, yz, and the
-    second for one, z. The output was left out, and i occurs twice, so it is yz.
     """
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
