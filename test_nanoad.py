@@ -6445,7 +6445,7 @@ def test_a_worker_that_never_begins_is_made_again():
                             after_in_child=lambda: len(forks) == hung and time.sleep(60))
         hung = 2
         with DataParallel(model, loss, processes=4) as parallel:
-            assert len(forks) == 4 and len(children()) == 3
+            assert len(forks) > 3 and len(children()) == 3  # (more, if the machine is slow)
             assert parallel(x, y) > 0
 
         os.register_at_fork(after_in_child=lambda: time.sleep(60))
