@@ -2418,13 +2418,13 @@ def _in_float32(f: Callable) -> Callable:
     """Let a kernel, or a function that returns an array, do float16 in float32."""
     @functools.wraps(f)
     def wide(*operands: Any, **settings: Any) -> Any:
-        is_array = [isinstance(a, (np.ndarray, Tensor)) for a in operands]  # else a setting
-        dtypes = [a.dtype if yes else None for a, yes in zip(operands, is_array)]
+        arrays = [a for a in operands if isinstance(a, (np.ndarray, Tensor))]  # no settings
+        dtypes = [a.dtype for a in arrays]
         if np.float16 not in dtypes:
             return f(*operands, **settings)
 
-        operands = [a.astype(np.float32) if dtype == np.float16 else a
-                    for a, dtype in zip(operands, dtypes)]
+        operands = [a.astype(np.float32) if getattr(a, "dtype", None) == np.float16 else a
+                    for a in operands]
         result = f(*operands, **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
             return result  # the wider dtype holds for the result
@@ -4969,7 +4969,7 @@ def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> 
         if kept is cache[-1]:
             x = x[:, -1:]  # (B, 1, C): the others are needed no more
         x = x + block.dropout(block.mlp(block.ln2(x)))
-    logits = linear(gpt.ln_f(x[:, -1:]), gpt.tok_emb.weight)  # (B, 1, V)
+    logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
     return logits.numpy()[:, 0]
 
 
@@ -4994,10 +4994,11 @@ def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
 
 
 def _can_be_cached(gpt: GPT) -> bool:
-    """Whether `_read_on` computes the same as the blocks."""
-    return all(_computes(block, Block.forward)
-               and _computes(block.attn, MultiHeadAttention.forward)
-               and block.attn.is_causal for block in gpt.blocks)
+    """Whether there are blocks, and `_read_on` computes the same as these."""
+    are_ours = [_computes(block, Block.forward)
+                and _computes(block.attn, MultiHeadAttention.forward)
+                and block.attn.is_causal for block in gpt.blocks]
+    return bool(are_ours) and all(are_ours)
 
 
 def _computes(module: Module, forward: Callable) -> bool:
