@@ -243,19 +243,7 @@ def _tracked(a: Any) -> bool:
 # multiplies the vector `g` by the matrix of all slopes of `y` by `a`, without ever
 # making that matrix.
 #
-# A call of an operation, stripped of all care, computes on bare arrays. If an operand is
-# tracked, it remembers the operation and the operands.
-#
-#     def operation(*operands):
-#         y = forward(*(_value(a) for a in operands))
-#         tracked = any(_tracked(a) for a in operands)
-#         if tracked:
-#             return _fill(Tensor.__new__(Tensor), y, operation, operands)
-#         return _wrap(y)  # a constant
-#
-# The real one, made by `_operation`, does this in four steps. (II.9 has the first.) A
-# number among the operands stays a number. `primitive` makes an operation of a function
-# and its rules.
+# `primitive` makes an operation of a function and its rules.
 
 
 def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
@@ -265,13 +253,12 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     A rule `(g, y, *operands, **settings) -> cotangent` is array code for ndarrays and
     Tensors alike; it returns a new array, `g` itself or a view. None stands for an
     operand without a gradient. Whatever else a call is given, by position or by name, are
-    settings, such as an axis. (Operands may be given by name, too: II.9.) An operation on
-    any number of operands gives one rule for all,
-    `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an operation.)
+    settings, such as an axis. An operation on any number of operands gives one rule for
+    all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an operation.)
     """
     def decorate(forward: Callable) -> Callable:
-        count = sys.maxsize if each else len(rules)
-        operation = _operation(forward, count, _pull_by_rules)
+        operation = _operation(forward, _pull_by_rules)
+        operation.operands = sys.maxsize if each else len(rules)
         operation.rules = rules
         operation.each = each
         return operation
@@ -279,45 +266,24 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     return decorate
 
 
-# The usual call has a Tensor, and besides only these. (An int may be a setting.)
-_PLAIN = {Tensor, int, float}
+# A call computes on bare arrays. If somebody may ask for derivatives, the result
+# remembers the operation and its arguments, and else it is a constant.
 
 
-def _operation(forward: Callable, count: int, pull: Callable, fused: bool = False) -> Callable:
-    """The operation that computes `forward`, has `count` operands, and goes back by `pull`."""
+def _operation(forward: Callable, pull: Callable) -> Callable:
+    """The operation that computes `forward`, and on the way back asks `pull` (below)."""
 
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
-        kinds = set(map(type, args))
-        is_usual = Tensor in kinds and kinds <= _PLAIN and not settings
-        if not is_usual:
-            args, settings = _admit(operation, args, settings)  # 1. convert (II.9)
-
-        arrays, tracked = [], False
-        for a in args:  # 2. unpack the Tensors
-            if isinstance(a, Tensor):
-                tracked = tracked or a.requires_grad
-                if a._checksum is not None:
-                    _renew_checksum(a)  # its array was handed out, and may have changed (IV.1)
-                a = a._data
-            arrays.append(a)
-
-        try:  # 3. compute
-            result = forward(*arrays, **settings)
-            y, pullback = result if fused else (result, None)  # a pair, if fused (II.7)
-            if _OLD_NUMPY or y.dtype.kind != "f":
-                y = _settle_dtype(y, operation, arrays)  # (IV.4)
-        except (ValueError, TypeError, IndexError) as error:
-            raise _explained(error, operation, arrays) from None  # (II.9)
-
-        if tracked and _mode.recording:  # 4. remember
+        args, settings = _admit(operation, args, settings)  # of lists it makes arrays (II.9)
+        y, pullback = _compute(operation, forward, args, settings)  # y = forward(*arrays)
+        if _mode.recording and any(map(_tracked, args)):
             return _fill(Tensor.__new__(Tensor), y, operation, args, settings, pullback)
         return _wrap(y)
 
-    operation.operands = count
     operation.pull = pull
     operation.rules = ()
-    operation.definition = None  # of a fused operation (II.7)
+    operation.definition = None
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
 
@@ -522,16 +488,6 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 # *horizon*. Where the search meets a tracked tensor beyond it, it turns back, and notes
 # that tensor as `older`. A walk has no use for these; I.7 will.
 #
-# x stands *at* the horizon. No walk goes behind it, but its own operands are looked at.
-# If x is `identity(a)`, as in a nested grad (I.7), the search meets a and notes it as
-# older: somebody who will ask for derivatives by a may be waiting for this result. In
-# short:
-#
-#     a tensor that is           its operands are searched    and walked to
-#     younger than the horizon   yes                          if they are on the route
-#     at the horizon             yes, to find who is older    no
-#     older                      no, it is noted              no
-#
 # No two tensors have one time, so a time serves as a tensor's name, and a set of times
 # keeps no tensor alive.
 #
@@ -565,7 +521,8 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None
         if t._time not in found:
             found[t._time] = t
             if t._time >= horizon:  # else it is older: turn back
-                to_visit += [a for a in _operands_to_search(t, inputs) if _tracked(a)]  # (IV.3)
+                operands = _operands_to_search(t, inputs)  # t._operands, if not let go (C)
+                to_visit += [a for a in operands if _tracked(a)]
 
     times = {t._time for t in inputs}
     for moment in sorted(found):  # operands before results
@@ -600,75 +557,58 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         yield t, g
         if t._op is None or (route is not None and t._time <= route.horizon):
             continue  # a leaf, or at the horizon
-        wanted = _wanted_operands(t, route)
-        if True not in wanted:
-            # t is on the route, and none of its operands is, so t is an input. What it
-            # was made of is not ours to let go.
-            continue
-        # (The list of shares has no name, so that it is freed as soon as the loop ends.)
+        _check_tape(t)  # (A)
+        wanted = [_tracked(a) and (route is None or a._time in route.times)
+                  for a in t._operands[:t._op.operands]]  # (after these come settings)
+        if not any(wanted):
+            continue  # an input that was made of older tensors: their tape is not ours
         for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
             if share is None:
                 continue
-            share = _fit(share, a, g, create_graph)  # (A, B)
+            share = _fit(share, a, create_graph)  # (B)
             if a._time in waiting:
                 share = waiting[a._time][1] + share
             else:
                 heapq.heappush(heap, -a._time)
             waiting[a._time] = a, share
         if not (retain_graph or create_graph):
-            t._operands = t._settings = t._pullback = None  # (C) let go
+            t._operands = t._settings = t._pullback = None  # (C)
 
 
-def _wanted_operands(t: Tensor, route: _Route | None) -> list[bool]:
-    """For each operand of `t`, whether the walk goes there: it is tracked, and on the route."""
-    if t._written or t._checksum is not None:
-        _check_unwritten(t, t)  # (D)
-    wanted = []
-    for a in _require_operands(t)[:t._op.operands]:  # settings follow these
-        tracked = isinstance(a, Tensor) and a.requires_grad
-        if tracked and (a._written or a._checksum is not None):
-            _check_unwritten(a, t)  # (D)
-        wanted.append(tracked and (route is None or a._time in route.times))
-    return wanted
-
-
-# **A.** A cotangent has the shape and dtype of its tensor, even if that was stretched
-# (I.4), or the rule computed in another dtype.
+# **A.** The rules read the arrays that t was made of. Are these still there, and as they
+# were? An earlier walk may have let them go (C), and somebody may have written to them
+# since. Then `_check_tape` (IV.1) raises an error.
 #
-# **B.** A rule may return `g` itself, as those of `add` do, and then two leaves would
-# have one array for their gradients: whoever wrote to one would change the other. *What
-# arrives at a leaf has memory of its own* (`_unshared` copies what has not), *and all
-# else is copied when it is kept* (`_to_keep`). IV.1 has both. Cotangents that
-# nobody keeps may share theirs, for the walk adds by `+` and writes to none.
+# **B.** A cotangent has the shape and dtype of its tensor, even if that was stretched
+# (I.4), or the rule computed in another dtype.
 
 
-def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
-    """What a rule returned, given `g`, as the operand `t` may receive it."""
+def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
+    """What a rule returned, as the operand `t` may receive it."""
     if isinstance(share, Tensor) and not create_graph:
         share = share._data  # a rule may call operations of ours
     if share.shape != t._data.shape:
         share = unbroadcast(share, t._data.shape)
     if share.dtype != t._data.dtype:
         share = share.astype(t._data.dtype)
-    if t._op is None and not create_graph:
-        share = _unshared(share, g)
     return share
 
 
 # **C.** When the walk has passed through a tensor, it drops what that was made of, so
-# memory falls as we go. A second walk that comes there is told so:
-
-
-def _require_operands(t: Tensor) -> tuple:
-    if t._operands is None:
-        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
-                           "walk; to walk it twice, give the first walk retain_graph=True")
-    return t._operands
-
-
-# **D.** Rules read arrays, and somebody may have written to these since. IV.1 keeps
-# watch.
+# memory falls as we go. (For the same reason the list of shares has no name: it is freed
+# as soon as the loop over it ends.)
 #
+# One more care is for whoever *keeps* a cotangent. A rule may return `g` itself, as those
+# of `add` do, and then two leaves would have one array for their gradients: whoever wrote
+# to one would change the other. So what is kept is copied. (The walk itself adds by `+`
+# and writes to nothing.)
+
+
+def _to_keep(g: Any) -> Tensor:
+    """The cotangent `g`, an array or a Tensor, as a Tensor with memory of its own."""
+    return _copy(g) if isinstance(g, Tensor) else _wrap(np.array(g))
+
+
 # Two functions use the walk, and begin with a cotangent of the output, by default 1
 # (`_first_cotangent`: IV.3). In outline they are
 #
@@ -687,7 +627,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             if t._op is None or retain_grads:
                 met.add(t._time)
-                _accumulate(t, _to_keep(t, g, create_graph))  # t.grad += g
+                _accumulate(t, _to_keep(g))  # t.grad += g
     output._sources = met  # for a search that comes here when the tape is gone (IV.3)
 
 
@@ -708,23 +648,18 @@ def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
                retain_graph: bool = False, route: _Route | None = None) -> list[Tensor]:
     """The cotangents that reach `inputs`, zeros where none does."""
     reached = _walk_to(inputs, seeds, create_graph, retain_graph, route)
-    slopes = [reached[t] if t in reached else _wrap(np.zeros_like(t._data)) for t in inputs]
-    if len(set(inputs)) < len(inputs):  # one was asked for twice: a gradient for each
-        slopes = [_copy(slope) for slope in slopes]
-    return slopes
+    with _mode.set(recording=create_graph):
+        return [_to_keep(reached[t] if t in reached else np.zeros_like(t._data)) for t in inputs]
 
 
 def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = False,
-             retain_graph: bool = False, route: _Route | None = None) -> dict[Tensor, Tensor]:
+             retain_graph: bool = False, route: _Route | None = None) -> dict[Tensor, Any]:
     """A walk from `seeds` to `inputs`: of each input that it reaches, the cotangent."""
     route = route or _find_route([t for t, _ in seeds], inputs)
     asked = set(inputs)
-    reached: dict[Tensor, Tensor] = {}
     with _mode.set(recording=create_graph):
-        for t, g in _walk(seeds, route, create_graph, retain_graph):
-            if t in asked:
-                reached[t] = _to_keep(t, g, create_graph)
-    return reached
+        walk = _walk(seeds, route, create_graph, retain_graph)
+        return {t: g for t, g in walk if t in asked}
 
 
 # ## I.6 Twice: why can a gradient be differentiated?
@@ -2374,8 +2309,8 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
     twice. float16 operands arrive as float32.
     """
     def decorate(kernel: Callable) -> Callable:
-        count = sys.maxsize if operands is None else operands
-        operation = _operation(_in_float32(kernel), count, _pull_fused, fused=True)
+        operation = _operation(_in_float32(kernel), _pull_fused)
+        operation.operands = sys.maxsize if operands is None else operands
         operation.definition = _in_float32(definition)
         return operation
 
@@ -2686,8 +2621,17 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     `_float_array`      data, for `as_tensor`        b and c
 
 
+# The usual call has a Tensor, and besides only these. (An int may be a setting.)
+_PLAIN = {Tensor, int, float}
+
+
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation, converted for its function and its rules."""
+    kinds = set(map(type, args))
+    is_usual = Tensor in kinds and kinds <= _PLAIN and not settings
+    if is_usual:
+        return args, settings
+
     name, count = operation.__name__, operation.operands
     if settings:
         settings = dict(settings)
@@ -2802,6 +2746,26 @@ def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
     known = f"are {', '.join(names)}, each once" if names else "have no names: give by position"
     raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; its operands "
                     f"{known}")
+
+
+def _compute(operation: Callable, forward: Callable, args: tuple, settings: dict) -> tuple:
+    """The result of `forward` on the arrays of `args`, and a fused operation's pullback."""
+    arrays = []
+    for a in args:
+        if isinstance(a, Tensor):
+            if a._checksum is not None:
+                _renew_checksum(a)  # its array was handed out, and may have changed (IV.1)
+            a = a._data
+        arrays.append(a)
+
+    try:
+        result = forward(*arrays, **settings)
+        y, pullback = result if operation.definition else (result, None)
+        if _OLD_NUMPY or y.dtype.kind != "f":
+            y = _settle_dtype(y, operation, arrays)  # (IV.4)
+    except (ValueError, TypeError, IndexError) as error:
+        raise _explained(error, operation, arrays) from None
+    return y, pullback
 
 
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
@@ -5280,7 +5244,7 @@ class DataParallel:
         seed = np.ones(loss.shape, loss.dtype)
         slopes = _walk_to(self._params, [(loss, seed)])  # (I.5)
         for piece, p in zip(pieces, self._params):
-            piece[...] = slopes[p]._data if p in slopes else 0
+            piece[...] = slopes.get(p, 0)
         return loss.item(), [p in slopes for p in self._params]
 
     def _take_state(self, tracked: list, training: list, constants: list) -> None:
@@ -5335,13 +5299,19 @@ def _note_write(t: Tensor) -> None:
     t._written = next(_clock)
 
 
-def _check_unwritten(t: Tensor, result: Tensor) -> None:
-    """Raise if `t` was written to after `result` was made. (`result` is `t` or made of it.)"""
-    if t._checksum is not None:
-        _renew_checksum(t)  # (below)
-    if t._written > result._time:
-        raise RuntimeError(f"{result._op.__name__}: data of {t.label or 'a Tensor'} {t.shape} was "
-                           "changed between forward and backward; call backward first, then write")
+def _check_tape(t: Tensor) -> None:
+    """Raise RuntimeError if a walk cannot go on from `t` to its operands."""
+    if t._operands is None:
+        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
+                           "walk; to walk it twice, give the first walk retain_graph=True")
+    for a in (t, *t._operands):
+        if isinstance(a, Tensor) and a.requires_grad:
+            if a._checksum is not None:
+                _renew_checksum(a)  # (below)
+            if a._written > t._time:
+                raise RuntimeError(f"{t._op.__name__}: data of {a.label or 'a Tensor'} {a.shape} was "
+                                   "changed between forward and backward; call backward first, then "
+                                   "write")
 
 
 # **What if NumPy writes?** NumPy can write to an array that was handed out (`x.data`),
@@ -5390,30 +5360,8 @@ def _replace_data(t: Tensor, value: Any) -> None:
     _note_write(t)
 
 
-# **Gradients are written to, too,** for example by a user who clips them in place. So a
-# gradient that is kept shares its memory with no other, and with nothing that it was
-# computed from. Three functions see to that:
-#
-#     what arrives at a leaf            `_fit` (I.5) copies it if a rule has reused an array
-#     the first cotangent, if it        `_first_cotangent` (IV.3) copies what the caller
-#     is that of a leaf                 gave
-#     all else that is kept             `_to_keep` copies it when the walk hands it out
-#
-# So at a leaf, `_to_keep` need not copy again. (With `create_graph`, it copies all.)
-
-
-def _unshared(share: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """A copy of `share` if it is `g` itself or a view; else `share`, which a rule made anew."""
-    return share.copy() if share is g or share.base is not None else share
-
-
-def _to_keep(t: Tensor, g: Any, create_graph: bool) -> Tensor:
-    """The cotangent `g` of `t` as a Tensor with memory of its own."""
-    if t._op is None and not create_graph:
-        return _wrap(np.asarray(g))
-    return _copy(g)
-
-
+# **Gradients are written to, too,** for example by a user who clips them in place. So
+# each has memory of its own (`_to_keep`, I.5), and what is added to one makes a new array.
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
 
 
@@ -5756,8 +5704,7 @@ def _first_cotangent(name: str, output: Tensor, cotangent: Any, create_graph: bo
     if create_graph:  # a tracked cotangent, such as jvp's u (I.8), must stay on the tape
         with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
-    array = np.asarray(_value(cotangent), output.dtype)
-    return np.array(array) if output._op is None else array  # a leaf keeps it, so copy
+    return np.asarray(_value(cotangent), output.dtype)
 
 
 def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
@@ -5862,7 +5809,7 @@ def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
     if t._operands is not None:
         return t._operands
     if any(_may_be_behind(t, x) for x in inputs):
-        return _require_operands(t)  # raises
+        _check_tape(t)  # raises
     return ()
 
 
