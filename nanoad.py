@@ -108,14 +108,14 @@ class Tensor:
         "_operands",      # the operation's positional arguments: operands, then settings.
                           # () for a leaf; None once the tape was let go (I.5)
         "_settings",      # the operation's named arguments, such as axis=0
-        # Skip these: they are for the fast way back (II.7), the watch over writes (IV.1),
-        # what an earlier walk has met (IV.3), and Python's weak references.
+        # Skip these: the fast way back (II.7), the watch over writes (IV.1), what an
+        # earlier walk has met (IV.3), and Python's weak references.
         "_pullback", "_written", "_checksum", "_sources", "__weakref__",
     )
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
                  dtype: Any = None) -> None:
-        _require_flag("Tensor: requires_grad", requires_grad)  # (II.9)
+        _require_flag("Tensor: requires_grad", requires_grad)
         source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
@@ -137,11 +137,11 @@ class Tensor:
 
         What is assigned to it has its shape and dtype, and is taken without a copy.
         """
-        return _hand_out(self)  # (IV.1)
+        return _hand_out(self)  # and watch it (IV.1)
 
     @data.setter
     def data(self, value: Any) -> None:
-        _replace_data(self, value)  # (IV.1)
+        _replace_data(self, value)
 
     def detach(self) -> Tensor:
         """The same array as a constant: nothing behind it will be differentiated."""
@@ -157,7 +157,7 @@ class Tensor:
 
     @grad.setter
     def grad(self, value: Any) -> None:
-        self._grad = _as_gradient(value, self)  # (II.8)
+        self._grad = _as_gradient(value, self)
 
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
@@ -208,7 +208,7 @@ def as_tensor(data: Any) -> Tensor:
         return data
     if _holds_tensor(data):
         return stack([as_tensor(item) for item in data])
-    return _wrap(_float_array(data))  # (both: II.9)
+    return _wrap(_float_array(data))
 
 
 def _value(a: Any) -> Any:
@@ -267,7 +267,9 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 
 
 # A call computes on bare arrays. If somebody may ask for derivatives, the result
-# remembers the operation and its arguments, and else it is a constant.
+# remembers the operation and its arguments; else it is a constant. (`_admit` makes arrays
+# of lists and the like, and `_compute` is `forward(*arrays)` with errors that name the
+# operation: II.9. The `pullback` is None, but for the fused operations of II.7.)
 
 
 def _operation(forward: Callable, pull: Callable) -> Callable:
@@ -275,8 +277,8 @@ def _operation(forward: Callable, pull: Callable) -> Callable:
 
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
-        args, settings = _admit(operation, args, settings)  # of lists it makes arrays (II.9)
-        y, pullback = _compute(operation, forward, args, settings)  # y = forward(*arrays)
+        args, settings = _admit(operation, args, settings)
+        y, pullback = _compute(operation, forward, args, settings)
         if _mode.recording and any(map(_tracked, args)):
             return _fill(Tensor.__new__(Tensor), y, operation, args, settings, pullback)
         return _wrap(y)
@@ -288,8 +290,8 @@ def _operation(forward: Callable, pull: Callable) -> Callable:
     return operation
 
 
-# Whether a tape is written (step 4) can be switched off for a while, in one thread. Two
-# other things are switched in the same way, and come later.
+# Whether a tape is written can be switched off for a while, in one thread. (Two other
+# things are switched in the same way, and come later.)
 
 
 class _Mode(threading.local):
@@ -297,7 +299,7 @@ class _Mode(threading.local):
 
     recording = True  # whether a tape is written
     runs: tuple = ()  # the transforms that are running a function just now (I.7)
-    rng = functools.cached_property(lambda self: np.random.default_rng())  # for dropout and its kin
+    rng = functools.cached_property(lambda self: np.random.default_rng())  # for dropout (III.2)
 
     @contextlib.contextmanager
     def set(self, **fields: Any) -> Iterator[None]:
@@ -724,175 +726,80 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # another object and not on the inner route. But the inner result was computed from `x`,
 # so the outer walk meets `x` there like any other operand.
 #
-# What does the real one add? *A tape only when somebody can ask.* The naive one
-# records every walk. But nobody can ask for the second derivative of a single
-# `grad(f)(3.0)`: so the walk should run on bare ndarrays, and the gradient should be a
-# constant.
+# The naive one has one fault: *it records every walk*. But nobody can ask for the second
+# derivative of a single `grad(f)(3.0)`. Then the walk should run on bare ndarrays, which
+# is faster, and the gradient should be a constant. When can somebody ask?
 #
-# How do we know? *A walk is recorded if the search for its route has met a tracked
-# tensor that is older than our inputs* (`older`, I.5). Somebody who asks for a
-# derivative later asks by a tensor of their own, which had a part in the result. Our
-# inputs are made when the run begins, so that tensor is older. Look into
-# `grad(grad(f))(3.0)`, for an f that returns `x * x`:
+# *When the search for the route has met a tracked tensor that is older than our inputs*
+# (`older`, I.5). Whoever asks for a derivative later asks by a tensor of their own, which
+# had a part in the result. Our inputs are made when f is called, so that tensor is older.
 #
-#     a:1    the outer run's input              older than b: somebody may ask
+#     >>> def careful_grad(f):
+#     ...     def slope(x):
+#     ...         x = Tensor(x)
+#     ...         y = f(x)
+#     ...         somebody_may_ask = bool(_find_route([y], [x]).older)
+#     ...         return gradients(y, [x], create_graph=somebody_may_ask)[0]
+#     ...     return slope
+#     ...
+#     >>> slope = careful_grad(lambda x: x * x)
+#     >>> print(slope(3.0).requires_grad, slope(Tensor(3.0)).requires_grad)
+#     False True
+#
+# Look into `grad(grad(f))(3.0)`, for an f that returns `x * x`:
+#
+#     a:1    the outer input                    older than b: somebody may ask
 #     b:2    identity(a), the inner input       the horizon of the inner search
 #     y:3    b * b, the result of f             where the inner search begins
 #     s:4    1 * b + 1 * b, the slope           written by the inner walk (drawn as one)
 #
-# The inner search goes from y by b to a, so the inner walk is recorded. The outer search
+# The inner search goes from y to b. That is its horizon, where it still looks at the
+# operands: it meets a, which is older. So the inner walk is recorded. The outer search
 # goes from s by b to a, its own input, and meets nothing older. So the outer walk runs on
 # bare arrays.
 #
 # Can an inner walk let go of a tape that an outer one needs? If the inner walk is
-# recorded, it retains the tape. If it is not, then either nothing older had a part in y,
-# so no walk to an older tensor leads there; or the caller is inside no_grad(), and is
-# given constants.
+# recorded, it retains the tape. If it is not, then nothing older had a part in y, so no
+# walk to an older tensor leads there.
 #
 # (If f reads the parameter of a network, that is older, too: its trainer may ask. If
-# nobody will ask, call `grad(f)` inside `no_grad()`. Then the walk is not recorded. The
-# call of f still is, since one could not walk back without its tape. One case escapes.
-# If f makes a tracked tensor of its own and hands it out, by appending it to a list,
-# say, that tensor is younger than the inputs. So nothing is recorded for it, and the
-# gradient cannot be differentiated by it later.)
+# nobody will ask, call `grad(f)` inside `no_grad()`. Then the walk is not recorded, and
+# the gradient is a constant. One case escapes: if f makes a tracked tensor of its own and
+# hands it out, say by appending it to a list, that tensor is younger than the inputs, and
+# the gradient cannot be differentiated by it.)
 #
-# With one input and one output, then, a run of f by a transform is in outline
+# **If you have come this far, you have the whole idea.** The rest of the file uses it.
+# (The `grad` that users call is `careful_grad` for any number of arguments, which may
+# also be dicts and lists of arrays: IV.3.)
 #
-#     x = a new Tensor, tied to the argument if that is tracked
-#     y = f(x)
-#     route = _find_route([y], [x])
-#     recorded = bool(route.older)
-#     slope, = _gradients([(y, 1)], [x], create_graph=recorded, route=route)
-#
-# **If you have come this far, you have the whole idea.** The rest of the file uses it,
-# and the rest of this section is the same run in full.
-#
-# The real run also takes nests: x and y may be dicts, lists and tuples. `_flatten`
-# returns a list of the items, and a function that builds the same nest of other items.
-# It is in IV.3, beside `_choose_arguments`, which picks the arguments to differentiate
-# by.
-
-
-class _Run:
-    """A function run by a transform: its inputs, fresh tensors; its output; the tape between."""
-
-    def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
-                 argnums: Any = None, tangents: Any = ()) -> None:
-        self.name = name
-        # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
-        chosen, put_back = _choose_arguments(name, args, argnums)
-        items, self.rebuild = _flatten(chosen)
-        self.inputs = [_fresh_input(name, item) for item in items]  # the x of the sketch
-        args = put_back(self.rebuild(self.inputs))
-        with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
-            self.output = f(*args, **kwargs or {})  # its y
-        self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # Outside the `with`, for it is the caller's mode that counts. (Somebody may
-        # also ask by a tangent: I.8.)
-        self.recorded = self.must_record(tangents)
-
-    def must_record(self, given: Any) -> bool:
-        """Whether somebody may ask for derivatives of what a walk gives: by an older
-        tensor, or by one of those `given` to it as cotangents or tangents.
-        """
-        items, _ = _flatten(given)
-        return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
-
-    @property
-    def value(self) -> Any:
-        """The output for the caller: constant, if nobody else can ask."""
-        if self.recorded:
-            return self.output
-        return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
-
-    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
-                  retain_graph: bool = False) -> list[Tensor]:
-        """What reaches the inputs from these cotangents of the outputs (None: 1, for a
-        scalar)."""
-        seeds = _seeds(self.name, outputs, cotangents, create_graph)
-        return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
-
-    def slopes(self) -> list[Tensor]:
-        """The gradient of a scalar output, to be differentiated again (I.8)."""
-        return self.walk_back(_outputs(self.name, [self.output]), [None], create_graph=True)
-
-
-def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-                   argnum: Any = None) -> Callable:
-    """The function that returns (f(...), gradient of f), for an f that returns a scalar.
-
-    The gradient, a Tensor, is built like the argument at `argnums` (`argnum` in HIPS
-    autograd), or is a tuple of such if that is one; zeros for an argument that has no
-    part. With `has_aux`, f returns (scalar, anything), and the value is that pair.
-    Raises ValueError if f is not scalar, TypeError for integer arguments; warns if f
-    returns a plain number, whose derivative is zero.
-
-        >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
-        10.0 [2. 6.]
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> tuple:
-        return _value_and_slopes("value_and_grad", f, args, kwargs, argnums, has_aux)
-
-    return function
-
-
-def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argnums: Any,
-                      has_aux: bool) -> tuple:
-    run = _Run(name, f, args, kwargs, argnums)
-    scalar = _first_of_pair(name, run.output) if has_aux else run.output
-    slopes = run.walk_back(_outputs(name, [scalar]), [None], run.recorded)
-    return run.value, run.rebuild(slopes)
-
-
-def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-         argnum: Any = None) -> Callable:
-    """The function that returns the gradient of f, which returns a scalar (else see
-    `jacobian`).
-
-    It returns a Tensor like the argument at `argnums` (see `value_and_grad`); with
-    `has_aux`, (gradient, aux). `.numpy()` makes an array of it; NumPy's functions take
-    it as it is.
-
-        >>> slope = grad(lambda x: x * x)  # constant, unless somebody can differentiate by x
-        >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
-        False True
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        value, slope = _value_and_slopes("grad", f, args, kwargs, argnums, has_aux)
-        return (slope, value[1]) if has_aux else slope
-
-    return function
-
-
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
 # The *Jacobian* J has the slope of y_i by x_j in row i, column j. To walk from y with the
 # cotangent u is to differentiate `sum_i u_i y_i` (I.3), so x_j receives `sum_i u_i J_ij`:
-# the walk computes `J^T u`. Everything below is made of that one product, and for a
-# vector x and one y = f(x) it takes a few lines each.
+# the walk computes `J^T u`. Everything below is made of that one product, in a few lines
+# each. Let x be a vector, and y = f(x) another.
+#
+# **Vector times Jacobian (vjp).** f runs once, and then there may be a walk for each u:
+#
+#     >>> def naive_vjp(f, x):
+#     ...     x = Tensor(x)
+#     ...     y = f(x)
+#     ...     return y, lambda u: gradients(y, [x], u, retain_graph=True)[0]
 #
 # **Jacobian.** A cotangent that is 1 at one element of the output, and 0 elsewhere, picks
 # the slopes of that element, which are a row of J:
 #
 #     >>> def naive_jacobian(f, x):
-#     ...     x = Tensor(x)
-#     ...     y = f(x)
-#     ...     units = np.eye(y.size)
-#     ...     return np.stack([gradients(y, [x], u, retain_graph=True)[0] for u in units])
+#     ...     y, vjp_fn = naive_vjp(f, x)
+#     ...     return np.stack([vjp_fn(u) for u in np.eye(y.size)])
 #     ...
 #     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
 #     [2. 0.] [0. 4.]
 #
-# **Hessian times vector.** A Hessian H is the Jacobian of the gradient. It is its own
-# transpose, for the second derivatives of a smooth f are equal in either order. So `H v`
-# is `H^T v`, which is one walk back from the gradient with the cotangent v. It costs as
-# much as a few gradients (Pearlmutter, 1994):
+# **Hessian times vector (hvp).** A Hessian H is the Jacobian of the gradient. It is its
+# own transpose, for the second derivatives of a smooth f are equal in either order. So
+# `H v` is `H^T v`, which is one walk back from the gradient with the cotangent v. It
+# costs as much as a few gradients (Pearlmutter, 1994):
 #
 #     >>> def naive_hvp(f, x, v):
 #     ...     x = Tensor(x)
@@ -902,8 +809,9 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #     >>> print(naive_hvp(lambda x: (x ** 3).sum(), [1.0, 2.0], [1.0, 1.0]))  # 6 x v
 #     [ 6. 12.]
 #
-# **Jacobian times vector.** A *tangent* v says how fast the inputs move, and forward mode
-# asks how fast f then moves: `J v`. It comes out of two walks back (Townsend, 2017):
+# **Jacobian times vector (jvp).** A *tangent* v says how fast the inputs move, and
+# forward mode asks how fast f then moves: `J v`. It comes out of two walks back
+# (Townsend, 2017):
 #
 # 1. The first starts from the output, with `create_graph` and a tracked cotangent u. The
 #    result is `s = J^T u`. It is linear in u, for every rule multiplies by its `g`.
@@ -922,69 +830,12 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
 #
-# The real ones are these, for nests, and with a tape only if somebody asks (`jacobian`
-# and `hessian`, which is the Jacobian of `grad`, are in IV.3). `_outputs` makes Tensors
-# of what f returned, `_match` a list of a nest that must be built like another, and
-# `_seeds` pairs outputs with cotangents; they refuse what cannot be (IV.3).
-
-
-def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
-    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, a tuple with an entry per
-    primal.
-
-    The *primals* are the arguments to differentiate at; the cotangent u is built like f's
-    result. f runs once, however often vjp_fn does.
-
-        >>> value, vjp_fn = vjp(lambda x: x ** 2, np.array([1.0, 3.0]))
-        >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
-        [1. 9.] [ 2. 60.]
-    """
-    if not primals:
-        raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
-    run = _Run("vjp", f, _map_tree(_copied_argument, primals))  # callers may write to theirs
-    outputs = _outputs("vjp", _flatten(run.output)[0])
-
-    def vjp_fn(cotangent: Any) -> tuple:
-        if cotangent is None:  # 1 for a scalar, as in `backward`
-            cotangents = [None] * len(outputs)
-        else:
-            cotangents = _match("vjp", cotangent, run.output)
-        create_graph = run.must_record(cotangents)
-        return run.rebuild(run.walk_back(outputs, cotangents, create_graph, retain_graph=True))
-
-    return run.value, vjp_fn
-
-
-def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
-    """`(f(*primals), the directional derivative of f along tangents)`, both built like
-    f's result.
-
-        >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
-        2.0
-    """
-    _require_tuples("jvp", primals, tangents)
-    run = _Run("jvp", f, primals, tangents=tangents)  # (which say whether to record)
-    items, rebuild = _flatten(run.output)
-    outputs = _outputs("jvp", items)
-    u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
-    s = run.walk_back(outputs, u, create_graph=True)  # walk 1
-    v = _match("jvp", tuple(tangents), tuple(primals))
-    seeds = _seeds("jvp", s, v, run.recorded)
-    return run.value, rebuild(_gradients(seeds, u, run.recorded))  # walk 2
-
-
-def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
-    """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`.
-
-        >>> print(*hvp(lambda x: (x ** 3).sum(), (np.array([1.0, 2.0]),), (np.array([1.0, 1.0]),)))
-        9.0 (Tensor([ 6., 12.], dtype=float64),)
-    """
-    _require_tuples("hvp", primals, vector)
-    run = _Run("hvp", f, primals, tangents=vector)
-    slopes = run.slopes()
-    v = _match("hvp", tuple(vector), tuple(primals))
-    seeds = _seeds("hvp", slopes, v, run.recorded)
-    return run.value, run.rebuild(_gradients(seeds, run.inputs, run.recorded))
+# A Hessian is the Jacobian of the gradient, row by row. `nanoad.grad`, `value_and_grad`,
+# `vjp`, `jvp`, `hvp`, `jacobian` and `hessian` are these functions for any number of
+# arguments, and with a tape only if somebody may ask (IV.3).
+#
+#     >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
+#     [6. 0.] [ 0. 12.]
 
 
 # # Part II. The rule book
@@ -2594,9 +2445,9 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     >>> print(where([True, False], b=np.array([7, 7]), a=t))  # t, or else 7
 #     [0.5 7. ]
 #
-# In the usual call, all arguments are Tensors and Python's numbers given by position,
-# and are used as they are. In any other call, `_operation` (I.2) first converts them.
-# This is its step 1, and has four parts:
+# In the usual call, all arguments are Tensors and Python's numbers given by position, and
+# are used as they are. In any other call, `_operation` (I.2) has them converted by
+# `_admit`, in four parts:
 #
 # a. Operands given by name are put at their positions, because rules go by position.
 # b. A list becomes an array.
@@ -2608,10 +2459,10 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     >>> print(args[0], args[1] is t, args[2], settings)
 #     [ True False] True [7. 7.] {}
 #
-# Then the function computes `np.where` of three arrays. (If it failed, `_explained`
-# would add the shapes to the error.) And because t is tracked, the result remembers
-# `where` and `args`. The functions below convert. (`as_tensor`, I.1, is for what is to
-# become a Tensor.)
+# Then `_compute` calls the function, here `np.where` of three arrays. (If it failed,
+# `_explained` would add the shapes to the error.) And because t is tracked, the result
+# remembers `where` and `args`. The functions below convert. (`as_tensor`, I.1, is for
+# what is to become a Tensor.)
 #
 #     `_admit`            all arguments of a call      a to d
 #     `_admit_operand`    one operand                  b: a Tensor, an array or a number
@@ -2621,7 +2472,7 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     `_float_array`      data, for `as_tensor`        b and c
 
 
-# The usual call has a Tensor, and besides only these. (An int may be a setting.)
+# The usual call has a Tensor, and besides it only these. (An int may be a setting.)
 _PLAIN = {Tensor, int, float}
 
 
@@ -5361,7 +5212,8 @@ def _replace_data(t: Tensor, value: Any) -> None:
 
 
 # **Gradients are written to, too,** for example by a user who clips them in place. So
-# each has memory of its own (`_to_keep`, I.5), and what is added to one makes a new array.
+# each has memory of its own (`_to_keep`, I.5), and what is added to one makes a new
+# array.
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
 
 
@@ -5505,9 +5357,10 @@ checkpoint.operands = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
 
-# ## IV.3 Arguments of transforms: what if one is a dict of lists?
+# ## IV.3 Transforms: what if an argument is a dict of lists?
 #
-# An argument may be a *nest* of dicts, lists and tuples of arrays, as the parameters of
+# The transforms that users call (I.7, I.8) take more than one vector: an argument may be
+# a *nest* of dicts, lists and tuples of arrays, as the parameters of
 # a model are. A walk knows only a flat list of tensors. So we take a nest apart into
 # the list of its *items*, and put the results together in the same structure:
 #
@@ -5722,6 +5575,169 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
             raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a constant, of which "
                                "no tape is written; make it by Tensor(...), outside no_grad()")
     return inputs
+
+
+# ### What do the transforms have in common?
+#
+# Each begins as `careful_grad` does (I.7): it makes fresh inputs, runs f, finds the route
+# between, and asks whether somebody may ask for more. A `_Run` does this for nests. The
+# transforms differ in the walks that follow, and these are as in I.8.
+
+
+class _Run:
+    """A function run by a transform: its inputs, fresh tensors; its output; the tape between."""
+
+    def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
+                 argnums: Any = None, tangents: Any = ()) -> None:
+        self.name = name
+        # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
+        chosen, put_back = _choose_arguments(name, args, argnums)
+        items, self.rebuild = _flatten(chosen)
+        self.inputs = [_fresh_input(name, item) for item in items]  # the x of I.7
+        args = put_back(self.rebuild(self.inputs))
+        with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
+            self.output = f(*args, **kwargs or {})  # its y
+        self.route = _find_route(_flatten(self.output)[0], self.inputs)
+        # Outside the `with`, for it is the caller's mode that counts. (Somebody may
+        # also ask by a tangent: I.8.)
+        self.recorded = self.must_record(tangents)
+
+    def must_record(self, given: Any) -> bool:
+        """Whether somebody may ask for derivatives of what a walk gives: by an older
+        tensor, or by one of those `given` to it as cotangents or tangents.
+        """
+        items, _ = _flatten(given)
+        return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
+
+    @property
+    def value(self) -> Any:
+        """The output for the caller: constant, if nobody else can ask."""
+        if self.recorded:
+            return self.output
+        return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
+
+    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
+                  retain_graph: bool = False) -> list[Tensor]:
+        """What reaches the inputs from these cotangents of the outputs (None: 1, for a
+        scalar)."""
+        seeds = _seeds(self.name, outputs, cotangents, create_graph)
+        return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
+
+    def slopes(self) -> list[Tensor]:
+        """The gradient of a scalar output, to be differentiated again (I.8)."""
+        return self.walk_back(_outputs(self.name, [self.output]), [None], create_graph=True)
+
+
+def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
+                   argnum: Any = None) -> Callable:
+    """The function that returns (f(...), gradient of f), for an f that returns a scalar.
+
+    The gradient, a Tensor, is built like the argument at `argnums` (`argnum` in HIPS
+    autograd), or is a tuple of such if that is one; zeros for an argument that has no
+    part. With `has_aux`, f returns (scalar, anything), and the value is that pair.
+    Raises ValueError if f is not scalar, TypeError for integer arguments; warns if f
+    returns a plain number, whose derivative is zero.
+
+        >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
+        10.0 [2. 6.]
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> tuple:
+        return _value_and_slopes("value_and_grad", f, args, kwargs, argnums, has_aux)
+
+    return function
+
+
+def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argnums: Any,
+                      has_aux: bool) -> tuple:
+    run = _Run(name, f, args, kwargs, argnums)
+    scalar = _first_of_pair(name, run.output) if has_aux else run.output
+    slopes = run.walk_back(_outputs(name, [scalar]), [None], run.recorded)
+    return run.value, run.rebuild(slopes)
+
+
+def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
+         argnum: Any = None) -> Callable:
+    """The function that returns the gradient of f, which returns a scalar (else see
+    `jacobian`).
+
+    It returns a Tensor like the argument at `argnums` (see `value_and_grad`); with
+    `has_aux`, (gradient, aux). `.numpy()` makes an array of it; NumPy's functions take
+    it as it is.
+
+        >>> slope = grad(lambda x: x * x)  # constant, unless somebody can differentiate by x
+        >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
+        False True
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        value, slope = _value_and_slopes("grad", f, args, kwargs, argnums, has_aux)
+        return (slope, value[1]) if has_aux else slope
+
+    return function
+
+
+def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
+    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, a tuple with an entry per
+    primal.
+
+    The *primals* are the arguments to differentiate at; the cotangent u is built like f's
+    result. f runs once, however often vjp_fn does.
+
+        >>> value, vjp_fn = vjp(lambda x: x ** 2, np.array([1.0, 3.0]))
+        >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
+        [1. 9.] [ 2. 60.]
+    """
+    if not primals:
+        raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
+    run = _Run("vjp", f, _map_tree(_copied_argument, primals))  # callers may write to theirs
+    outputs = _outputs("vjp", _flatten(run.output)[0])
+
+    def vjp_fn(cotangent: Any) -> tuple:
+        if cotangent is None:  # 1 for a scalar, as in `backward`
+            cotangents = [None] * len(outputs)
+        else:
+            cotangents = _match("vjp", cotangent, run.output)
+        create_graph = run.must_record(cotangents)
+        return run.rebuild(run.walk_back(outputs, cotangents, create_graph, retain_graph=True))
+
+    return run.value, vjp_fn
+
+
+def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
+    """`(f(*primals), the directional derivative of f along tangents)`, both built like
+    f's result.
+
+        >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
+        2.0
+    """
+    _require_tuples("jvp", primals, tangents)
+    run = _Run("jvp", f, primals, tangents=tangents)  # (which say whether to record)
+    items, rebuild = _flatten(run.output)
+    outputs = _outputs("jvp", items)
+    u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
+    s = run.walk_back(outputs, u, create_graph=True)  # walk 1
+    v = _match("jvp", tuple(tangents), tuple(primals))
+    seeds = _seeds("jvp", s, v, run.recorded)
+    return run.value, rebuild(_gradients(seeds, u, run.recorded))  # walk 2
+
+
+def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
+    """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`.
+
+        >>> print(*hvp(lambda x: (x ** 3).sum(), (np.array([1.0, 2.0]),), (np.array([1.0, 1.0]),)))
+        9.0 (Tensor([ 6., 12.], dtype=float64),)
+    """
+    _require_tuples("hvp", primals, vector)
+    run = _Run("hvp", f, primals, tangents=vector)
+    slopes = run.slopes()
+    v = _match("hvp", tuple(vector), tuple(primals))
+    seeds = _seeds("hvp", slopes, v, run.recorded)
+    return run.value, run.rebuild(_gradients(seeds, run.inputs, run.recorded))
 
 
 # ### jacobian and hessian: what of a nest?
