@@ -15,13 +15,14 @@ mattered:
 
 The file has four parts, and whoever stops early has something whole:
 
-    I    the idea        tensor, operations, the walk back, grad and what else one walk tells
-    II   the rule book   operations on arrays, their derivatives; how to add one, and make it fast
-    III  networks        losses, modules, optimizers, convolution, normalization, attention,
-                         a GPT; many cores
-    IV   the craft       what a good tool needs and the idea does not: the watch over writes,
-                         memory, nests, the machine, workers, data, saving, drawing, plots;
-                         decompositions, NumPy's other names; an index of names; a tour
+    I    the idea        tensor, operations, the walk back, grad, what else a walk tells
+    II   the rule book   operations and their derivatives; how to add one and make it fast
+    III  networks        losses, modules, optimizers, convolution, normalization,
+                         attention, a GPT; many cores
+    IV   the craft       what a good tool needs and the idea does not: the watch over
+                         writes, memory, nests, the machine, workers, data, saving,
+                         drawing, plots; decompositions, NumPy's other names; an index
+                         of names; a tour
 
 You need NumPy, calculus, and no other file. `python nanoad.py` gives the tour. (After
 the imports, which are Python's own and NumPy, the essay begins.)
@@ -77,25 +78,24 @@ __version__ = "2.0.0"
 # All Tensors of one computation, each pointing at its operands, are called the *tape*.
 # It is written forwards, and derivatives are read off it backwards.
 #
-# Three words are used from here to the end. A Tensor is *tracked* if somebody may ask for
-# the derivative by it; the results of operations on it are tracked, too. A *constant* is
-# not tracked. A *leaf* remembers no operation: a walk back along the tape ends there.
-# (What is computed from constants alone, or inside no_grad(), is one, too.)
+# Three words are used from here to the end. A Tensor is *tracked* if it was made to be
+# differentiated by, or was computed from one that was. Any other is a *constant*, such as
+# the result of an operation on constants alone. A *leaf* remembers no operation: a walk
+# back along the tape ends there.
 
 
 class Tensor:
     """An n-dimensional array that can be differentiated through.
 
     `data` is anything that NumPy makes an array of, and is copied. Integers and bools
-    cannot take the small steps that a derivative is about, so they become float64.
+    become float64, since they cannot take the small steps that a derivative is about.
     `dtype` is another floating-point type to convert to. A list that holds Tensors is
     stacked. Raises TypeError for data that are not real numbers.
 
-    The Tensor is tracked with `requires_grad`, and a constant without it. (A tracked copy
-    of a tracked Tensor is tied to that one, and is no leaf, unless it is made inside
-    no_grad().) Operators (I.2), NumPy's functions such as `np.exp(t)` (II.2) and methods
-    (II.8) differentiate, and treat everything that is not a Tensor as a constant.
-    Comparisons give plain bool arrays.
+    With `requires_grad` the Tensor is tracked, else it is a constant. (A tracked copy of
+    a tracked Tensor is tied to that one: I.7.) Operators, NumPy's functions and methods
+    differentiate, and take everything that is not a Tensor for a constant. Comparisons
+    give plain bool arrays.
     """
 
     __slots__ = (
@@ -105,12 +105,13 @@ class Tensor:
         "label",          # a name, for pictures and messages
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
-        "_operands",      # the operation's positional arguments: operands, then settings.
-                          # () for a leaf; None once the tape was let go (I.5)
+        "_operands",      # the arguments that the operation was given by position:
+                          # operands, then settings. () for a leaf; None once the tape
+                          # was let go (I.5)
         "_settings",      # the operation's named arguments, such as axis=0
         # Skip these: the fast way back (II.7), the watch over writes (IV.1), what an
         # earlier walk has met (IV.3), and Python's weak references.
-        "_pullback", "_written", "_checksum", "_sources", "__weakref__",
+        "_pullback", "_written", "_checksum", "_leaves", "__weakref__",
     )
 
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
@@ -119,15 +120,15 @@ class Tensor:
         source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
-            # The copy of a tracked tensor is a result of it, by the operation `identity`
-            # (I.2). So grad(grad(f)) finds its way from one input to the other (I.7).
+            # The copy of a tracked tensor is a result of it, by the operation `identity`.
+            # So grad(grad(f)) finds its way from one input to the other (I.7).
             _fill(self, array, identity, (source,))
         else:
             _fill(self, array, requires_grad=requires_grad)
         self.label = label
 
     shape = property(lambda self: self._data.shape, doc="The size along each axis.")
-    dtype = property(lambda self: self._data.dtype, doc="The NumPy type of the elements.")
+    dtype = property(lambda self: self._data.dtype, doc="The elements' NumPy type.")
     ndim = property(lambda self: self._data.ndim, doc="The number of axes.")
     size = property(lambda self: self._data.size, doc="The number of elements.")
 
@@ -171,7 +172,7 @@ class Tensor:
         non-scalar without `grad`, or a `grad` of another shape; RuntimeError if there is
         no tape.
         """
-        _backward(self, grad, create_graph, retain_graph or retain_grads, retain_grads)  # (I.5)
+        _backward(self, grad, create_graph, retain_graph or retain_grads, retain_grads)
 
 
 Value = Tensor  # as it is called in Karpathy's micrograd
@@ -193,7 +194,7 @@ def _fill(t: Tensor, array: np.ndarray, op: Callable | None = None, operands: tu
     t._pullback = pullback
     t._written = 0
     t._checksum = None
-    t._sources = None
+    t._leaves = None
     return t
 
 
@@ -203,7 +204,8 @@ def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
 
 
 def as_tensor(data: Any) -> Tensor:
-    """`data` if it is a Tensor; a list with Tensors in it, stacked; else a constant, not copied."""
+    """`data` if it is a Tensor; if not, a constant, not copied. (A list that holds
+    Tensors is stacked.)"""
     if isinstance(data, Tensor):
         return data
     if _holds_tensor(data):
@@ -257,8 +259,8 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an operation.)
     """
     def decorate(forward: Callable) -> Callable:
-        operation = _operation(forward, _pull_by_rules)
-        operation.operands = sys.maxsize if each else len(rules)
+        arity = sys.maxsize if each else len(rules)
+        operation = _operation(forward, _pull_by_rules, arity)
         operation.rules = rules
         operation.each = each
         return operation
@@ -272,8 +274,10 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 # operation: II.9. The `pullback` is None, but for the fused operations of II.7.)
 
 
-def _operation(forward: Callable, pull: Callable) -> Callable:
-    """The operation that computes `forward`, and on the way back asks `pull` (below)."""
+def _operation(forward: Callable, pull: Callable, arity: int) -> Callable:
+    """The operation that computes `forward`. It has `arity` operands, and any settings
+    after them; on the way back the walk asks `pull` (below).
+    """
 
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
@@ -284,22 +288,18 @@ def _operation(forward: Callable, pull: Callable) -> Callable:
         return _wrap(y)
 
     operation.pull = pull
-    operation.rules = ()
-    operation.definition = None
+    operation.arity = arity
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
 
 
-# Whether a tape is written can be switched off for a while, in one thread. (Two other
-# things are switched in the same way, and come later.)
+# Whether a tape is written can be switched off for a while, in one thread.
 
 
 class _Mode(threading.local):
-    """What each thread has for itself."""
+    """What each thread has for itself. (Later parts add fields.)"""
 
     recording = True  # whether a tape is written
-    runs: tuple = ()  # the transforms that are running a function just now (I.7)
-    rng = functools.cached_property(lambda self: np.random.default_rng())  # for dropout (III.2)
 
     @contextlib.contextmanager
     def set(self, **fields: Any) -> Iterator[None]:
@@ -316,7 +316,8 @@ _mode = _Mode()
 
 
 def no_grad() -> contextlib.AbstractContextManager:
-    """A context manager and, with its parentheses, a decorator: inside, no tape is written."""
+    """A context manager (and, with its parentheses, a decorator): inside, no tape is
+    written."""
     return _mode.set(recording=False)
 
 
@@ -326,22 +327,21 @@ def no_grad() -> contextlib.AbstractContextManager:
 
 
 def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
-    """What each operand of `t` receives from its cotangent `g`; None where nothing is wanted."""
-    y, operands = t, t._operands
+    """What each operand of `t` receives from its cotangent `g`; None if not wanted."""
+    y, args = t, t._operands
     if not create_graph:
-        y = t._data
-        operands = [a._data if isinstance(a, Tensor) else a for a in operands]
-    rules = t._op.rules or [functools.partial(t._op.each, i) for i in range(len(wanted))]
-    shares = []
-    for rule, is_wanted in zip(rules, wanted):
-        shares.append(rule(g, y, *operands, **t._settings) if is_wanted else None)
-    return shares
+        y, args = t._data, [_value(a) for a in args]
+    rules = t._op.rules
+    if t._op.each:
+        rules = [functools.partial(t._op.each, i) for i in range(len(wanted))]
+    return [rule(g, y, *args, **t._settings) if is_wanted and rule else None
+            for rule, is_wanted in zip(rules, wanted)]
 
 
 # Here are the first ten operations. The examples use some others from part II, such as
 # `sum` and `**`. If a derivative is simpler in terms of the result, the rule uses that:
-# the derivative of exp is `y` itself. (`operator.mul(a, b)` is `a * b`, which for single
-# numbers is much quicker than np.multiply.)
+# the derivative of exp is `y` itself. (`operator.mul(a, b)` is `a * b`. Two are functions
+# of our own, for the sake of their names.)
 
 
 @primitive(lambda g, y, x: g)
@@ -420,10 +420,10 @@ Tensor.__neg__ = neg
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
 # younger than t*. When t is the youngest that waits, nothing that uses it is waiting. And
 # nothing that uses it can come to wait later, since from here on only operands are added,
-# which are older still. So every use of t that leads to the end has been taken already
-# (a use that does not lead there never waits, and owes nothing), and the cotangent of t
-# is complete. Take `y =
-# a * b` and `z = y + a`, where a, b, y, z have the times 1, 2, 3, 4:
+# which are older still. But whatever uses t, and leads to the end, waits at some time: it
+# is the end, or an operand of something that has its turn before. So it has had its turn
+# already, and the cotangent of t is complete. Take `y = a * b` and `z = y + a`, where a,
+# b, y, z have the times 1, 2, 3, 4:
 #
 #          z:4         what waits, with its cotangent     is taken
 #         /   \        z:4 <- 1                           z, whose shares go to y and a
@@ -461,83 +461,25 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
         >>> print(row.grad, unbroadcast(np.ones((4, 3)), (3,)))
         [4. 4. 4.] [4. 4. 4.]
     """
-    if g.dtype == np.float16:
-        g = g.astype(np.float32)  # many small numbers would not add up
     extra = g.ndim - len(shape)  # axes that NumPy put in front: here 1
     padded = (1,) * extra + shape  # here (1, 3)
     stretched = tuple(i for i, n in enumerate(g.shape) if n != padded[i])  # here (0,)
     if extra < 0 or any(padded[i] != 1 for i in stretched):
-        raise ValueError(f"a cotangent of shape {g.shape} for an operand of shape {shape}, which "
-                         "does not stretch to it: a rule returns the shape of its operand, or of y")
+        raise ValueError(f"a cotangent of shape {g.shape} for an operand of shape "
+                         f"{shape}, which does not stretch to it: a rule returns the "
+                         "shape of its operand, or of y")
+    if g.dtype == np.float16:
+        g = g.astype(np.float32)  # in float16, many small numbers would not add up
     return np.sum(g, axis=stretched).reshape(shape)
 
 
 # ## I.5 The real walk: what does care add?
 #
-# First, *where to go*. For the derivatives of some outputs by certain inputs, a walk need
-# only visit what lies between them, the *route*. Say we want the derivative of z by x:
-#
-#     j:1     k:2 = exp(j)     x:3     y:4 = k * x     w:5 = sin(k)     z:6 = y * w
-#
-# Search back from z to all that it was made of. Then go forwards through what was found:
-# on the route are the inputs, and whatever has an operand on the route.
-#
-#     found           6, 5, 4, 3, 2
-#     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
-#
-# Why was j not found? A tensor is made of older ones. So k, which is older than x, was
-# not made of x, and neither was anything behind k. The time of the oldest input is the
-# *horizon*. Where the search meets a tracked tensor beyond it, it turns back, and notes
-# that tensor as `older`. A walk has no use for these; I.7 will.
-#
-# No two tensors have one time, so a time serves as a tensor's name, and a set of times
-# keeps no tensor alive.
-#
-#     >>> j = Tensor(1.0)
-#     >>> k = np.exp(j)
-#     >>> x = Tensor(2.0)
-#     >>> y, w = k * x, np.sin(k)
-#     >>> z = y * w
-#     >>> route = _find_route([z], [x])
-#     >>> print([t._time in route.times for t in (j, k, x, y, w, z)], route.older[0] is k)
-#     [False, False, True, True, False, True] True
-
-
-class _Route(NamedTuple):
-    """Which way a walk has to go."""
-
-    times: set[int]      # of all tensors on the route
-    horizon: int         # behind this time no walk goes: the oldest input's (or IV.2's)
-    older: list[Tensor]  # the tracked tensors beyond the horizon that the search has met
-
-
-def _find_route(outputs: Iterable, inputs: Sequence[Tensor], horizon: int | None = None) -> _Route:
-    """The route of a walk from `outputs` to `inputs`. (IV.2 gives a horizon of its own.)"""
-    if horizon is None:
-        horizon = min((t._time for t in inputs), default=0)
-
-    found: dict[int, Tensor] = {}  # time -> tensor
-    to_visit = [t for t in outputs if _tracked(t)]
-    while to_visit:
-        t = to_visit.pop()
-        if t._time not in found:
-            found[t._time] = t
-            if t._time >= horizon:  # else it is older: turn back
-                operands = _operands_to_search(t, inputs)  # t._operands, if not let go (C)
-                to_visit += [a for a in operands if _tracked(a)]
-
-    times = {t._time for t in inputs}
-    for moment in sorted(found):  # operands before results
-        operands = found[moment]._operands or ()
-        if any(_tracked(a) and a._time in times for a in operands):
-            times.add(moment)
-    return _Route(times, horizon, [t for time, t in found.items() if time < horizon])
-
-
-# Now *the walk*. It is the naive one with a heap instead of `max`. (Python's heap gives
-# out the smallest number, so it holds the negative times.) It does not recurse, for a
-# tape may be a million operations deep. Everything else that is new is marked by a
-# letter, and explained below.
+# **The walk** is the naive one with a heap instead of `max`. (Python's heap gives out the
+# smallest number, so it holds the negative times.) It does not recurse, for a tape may be
+# a million operations deep. A time serves as a tensor's name, since no two tensors have
+# the same. Four more cares are marked by letters, and explained below. The `route` tells
+# what to pass on the way to what was asked for, and comes after them.
 
 
 def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
@@ -545,36 +487,42 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
     first.
 
-    A cotangent is an ndarray; with `create_graph`, a Tensor. Only what lies on `route`
-    is visited; None means all.
+    A cotangent is an ndarray; with `create_graph`, a Tensor. `route` says where to go;
+    None means everywhere.
     """
-    waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, what it has received)
-    for t, g in seeds:
+    waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, its sum of shares)
+    heap: list[int] = []  # -time of each that waits
+
+    def receive(t: Tensor, g: Any) -> None:
         if t._time in waiting:
             g = waiting[t._time][1] + g
+        else:
+            heapq.heappush(heap, -t._time)
         waiting[t._time] = t, g
-    heap = sorted(-time for time in waiting)  # a sorted list is a heap
+
+    for t, g in seeds:
+        receive(t, g)
     while heap:
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
-        if t._op is None or (route is not None and t._time <= route.horizon):
-            continue  # a leaf, or at the horizon
+        if t._op is None or (route is not None and t._time not in route.through):
+            continue  # a leaf, or nothing that was asked for is behind t
         _check_tape(t)  # (A)
-        wanted = [_tracked(a) and (route is None or a._time in route.times)
-                  for a in t._operands[:t._op.operands]]  # (after these come settings)
-        if not any(wanted):
-            continue  # an input that was made of older tensors: their tape is not ours
-        for a, share in zip(t._operands, t._op.pull(t, g, wanted, create_graph)):
-            if share is None:
-                continue
-            share = _fit(share, a, create_graph)  # (B)
-            if a._time in waiting:
-                share = waiting[a._time][1] + share
-            else:
-                heapq.heappush(heap, -a._time)
-            waiting[a._time] = a, share
+        for a, share in _shares(t, g, route, create_graph):
+            receive(a, share)
         if not (retain_graph or create_graph):
             t._operands = t._settings = t._pullback = None  # (C)
+
+
+def _shares(t: Tensor, g: Any, route: _Route | None,
+            create_graph: bool) -> Iterator[tuple[Tensor, Any]]:
+    """The operands of `t` that receive something from its cotangent `g`, and what."""
+    operands = t._operands[:t._op.arity]  # without the settings
+    wanted = [_tracked(a) and (route is None or a._time in route.times)
+              for a in operands]
+    for a, share in zip(operands, t._op.pull(t, g, wanted, create_graph)):
+        if share is not None:
+            yield a, _fit(share, a, create_graph)  # (B)
 
 
 # **A.** The rules read the arrays that t was made of. Are these still there, and as they
@@ -596,14 +544,12 @@ def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
     return share
 
 
-# **C.** When the walk has passed through a tensor, it drops what that was made of, so
-# memory falls as we go. (For the same reason the list of shares has no name: it is freed
-# as soon as the loop over it ends.)
+# **C.** When the walk has passed through a tensor, it lets go of what that was made of,
+# so memory falls as we go.
 #
-# One more care is for whoever *keeps* a cotangent. A rule may return `g` itself, as those
-# of `add` do, and then two leaves would have one array for their gradients: whoever wrote
-# to one would change the other. So what is kept is copied. (The walk itself adds by `+`
-# and writes to nothing.)
+# **D.** A rule may return `g` itself, as those of `add` do. Then two leaves may be handed
+# one array, and whoever wrote to the gradient of one would change the other's. So whoever
+# keeps a cotangent copies it. (The walk adds by `+`, and writes to nothing.)
 
 
 def _to_keep(g: Any) -> Tensor:
@@ -611,51 +557,126 @@ def _to_keep(g: Any) -> Tensor:
     return _copy(g) if isinstance(g, Tensor) else _wrap(np.array(g))
 
 
-# Two functions use the walk, and begin with a cotangent of the output, by default 1
-# (`_first_cotangent`: IV.3). In outline they are
+# **The route.** For the derivatives of some outputs by certain inputs, a walk need only
+# visit what lies between them. Say we want the derivative of z by x:
 #
-#     backward     for t, g in a walk to all leaves:    if t is a leaf, t.grad += g
-#     gradients    for t, g in a walk on the route:     if t is an input, keep g
+#     j:1     k:2 = exp(j)     x:3     y:4 = k * x     w:5 = sin(k)     z:6 = y * w
+#
+# Search back from z to all that it was made of. Then go forwards through what was found:
+# on the route are the inputs, and whatever has an operand on the route. The walk goes
+# *through* the latter.
+#
+#     found           6, 5, 4, 3, 2
+#     on the route    3; 4, by 3; 6, by 4; and not 5, whose only operand is 2
+#
+# Why was j not found? A tensor is made of older ones. So k, which is older than x, was
+# not made of x, and neither was anything behind k. The time of the oldest input is the
+# *horizon*, and where the search meets something older, it turns back. (It notes what it
+# met there as `older`, for I.7.)
+#
+#     >>> j = Tensor(1.0)
+#     >>> k = np.exp(j)
+#     >>> x = Tensor(2.0)
+#     >>> y, w = k * x, np.sin(k)
+#     >>> z = y * w
+#     >>> route = _find_route([z], [x])
+#     >>> print([t._time in route.times for t in (j, k, x, y, w, z)], route.older[0] is k)
+#     [False, False, True, True, False, True] True
+
+
+class _Route(NamedTuple):
+    """Which way a walk has to go. (A set of times keeps no tensor alive.)"""
+
+    times: set[int]      # of all tensors on the route
+    through: set[int]    # of those among them that have an operand on the route
+    older: list[Tensor]  # the tracked tensors beyond the horizon that the search met
+
+
+def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
+                horizon: int | None = None) -> _Route:
+    """The route from `outputs` to `inputs`. (IV.2 gives a horizon of its own.)"""
+    if horizon is None:
+        horizon = min((t._time for t in inputs), default=0)
+
+    older = []
+    operands_of: dict[int, list[Tensor]] = {}  # time of a tensor -> its tracked operands
+    to_visit = list(outputs)
+    while to_visit:
+        t = to_visit.pop()
+        if not _tracked(t) or t._time in operands_of:
+            continue
+        operands_of[t._time] = []
+        if t._time < horizon:
+            older.append(t)
+        else:
+            operands = _operands_to_search(t, inputs)
+            operands_of[t._time] = [a for a in operands if _tracked(a)]
+            to_visit += operands_of[t._time]
+
+    times = {t._time for t in inputs}
+    through = set()
+    for moment in sorted(operands_of):  # operands before results
+        if any(a._time in times for a in operands_of[moment]):
+            through.add(moment)
+            times.add(moment)
+    return _Route(times, through, older)
+
+
+# (`_operands_to_search` returns `t._operands`. IV.3 says what it does if these were let
+# go.)
+#
+# **Two functions use the walk**, and begin with a cotangent of the output, by default 1:
+#
+#     backward     for t, g in a walk everywhere:      if t is a leaf, t.grad += g
+#     gradients    for t, g in a walk on the route:    if t is an input, keep g
 
 
 def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
               retain_grads: bool) -> None:
     if not output.requires_grad:
-        raise RuntimeError("backward: this tensor was made of constants or inside no_grad(), so "
-                           "there is no tape to walk back on")
+        raise RuntimeError("backward: this tensor was made of constants or inside "
+                           "no_grad(), so there is no tape to walk back on")
     seed = _first_cotangent("backward", output, grad, create_graph)
-    met = set()  # the times of those that keep a gradient
+    leaves = set()  # the times of those that the walk has met
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
+            if t._op is None:
+                leaves.add(t._time)
             if t._op is None or retain_grads:
-                met.add(t._time)
-                _accumulate(t, _to_keep(g))  # t.grad += g
-    output._sources = met  # for a search that comes here when the tape is gone (IV.3)
+                _accumulate(t, _to_keep(g))  # t.grad += g, and (D)
+    output._leaves = leaves  # what it was made of, now that its tape is gone (IV.3)
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
-              create_graph: bool = False, retain_graph: bool = False) -> tuple[Tensor, ...]:
+              create_graph: bool = False,
+              retain_graph: bool = False) -> tuple[Tensor, ...]:
     """The derivatives of `output` by each of `inputs`, as a tuple; zeros for one that
     had no part.
 
     Touches no `.grad`; all else is as in `Tensor.backward`. (In PyTorch:
     `torch.autograd.grad`.) Raises RuntimeError for an input that is a constant.
     """
-    inputs = _require_tracked("gradients", [inputs] if isinstance(inputs, Tensor) else inputs)
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    _require_tracked("gradients", inputs)
     seed = _first_cotangent("gradients", output, grad, create_graph)
     return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph))
 
 
+# (In two more steps, since later parts begin at one or the other.)
+
+
 def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
                retain_graph: bool = False, route: _Route | None = None) -> list[Tensor]:
-    """The cotangents that reach `inputs`, zeros where none does."""
+    """The cotangents that reach `inputs`, to keep; zeros where none does."""
     reached = _walk_to(inputs, seeds, create_graph, retain_graph, route)
     with _mode.set(recording=create_graph):
-        return [_to_keep(reached[t] if t in reached else np.zeros_like(t._data)) for t in inputs]
+        return [_to_keep(reached[t]) if t in reached else _wrap(np.zeros_like(t._data))
+                for t in inputs]
 
 
 def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = False,
-             retain_graph: bool = False, route: _Route | None = None) -> dict[Tensor, Any]:
+             retain_graph: bool = False,
+             route: _Route | None = None) -> dict[Tensor, Any]:
     """A walk from `seeds` to `inputs`: of each input that it reaches, the cotangent."""
     route = route or _find_route([t for t, _ in seeds], inputs)
     asked = set(inputs)
@@ -681,9 +702,8 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # that uses it goes on through y. There is no second set of rules that could be wrong.
 # The rest of the walk, `+` and the sum in `unbroadcast`, is recorded like the rules.
 # The new tape is made of the first one, and younger. So the order of I.3 is right for
-# the second walk, too, and the first walk has to retain its tape. (A fused operation
-# has a fast way back beside its rules. Its second derivative takes the rules again:
-# II.7.) Here is `x * x * x`, three times over:
+# the second walk, too, and the first walk has to retain its tape. Here is `x * x * x`,
+# three times over:
 #
 #     >>> x = Tensor(2.0)
 #     >>> y = x * x * x
@@ -733,6 +753,9 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # *When the search for the route has met a tracked tensor that is older than our inputs*
 # (`older`, I.5). Whoever asks for a derivative later asks by a tensor of their own, which
 # had a part in the result. Our inputs are made when f is called, so that tensor is older.
+# The search may not come as far as that tensor. But the path from y back to it goes from
+# younger to older, so it crosses the horizon somewhere, and the first tensor beyond is
+# met. (It is tracked, since it was made of a tracked one.)
 #
 #     >>> def careful_grad(f):
 #     ...     def slope(x):
@@ -753,20 +776,20 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     y:3    b * b, the result of f             where the inner search begins
 #     s:4    1 * b + 1 * b, the slope           written by the inner walk (drawn as one)
 #
-# The inner search goes from y to b. That is its horizon, where it still looks at the
-# operands: it meets a, which is older. So the inner walk is recorded. The outer search
-# goes from s by b to a, its own input, and meets nothing older. So the outer walk runs on
-# bare arrays.
+# The inner search goes from y to b, and looks at the operands of b, too, since b is not
+# older than the horizon, but just there. So it meets a, and the inner walk is recorded.
+# The outer search goes from s by b to a, its own input, and meets nothing older. So the
+# outer walk runs on bare arrays.
 #
 # Can an inner walk let go of a tape that an outer one needs? If the inner walk is
 # recorded, it retains the tape. If it is not, then nothing older had a part in y, so no
 # walk to an older tensor leads there.
 #
 # (If f reads the parameter of a network, that is older, too: its trainer may ask. If
-# nobody will ask, call `grad(f)` inside `no_grad()`. Then the walk is not recorded, and
-# the gradient is a constant. One case escapes: if f makes a tracked tensor of its own and
-# hands it out, say by appending it to a list, that tensor is younger than the inputs, and
-# the gradient cannot be differentiated by it.)
+# nobody will, call nanoad's own `grad(f)` inside `no_grad()`. It records while f runs, or
+# it could not walk back, but it does not record its walk. One case escapes: if f makes a
+# tracked tensor of its own and hands it out, say by appending it to a list, that tensor
+# is younger than the inputs, and the gradient cannot be differentiated by it.)
 #
 # **If you have come this far, you have the whole idea.** The rest of the file uses it.
 # (The `grad` that users call is `careful_grad` for any number of arguments, which may
@@ -814,7 +837,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # (Townsend, 2017):
 #
 # 1. The first starts from the output, with `create_graph` and a tracked cotangent u. The
-#    result is `s = J^T u`. It is linear in u, for every rule multiplies by its `g`.
+#    result is `s = J^T u`. It is linear in u, for every rule is linear in its `g`.
 # 2. The second starts from s with the cotangent v, and goes back to u. It multiplies by
 #    the transpose of `J^T`, so it gives `J v`. The value of u does not matter, since a
 #    linear function has the same slope everywhere: zeros will do. (One exception: equal
@@ -830,9 +853,8 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
 #
-# A Hessian is the Jacobian of the gradient, row by row. `nanoad.grad`, `value_and_grad`,
-# `vjp`, `jvp`, `hvp`, `jacobian` and `hessian` are these functions for any number of
-# arguments, and with a tape only if somebody may ask (IV.3).
+# The functions that users call are `grad`, `value_and_grad`, `vjp`, `jvp`, `hvp`,
+# `jacobian` and `hessian` (IV.3).
 #
 #     >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
 #     [6. 0.] [ 0. 12.]
@@ -2160,8 +2182,8 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
     twice. float16 operands arrive as float32.
     """
     def decorate(kernel: Callable) -> Callable:
-        operation = _operation(_in_float32(kernel), _pull_fused)
-        operation.operands = sys.maxsize if operands is None else operands
+        arity = sys.maxsize if operands is None else operands
+        operation = _operation(_in_float32(kernel), _pull_fused, arity)
         operation.definition = _in_float32(definition)
         return operation
 
@@ -2391,9 +2413,10 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
 def _plain_number(t: Tensor) -> float:
     for run in _mode.runs:
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
-            raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
-                            "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
-                            "function, as in np.sin(t), or t.item() if no derivative is wanted")
+            raise TypeError(f"{run.name}: float() of a tensor that is being "
+                            "differentiated, as in math.sin(t) or array[0] = t, would "
+                            "lose its derivative; use NumPy's function, as in "
+                            "np.sin(t), or t.item() if no derivative is wanted")
     return t.item()
 
 
@@ -2405,7 +2428,8 @@ def _repr(self: Tensor) -> str:
 
 
 def _setitem(self: Tensor, index: Any, value: Any) -> None:
-    raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
+    raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to "
+                    "t.data")
 
 
 for _name, _f in dict(
@@ -2431,8 +2455,8 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     if value.ndim == 0 and t.ndim > 0:
         value = broadcast_to(value, t.shape)
     if value.shape != t.shape:
-        raise ValueError(f"a gradient of shape {value.shape} for {t.label or 'a tensor'} of shape "
-                         f"{t.shape}: they must agree")
+        raise ValueError(f"a gradient of shape {value.shape} for "
+                         f"{t.label or 'a tensor'} of shape {t.shape}: they must agree")
     return value if value.dtype == t.dtype else astype(value, t.dtype)
 
 
@@ -2483,7 +2507,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     if is_usual:
         return args, settings
 
-    name, count = operation.__name__, operation.operands
+    name, count = operation.__name__, operation.arity
     if settings:
         settings = dict(settings)
         operand_names, _ = _argument_names(operation)
@@ -2497,13 +2521,14 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     all_floating = kinds == {"f"}
     if not all_floating:  # there are integers or bools, or no arrays at all
-        exempt = [i for i in range(len(operands))
-                  if operation.rules and operation.rules[i] is None]
+        rules = getattr(operation, "rules", ())
+        exempt = [i for i in range(len(operands)) if rules and rules[i] is None]
         operands = _to_floating(operands, exempt)  # (c)
 
     if len(args) > count or settings:
         operands += [_admit_setting(operation, a) for a in args[count:]]  # (d)
-        settings = {key: _admit_setting(operation, a, key) for key, a in settings.items()}
+        settings = {key: _admit_setting(operation, a, key)
+                    for key, a in settings.items()}
     return tuple(operands), settings
 
 
@@ -2517,7 +2542,7 @@ def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
     if code is None:
         return (), ()
     names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
-    count = min(operation.operands, code.co_argcount)
+    count = min(operation.arity, code.co_argcount)
     return names[:count], names[count:]
 
 
@@ -2533,16 +2558,19 @@ def _admit_operand(name: str, a: Any) -> Any:
     if isinstance(a, (list, tuple)):
         return as_tensor(a) if _holds_tensor(a) else np.asarray(a)
     if isinstance(a, (np.matrix, np.ma.MaskedArray)):
-        raise TypeError(f"{name}: a {type(a).__name__} has operators of its own, which a Tensor's "
-                        "are not; give np.asarray of it")
+        raise TypeError(f"{name}: a {type(a).__name__} has operators of its own, which "
+                        "a Tensor's are not; give np.asarray of it")
     if type(a).__name__ == "Tensor" and hasattr(type(a), "__array_ufunc__"):
-        raise TypeError(f"{name}: a Tensor of {type(a).__module__}, which is another copy of "
-                        f"nanoad than {__name__}; import one of them everywhere")
+        raise TypeError(f"{name}: a Tensor of {type(a).__module__}, which is another "
+                        f"copy of nanoad than {__name__}; import one of them "
+                        "everywhere")
     return np.asarray(a) if hasattr(a, "__array__") or isinstance(a, np.generic) else a
 
 
 def _holds_tensor(a: Any) -> bool:
-    return isinstance(a, Tensor) or isinstance(a, (list, tuple)) and any(map(_holds_tensor, a))
+    if isinstance(a, (list, tuple)):
+        return any(map(_holds_tensor, a))
+    return isinstance(a, Tensor)
 
 
 # **c** makes `t * mask` and `log(counts)` possible. (Unconverted, a uint8 would wrap at
@@ -2591,27 +2619,30 @@ def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
         return _value(a)
     names, settings = _argument_names(operation)
     if name is None or name in settings:
-        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given where a "
-                        "setting belongs (a shape, an axis, an eps, integers), and would get none; "
-                        "use .item() or .numpy()")
-    known = f"are {', '.join(names)}, each once" if names else "have no names: give by position"
-    raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; its operands "
-                    f"{known}")
+        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was "
+                        "given where a setting belongs (a shape, an axis, an eps, "
+                        "integers), and would get none; use .item() or .numpy()")
+    known = "have no names: give by position"
+    if names:
+        known = f"are {', '.join(names)}, each once"
+    raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; its "
+                    f"operands {known}")
 
 
-def _compute(operation: Callable, forward: Callable, args: tuple, settings: dict) -> tuple:
-    """The result of `forward` on the arrays of `args`, and a fused operation's pullback."""
+def _compute(operation: Callable, forward: Callable, args: tuple,
+             settings: dict) -> tuple[np.ndarray, Callable | None]:
+    """The result of `forward` on the arrays, and the pullback of a fused operation."""
     arrays = []
     for a in args:
         if isinstance(a, Tensor):
             if a._checksum is not None:
-                _renew_checksum(a)  # its array was handed out, and may have changed (IV.1)
+                _renew_checksum(a)  # somebody has the array, and may have changed it (IV.1)
             a = a._data
         arrays.append(a)
 
     try:
         result = forward(*arrays, **settings)
-        y, pullback = result if operation.definition else (result, None)
+        y, pullback = result if operation.pull is _pull_fused else (result, None)
         if _OLD_NUMPY or y.dtype.kind != "f":
             y = _settle_dtype(y, operation, arrays)  # (IV.4)
     except (ValueError, TypeError, IndexError) as error:
@@ -2621,10 +2652,10 @@ def _compute(operation: Callable, forward: Callable, args: tuple, settings: dict
 
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
     """An error of the same kind that also names the operation and the shapes."""
-    shapes = ", ".join(str(a.shape) for a in arrays if hasattr(a, "shape")) or "no array"
+    shapes = [str(a.shape) for a in arrays if hasattr(a, "shape")] or ["no array"]
     kinds = (np.linalg.LinAlgError, IndexError, ValueError, TypeError)
     kind = next(kind for kind in kinds if isinstance(error, kind))
-    return kind(f"{operation.__name__} of {shapes}: {error}")
+    return kind(f"{operation.__name__} of {', '.join(shapes)}: {error}")
 
 
 # The data of a new Tensor (I.1) are not an operand yet, and are converted separately.
@@ -2634,14 +2665,15 @@ def _float_array(data: Any) -> np.ndarray:
     """`data` as a floating-point array, copied only if needed."""
     array = np.asarray(data)
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: {str(data)[:60]!r}")
+        raise TypeError(f"a Tensor holds real numbers; this is {array.dtype}: "
+                        f"{str(data)[:60]!r}")
     return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 
 def _require_flag(what: str, value: Any) -> None:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{what} is True or False, not {value!r:.40}; for a shape, give "
-                        "np.zeros(shape) as the data")
+        raise TypeError(f"{what} is True or False, not {value!r:.40}; for a shape, "
+                        "give np.zeros(shape) as the data")
 
 
 # # Part III. Networks
@@ -3134,6 +3166,11 @@ def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict
             raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become {old.dtype}")
         fitting[name] = new.astype(old.dtype, copy=False)
     return fitting
+
+
+# Each thread has a random generator of its own, made when it is first asked for.
+_Mode.rng = functools.cached_property(lambda mode: np.random.default_rng())
+_Mode.rng.__set_name__(_Mode, "rng")  # (Python does this by itself only inside a class)
 
 
 def manual_seed(seed: int | Sequence[int]) -> None:
@@ -5153,16 +5190,17 @@ def _note_write(t: Tensor) -> None:
 def _check_tape(t: Tensor) -> None:
     """Raise RuntimeError if a walk cannot go on from `t` to its operands."""
     if t._operands is None:
-        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go by an earlier "
-                           "walk; to walk it twice, give the first walk retain_graph=True")
+        raise RuntimeError(f"{t._op.__name__}: the tape behind this tensor was let go "
+                           "by an earlier walk; to walk it twice, give the first walk "
+                           "retain_graph=True")
     for a in (t, *t._operands):
         if isinstance(a, Tensor) and a.requires_grad:
             if a._checksum is not None:
                 _renew_checksum(a)  # (below)
             if a._written > t._time:
-                raise RuntimeError(f"{t._op.__name__}: data of {a.label or 'a Tensor'} {a.shape} was "
-                                   "changed between forward and backward; call backward first, then "
-                                   "write")
+                raise RuntimeError(f"{t._op.__name__}: data of {a.label or 'a Tensor'} "
+                                   f"{a.shape} was changed between forward and "
+                                   "backward; call backward first, then write")
 
 
 # **What if NumPy writes?** NumPy can write to an array that was handed out (`x.data`),
@@ -5204,8 +5242,9 @@ def _replace_data(t: Tensor, value: Any) -> None:
     value = _value(value)
     array = value if isinstance(value, np.ndarray) else np.asarray(value, t.dtype)
     if array.shape != t.shape or array.dtype != t.dtype:
-        raise ValueError(f"t.data is {t.dtype} of shape {t.shape} and cannot become {array.dtype} of"
-                         f" shape {array.shape}; make a new Tensor for that")
+        raise ValueError(f"t.data is {t.dtype} of shape {t.shape} and cannot become "
+                         f"{array.dtype} of shape {array.shape}; make a new Tensor for "
+                         "that")
     t._data = array
     _renew_checksum(t)  # since the caller has the array, too
     _note_write(t)
@@ -5236,7 +5275,8 @@ def _in_place(op: Callable) -> Callable:
         if _mode.recording or self._op is not None or not self.requires_grad:
             return result
         if result.shape != self.shape:
-            raise ValueError(f"{op.__name__} in place: {self.shape} cannot become {result.shape}")
+            raise ValueError(f"{op.__name__} in place: {self.shape} cannot become "
+                             f"{result.shape}")
         self._data[...] = result._data
         _note_write(self)
         return self
@@ -5251,8 +5291,8 @@ for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div, pow=power).items()
 # A copied or unpickled Tensor is a new leaf, made at that moment.
 def _reduce(t: Tensor) -> tuple:
     if t._op is not None:
-        raise TypeError("only leaves can be copied or pickled, and this is the result of "
-                        f"{t._op.__name__}; use t.detach()")
+        raise TypeError("only leaves can be copied or pickled, and this is the result "
+                        f"of {t._op.__name__}; use t.detach()")
     return type(t), (np.asarray(t._data), t.requires_grad, t.label)
 
 
@@ -5328,7 +5368,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         with _mode.set(recording=True, rng=rng):
             return f(*args)
 
-    # The operation is `checkpoint` itself. A walk reads its `operands` and calls its
+    # The operation is `checkpoint` itself. A walk reads its `arity` and calls its
     # `pull` (below), which calls `run_again`. That is stored where a fused operation
     # has its pullback (II.7).
     return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands, pullback=run_again)
@@ -5353,7 +5393,7 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
 
 
 # To the walk (I.5), `checkpoint` is an operation with any number of operands.
-checkpoint.operands = sys.maxsize
+checkpoint.arity = sys.maxsize
 checkpoint.pull = _pull_checkpoint
 
 
@@ -5427,13 +5467,14 @@ def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
         item = as_tensor(tree)
         shape = np.shape(_value(like))
         if item.shape != shape:
-            raise ValueError(f"{name}: needs a vector of shape {shape} here, and was given "
-                             f"one of {item.shape}")
+            raise ValueError(f"{name}: needs a vector of shape {shape} here, and was "
+                             f"given one of {item.shape}")
         return [item]
 
     keys = _keys(like)
     if keys is None or _keys(tree) != keys:
-        raise TypeError(f"{name}: needs {_outline(like)}, and was given {_outline(tree)}")
+        raise TypeError(f"{name}: needs {_outline(like)}, and was given "
+                        f"{_outline(tree)}")
     items = []
     for key in keys:
         items += _match(name, tree[key], like[key])
@@ -5441,7 +5482,7 @@ def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
 
 
 def _keys(tree: Any) -> Any:
-    """The keys of a dict, or the positions in a list or tuple; None for anything else."""
+    """The keys of a dict, or the positions in a list or tuple; else None."""
     if isinstance(tree, dict):
         return tree.keys()
     return range(len(tree)) if isinstance(tree, (list, tuple)) else None
@@ -5468,14 +5509,15 @@ def _outline(tree: Any) -> str:
 
 
 def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Callable]:
-    """The argument at `argnums`, or a tuple of them (None: all), and how to replace them."""
+    """The argument at `argnums`, or a tuple of them (None: all); how to replace them."""
     is_one = isinstance(argnums, (int, np.integer))
     positions = range(len(args)) if argnums is None else np.ravel(argnums).tolist()
     if not all(isinstance(i, int) for i in positions):
-        raise TypeError(f"{name}: argnums is a whole number or several, not {argnums!r}")
+        raise TypeError(f"{name}: argnums is a whole number or several, not "
+                        f"{argnums!r}")
     if any(i not in range(-len(args), len(args)) for i in positions):
-        raise ValueError(f"{name}: no argument {argnums} among the {len(args)} positional ones, which "
-                         "are counted from 0")
+        raise ValueError(f"{name}: no argument {argnums} among the {len(args)} "
+                         "positional ones, which are counted from 0")
     positions = [i % len(args) for i in positions]  # -1 is the last
     if len(set(positions)) < len(positions):
         raise ValueError(f"{name}: argnums={argnums} names an argument twice")
@@ -5493,41 +5535,45 @@ def _choose_arguments(name: str, args: Sequence, argnums: Any) -> tuple[Any, Cal
 def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
     for given in (primals, tangents):
         if not isinstance(given, (tuple, list)):
-            raise TypeError(f"{name}: primals and tangents are tuples, one entry per argument, such "
-                            f"as (x,); and not a {type(given).__name__}")
+            raise TypeError(f"{name}: primals and tangents are tuples, one entry per "
+                            f"argument, such as (x,); and not a {type(given).__name__}")
 
 
 def _fresh_input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by; tied to `x` if that is tracked and a tape is written."""
+    """A new tensor to differentiate by. It is tied to `x`, if that is tracked and a tape
+    is written.
+    """
     array = np.asarray(_value(x))
     if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
-        raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which has "
-                        "no derivative; make it floating-point, as in 3.0")
+        raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which "
+                        "has no derivative; make it floating-point, as in 3.0")
     return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
 
 
 def _copied_argument(x: Any) -> Any:
-    """A copy, tied to `x` if that is tracked. (Integers stay: `_fresh_input` refuses them.)"""
+    """A copy, tied to `x` if that is tracked. (`_fresh_input` will refuse integers.)"""
     return _copy(x) if _tracked(x) else np.array(_value(x))
 
 
 def _outputs(name: str, items: Iterable) -> list[Tensor]:
-    """What a function returned, as Tensors; a plain number or array counts as a constant."""
+    """What a function returned, as Tensors; plain numbers and arrays are constants."""
     tensors = []
     for item in items:
         if not isinstance(item, (Tensor, np.ndarray, np.generic, int, float)):
-            raise TypeError(f"{name}: the function must return what it computes from its arguments, "
-                            f"and not a {type(item).__name__} ({str(item)[:40]})")
+            raise TypeError(f"{name}: the function must return what it computes from "
+                            f"its arguments, and not a {type(item).__name__} "
+                            f"({str(item)[:40]})")
         if not isinstance(item, Tensor):
-            warnings.warn(f"{name}: the function returned a plain {type(item).__name__}, so its "
-                          "derivative is zero; was a Tensor converted on the way?",
+            warnings.warn(f"{name}: the function returned a plain "
+                          f"{type(item).__name__}, so its derivative is zero; was a "
+                          "Tensor converted on the way?",
                           stacklevel=_level_of_caller())
         tensors.append(as_tensor(item))
     return tensors
 
 
 def _level_of_caller() -> int:
-    """The `stacklevel` with which a warning points to the code that called into this file."""
+    """The `stacklevel` by which a warning points to the code that called this file."""
     level = 1
     frame = sys._getframe(1)
     here = frame.f_code.co_filename
@@ -5539,42 +5585,47 @@ def _level_of_caller() -> int:
 
 def _first_of_pair(name: str, output: Any) -> Any:
     if not (isinstance(output, tuple) and len(output) == 2):
-        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, aux), not "
-                        f"{type(output).__name__}")
+        raise TypeError(f"{name}: with has_aux=True the function must return (scalar, "
+                        f"aux), not {type(output).__name__}")
     return output[0]
 
 
-def _first_cotangent(name: str, output: Tensor, cotangent: Any, create_graph: bool) -> Any:
+def _first_cotangent(name: str, output: Tensor, cotangent: Any,
+                     create_graph: bool) -> Any:
     """The cotangent that a walk starts with: the one given, or 1 for a scalar."""
     if not isinstance(output, Tensor):
-        raise TypeError(f"{name}: a {type(output).__name__} ({str(output)[:40]}) is no Tensor")
+        raise TypeError(f"{name}: a {type(output).__name__} ({str(output)[:40]}) is no "
+                        "Tensor")
     if cotangent is None and output.size == 1:
         cotangent = np.ones(output.shape)
     if np.shape(cotangent) != output.shape:
         given = "none" if cotangent is None else f"one of shape {np.shape(cotangent)}"
-        raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent of its shape,"
-                         f" not {given}; make a scalar of it, as by .sum(), or give a cotangent")
-    if create_graph:  # a tracked cotangent, such as jvp's u (I.8), must stay on the tape
+        raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent "
+                         f"of its shape, not {given}; make a scalar of it, as by "
+                         ".sum(), or give a cotangent")
+    if create_graph:  # a tracked cotangent, such as jvp's u (I.8), stays on the tape
         with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
     return np.asarray(_value(cotangent), output.dtype)
 
 
-def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable, create_graph: bool) -> list:
+def _seeds(name: str, outputs: Iterable[Tensor], cotangents: Iterable,
+           create_graph: bool) -> list[tuple]:
     """The pairs (output, cotangent) that a walk starts with."""
-    return [(y, _first_cotangent(name, y, g, create_graph)) for y, g in zip(outputs, cotangents)]
+    return [(y, _first_cotangent(name, y, g, create_graph))
+            for y, g in zip(outputs, cotangents)]
 
 
-def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
+def _require_tracked(name: str, inputs: Iterable) -> None:
     """Check the inputs of `gradients`: it runs no f, so they must be tracked already."""
-    inputs = list(inputs)
     for t in inputs:
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: a {type(t).__name__} ({str(t)[:40]}) is no Tensor on the tape")
+            raise TypeError(f"{name}: a {type(t).__name__} ({str(t)[:40]}) is no "
+                            "Tensor on the tape")
         if not t.requires_grad:
-            raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a constant, of which "
-                               "no tape is written; make it by Tensor(...), outside no_grad()")
-    return inputs
+            raise RuntimeError(f"{name}: the input {t.label or str(t)[:40]} is a "
+                               "constant, of which no tape is written; make it by "
+                               "Tensor(...), outside no_grad()")
 
 
 # ### What do the transforms have in common?
@@ -5582,21 +5633,30 @@ def _require_tracked(name: str, inputs: Iterable) -> list[Tensor]:
 # Each begins as `careful_grad` does (I.7): it makes fresh inputs, runs f, finds the route
 # between, and asks whether somebody may ask for more. A `_Run` does this for nests. The
 # transforms differ in the walks that follow, and these are as in I.8.
+#
+#     >>> def loss(p, x):
+#     ...     return ((p["w"] * x + p["b"]) ** 2).sum()
+#     ...
+#     >>> p = {"w": np.array(2.0), "b": np.array(1.0)}
+#     >>> print(*grad(loss)(p, 3.0).values())  # 2 (w x + b) x, and 2 (w x + b)
+#     42.0 14.0
+_Mode.runs = ()  # the runs of this thread: float(t) asks for them (II.8)
 
 
 class _Run:
-    """A function run by a transform: its inputs, fresh tensors; its output; the tape between."""
+    """A function run by a transform: fresh inputs, the output, the route between."""
 
-    def __init__(self, name: str, f: Callable, args: Sequence, kwargs: dict | None = None,
-                 argnums: Any = None, tangents: Any = ()) -> None:
+    def __init__(self, name: str, f: Callable, args: Sequence,
+                 kwargs: dict | None = None, argnums: Any = None,
+                 tangents: Any = ()) -> None:
         self.name = name
         # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
         self.inputs = [_fresh_input(name, item) for item in items]  # the x of I.7
         args = put_back(self.rebuild(self.inputs))
-        with _mode.set(recording=True, runs=(*_mode.runs, self)):  # (float() looks for runs: II.8)
-            self.output = f(*args, **kwargs or {})  # its y
+        with _mode.set(recording=True, runs=(*_mode.runs, self)):
+            self.output = f(*args, **kwargs or {})  # the y of I.7
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
         # Outside the `with`, for it is the caller's mode that counts. (Somebody may
         # also ask by a tangent: I.8.)
@@ -5616,20 +5676,22 @@ class _Run:
             return self.output
         return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
 
-    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence, create_graph: bool,
-                  retain_graph: bool = False) -> list[Tensor]:
-        """What reaches the inputs from these cotangents of the outputs (None: 1, for a
-        scalar)."""
+    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence,
+                  create_graph: bool, retain_graph: bool = False) -> list[Tensor]:
+        """What reaches the inputs from these cotangents of the outputs. (None is 1, for
+        a scalar.)
+        """
         seeds = _seeds(self.name, outputs, cotangents, create_graph)
         return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
 
     def slopes(self) -> list[Tensor]:
         """The gradient of a scalar output, to be differentiated again (I.8)."""
-        return self.walk_back(_outputs(self.name, [self.output]), [None], create_graph=True)
+        output = _outputs(self.name, [self.output])
+        return self.walk_back(output, [None], create_graph=True)
 
 
-def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-                   argnum: Any = None) -> Callable:
+def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0,
+                   has_aux: bool = False, *, argnum: Any = None) -> Callable:
     """The function that returns (f(...), gradient of f), for an f that returns a scalar.
 
     The gradient, a Tensor, is built like the argument at `argnums` (`argnum` in HIPS
@@ -5667,7 +5729,7 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
     `has_aux`, (gradient, aux). `.numpy()` makes an array of it; NumPy's functions take
     it as it is.
 
-        >>> slope = grad(lambda x: x * x)  # constant, unless somebody can differentiate by x
+        >>> slope = grad(lambda x: x * x)  # a constant, unless x is tracked
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
         False True
     """
@@ -5694,7 +5756,8 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """
     if not primals:
         raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
-    run = _Run("vjp", f, _map_tree(_copied_argument, primals))  # callers may write to theirs
+    primals = _map_tree(_copied_argument, primals)  # callers may write to theirs
+    run = _Run("vjp", f, primals)
     outputs = _outputs("vjp", _flatten(run.output)[0])
 
     def vjp_fn(cotangent: Any) -> tuple:
@@ -5703,7 +5766,8 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
         else:
             cotangents = _match("vjp", cotangent, run.output)
         create_graph = run.must_record(cotangents)
-        return run.rebuild(run.walk_back(outputs, cotangents, create_graph, retain_graph=True))
+        slopes = run.walk_back(outputs, cotangents, create_graph, retain_graph=True)
+        return run.rebuild(slopes)
 
     return run.value, vjp_fn
 
@@ -5729,7 +5793,8 @@ def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
 def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
     """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`.
 
-        >>> print(*hvp(lambda x: (x ** 3).sum(), (np.array([1.0, 2.0]),), (np.array([1.0, 1.0]),)))
+        >>> x, v = np.array([1.0, 2.0]), np.array([1.0, 1.0])
+        >>> print(*hvp(lambda x: (x ** 3).sum(), (x,), (v,)))
         9.0 (Tensor([ 6., 12.], dtype=float64),)
     """
     _require_tuples("hvp", primals, vector)
@@ -5747,7 +5812,8 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
 # Hessian is the Jacobian of the slopes, which are a nest built like the arguments, too.
 
 
-def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
+def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
+             argnum: Any = None) -> Callable:
     """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk
     per row.
 
@@ -5764,7 +5830,8 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = Non
     return function
 
 
-def hessian(f: Callable, argnums: int | Sequence[int] = 0, *, argnum: Any = None) -> Callable:
+def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
+            argnum: Any = None) -> Callable:
     """The function that returns the Hessian of a scalar f: shape in.shape + in.shape.
 
     f runs once, and each row takes one walk. For a nest of arguments, the Hessian is a
@@ -5791,11 +5858,13 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
     rows = []  # (the route may be that of several outputs, which does no harm)
     for unit in np.eye(y.size).reshape(y.size, *y.shape):
         seeds = _seeds(run.name, [y], [unit], run.recorded)
-        rows.append(_gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route))
+        row = _gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route)
+        rows.append(row)
     jacobians = []
     for i, x in enumerate(run.inputs):
-        block = [row[i] for row in rows]
-        block = stack(block) if block else np.zeros((0, *x.shape), x.dtype)  # (y.size, *x.shape)
+        block = np.zeros((0, *x.shape), x.dtype)
+        if rows:
+            block = stack([row[i] for row in rows])  # (y.size, *x.shape)
         jacobians.append(reshape(block, y.shape + x.shape))
     return run.rebuild(jacobians)
 
@@ -5805,12 +5874,12 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 # The search for a route (I.5) asks each tensor for its operands. A tensor whose tape a
 # `backward` has let go no longer has them. That is an error if an input may be behind
 # that tensor. But a function may have a training loop inside, and return x times its
-# last loss. So `backward` leaves in the `_sources` of that loss the times of the leaves
+# last loss. So `backward` leaves in the `_leaves` of that loss the times of the leaves
 # that it met: x is not among them. Below, s is the loss, made of w alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
-#     >>> s.backward()  # lets go; s._sources is {2}
+#     >>> s.backward()  # lets go; s._leaves is {2}
 #     >>> print(gradients(s * x, [x])[0])  # 1 is not in it, so x is not behind s
 #     4.0
 #     >>> gradients(s * x, [w])  # 2 is in it
@@ -5833,9 +5902,9 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
     """Whether `t`, whose operands were let go, may have been made of `x`."""
     if x._time >= t._time:
         return False  # operands are older
-    if t._sources is None or x._op is not None:
+    if t._leaves is None or x._op is not None:
         return True  # nothing was noted in t; or x is no leaf, and only leaves are noted
-    return x._time in t._sources
+    return x._time in t._leaves
 
 
 # ## IV.4 The machine: what had to be measured?
@@ -6860,7 +6929,7 @@ def _operands_of(node: Any) -> list:
     """The operands of a node's operation: Tensors, arrays, numbers, but no settings."""
     if not isinstance(node, Tensor) or node._op is None or node._operands is None:
         return []  # a leaf, or backward let its operands go
-    operands = node._operands[:node._op.operands]
+    operands = node._operands[:node._op.arity]
     return [a for a in operands if a is not None]  # a bias may be None
 
 
