@@ -5262,14 +5262,16 @@ Tensor.__reduce__ = _reduce
 # ## IV.2 Checkpoint: memory for time?
 #
 # A tape keeps every intermediate result until the walk has passed it. A checkpoint
-# keeps none of them, and computes them again when the walk arrives. It is a single
-# operation, whose rule runs the function:
+# keeps none of them, and computes them again when the walk arrives. It makes the whole
+# function one operation. The rule of this operation runs the function again, with a
+# tape, and walks back on that:
 #
 #     >>> def naive_checkpoint(f, x):
 #     ...     def rule(g, y, x):
 #     ...         y, pull = vjp(f, x)  # f again, now with a tape
 #     ...         return pull(g)[0]  # and back along it
-#     ...     return primitive(rule)(f)(x)  # f on bare arrays: no tape
+#     ...     operation = primitive(rule)(f)
+#     ...     return operation(x)  # f computes on bare arrays, so it writes no tape
 #     ...
 #     >>> x = Tensor(0.0)
 #     >>> y = naive_checkpoint(lambda x: np.exp(np.sin(x)), x)
@@ -5313,43 +5315,48 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     another result.
     """
     if not callable(f) or not args:
-        raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
-    kind_of_random = type(_mode.rng.bit_generator)
-    random_state = _mode.rng.bit_generator.state
+        raise TypeError("checkpoint: takes the function and its arguments: "
+                        "checkpoint(f, x)")
+    rng_before = copy.deepcopy(_mode.rng)
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # as a Tensor (IV.3)
     operands = tuple(_find_route([y], [], horizon=began).older)
-    if not operands or not _mode.recording:  # (even without a tape, f may return x itself)
+    if not operands or not _mode.recording:  # there is nothing to differentiate
         return y.detach()
 
     def run_again() -> Tensor:
-        rng = np.random.Generator(kind_of_random())  # (quicker than copy.deepcopy)
-        rng.bit_generator.state = random_state
-        with _mode.set(recording=True, rng=rng):
+        with _mode.set(recording=True, rng=copy.deepcopy(rng_before)):
             return f(*args)
 
-    # The operation is `checkpoint` itself. A walk reads its `operands` and calls its
-    # `pull` (below), which calls `run_again`. That is stored where a fused operation
-    # has its pullback (II.7).
-    return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands, pullback=run_again)
+    # The result remembers `checkpoint` itself as its operation, and `run_again` where
+    # that of a fused operation has its pullback (II.7).
+    return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands,
+                 pullback=run_again)
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
-    """What the operands of a checkpoint receive."""
+    """What the operands of a checkpoint receive: f runs again, and a walk goes back."""
     began = next(_clock)
-    again = t._pullback()
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # rounding may change half of the digits
-    if not isinstance(again, Tensor) or again.shape != t.shape or not np.allclose(
-            _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise RuntimeError("checkpoint: f gave another result when it was run again for the "
-                           "backward pass; has something that it uses changed, such as a "
-                           "module's training flag?")
+    again = t._pullback()  # `run_again`
+    _require_same_result(again, t)
 
     inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
     reached = _walk_to(inputs, [(again, g)], create_graph, retain_graph=create_graph,
                        route=route)
-    return [reached.get(a) for a in t._operands]  # None where no cotangent is wanted or arrives
+    # (None for an operand where no cotangent is wanted, or none arrives.)
+    return [reached.get(a) for a in t._operands]
+
+
+def _require_same_result(again: Any, t: Tensor) -> None:
+    """Raise RuntimeError if f gave another result than `t`, but for rounding."""
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
+    is_same = isinstance(again, Tensor) and again.shape == t.shape and np.allclose(
+        again._data, t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if not is_same:
+        raise RuntimeError("checkpoint: f gave another result when it was run again "
+                           "for the backward pass; has something that it uses changed, "
+                           "such as a module's training flag?")
 
 
 # To the walk (I.5), `checkpoint` is an operation with any number of operands.
@@ -5842,20 +5849,20 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
 #
 # What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
-# **Old NumPy.** Before version 2, NumPy made a float64 of a single float32 number times
-# 2.0, though not of an array of several. With such a version, we convert back what an
-# operation computes from float32 alone.
+# **Old NumPy.** Before version 2, `np.float32(1) * 2.0` was a float64, though an array
+# of float32 times 2.0 was not. With such a version, a result is converted back to the
+# dtype of the operands, if they have but one.
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
 def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarray:
     """The result of an operation, in the floating-point type that it should have."""
-    arrays = [a for a in arrays if isinstance(a, (np.ndarray, np.generic))]
-    dtypes = {a.dtype for a in arrays if a.dtype.kind == "f"}
-    y = _float_array(y)  # (a complex result is refused)
-    if _OLD_NUMPY and len(dtypes) == 1 and operation is not astype:
-        return y.astype(*dtypes, copy=False)
-    return y
+    y = _float_array(y)  # integers become float64; a complex result is refused
+    if not _OLD_NUMPY or operation is astype:
+        return y
+    operands = [a for a in arrays if isinstance(a, (np.ndarray, np.generic))]
+    dtypes = {a.dtype for a in operands if a.dtype.kind == "f"}
+    return y.astype(dtypes.pop(), copy=False) if len(dtypes) == 1 else y
 
 
 # **How many cores?** A process may be confined to some of the machine's cores.
@@ -5874,8 +5881,11 @@ _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
 
 
 def _fork() -> int:
-    """Call os.fork, which returns twice: 0 in the new process, its number in the old one."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stdout, or a closed one
+    """Call os.fork, which returns twice: 0 in the new process, and in the old one the
+    number of the new.
+    """
+    # (stdout may be None, or closed.)
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stdout.flush()  # else the copy may print the buffer a second time
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
@@ -5897,13 +5907,16 @@ def _set_blas_threads(count: int | None) -> int | None:
 
 @functools.cache
 def _openblas() -> tuple[Callable, Callable]:
-    """OpenBLAS's functions to get and set its threads; without it, two that do nothing."""
+    """OpenBLAS's functions to get and set its threads; without it, two that do nothing.
+    """
     import ctypes
 
-    names = ("scipy_openblas_{}_num_threads64_",  # in the one that comes with NumPy 2
+    names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
              "openblas_{}_num_threads64_",  # with NumPy 1
              "openblas_{}_num_threads")  # with the system
-    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:  # (on Linux)
+    # Linux lists in this file what the process has loaded. Other systems have no such
+    # file, and their threads stay as they are.
+    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:
         for path in {line.split()[-1] for line in loaded if "openblas" in line}:
             library = ctypes.CDLL(path)
             for name in names:
@@ -5913,27 +5926,24 @@ def _openblas() -> tuple[Callable, Callable]:
 
 
 # **The allocator.** Each step of training makes and drops the same arrays of a few
-# megabytes. By default glibc, the C library of most Linuxes, gives such memory back to
-# the system at once and gets it again page by page, which takes half of the time of a
-# CNN's step. So while an optimizer or a DataParallel lives, this process keeps the
-# memory that it frees. Two settings control this (mallopt(3)), and we raise both to
-# their maximum:
+# megabytes. glibc, the C library of most Linuxes, gives such memory back to the system
+# at once, and gets it again page by page. That takes half of the time of a CNN's step.
+# So while an optimizer or a DataParallel lives, this process keeps the memory that it
+# frees. Two settings control this (mallopt(3)), and we raise both to their maximum:
 #
 # - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
 # - Smaller blocks come from a heap, which keeps up to M_TRIM_THRESHOLD free bytes at
 #   its end.
 #
-#                        before us                 while they live    afterwards
-#     M_MMAP_THRESHOLD   128 KiB, raised by glibc  32 MiB             32 MiB
-#     M_TRIM_THRESHOLD   twice that                all is kept        64 MiB
-#
-# By itself, glibc raises the first to the largest block that it has seen freed, but no
-# longer after a call of mallopt. So afterwards we do not set it back to 128 KiB, which
-# would bring larger arrays from the system each time. Free memory goes back at once.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
+# When the last of the trainers is gone, all free memory goes back, and M_TRIM_THRESHOLD
+# is lowered to twice the other, which is glibc's own choice. M_MMAP_THRESHOLD stays
+# high: by itself, glibc adapts it to the blocks that a program frees, but no longer
+# after a call of mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 _LARGEST_INT = (1 << 31) - 1  # so all free memory is kept
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB
-_trainers: set[int] = set()  # the ids of the optimizers and DataParallels that live
+# The ids of the optimizers and DataParallels that live:
+_trainers: set[int] = set()
 
 
 def _keep_freed_memory(trainer: Any) -> None:
@@ -5944,12 +5954,12 @@ def _keep_freed_memory(trainer: Any) -> None:
     _glibc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _trainers.add(id(trainer))
     when_gone = weakref.finalize(trainer, _give_back, id(trainer))
-    when_gone.atexit = False  # at Python's end, the system takes everything back anyway
+    when_gone.atexit = False  # when Python ends, the system takes everything back
 
 
-def _give_back(trainer: int) -> None:
+def _give_back(trainer_id: int) -> None:
     """When the last trainer is gone, give back the kept memory, and keep no more."""
-    _trainers.discard(trainer)
+    _trainers.discard(trainer_id)
     if not _trainers:
         _glibc().mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
         _glibc().malloc_trim(0)  # keep 0 free bytes
