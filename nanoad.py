@@ -6322,8 +6322,9 @@ class DataLoader:
         self.x = np.asarray(x)
         self.y = np.asarray(y)
         if self.x.ndim == 0 or self.x.shape[:1] != self.y.shape[:1]:
-            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} differ "
-                             "in length; give one element of y for each row of x")
+            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} "
+                             "differ in length; give one element of y for each row of "
+                             "x")
         _positive("DataLoader", batch_size=batch_size)
         self.batch_size = int(batch_size)
         self.shuffle = shuffle
@@ -6360,8 +6361,8 @@ class CharTokenizer:
 
     def __init__(self, text: str) -> None:
         if not text:
-            raise ValueError("CharTokenizer: the text is empty; give one that has every "
-                             "character to be numbered")
+            raise ValueError("CharTokenizer: the text is empty; give one that has "
+                             "every character to be numbered")
         self.chars = "".join(sorted(set(text)))
         self.vocab_size = len(self.chars)
         self._ids = {char: i for i, char in enumerate(self.chars)}
@@ -6369,13 +6370,14 @@ class CharTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int64 ids of shape (len(text),); raises ValueError for unknown characters."""
         try:
-            return np.fromiter(map(self._ids.__getitem__, text), np.int64, len(text))
+            return np.array([self._ids[char] for char in text], np.int64)
         except KeyError as error:
             (char,) = error.args
             place = text.index(char)
-            raise ValueError(f"CharTokenizer: {char!r} at position {place} is not among "
-                             f"the {self.vocab_size} characters it knows; leave it out, "
-                             "or make a tokenizer of a text that has it") from None
+            raise ValueError(f"CharTokenizer: {char!r} at position {place} is not "
+                             f"among the {self.vocab_size} characters it knows; leave "
+                             "it out, or make a tokenizer of a text that has "
+                             "it") from None
 
     def decode(self, ids: Any) -> str:
         """The text of a 1-d sequence of ids; raises ValueError for an unknown id."""
@@ -6387,7 +6389,7 @@ class CharTokenizer:
         if outside.size:
             raise ValueError(f"CharTokenizer: id {outside[0]} is outside 0.."
                              f"{self.vocab_size - 1}; decode takes what encode gives")
-        return "".join(map(self.chars.__getitem__, ids.tolist()))
+        return "".join([self.chars[i] for i in ids.tolist()])
 
 
 def make_moons(n_samples: int = 100,
@@ -6403,8 +6405,8 @@ def make_moons(n_samples: int = 100,
                          f"not {n_samples} and {noise}")
     labels = _mode.rng.permutation(np.arange(n_samples) % 2)
 
-    # The upper moon has centre (0, 0). The lower has (1, 0.5), and is turned by 180°.
-    angle = np.pi * (_mode.rng.random(n_samples) + labels)
+    # Label 0 has the upper half circle, around (0, 0); label 1 the lower, around (1, 0.5).
+    angle = np.pi * (_mode.rng.random(n_samples) + labels)  # 0 to π, or π to 2π
     across = np.cos(angle) + labels
     up = np.sin(angle) + 0.5 * labels
     points = _mode.rng.normal(np.stack([across, up], axis=1), noise)
@@ -6483,9 +6485,10 @@ def _verified(raw: bytes, place: str, name: str) -> bytes:
     _, size, digest = _SOURCES[name]
     content = raw
     if place.endswith(".gz") and not name.endswith(".gz"):
-        unpack = zlib.decompressobj(wbits=31)  # 31: expects a gzip header
+        unpacker = zlib.decompressobj(wbits=31)  # 31: expects a gzip header
         with contextlib.suppress(zlib.error):  # not gzip: `raw` itself is compared
-            content = unpack.decompress(raw, size + 1)  # the limit stops a gzip bomb
+            # The limit stops a gzip bomb, a small file that unpacks to a huge one.
+            content = unpacker.decompress(raw, size + 1)
 
     found = _sha256(content)
     if found != digest:
@@ -6543,15 +6546,14 @@ def _fetch(url: str, size: int) -> bytes:
 
 
 # ### Three formats
-def _of_split(split: str, **choices: Any) -> Any:
-    """The one of `choices` that `split`, "train" or "test", names."""
-    if split not in choices:
+def _require_split(split: str) -> None:
+    if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    return choices[split]
 
 
 # MNIST comes as IDX: four bytes give the dtype and the number of dimensions, four more
-# give each dimension, and the array follows.
+# give each dimension, and the array follows. So it begins after 4 + 3 * 4 = 16 bytes
+# for images, and after 4 + 4 = 8 for labels.
 def load_mnist(split: str = "train",
                flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
@@ -6560,7 +6562,8 @@ def load_mnist(split: str = "train",
     `flatten`, and labels, int64 of shape (N,). Raises OSError if neither the data
     folder nor a mirror has the files. (LeCun, Cortes and Burges, 1998)
     """
-    stem = "mnist/" + _of_split(split, train="train", test="t10k")
+    _require_split(split)
+    stem = "mnist/train" if split == "train" else "mnist/t10k"
     pixels = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
     labels = np.frombuffer(_content(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
 
@@ -6580,16 +6583,19 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """
     import tarfile  # only here, because it is slow to load
 
-    five = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    batches = _of_split(split, train=five, test=["test_batch.bin"])
+    _require_split(split)
+    batches = ["test_batch.bin"]
+    if split == "train":
+        batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
+
     archive = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         paths = [f"cifar-10-batches-bin/{batch}" for batch in batches]
         raw = [tar.extractfile(path).read() for path in paths]
 
     records = np.frombuffer(b"".join(raw), np.uint8).reshape(-1, 3073)
-    labels = records[:, 0]
-    pixels = records[:, 1:].reshape(-1, 3, 32, 32)
+    labels = records[:, 0]  # (N,)
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32)  # (N, 3, 32, 32)
     return np.divide(pixels, 255, dtype=np.float32), labels.astype(np.int64)
 
 
@@ -6635,8 +6641,8 @@ def load_tinyshakespeare() -> str:
 #    the old one's name (`_write_whole`).
 # 2. *The file is damaged on the disk.* Zip's own checksums cover each member, but not
 #    the list of members: one bit flipped there, and an array is missing without an
-#    error. So the file ends with the SHA-256 of all bytes before it, 64 characters in
-#    the zip archive's comment, and `load` compares this first.
+#    error. But a zip archive may end with a comment, and there we write the SHA-256 of
+#    all bytes before it, in 64 characters. `load` compares this first.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
 
@@ -6657,15 +6663,18 @@ def save(path: str | os.PathLike, state: Any) -> None:
 
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.comment = _STAMP + bytes(64)  # room for the digest, at the very end
+        archive.comment = _STAMP + bytes(64)  # room for the digest
         for name, array in members.items():
-            info = zipfile.ZipInfo(name + ".npy")  # no date: equal states, equal files
+            # (Without a date, equal states give equal files. With zip64, an array may
+            # be larger than 2 GiB.)
+            info = zipfile.ZipInfo(name + ".npy")
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
     content = file.getvalue()[:-64]
     content += _sha256(content).encode()
-    _write_whole(os.path.realpath(os.fsdecode(path)), content)  # follows a link
+    # (If the path is a link, the file that it leads to is replaced, not the link.)
+    _write_whole(os.path.realpath(os.fsdecode(path)), content)
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -6680,8 +6689,8 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"save: keys must be strings, but {where} has {key!r}; "
-                                f"write str({key!r}) there")
+                raise TypeError(f"save: keys must be strings, but {where} has "
+                                f"{key!r}; write str({key!r}) there")
         return {key: _describe(item, below(key), arrays) for key, item in value.items()}
 
     if isinstance(value, (list, tuple)):
@@ -6700,9 +6709,9 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
 
     if value is None or isinstance(value, (int, float, str)):
         return value
-    raise TypeError(f"save: {where} is a {type(value).__name__}, which cannot be saved; "
-                    "make it a dict, list or tuple of arrays, Tensors, numbers, strings "
-                    "and None")
+    raise TypeError(f"save: {where} is a {type(value).__name__}, which cannot be "
+                    "saved; make it a dict, list or tuple of arrays, Tensors, numbers, "
+                    "strings and None")
 
 
 def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
@@ -6735,7 +6744,8 @@ def load(path: str | os.PathLike) -> Any:
         arrays = _unpack(raw)
         description = json.loads(arrays["nanoad"].tobytes())
         return _rebuild(description, arrays)
-    except Exception as error:  # the digest is right, but `save` did not write it
+    except Exception as error:
+        # The digest is right, so the file is undamaged, but `save` did not write it.
         message = f"{path} is not a checkpoint written by nanoad.save: {error}"
         raise ValueError(message) from error
 
@@ -6796,7 +6806,7 @@ def _write_whole(path: str, content: bytes) -> None:
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:  # step 1
-            with contextlib.suppress(OSError):  # no old file, or no permissions here
+            with contextlib.suppress(OSError):  # perhaps there is no old file
                 os.chmod(temporary, os.stat(path).st_mode & 0o777)  # step 2
             file.write(content)
             file.flush()
@@ -6809,7 +6819,7 @@ def _write_whole(path: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
-    with contextlib.suppress(OSError):  # not every system can do this with a folder
+    with contextlib.suppress(OSError):  # some systems cannot do this with a folder
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
             os.fsync(folder)  # step 5
