@@ -6323,8 +6323,8 @@ class DataLoader:
         self.y = np.asarray(y)
         if self.x.ndim == 0 or self.x.shape[:1] != self.y.shape[:1]:
             raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} "
-                             "differ in length; give one element of y for each row of "
-                             "x")
+                             "differ in length; give one element of y for each "
+                             "row of x")
         _positive("DataLoader", batch_size=batch_size)
         self.batch_size = int(batch_size)
         self.shuffle = shuffle
@@ -6376,8 +6376,8 @@ class CharTokenizer:
             place = text.index(char)
             raise ValueError(f"CharTokenizer: {char!r} at position {place} is not "
                              f"among the {self.vocab_size} characters it knows; leave "
-                             "it out, or make a tokenizer of a text that has "
-                             "it") from None
+                             "it out, or make a tokenizer of a text that has it"
+                             ) from None
 
     def decode(self, ids: Any) -> str:
         """The text of a 1-d sequence of ids; raises ValueError for an unknown id."""
@@ -6846,8 +6846,8 @@ def _write_whole(path: str, content: bytes) -> None:
 #
 # The picture (`draw(y)`, by the package graphviz) has the leaves above and the result
 # below. Text and picture are made from the same rows: one for the result, and one for
-# each operand of each operation, except numbers. There are at most 200 rows, because a
-# tape may be a million operations long.
+# each operand of each operation. (A number has no row: the 3 stands in `mul(3, ·)`.)
+# There are at most 200 rows, because a tape may be a million operations long.
 
 
 class _Row(NamedTuple):
@@ -6859,9 +6859,11 @@ class _Row(NamedTuple):
     again: bool  # an earlier row already has it, with its operands below
 
 
-def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iterator[_Row]:
-    """Yield the rows of a tape on demand, each operation before its operands. Each row
-    adds at most one call, so 200 rows of a deep tape cannot overflow Python's stack.
+def _tape_rows(node: Any, result: Tensor | None, branch: str,
+               seen: set[int]) -> Iterator[_Row]:
+    """Yield the row of `node`, and then those of its operands, each with all below it.
+
+    `seen` has the ids of the nodes that have a row.
     """
     again = id(node) in seen
     seen.add(id(node))
@@ -6869,7 +6871,7 @@ def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iter
     if again:
         return
 
-    below = branch.replace("├─", "│ ").replace("└─", "  ")
+    below = branch.replace("├─", "│ ").replace("└─", "  ")  # "│  ├─ " gives "│  │  "
     operands = [a for a in _operands_of(node) if not _is_number(a)]
     for i, operand in enumerate(operands, start=1):
         fork = "└─ " if i == len(operands) else "├─ "
@@ -6921,15 +6923,19 @@ def _name_of(node: Any, names: dict[int, str]) -> str:
 def _facts(node: Any) -> list[str]:
     """A node's value (dtype and shape unless it is one element), and its gradient."""
     array = np.asarray(_value(node))
-    one = array.size == 1
-    facts = [f"{array.item():.5g}" if one else f"{array.dtype}{list(array.shape)}"]
-    if isinstance(node, Tensor):
-        if node.grad is not None:
-            g = node.grad._data
-            size = f"{g.item():.5g}" if one else f"norm {np.linalg.norm(g):.5g}"
-            facts.append(f"grad {size}")
-        if node._op is not None and node._operands is None:
-            facts.append("let go by backward")
+    is_number = array.size == 1
+    facts = [f"{array.dtype}{list(array.shape)}"]
+    if is_number:
+        facts = [f"{array.item():.5g}"]
+    if not isinstance(node, Tensor):
+        return facts
+
+    if node.grad is not None:
+        g = node.grad._data
+        size = f"{g.item():.5g}" if is_number else f"norm {np.linalg.norm(g):.5g}"
+        facts.append(f"grad {size}")
+    if node._op is not None and node._operands is None:
+        facts.append("let go by backward")
     return facts
 
 
@@ -6961,6 +6967,8 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
     parameters = model.named_parameters() if model is not None else []
     names = {id(parameter): name for name, parameter in parameters}
 
+    # A row is at most one call of `_tape_rows` deeper than the row before it. So 200 rows
+    # do not overflow Python's stack, however deep the tape.
     walk = _tape_rows(tensor, result=None, branch="", seen=set())
     rows = list(itertools.islice(walk, 200))
     note = "... 200 lines are enough" if next(walk, None) else ""
@@ -6971,8 +6979,10 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
 
 def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
     """A line for each row. A node that occurs again is numbered and described once."""
-    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # without repeats
-    marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
+    marks: dict[int, str] = {}  # id of a node that occurs again -> its mark
+    for row in rows:
+        if row.again:
+            marks.setdefault(id(row.node), f"[{len(marks) + 1}]")
 
     lines = []
     for row in rows:
@@ -6982,7 +6992,7 @@ def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
         else:
             name = _name_of(row.node, names)
             kind = _kind(row.node, names)
-            if kind in ("parameter", "constant") or not name:
+            if kind in ("parameter", "constant") or not name:  # such as `parameter bias`
                 name = f"{kind} {name}".strip()
             text = "  ".join([name, *_facts(row.node), mark]).strip()
         lines.append(row.branch + text)
@@ -7011,7 +7021,8 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
                           "nanoad[viz]), unless format is 'text'") from None
 
     graph = graphviz.Digraph(format=format)
-    graph.attr("graph", rankdir=rankdir, label=note, ranksep="0.3", nodesep="0.2", **_FONT)
+    graph.attr("graph", rankdir=rankdir, label=note, ranksep="0.3", nodesep="0.2",
+               **_FONT)
     graph.attr("node", height="0.3", margin="0.12,0.06", color="#404040", **_FONT)
     graph.attr("edge", color="#707070", arrowsize="0.6")
     for row in rows:
@@ -7051,8 +7062,15 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #    (`_by_column`).
 # 2. The first curve is drawn as a line. So a column between two steps, with no step of
 #    its own, gets its value from the straight line between them. If a column has steps
-#    but no finite value, it stays nan, and so do the lines to its neighbours: a gap is
-#    not bridged.
+#    but no finite value, it stays nan, and so do the lines to both its neighbours: a
+#    gap is not bridged. Here are four steps in seven columns:
+#
+#        step      0              1              2              3
+#        value     4             nan             2              1
+#        column    0      1       2      3       4      5       6
+#        mean      4     nan     nan    nan      2     nan      1    (step 1)
+#        line      4     nan     nan    nan      2     1.5      1    (step 2)
+#
 # 3. The axis of values is cut into rows, and each number is rounded to a row
 #    (`_draw_curves`). A curve of marks is then complete.
 # 4. The line gets corners where it changes rows (`_draw_line`).
@@ -7072,7 +7090,7 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
     if not any(np.isfinite(y).any() for _, y in curves.values()):
         return "(no finite values to plot)"
 
-    columns = max(width - 12, 1)  # a tick of up to 10 characters, and the axis, take 12
+    columns = max(width - 12, 1)  # 10 characters for a tick, 2 for the axis
     first, last, means = _by_column(curves, columns)
     low, high = np.nanmin(means), np.nanmax(means)
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
@@ -7123,23 +7141,24 @@ def _mark(i: int) -> str:
 
 def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
                columns: int) -> tuple[float, float, list[np.ndarray]]:
-    """The first step, the last step, and each curve's means, an array (columns,)."""
+    """The first step, the last step, and each curve's values, an array (columns,)."""
     every_step = np.concatenate([steps for steps, _ in curves.values()])
     first, last = every_step.min(), every_step.max()
     span = last - first or 1  # 1 for a single step, where 0 / 0 would be nan
 
-    beyond = {"left": np.nan, "right": np.nan}  # no line beyond its own steps
     means = []
     for i, (steps, values) in enumerate(curves.values()):
         # The first step is the middle of the first column, the last that of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
         is_finite = np.isfinite(values)
         mean = np.full(columns, np.nan)
-        for column in np.unique(column_of[is_finite]):
-            mean[column] = values[is_finite & (column_of == column)].mean()  # step 1
-        if i == 0:
-            occupied = np.unique(column_of)  # step 2
-            mean = np.interp(np.arange(columns), occupied, mean[occupied], **beyond)
+        for column in np.unique(column_of[is_finite]):  # step 1
+            mean[column] = values[is_finite & (column_of == column)].mean()
+
+        if i == 0:  # step 2: a line through the columns that have steps
+            occupied = np.unique(column_of)
+            mean = np.interp(np.arange(columns), occupied, mean[occupied],
+                             left=np.nan, right=np.nan)
         means.append(mean)
     return first, last, means
 
