@@ -5268,7 +5268,7 @@ Tensor.__reduce__ = _reduce
 #
 #     >>> def naive_checkpoint(f, x):
 #     ...     def rule(g, y, x):
-#     ...         y, pull = vjp(f, x)  # f again, now with a tape
+#     ...         _, pull = vjp(f, x)  # f again, now with a tape
 #     ...         return pull(g)[0]  # and back along it
 #     ...     operation = primitive(rule)(f)
 #     ...     return operation(x)  # f computes on bare arrays, so it writes no tape
@@ -5300,9 +5300,9 @@ Tensor.__reduce__ = _reduce
 #     ['x', 'w']
 #
 # These are the operands of the checkpoint. In the backward pass f runs again, and a
-# small walk goes back along the new tape. Its horizon is the moment when the second run
-# began, so it ends at the operands. The checkpoint hands them the cotangents that reach
-# them.
+# small walk goes back along the new tape. The operands are its inputs, so it goes to
+# them. Its horizon is the moment when the second run began. They are older, so it goes
+# no further. The checkpoint hands them the cotangents that have reached them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5849,15 +5849,17 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
 #
 # What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
-# **Old NumPy.** Before version 2, `np.float32(1) * 2.0` was a float64, though an array
-# of float32 times 2.0 was not. With such a version, a result is converted back to the
-# dtype of the operands, if they have but one.
+# **Dtypes.** The result of an operation may need another dtype (I.2, step 3). A Tensor
+# holds floats, so integers and bools become float64, and complex numbers are refused.
+# And before version 2, NumPy made a float64 of `np.float32(1) * 2.0`, though not of an
+# array of float32 times 2.0. With such a version, we convert a result back to the dtype
+# of the operands, if they have only one.
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
 def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarray:
     """The result of an operation, in the floating-point type that it should have."""
-    y = _float_array(y)  # integers become float64; a complex result is refused
+    y = _float_array(y)
     if not _OLD_NUMPY or operation is astype:
         return y
     operands = [a for a in arrays if isinstance(a, (np.ndarray, np.generic))]
@@ -5935,13 +5937,13 @@ def _openblas() -> tuple[Callable, Callable]:
 # - Smaller blocks come from a heap, which keeps up to M_TRIM_THRESHOLD free bytes at
 #   its end.
 #
-# When the last of the trainers is gone, all free memory goes back, and M_TRIM_THRESHOLD
-# is lowered to twice the other, which is glibc's own choice. M_MMAP_THRESHOLD stays
-# high: by itself, glibc adapts it to the blocks that a program frees, but no longer
-# after a call of mallopt.
+# When the last optimizer and DataParallel is gone, all free memory goes back, and
+# M_TRIM_THRESHOLD is lowered to twice the other, which is glibc's own choice.
+# M_MMAP_THRESHOLD stays high. (By itself, glibc raises it when a program frees large
+# blocks. It no longer does so once mallopt has been called.)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 _LARGEST_INT = (1 << 31) - 1  # so all free memory is kept
-_LARGEST_THRESHOLD = 32 << 20  # 32 MiB
+_LARGEST_THRESHOLD = 32 << 20  # 32 MiB, which is glibc's limit
 # The ids of the optimizers and DataParallels that live:
 _trainers: set[int] = set()
 
@@ -6405,7 +6407,8 @@ def make_moons(n_samples: int = 100,
                          f"not {n_samples} and {noise}")
     labels = _mode.rng.permutation(np.arange(n_samples) % 2)
 
-    # Label 0 has the upper half circle, around (0, 0); label 1 the lower, around (1, 0.5).
+    # Label 0 has the upper half circle, with the centre (0, 0). Label 1 has the lower,
+    # with the centre (1, 0.5).
     angle = np.pi * (_mode.rng.random(n_samples) + labels)  # 0 to π, or π to 2π
     across = np.cos(angle) + labels
     up = np.sin(angle) + 0.5 * labels
@@ -6525,7 +6528,10 @@ _SLOWEST = 10_000
 
 
 def _fetch(url: str, size: int) -> bytes:
-    """The bytes at `url`; stops when more than `size` + 4096 of them have arrived."""
+    """The bytes at `url`; stops when too many have arrived for a content of `size`.
+
+    (A packed file may be a little larger than its content: 4096 bytes are enough.)
+    """
     import urllib.request  # only here, because it is slow to load
 
     received = bytearray()
@@ -6546,6 +6552,9 @@ def _fetch(url: str, size: int) -> bytes:
 
 
 # ### Three formats
+#
+# Now the bytes are the right ones, and each loader makes arrays of them. Two of the
+# data sets have two parts, "train" and "test":
 def _require_split(split: str) -> None:
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -6684,7 +6693,7 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     where = path or "the state"
 
     def below(key: Any) -> str:
-        return f"{path}.{key}".strip(".")
+        return f"{path}.{key}".strip(".")  # at the top, `path` is ""
 
     if isinstance(value, dict):
         for key in value:
@@ -6736,7 +6745,7 @@ def load(path: str | os.PathLike) -> Any:
     import json
 
     raw = _read(os.fsdecode(path))
-    digest = _sha256(memoryview(raw)[:-64])
+    digest = _sha256(memoryview(raw)[:-64])  # (without a copy)
     if not raw.endswith(_STAMP + digest.encode()):
         raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or "
                          "something else; load takes what nanoad.save has written")
@@ -6751,7 +6760,7 @@ def load(path: str | os.PathLike) -> Any:
 
 
 def _unpack(raw: bytes) -> dict[str, np.ndarray]:
-    """The arrays in an archive, each read once; raises ValueError for other members."""
+    """The arrays in an archive; raises ValueError if `save` cannot have made it."""
     import zipfile
 
     arrays = {}
@@ -6892,8 +6901,8 @@ def _is_number(operand: Any) -> bool:
 
 
 # A node is shown with its kind (operation, parameter, leaf or constant), its name, its
-# value and its gradient. A parameter is a leaf that a module trains. `names` maps the
-# id of each parameter's Tensor to its name in the module.
+# value and its gradient. A parameter is a leaf that a module trains. In the functions
+# below, `names` maps the id of each parameter to its name in the module.
 def _kind(node: Any, names: dict[int, str]) -> str:
     if not _tracked(node):
         return "constant"
@@ -6967,8 +6976,8 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
     parameters = model.named_parameters() if model is not None else []
     names = {id(parameter): name for name, parameter in parameters}
 
-    # A row is at most one call of `_tape_rows` deeper than the row before it. So 200 rows
-    # do not overflow Python's stack, however deep the tape.
+    # Each row is at most one call of `_tape_rows` deeper than the one before it. So 200
+    # rows do not overflow Python's stack, however deep the tape.
     walk = _tape_rows(tensor, result=None, branch="", seen=set())
     rows = list(itertools.islice(walk, 200))
     note = "... 200 lines are enough" if next(walk, None) else ""
@@ -6992,8 +7001,8 @@ def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
         else:
             name = _name_of(row.node, names)
             kind = _kind(row.node, names)
-            if kind in ("parameter", "constant") or not name:  # such as `parameter bias`
-                name = f"{kind} {name}".strip()
+            if kind in ("parameter", "constant") or not name:
+                name = f"{kind} {name}".strip()  # such as "parameter bias"
             text = "  ".join([name, *_facts(row.node), mark]).strip()
         lines.append(row.branch + text)
     return "\n".join([*lines, note]).rstrip()
@@ -7065,11 +7074,11 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #    but no finite value, it stays nan, and so do the lines to both its neighbours: a
 #    gap is not bridged. Here are four steps in seven columns:
 #
-#        step      0              1              2              3
-#        value     4             nan             2              1
-#        column    0      1       2      3       4      5       6
-#        mean      4     nan     nan    nan      2     nan      1    (step 1)
-#        line      4     nan     nan    nan      2     1.5      1    (step 2)
+#        column       0     1     2     3     4     5     6
+#        step         0           1           2           3
+#        value        4         nan           2           1
+#        mean         4   nan   nan   nan     2   nan     1    (step 1)
+#        line         4   nan   nan   nan     2   1.5     1    (step 2)
 #
 # 3. The axis of values is cut into rows, and each number is rounded to a row
 #    (`_draw_curves`). A curve of marks is then complete.
@@ -7125,11 +7134,11 @@ def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             raise ValueError(f"plot: {label} must be a pair (steps, values), not "
                              f"{len(pair)} items")
         steps, heights = (np.asarray(a, np.float64) for a in pair)
-        same = steps.ndim == 1 and steps.shape == heights.shape
-        if not (same and np.isfinite(steps).all()):
+        is_curve = steps.ndim == 1 and steps.shape == heights.shape
+        if not (is_curve and np.isfinite(steps).all()):
             raise ValueError(f"plot: {label} has steps {steps.shape} and values "
-                             f"{heights.shape}; both must be 1-d and of one length, and "
-                             "all steps finite")
+                             f"{heights.shape}; both must be 1-d and of one length, "
+                             "and all steps finite")
         curves[label] = steps, heights
     return curves
 
