@@ -5269,7 +5269,7 @@ Tensor.__reduce__ = _reduce
 #     >>> def naive_checkpoint(f, x):
 #     ...     def rule(g, y, x):
 #     ...         _, pull = vjp(f, x)  # f again, now with a tape
-#     ...         return pull(g)[0]  # and back along it
+#     ...         return pull(g)[0]  # and back along it, to f's one argument
 #     ...     operation = primitive(rule)(f)
 #     ...     return operation(x)  # f computes on bare arrays, so it writes no tape
 #     ...
@@ -5849,9 +5849,9 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
 #
 # What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
-# **Dtypes.** The result of an operation may need another dtype (I.2, step 3). A Tensor
-# holds floats, so integers and bools become float64, and complex numbers are refused.
-# And before version 2, NumPy made a float64 of `np.float32(1) * 2.0`, though not of an
+# **Dtypes.** The result of an operation may need another dtype (II.9). A Tensor holds
+# floats, so integers and bools become float64, and complex numbers are refused. And
+# before version 2, NumPy made a float64 of `np.float32(1) * 2.0`, though not of an
 # array of float32 times 2.0. With such a version, we convert a result back to the dtype
 # of the operands, if they have only one.
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
