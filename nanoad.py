@@ -5302,14 +5302,16 @@ Tensor.__reduce__ = _reduce
 # ## IV.2 Checkpoint: memory for time?
 #
 # A tape keeps every intermediate result until the walk has passed it. A checkpoint
-# keeps none of them, and computes them again when the walk arrives. It is a single
-# operation, whose rule runs the function:
+# keeps none of them, and computes them again when the walk arrives. It makes the whole
+# function one operation. The rule of this operation runs the function again, with a
+# tape, and walks back on that:
 #
 #     >>> def naive_checkpoint(f, x):
 #     ...     def rule(g, y, x):
-#     ...         y, pull = vjp(f, x)  # f again, now with a tape
-#     ...         return pull(g)[0]  # and back along it
-#     ...     return primitive(rule)(f)(x)  # f on bare arrays: no tape
+#     ...         _, pull = vjp(f, x)  # f again, now with a tape
+#     ...         return pull(g)[0]  # and back along it, to f's one argument
+#     ...     operation = primitive(rule)(f)
+#     ...     return operation(x)  # f computes on bare arrays, so it writes no tape
 #     ...
 #     >>> x = Tensor(0.0)
 #     >>> y = naive_checkpoint(lambda x: np.exp(np.sin(x)), x)
@@ -5338,9 +5340,9 @@ Tensor.__reduce__ = _reduce
 #     ['x', 'w']
 #
 # These are the operands of the checkpoint. In the backward pass f runs again, and a
-# small walk goes back along the new tape. Its horizon is the moment when the second run
-# began, so it ends at the operands. The checkpoint hands them the cotangents that reach
-# them.
+# small walk goes back along the new tape. The operands are its inputs, so it goes to
+# them. Its horizon is the moment when the second run began. They are older, so it goes
+# no further. The checkpoint hands them the cotangents that have reached them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5353,43 +5355,48 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     another result.
     """
     if not callable(f) or not args:
-        raise TypeError("checkpoint: takes the function and its arguments: checkpoint(f, x)")
-    kind_of_random = type(_mode.rng.bit_generator)
-    random_state = _mode.rng.bit_generator.state
+        raise TypeError("checkpoint: takes the function and its arguments: "
+                        "checkpoint(f, x)")
+    rng_before = copy.deepcopy(_mode.rng)
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # as a Tensor (IV.3)
     operands = tuple(_find_route([y], [], horizon=began).older)
-    if not operands or not _mode.recording:  # (even without a tape, f may return x itself)
+    if not operands or not _mode.recording:  # there is nothing to differentiate
         return y.detach()
 
     def run_again() -> Tensor:
-        rng = np.random.Generator(kind_of_random())  # (quicker than copy.deepcopy)
-        rng.bit_generator.state = random_state
-        with _mode.set(recording=True, rng=rng):
+        with _mode.set(recording=True, rng=copy.deepcopy(rng_before)):
             return f(*args)
 
-    # The operation is `checkpoint` itself. A walk reads its `arity` and calls its
-    # `pull` (below), which calls `run_again`. That is stored where a fused operation
-    # has its pullback (II.7).
-    return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands, pullback=run_again)
+    # The result remembers `checkpoint` itself as its operation, and `run_again` where
+    # that of a fused operation has its pullback (II.7).
+    return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands,
+                 pullback=run_again)
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
-    """What the operands of a checkpoint receive."""
+    """What the operands of a checkpoint receive: f runs again, and a walk goes back."""
     began = next(_clock)
-    again = t._pullback()
-    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # rounding may change half of the digits
-    if not isinstance(again, Tensor) or again.shape != t.shape or not np.allclose(
-            _value(again), t._data, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise RuntimeError("checkpoint: f gave another result when it was run again for the "
-                           "backward pass; has something that it uses changed, such as a "
-                           "module's training flag?")
+    again = t._pullback()  # `run_again`
+    _require_same_result(again, t)
 
     inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
     reached = _walk_to(inputs, [(again, g)], create_graph, retain_graph=create_graph,
                        route=route)
-    return [reached.get(a) for a in t._operands]  # None where no cotangent is wanted or arrives
+    # (None for an operand where no cotangent is wanted, or none arrives.)
+    return [reached.get(a) for a in t._operands]
+
+
+def _require_same_result(again: Any, t: Tensor) -> None:
+    """Raise RuntimeError if f gave another result than `t`, but for rounding."""
+    tolerance = math.sqrt(np.finfo(t.dtype).eps)  # half of the digits
+    is_same = isinstance(again, Tensor) and again.shape == t.shape and np.allclose(
+        again._data, t._data, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if not is_same:
+        raise RuntimeError("checkpoint: f gave another result when it was run again "
+                           "for the backward pass; has something that it uses changed, "
+                           "such as a module's training flag?")
 
 
 # To the walk (I.5), `checkpoint` is an operation with any number of operands.
@@ -5911,20 +5918,22 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
 #
 # What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
-# **Old NumPy.** Before version 2, NumPy made a float64 of a single float32 number times
-# 2.0, though not of an array of several. With such a version, we convert back what an
-# operation computes from float32 alone.
+# **Dtypes.** The result of an operation may need another dtype (II.9). A Tensor holds
+# floats, so integers and bools become float64, and complex numbers are refused. And
+# before version 2, NumPy made a float64 of `np.float32(1) * 2.0`, though not of an
+# array of float32 times 2.0. With such a version, we convert a result back to the dtype
+# of the operands, if they have only one.
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
 def _settle_dtype(y: np.ndarray, operation: Callable, arrays: list) -> np.ndarray:
     """The result of an operation, in the floating-point type that it should have."""
-    arrays = [a for a in arrays if isinstance(a, (np.ndarray, np.generic))]
-    dtypes = {a.dtype for a in arrays if a.dtype.kind == "f"}
-    y = _float_array(y)  # (a complex result is refused)
-    if _OLD_NUMPY and len(dtypes) == 1 and operation is not astype:
-        return y.astype(*dtypes, copy=False)
-    return y
+    y = _float_array(y)
+    if not _OLD_NUMPY or operation is astype:
+        return y
+    operands = [a for a in arrays if isinstance(a, (np.ndarray, np.generic))]
+    dtypes = {a.dtype for a in operands if a.dtype.kind == "f"}
+    return y.astype(dtypes.pop(), copy=False) if len(dtypes) == 1 else y
 
 
 # **How many cores?** A process may be confined to some of the machine's cores.
@@ -5943,8 +5952,11 @@ _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
 
 
 def _fork() -> int:
-    """Call os.fork, which returns twice: 0 in the new process, its number in the old one."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stdout, or a closed one
+    """Call os.fork, which returns twice: 0 in the new process, and in the old one the
+    number of the new.
+    """
+    # (stdout may be None, or closed.)
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stdout.flush()  # else the copy may print the buffer a second time
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
@@ -5966,13 +5978,16 @@ def _set_blas_threads(count: int | None) -> int | None:
 
 @functools.cache
 def _openblas() -> tuple[Callable, Callable]:
-    """OpenBLAS's functions to get and set its threads; without it, two that do nothing."""
+    """OpenBLAS's functions to get and set its threads; without it, two that do nothing.
+    """
     import ctypes
 
-    names = ("scipy_openblas_{}_num_threads64_",  # in the one that comes with NumPy 2
+    names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
              "openblas_{}_num_threads64_",  # with NumPy 1
              "openblas_{}_num_threads")  # with the system
-    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:  # (on Linux)
+    # Linux lists in this file what the process has loaded. Other systems have no such
+    # file, and their threads stay as they are.
+    with contextlib.suppress(OSError), open("/proc/self/maps") as loaded:
         for path in {line.split()[-1] for line in loaded if "openblas" in line}:
             library = ctypes.CDLL(path)
             for name in names:
@@ -5982,27 +5997,24 @@ def _openblas() -> tuple[Callable, Callable]:
 
 
 # **The allocator.** Each step of training makes and drops the same arrays of a few
-# megabytes. By default glibc, the C library of most Linuxes, gives such memory back to
-# the system at once and gets it again page by page, which takes half of the time of a
-# CNN's step. So while an optimizer or a DataParallel lives, this process keeps the
-# memory that it frees. Two settings control this (mallopt(3)), and we raise both to
-# their maximum:
+# megabytes. glibc, the C library of most Linuxes, gives such memory back to the system
+# at once, and gets it again page by page. That takes half of the time of a CNN's step.
+# So while an optimizer or a DataParallel lives, this process keeps the memory that it
+# frees. Two settings control this (mallopt(3)), and we raise both to their maximum:
 #
 # - A block of M_MMAP_THRESHOLD bytes or more comes from the system and goes back to it.
 # - Smaller blocks come from a heap, which keeps up to M_TRIM_THRESHOLD free bytes at
 #   its end.
 #
-#                        before us                 while they live    afterwards
-#     M_MMAP_THRESHOLD   128 KiB, raised by glibc  32 MiB             32 MiB
-#     M_TRIM_THRESHOLD   twice that                all is kept        64 MiB
-#
-# By itself, glibc raises the first to the largest block that it has seen freed, but no
-# longer after a call of mallopt. So afterwards we do not set it back to 128 KiB, which
-# would bring larger arrays from the system each time. Free memory goes back at once.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
+# When the last optimizer and DataParallel is gone, all free memory goes back, and
+# M_TRIM_THRESHOLD is lowered to twice the other, which is glibc's own choice.
+# M_MMAP_THRESHOLD stays high. (By itself, glibc raises it when a program frees large
+# blocks. It no longer does so once mallopt has been called.)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 _LARGEST_INT = (1 << 31) - 1  # so all free memory is kept
-_LARGEST_THRESHOLD = 32 << 20  # 32 MiB
-_trainers: set[int] = set()  # the ids of the optimizers and DataParallels that live
+_LARGEST_THRESHOLD = 32 << 20  # 32 MiB, which is glibc's limit
+# The ids of the optimizers and DataParallels that live:
+_trainers: set[int] = set()
 
 
 def _keep_freed_memory(trainer: Any) -> None:
@@ -6013,12 +6025,12 @@ def _keep_freed_memory(trainer: Any) -> None:
     _glibc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _trainers.add(id(trainer))
     when_gone = weakref.finalize(trainer, _give_back, id(trainer))
-    when_gone.atexit = False  # at Python's end, the system takes everything back anyway
+    when_gone.atexit = False  # when Python ends, the system takes everything back
 
 
-def _give_back(trainer: int) -> None:
+def _give_back(trainer_id: int) -> None:
     """When the last trainer is gone, give back the kept memory, and keep no more."""
-    _trainers.discard(trainer)
+    _trainers.discard(trainer_id)
     if not _trainers:
         _glibc().mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
         _glibc().malloc_trim(0)  # keep 0 free bytes
@@ -6381,8 +6393,9 @@ class DataLoader:
         self.x = np.asarray(x)
         self.y = np.asarray(y)
         if self.x.ndim == 0 or self.x.shape[:1] != self.y.shape[:1]:
-            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} differ "
-                             "in length; give one element of y for each row of x")
+            raise ValueError(f"DataLoader: x {self.x.shape} and y {self.y.shape} "
+                             "differ in length; give one element of y for each "
+                             "row of x")
         _positive("DataLoader", batch_size=batch_size)
         self.batch_size = int(batch_size)
         self.shuffle = shuffle
@@ -6419,8 +6432,8 @@ class CharTokenizer:
 
     def __init__(self, text: str) -> None:
         if not text:
-            raise ValueError("CharTokenizer: the text is empty; give one that has every "
-                             "character to be numbered")
+            raise ValueError("CharTokenizer: the text is empty; give one that has "
+                             "every character to be numbered")
         self.chars = "".join(sorted(set(text)))
         self.vocab_size = len(self.chars)
         self._ids = {char: i for i, char in enumerate(self.chars)}
@@ -6428,13 +6441,14 @@ class CharTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int64 ids of shape (len(text),); raises ValueError for unknown characters."""
         try:
-            return np.fromiter(map(self._ids.__getitem__, text), np.int64, len(text))
+            return np.array([self._ids[char] for char in text], np.int64)
         except KeyError as error:
             (char,) = error.args
             place = text.index(char)
-            raise ValueError(f"CharTokenizer: {char!r} at position {place} is not among "
-                             f"the {self.vocab_size} characters it knows; leave it out, "
-                             "or make a tokenizer of a text that has it") from None
+            raise ValueError(f"CharTokenizer: {char!r} at position {place} is not "
+                             f"among the {self.vocab_size} characters it knows; leave "
+                             "it out, or make a tokenizer of a text that has it"
+                             ) from None
 
     def decode(self, ids: Any) -> str:
         """The text of a 1-d sequence of ids; raises ValueError for an unknown id."""
@@ -6446,7 +6460,7 @@ class CharTokenizer:
         if outside.size:
             raise ValueError(f"CharTokenizer: id {outside[0]} is outside 0.."
                              f"{self.vocab_size - 1}; decode takes what encode gives")
-        return "".join(map(self.chars.__getitem__, ids.tolist()))
+        return "".join([self.chars[i] for i in ids.tolist()])
 
 
 def make_moons(n_samples: int = 100,
@@ -6462,8 +6476,9 @@ def make_moons(n_samples: int = 100,
                          f"not {n_samples} and {noise}")
     labels = _mode.rng.permutation(np.arange(n_samples) % 2)
 
-    # The upper moon has centre (0, 0). The lower has (1, 0.5), and is turned by 180°.
-    angle = np.pi * (_mode.rng.random(n_samples) + labels)
+    # Label 0 has the upper half circle, with the centre (0, 0). Label 1 has the lower,
+    # with the centre (1, 0.5).
+    angle = np.pi * (_mode.rng.random(n_samples) + labels)  # 0 to π, or π to 2π
     across = np.cos(angle) + labels
     up = np.sin(angle) + 0.5 * labels
     points = _mode.rng.normal(np.stack([across, up], axis=1), noise)
@@ -6542,9 +6557,10 @@ def _verified(raw: bytes, place: str, name: str) -> bytes:
     _, size, digest = _SOURCES[name]
     content = raw
     if place.endswith(".gz") and not name.endswith(".gz"):
-        unpack = zlib.decompressobj(wbits=31)  # 31: expects a gzip header
+        unpacker = zlib.decompressobj(wbits=31)  # 31: expects a gzip header
         with contextlib.suppress(zlib.error):  # not gzip: `raw` itself is compared
-            content = unpack.decompress(raw, size + 1)  # the limit stops a gzip bomb
+            # The limit stops a gzip bomb, a small file that unpacks to a huge one.
+            content = unpacker.decompress(raw, size + 1)
 
     found = _sha256(content)
     if found != digest:
@@ -6581,7 +6597,10 @@ _SLOWEST = 10_000
 
 
 def _fetch(url: str, size: int) -> bytes:
-    """The bytes at `url`; stops when more than `size` + 4096 of them have arrived."""
+    """The bytes at `url`; stops when too many have arrived for a content of `size`.
+
+    (A packed file may be a little larger than its content: 4096 bytes are enough.)
+    """
     import urllib.request  # only here, because it is slow to load
 
     received = bytearray()
@@ -6602,15 +6621,17 @@ def _fetch(url: str, size: int) -> bytes:
 
 
 # ### Three formats
-def _of_split(split: str, **choices: Any) -> Any:
-    """The one of `choices` that `split`, "train" or "test", names."""
-    if split not in choices:
+#
+# Now the bytes are the right ones, and each loader makes arrays of them. Two of the
+# data sets have two parts, "train" and "test":
+def _require_split(split: str) -> None:
+    if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    return choices[split]
 
 
 # MNIST comes as IDX: four bytes give the dtype and the number of dimensions, four more
-# give each dimension, and the array follows.
+# give each dimension, and the array follows. So it begins after 4 + 3 * 4 = 16 bytes
+# for images, and after 4 + 4 = 8 for labels.
 def load_mnist(split: str = "train",
                flatten: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 60,000 ("train") or 10,000 ("test") handwritten digits.
@@ -6619,7 +6640,8 @@ def load_mnist(split: str = "train",
     `flatten`, and labels, int64 of shape (N,). Raises OSError if neither the data
     folder nor a mirror has the files. (LeCun, Cortes and Burges, 1998)
     """
-    stem = "mnist/" + _of_split(split, train="train", test="t10k")
+    _require_split(split)
+    stem = "mnist/train" if split == "train" else "mnist/t10k"
     pixels = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
     labels = np.frombuffer(_content(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
 
@@ -6639,16 +6661,19 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """
     import tarfile  # only here, because it is slow to load
 
-    five = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    batches = _of_split(split, train=five, test=["test_batch.bin"])
+    _require_split(split)
+    batches = ["test_batch.bin"]
+    if split == "train":
+        batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
+
     archive = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         paths = [f"cifar-10-batches-bin/{batch}" for batch in batches]
         raw = [tar.extractfile(path).read() for path in paths]
 
     records = np.frombuffer(b"".join(raw), np.uint8).reshape(-1, 3073)
-    labels = records[:, 0]
-    pixels = records[:, 1:].reshape(-1, 3, 32, 32)
+    labels = records[:, 0]  # (N,)
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32)  # (N, 3, 32, 32)
     return np.divide(pixels, 255, dtype=np.float32), labels.astype(np.int64)
 
 
@@ -6694,8 +6719,8 @@ def load_tinyshakespeare() -> str:
 #    the old one's name (`_write_whole`).
 # 2. *The file is damaged on the disk.* Zip's own checksums cover each member, but not
 #    the list of members: one bit flipped there, and an array is missing without an
-#    error. So the file ends with the SHA-256 of all bytes before it, 64 characters in
-#    the zip archive's comment, and `load` compares this first.
+#    error. But a zip archive may end with a comment, and there we write the SHA-256 of
+#    all bytes before it, in 64 characters. `load` compares this first.
 _STAMP = b"nanoad checkpoint; the SHA-256 of all before it: "
 
 
@@ -6716,15 +6741,18 @@ def save(path: str | os.PathLike, state: Any) -> None:
 
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.comment = _STAMP + bytes(64)  # room for the digest, at the very end
+        archive.comment = _STAMP + bytes(64)  # room for the digest
         for name, array in members.items():
-            info = zipfile.ZipInfo(name + ".npy")  # no date: equal states, equal files
+            # (Without a date, equal states give equal files. With zip64, an array may
+            # be larger than 2 GiB.)
+            info = zipfile.ZipInfo(name + ".npy")
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
     content = file.getvalue()[:-64]
     content += _sha256(content).encode()
-    _write_whole(os.path.realpath(os.fsdecode(path)), content)  # follows a link
+    # (If the path is a link, the file that it leads to is replaced, not the link.)
+    _write_whole(os.path.realpath(os.fsdecode(path)), content)
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -6734,13 +6762,13 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     where = path or "the state"
 
     def below(key: Any) -> str:
-        return f"{path}.{key}".strip(".")
+        return f"{path}.{key}".strip(".")  # at the top, `path` is ""
 
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"save: keys must be strings, but {where} has {key!r}; "
-                                f"write str({key!r}) there")
+                raise TypeError(f"save: keys must be strings, but {where} has "
+                                f"{key!r}; write str({key!r}) there")
         return {key: _describe(item, below(key), arrays) for key, item in value.items()}
 
     if isinstance(value, (list, tuple)):
@@ -6759,9 +6787,9 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
 
     if value is None or isinstance(value, (int, float, str)):
         return value
-    raise TypeError(f"save: {where} is a {type(value).__name__}, which cannot be saved; "
-                    "make it a dict, list or tuple of arrays, Tensors, numbers, strings "
-                    "and None")
+    raise TypeError(f"save: {where} is a {type(value).__name__}, which cannot be "
+                    "saved; make it a dict, list or tuple of arrays, Tensors, numbers, "
+                    "strings and None")
 
 
 def _new_name(path: str, arrays: dict[str, np.ndarray]) -> str:
@@ -6786,7 +6814,7 @@ def load(path: str | os.PathLike) -> Any:
     import json
 
     raw = _read(os.fsdecode(path))
-    digest = _sha256(memoryview(raw)[:-64])
+    digest = _sha256(memoryview(raw)[:-64])  # (without a copy)
     if not raw.endswith(_STAMP + digest.encode()):
         raise ValueError(f"{path} is not a whole checkpoint, but cut, damaged or "
                          "something else; load takes what nanoad.save has written")
@@ -6794,13 +6822,14 @@ def load(path: str | os.PathLike) -> Any:
         arrays = _unpack(raw)
         description = json.loads(arrays["nanoad"].tobytes())
         return _rebuild(description, arrays)
-    except Exception as error:  # the digest is right, but `save` did not write it
+    except Exception as error:
+        # The digest is right, so the file is undamaged, but `save` did not write it.
         message = f"{path} is not a checkpoint written by nanoad.save: {error}"
         raise ValueError(message) from error
 
 
 def _unpack(raw: bytes) -> dict[str, np.ndarray]:
-    """The arrays in an archive, each read once; raises ValueError for other members."""
+    """The arrays in an archive; raises ValueError if `save` cannot have made it."""
     import zipfile
 
     arrays = {}
@@ -6855,7 +6884,7 @@ def _write_whole(path: str, content: bytes) -> None:
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:  # step 1
-            with contextlib.suppress(OSError):  # no old file, or no permissions here
+            with contextlib.suppress(OSError):  # perhaps there is no old file
                 os.chmod(temporary, os.stat(path).st_mode & 0o777)  # step 2
             file.write(content)
             file.flush()
@@ -6868,7 +6897,7 @@ def _write_whole(path: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
-    with contextlib.suppress(OSError):  # not every system can do this with a folder
+    with contextlib.suppress(OSError):  # some systems cannot do this with a folder
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
             os.fsync(folder)  # step 5
@@ -6895,8 +6924,8 @@ def _write_whole(path: str, content: bytes) -> None:
 #
 # The picture (`draw(y)`, by the package graphviz) has the leaves above and the result
 # below. Text and picture are made from the same rows: one for the result, and one for
-# each operand of each operation, except numbers. There are at most 200 rows, because a
-# tape may be a million operations long.
+# each operand of each operation. (A number has no row: the 3 stands in `mul(3, ·)`.)
+# There are at most 200 rows, because a tape may be a million operations long.
 
 
 class _Row(NamedTuple):
@@ -6908,9 +6937,11 @@ class _Row(NamedTuple):
     again: bool  # an earlier row already has it, with its operands below
 
 
-def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iterator[_Row]:
-    """Yield the rows of a tape on demand, each operation before its operands. Each row
-    adds at most one call, so 200 rows of a deep tape cannot overflow Python's stack.
+def _tape_rows(node: Any, result: Tensor | None, branch: str,
+               seen: set[int]) -> Iterator[_Row]:
+    """Yield the row of `node`, and then those of its operands, each with all below it.
+
+    `seen` has the ids of the nodes that have a row.
     """
     again = id(node) in seen
     seen.add(id(node))
@@ -6918,7 +6949,7 @@ def _tape_rows(node: Any, result: Tensor | None, branch: str, seen: set) -> Iter
     if again:
         return
 
-    below = branch.replace("├─", "│ ").replace("└─", "  ")
+    below = branch.replace("├─", "│ ").replace("└─", "  ")  # "│  ├─ " gives "│  │  "
     operands = [a for a in _operands_of(node) if not _is_number(a)]
     for i, operand in enumerate(operands, start=1):
         fork = "└─ " if i == len(operands) else "├─ "
@@ -6939,8 +6970,8 @@ def _is_number(operand: Any) -> bool:
 
 
 # A node is shown with its kind (operation, parameter, leaf or constant), its name, its
-# value and its gradient. A parameter is a leaf that a module trains. `names` maps the
-# id of each parameter's Tensor to its name in the module.
+# value and its gradient. A parameter is a leaf that a module trains. In the functions
+# below, `names` maps the id of each parameter to its name in the module.
 def _kind(node: Any, names: dict[int, str]) -> str:
     if not _tracked(node):
         return "constant"
@@ -6970,15 +7001,19 @@ def _name_of(node: Any, names: dict[int, str]) -> str:
 def _facts(node: Any) -> list[str]:
     """A node's value (dtype and shape unless it is one element), and its gradient."""
     array = np.asarray(_value(node))
-    one = array.size == 1
-    facts = [f"{array.item():.5g}" if one else f"{array.dtype}{list(array.shape)}"]
-    if isinstance(node, Tensor):
-        if node.grad is not None:
-            g = node.grad._data
-            size = f"{g.item():.5g}" if one else f"norm {np.linalg.norm(g):.5g}"
-            facts.append(f"grad {size}")
-        if node._op is not None and node._operands is None:
-            facts.append("let go by backward")
+    is_number = array.size == 1
+    facts = [f"{array.dtype}{list(array.shape)}"]
+    if is_number:
+        facts = [f"{array.item():.5g}"]
+    if not isinstance(node, Tensor):
+        return facts
+
+    if node.grad is not None:
+        g = node.grad._data
+        size = f"{g.item():.5g}" if is_number else f"norm {np.linalg.norm(g):.5g}"
+        facts.append(f"grad {size}")
+    if node._op is not None and node._operands is None:
+        facts.append("let go by backward")
     return facts
 
 
@@ -7010,6 +7045,8 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
     parameters = model.named_parameters() if model is not None else []
     names = {id(parameter): name for name, parameter in parameters}
 
+    # Each row is at most one call of `_tape_rows` deeper than the one before it. So 200
+    # rows do not overflow Python's stack, however deep the tape.
     walk = _tape_rows(tensor, result=None, branch="", seen=set())
     rows = list(itertools.islice(walk, 200))
     note = "... 200 lines are enough" if next(walk, None) else ""
@@ -7020,8 +7057,10 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
 
 def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
     """A line for each row. A node that occurs again is numbered and described once."""
-    again = dict.fromkeys(id(row.node) for row in rows if row.again)  # without repeats
-    marks = {key: f"[{i}]" for i, key in enumerate(again, start=1)}
+    marks: dict[int, str] = {}  # id of a node that occurs again -> its mark
+    for row in rows:
+        if row.again:
+            marks.setdefault(id(row.node), f"[{len(marks) + 1}]")
 
     lines = []
     for row in rows:
@@ -7032,7 +7071,7 @@ def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
             name = _name_of(row.node, names)
             kind = _kind(row.node, names)
             if kind in ("parameter", "constant") or not name:
-                name = f"{kind} {name}".strip()
+                name = f"{kind} {name}".strip()  # such as "parameter bias"
             text = "  ".join([name, *_facts(row.node), mark]).strip()
         lines.append(row.branch + text)
     return "\n".join([*lines, note]).rstrip()
@@ -7060,7 +7099,8 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
                           "nanoad[viz]), unless format is 'text'") from None
 
     graph = graphviz.Digraph(format=format)
-    graph.attr("graph", rankdir=rankdir, label=note, ranksep="0.3", nodesep="0.2", **_FONT)
+    graph.attr("graph", rankdir=rankdir, label=note, ranksep="0.3", nodesep="0.2",
+               **_FONT)
     graph.attr("node", height="0.3", margin="0.12,0.06", color="#404040", **_FONT)
     graph.attr("edge", color="#707070", arrowsize="0.6")
     for row in rows:
@@ -7100,8 +7140,15 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #    (`_by_column`).
 # 2. The first curve is drawn as a line. So a column between two steps, with no step of
 #    its own, gets its value from the straight line between them. If a column has steps
-#    but no finite value, it stays nan, and so do the lines to its neighbours: a gap is
-#    not bridged.
+#    but no finite value, it stays nan, and so do the lines to both its neighbours: a
+#    gap is not bridged. Here are four steps in seven columns:
+#
+#        column       0     1     2     3     4     5     6
+#        step         0           1           2           3
+#        value        4         nan           2           1
+#        mean         4   nan   nan   nan     2   nan     1    (step 1)
+#        line         4   nan   nan   nan     2   1.5     1    (step 2)
+#
 # 3. The axis of values is cut into rows, and each number is rounded to a row
 #    (`_draw_curves`). A curve of marks is then complete.
 # 4. The line gets corners where it changes rows (`_draw_line`).
@@ -7121,7 +7168,7 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
     if not any(np.isfinite(y).any() for _, y in curves.values()):
         return "(no finite values to plot)"
 
-    columns = max(width - 12, 1)  # a tick of up to 10 characters, and the axis, take 12
+    columns = max(width - 12, 1)  # 10 characters for a tick, 2 for the axis
     first, last, means = _by_column(curves, columns)
     low, high = np.nanmin(means), np.nanmax(means)
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
@@ -7156,11 +7203,11 @@ def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             raise ValueError(f"plot: {label} must be a pair (steps, values), not "
                              f"{len(pair)} items")
         steps, heights = (np.asarray(a, np.float64) for a in pair)
-        same = steps.ndim == 1 and steps.shape == heights.shape
-        if not (same and np.isfinite(steps).all()):
+        is_curve = steps.ndim == 1 and steps.shape == heights.shape
+        if not (is_curve and np.isfinite(steps).all()):
             raise ValueError(f"plot: {label} has steps {steps.shape} and values "
-                             f"{heights.shape}; both must be 1-d and of one length, and "
-                             "all steps finite")
+                             f"{heights.shape}; both must be 1-d and of one length, "
+                             "and all steps finite")
         curves[label] = steps, heights
     return curves
 
@@ -7172,23 +7219,24 @@ def _mark(i: int) -> str:
 
 def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
                columns: int) -> tuple[float, float, list[np.ndarray]]:
-    """The first step, the last step, and each curve's means, an array (columns,)."""
+    """The first step, the last step, and each curve's values, an array (columns,)."""
     every_step = np.concatenate([steps for steps, _ in curves.values()])
     first, last = every_step.min(), every_step.max()
     span = last - first or 1  # 1 for a single step, where 0 / 0 would be nan
 
-    beyond = {"left": np.nan, "right": np.nan}  # no line beyond its own steps
     means = []
     for i, (steps, values) in enumerate(curves.values()):
         # The first step is the middle of the first column, the last that of the last.
         column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
         is_finite = np.isfinite(values)
         mean = np.full(columns, np.nan)
-        for column in np.unique(column_of[is_finite]):
-            mean[column] = values[is_finite & (column_of == column)].mean()  # step 1
-        if i == 0:
-            occupied = np.unique(column_of)  # step 2
-            mean = np.interp(np.arange(columns), occupied, mean[occupied], **beyond)
+        for column in np.unique(column_of[is_finite]):  # step 1
+            mean[column] = values[is_finite & (column_of == column)].mean()
+
+        if i == 0:  # step 2: a line through the columns that have steps
+            occupied = np.unique(column_of)
+            mean = np.interp(np.arange(columns), occupied, mean[occupied],
+                             left=np.nan, right=np.nan)
         means.append(mean)
     return first, last, means
 
