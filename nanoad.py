@@ -2671,16 +2671,18 @@ def _require_flag(what: str, value: Any) -> None:
 # against the slope: the wrong one down, the right one up. What is the slope in general?
 # For one row x,
 #
-# 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`, which is
-#    `log(sum(exp(x))) - x[target]`;
-# 2. the derivative of the first term is `exp(x) / sum(exp(x))`, the softmax; that of
-#    the second is 1 at the target, and 0 elsewhere;
+# 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`. The logarithm of a quotient is a
+#    difference, so this is `log(sum(exp(x))) - x[target]`;
+# 2. the derivative of the first term by x is `exp(x) / sum(exp(x))`, the softmax; that
+#    of `x[target]` is 1 at the target and 0 elsewhere, a row that is called *one-hot*;
 # 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
-#    have been. For the mean over N rows, it is divided by N.
+#    have been. Above it is [1/2 1/2] - [0 1]. For the mean over N rows, it is divided
+#    by N.
 #
 # The naive code fails for large scores: exp(1000) is infinite. The loss does not change
-# if all scores of a row go down by the same number, so we first subtract the largest.
-# And the formula of step 1 avoids the logarithm of a probability that may round to 0.
+# if all scores of a row go down by the same number, so the kernel first subtracts the
+# largest. And it uses the formula of step 1, since a probability may round to 0, and
+# log(0) is infinite.
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
@@ -2697,57 +2699,66 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """
     _check_classes(logits, targets)
     n, classes = logits.shape
-    hit = np.arange(n), _whole_numbers("targets", targets, classes)
+    targets = _whole_numbers("targets", targets, classes)
+    at_target = np.arange(n), targets  # one element of each row
+
     x = logits - _row_max(logits)  # (N, C)
-    right = x[hit]  # (N,)
+    x_target = x[at_target]  # (N,), a copy: the next line overwrites x
     e = np.exp(x, out=x)
-    total = _row_sum(e)  # (N, 1); the softmax is e / total
+    total = _row_sum(e)  # (N, 1)
+    losses = np.log(total[:, 0]) - x_target  # (N,), by step 1
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         share = np.asarray(g / n, e.dtype)  # what each row receives
-        dx = e * (share / total)  # (N, C), share * softmax
-        dx[hit] -= share  # minus share * one_hot
+        dx = e * (share / total)  # (N, C): share * softmax, which is e / total
+        dx[at_target] -= share  # less share * one_hot
         return (dx,)
 
-    return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
+    return np.mean(losses), pullback
 
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
     """`ids` as an integer array. Raises an error unless all are in 0..count-1."""
     ids = np.asarray(_value(ids))
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; if they "
-                        "are whole, write .astype(int), and of a Tensor .data.astype(int)")
+        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; "
+                        "if they are whole, write .astype(int), "
+                        "and of a Tensor .data.astype(int)")
     if ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
+        raise ValueError(f"{what} must be from 0 to {count - 1}, "
+                         f"not {ids.min()} to {ids.max()}")
     return ids
 
 
 def _check_classes(logits: np.ndarray, targets: Any) -> None:
     shape = np.shape(targets)
     if logits.ndim >= 2 and shape == logits.shape:
-        raise ValueError("the targets are the numbers of the classes, one for each row, "
-                         f"and not one-hot rows {shape}; write targets.argmax(-1)")
+        raise ValueError("the targets are the numbers of the classes, one for each "
+                         f"row, and not one-hot rows {shape}; "
+                         "write targets.argmax(-1)")
     if logits.ndim != 2:
         raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and "
                          "(B, T) write logits.reshape(-1, C) and targets.reshape(-1)")
     if shape != logits.shape[:1]:
-        raise ValueError(f"needs one target for each row of logits (N, C), not targets {shape}")
+        raise ValueError("needs one target for each row of logits (N, C), "
+                         f"not targets {shape}")
     if len(logits) == 0:
         raise ValueError("there are no rows, and so there is no mean")
 
 
 # The other losses apply a formula element by element, and take the mean. They do not
 # broadcast: a prediction (N, 1) minus a target (N,) would be (N, N), and nobody would
-# see from its mean that the loss is wrong.
+# see from its mean that the loss is wrong. (float16 is computed in float32, as in a
+# kernel: II.7.)
 @_in_float32
 def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
     """The mean of formula(prediction, target), for two arrays of the same shape."""
     prediction = as_tensor(prediction)
     target = as_tensor(target)
     if prediction.shape != target.shape:
-        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the target "
-                         f"{target.shape}; reshape one, for a loss does not broadcast")
+        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the "
+                         f"target {target.shape}; reshape one, for a loss does not "
+                         "broadcast")
     if prediction.size == 0:
         raise ValueError(f"{name}: there are no elements, and so there is no mean")
     return mean(formula(prediction, target.astype(prediction.dtype)))
@@ -2755,15 +2766,15 @@ def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) ->
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference. Raises ValueError if the two shapes differ."""
-    return _mean_loss(prediction, target, name="mse_loss", formula=lambda p, t: (p - t) ** 2)
+    return _mean_loss(prediction, target, name="mse_loss",
+                      formula=lambda p, t: (p - t) ** 2)
 
 
 # If the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
 # yes is s = sigmoid(x), that of no is 1 - s. The loss is again -log of the right one,
-# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. Here `-log(s)` is `softplus(-x)`
-# and `-log(1 - s)` is `softplus(x)`, which do not overflow. (Their difference is x, so
-# one could do: `softplus(x) - t x`. But for t = 1 and a large x, nothing would be left
-# of it.)
+# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. With s = 1 / (1 + exp(-x)),
+# `-log(s)` is `log(1 + exp(-x))`, which is `softplus(-x)`. As 1 - s = sigmoid(-x),
+# `-log(1 - s)` is `softplus(x)`. These do not overflow (II.3).
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
     """The mean of -log probability of the target, if 1 has probability sigmoid(logits).
 
@@ -2773,20 +2784,24 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: t * softplus(-x) + (1 - t) * softplus(x))
 
 
-# If the network gives probabilities p instead of scores, the loss is
-# `-t log(p) - (1 - t) log(1 - p)`. A p of 0 or 1 needs two precautions. Each logarithm
-# is at least -100, as in PyTorch. But where it is held there, its slope is 0, and the
-# most wrong predictions would not be corrected. So the rule for p is the derivative
-# without that limit, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a
-# denominator of at least 1e-12.
-def _log_above(p: Any) -> Any:
+# If the network gives a probability p instead of a score, the loss is
+# `-t log(p) - (1 - t) log(1 - p)`, whose derivative by p is
+#
+#     -t / p + (1 - t) / (1 - p) = (-t (1 - p) + (1 - t) p) / (p (1 - p))
+#                                = (p - t) / (p (1 - p))
+#
+# If p is 0 or 1, one logarithm is infinite. As in PyTorch, we limit each to at least
+# -100. A limited logarithm has the slope 0, and so the most wrong predictions would not
+# be corrected. Therefore the rule for p is the derivative without the limit; only its
+# denominator is at least 1e-12.
+def _limited_log(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
 
 @primitive(lambda g, y, p, t: g * (p - t) / np.maximum(p * (1 - p), 1e-12),
-           lambda g, y, p, t: g * (_log_above(1 - p) - _log_above(p)))
+           lambda g, y, p, t: g * (_limited_log(1 - p) - _limited_log(p)))
 def _log_loss(p, t):
-    return -(t * _log_above(p) + (1 - t) * _log_above(1 - p))
+    return -(t * _limited_log(p) + (1 - t) * _limited_log(1 - p))
 
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
@@ -2797,9 +2812,10 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
-        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; for scores "
-                         "of any size there is binary_cross_entropy_with_logits")
-    return _mean_loss(probability, target, name="binary_cross_entropy", formula=_log_loss)
+        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; for "
+                         "scores of any size there is binary_cross_entropy_with_logits")
+    return _mean_loss(probability, target, name="binary_cross_entropy",
+                      formula=_log_loss)
 
 
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
@@ -2809,7 +2825,8 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """
     target = as_tensor(target)
     if not np.all((target == 1) | (target == -1)):
-        raise ValueError("hinge_loss: the targets must be -1 or 1; of 0 and 1 make 2 * t - 1")
+        raise ValueError("hinge_loss: the targets must be -1 or 1; "
+                         "of 0 and 1 make 2 * t - 1")
     return _mean_loss(prediction, target, name="hinge_loss",
                       formula=lambda p, t: relu(1 - t * p))
 
