@@ -3081,6 +3081,7 @@ class Module:
         dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
         return value.astype(next(dtypes, value.dtype), copy=False)
 
+    # (For a module that is met inside itself, recursive_repr writes three dots.)
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         settings = [f"{name}={_brief(value)}" for name, value in vars(self).items()
