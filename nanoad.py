@@ -3093,7 +3093,8 @@ class Module:
                   if isinstance(value, Module) or name.isdigit()]
         if not layers:
             return f"{head})"
-        below = "\n".join(layers).replace("\n", "\n  ")  # all lines, two columns in
+        # Each level stands two columns further in.
+        below = "\n".join(layers).replace("\n", "\n  ")
         return f"{head}\n  {below}\n)"
 
 
@@ -3247,7 +3248,8 @@ class _Pool2d(Module):
 
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
         name = type(self).__name__
-        _pair(kernel_size, f"{name}: kernel_size")  # for its error, like the next
+        # `_pair` is called for its errors only.
+        _pair(kernel_size, f"{name}: kernel_size")
         if stride is not None:
             _pair(stride, f"{name}: stride")
         self.kernel_size = kernel_size
@@ -3414,8 +3416,6 @@ class MLP(Sequential):
 #
 # The search for parameters needs what has an order and can be read again. Sequential
 # needs what can be called.
-
-
 def _refuse_unsearchable(name: str, value: Any) -> None:
     """Raise TypeError for a generator, or a set with modules in it."""
     if isinstance(value, types.GeneratorType):
@@ -3438,8 +3438,6 @@ def _require_layer(i: int, layer: Any) -> None:
 
 
 # `repr` shows settings and shapes beside a module's name:
-
-
 def _is_setting(value: Any) -> bool:
     """Whether an attribute is shown there."""
     if isinstance(value, tuple):
@@ -3457,8 +3455,6 @@ def _brief(value: Any) -> str:
 # `Module.astype` converts whatever it can in place. `_as_dtype` returns what a list or
 # dict shall hold instead of `value`: `value` itself, if that could be changed, or else
 # a converted copy.
-
-
 def _as_dtype(value: Any, dtype: np.dtype) -> Any:
     if isinstance(value, (list, dict)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
@@ -3483,8 +3479,6 @@ def _as_dtype(value: Any, dtype: np.dtype) -> Any:
 # PyTorch's BatchNorm2d also counts batches (num_batches_tracked, which `strict=False`
 # passes over), and our attention's qkv.weight and proj.weight are called in_proj_weight
 # and out_proj.weight there.
-
-
 def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict:
     """Name -> the array in `state` that will replace the `current` one, in its dtype.
 
