@@ -2703,16 +2703,18 @@ def _require_flag(what: str, value: Any) -> None:
 # against the slope: the wrong one down, the right one up. What is the slope in general?
 # For one row x,
 #
-# 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`, which is
-#    `log(sum(exp(x))) - x[target]`;
-# 2. the derivative of the first term is `exp(x) / sum(exp(x))`, the softmax; that of
-#    the second is 1 at the target, and 0 elsewhere;
+# 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`. The logarithm of a quotient is a
+#    difference, so this is `log(sum(exp(x))) - x[target]`;
+# 2. the derivative of the first term by x is `exp(x) / sum(exp(x))`, the softmax; that
+#    of `x[target]` is 1 at the target and 0 elsewhere, a row that is called *one-hot*;
 # 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
-#    have been. For the mean over N rows, it is divided by N.
+#    have been. Above it is [1/2 1/2] - [0 1]. For the mean over N rows, it is divided
+#    by N.
 #
 # The naive code fails for large scores: exp(1000) is infinite. The loss does not change
-# if all scores of a row go down by the same number, so we first subtract the largest.
-# And the formula of step 1 avoids the logarithm of a probability that may round to 0.
+# if all scores of a row go down by the same number, so the kernel first subtracts the
+# largest. And it uses the formula of step 1, since a probability may round to 0, and
+# log(0) is infinite.
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
@@ -2729,57 +2731,66 @@ def cross_entropy(logits: Any, targets: Any) -> Tensor:
     """
     _check_classes(logits, targets)
     n, classes = logits.shape
-    hit = np.arange(n), _whole_numbers("targets", targets, classes)
+    targets = _whole_numbers("targets", targets, classes)
+    at_target = np.arange(n), targets  # one element of each row
+
     x = logits - _row_max(logits)  # (N, C)
-    right = x[hit]  # (N,)
+    x_target = x[at_target]  # (N,), a copy: the next line overwrites x
     e = np.exp(x, out=x)
-    total = _row_sum(e)  # (N, 1); the softmax is e / total
+    total = _row_sum(e)  # (N, 1)
+    losses = np.log(total[:, 0]) - x_target  # (N,), by step 1
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         share = np.asarray(g / n, e.dtype)  # what each row receives
-        dx = e * (share / total)  # (N, C), share * softmax
-        dx[hit] -= share  # minus share * one_hot
+        dx = e * (share / total)  # (N, C): share * softmax, which is e / total
+        dx[at_target] -= share  # less share * one_hot
         return (dx,)
 
-    return np.mean(np.log(total[:, 0]) - right), pullback  # by step 1
+    return np.mean(losses), pullback
 
 
 def _whole_numbers(what: str, ids: Any, count: int) -> np.ndarray:
     """`ids` as an integer array. Raises an error unless all are in 0..count-1."""
     ids = np.asarray(_value(ids))
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; if they "
-                        "are whole, write .astype(int), and of a Tensor .data.astype(int)")
+        raise TypeError(f"{what} must be a plain array of integers, not {ids.dtype}; "
+                        "if they are whole, write .astype(int), "
+                        "and of a Tensor .data.astype(int)")
     if ids.size and not 0 <= ids.min() <= ids.max() < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, not {ids.min()} to {ids.max()}")
+        raise ValueError(f"{what} must be from 0 to {count - 1}, "
+                         f"not {ids.min()} to {ids.max()}")
     return ids
 
 
 def _check_classes(logits: np.ndarray, targets: Any) -> None:
     shape = np.shape(targets)
     if logits.ndim >= 2 and shape == logits.shape:
-        raise ValueError("the targets are the numbers of the classes, one for each row, "
-                         f"and not one-hot rows {shape}; write targets.argmax(-1)")
+        raise ValueError("the targets are the numbers of the classes, one for each "
+                         f"row, and not one-hot rows {shape}; "
+                         "write targets.argmax(-1)")
     if logits.ndim != 2:
         raise ValueError("needs logits (N, C) and targets (N,); for (B, T, C) and "
                          "(B, T) write logits.reshape(-1, C) and targets.reshape(-1)")
     if shape != logits.shape[:1]:
-        raise ValueError(f"needs one target for each row of logits (N, C), not targets {shape}")
+        raise ValueError("needs one target for each row of logits (N, C), "
+                         f"not targets {shape}")
     if len(logits) == 0:
         raise ValueError("there are no rows, and so there is no mean")
 
 
 # The other losses apply a formula element by element, and take the mean. They do not
 # broadcast: a prediction (N, 1) minus a target (N,) would be (N, N), and nobody would
-# see from its mean that the loss is wrong.
+# see from its mean that the loss is wrong. (float16 is computed in float32, as in a
+# kernel: II.7.)
 @_in_float32
 def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) -> Tensor:
     """The mean of formula(prediction, target), for two arrays of the same shape."""
     prediction = as_tensor(prediction)
     target = as_tensor(target)
     if prediction.shape != target.shape:
-        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the target "
-                         f"{target.shape}; reshape one, for a loss does not broadcast")
+        raise ValueError(f"{name}: the prediction has shape {prediction.shape} and the "
+                         f"target {target.shape}; reshape one, for a loss does not "
+                         "broadcast")
     if prediction.size == 0:
         raise ValueError(f"{name}: there are no elements, and so there is no mean")
     return mean(formula(prediction, target.astype(prediction.dtype)))
@@ -2787,15 +2798,15 @@ def _mean_loss(prediction: Any, target: Any, *, name: str, formula: Callable) ->
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """The mean squared difference. Raises ValueError if the two shapes differ."""
-    return _mean_loss(prediction, target, name="mse_loss", formula=lambda p, t: (p - t) ** 2)
+    return _mean_loss(prediction, target, name="mse_loss",
+                      formula=lambda p, t: (p - t) ** 2)
 
 
 # If the answer is yes (t = 1) or no (t = 0), one score x is enough. The probability of
 # yes is s = sigmoid(x), that of no is 1 - s. The loss is again -log of the right one,
-# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. Here `-log(s)` is `softplus(-x)`
-# and `-log(1 - s)` is `softplus(x)`, which do not overflow. (Their difference is x, so
-# one could do: `softplus(x) - t x`. But for t = 1 and a large x, nothing would be left
-# of it.)
+# or in one formula, `-t log(s) - (1 - t) log(1 - s)`. With s = 1 / (1 + exp(-x)),
+# `-log(s)` is `log(1 + exp(-x))`, which is `softplus(-x)`. As 1 - s = sigmoid(-x),
+# `-log(1 - s)` is `softplus(x)`. These do not overflow (II.3).
 def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
     """The mean of -log probability of the target, if 1 has probability sigmoid(logits).
 
@@ -2805,20 +2816,24 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: t * softplus(-x) + (1 - t) * softplus(x))
 
 
-# If the network gives probabilities p instead of scores, the loss is
-# `-t log(p) - (1 - t) log(1 - p)`. A p of 0 or 1 needs two precautions. Each logarithm
-# is at least -100, as in PyTorch. But where it is held there, its slope is 0, and the
-# most wrong predictions would not be corrected. So the rule for p is the derivative
-# without that limit, `-t / p + (1 - t) / (1 - p) = (p - t) / (p (1 - p))`, with a
-# denominator of at least 1e-12.
-def _log_above(p: Any) -> Any:
+# If the network gives a probability p instead of a score, the loss is
+# `-t log(p) - (1 - t) log(1 - p)`, whose derivative by p is
+#
+#     -t / p + (1 - t) / (1 - p) = (-t (1 - p) + (1 - t) p) / (p (1 - p))
+#                                = (p - t) / (p (1 - p))
+#
+# If p is 0 or 1, one logarithm is infinite. As in PyTorch, we limit each to at least
+# -100. A limited logarithm has the slope 0, and so the most wrong predictions would not
+# be corrected. Therefore the rule for p is the derivative without the limit; only its
+# denominator is at least 1e-12.
+def _limited_log(p: Any) -> Any:
     return np.log(np.clip(p, math.exp(-100), 1))
 
 
 @primitive(lambda g, y, p, t: g * (p - t) / np.maximum(p * (1 - p), 1e-12),
-           lambda g, y, p, t: g * (_log_above(1 - p) - _log_above(p)))
+           lambda g, y, p, t: g * (_limited_log(1 - p) - _limited_log(p)))
 def _log_loss(p, t):
-    return -(t * _log_above(p) + (1 - t) * _log_above(1 - p))
+    return -(t * _limited_log(p) + (1 - t) * _limited_log(1 - p))
 
 
 def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
@@ -2829,9 +2844,11 @@ def binary_cross_entropy(probability: Any, target: Any) -> Tensor:
     """
     probability = as_tensor(probability)
     if not np.all((probability >= 0) & (probability <= 1)):
-        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; for scores "
-                         "of any size there is binary_cross_entropy_with_logits")
-    return _mean_loss(probability, target, name="binary_cross_entropy", formula=_log_loss)
+        raise ValueError("binary_cross_entropy: the probabilities must be in [0, 1]; "
+                         "for scores of any size there is "
+                         "binary_cross_entropy_with_logits")
+    return _mean_loss(probability, target, name="binary_cross_entropy",
+                      formula=_log_loss)
 
 
 def hinge_loss(prediction: Any, target: Any) -> Tensor:
@@ -2841,7 +2858,8 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
     """
     target = as_tensor(target)
     if not np.all((target == 1) | (target == -1)):
-        raise ValueError("hinge_loss: the targets must be -1 or 1; of 0 and 1 make 2 * t - 1")
+        raise ValueError("hinge_loss: the targets must be -1 or 1; "
+                         "of 0 and 1 make 2 * t - 1")
     return _mean_loss(prediction, target, name="hinge_loss",
                       formula=lambda p, t: relu(1 - t * p))
 
@@ -2886,9 +2904,7 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     >>> print(*(name for name, _ in naive_parameters(Sequential(Scale(2), model))))
 #     0.factor 1.0.weight 1.0.bias 1.2.weight 1.2.bias
 #
-# The real search also looks into lists, tuples and dicts, and puts the position or key
-# into the dotted name: `blocks.3.ln1.weight`. The kind of an attribute decides what
-# becomes of it:
+# The kind of an attribute decides what becomes of it:
 #
 #     | attribute                       | trained | saved | for example               |
 #     | ------------------------------- | ------- | ----- | ------------------------- |
@@ -2897,19 +2913,11 @@ def hinge_loss(prediction: Any, target: Any) -> Tensor:
 #     | a tracked result                | no      | no    | the last hidden state     |
 #     | a number, a text, a function    | no      | no    | a setting                 |
 #
-# (A result is tracked if it was made from something tracked. A result made inside
-# no_grad() is a constant like any other, and is saved.)
-#
 # So a plain Tensor is trained. To save one without training it, make it a constant with
-# `t.detach()`. A Parameter can also be frozen for part of the training, by
-# `p.requires_grad = False`: it is still listed, so that the optimizer has it when it
-# thaws.
-#
-# Names and shapes are PyTorch's: `1.0.weight` above, and (out, in) for a Linear. So a
-# state_dict can go in both directions, with two exceptions. PyTorch's BatchNorm2d also
-# counts batches (num_batches_tracked, which `strict=False` passes over), and our
-# attention's qkv.weight and proj.weight are called in_proj_weight and out_proj.weight
-# in PyTorch.
+# `t.detach()`. A weight can be *frozen* for part of the training, by
+# `p.requires_grad = False`. A plain Tensor is then a constant, and no longer listed. A
+# Parameter still is, so that the optimizer has it when it thaws.
+
 
 class Parameter(Tensor):
     """A Tensor that its module trains, and still lists while it is frozen.
@@ -2934,11 +2942,20 @@ def _is_saved(value: Any) -> bool:
     return constant or isinstance(value, np.ndarray) or _is_trained(value)
 
 
-# The search takes two steps. `_held` finds what one module holds, also inside lists and
-# dicts. `Module._contents` then goes on into the modules among these.
+# The real search also looks into lists, tuples and dicts, and puts the position or key
+# into the dotted name. It has two steps. `_held` finds what one module holds, also
+# inside its lists. `Module._contents` then goes on into the modules among these:
+#
+#     >>> module = Module()
+#     >>> module.blocks = [Linear(2, 2), ReLU()]
+#     >>> print(*(name for name, _ in _held(module)))
+#     blocks.0 blocks.1
+#     >>> print(*(name for name, _ in module._contents()))
+#     blocks.0 blocks.0.weight blocks.0.bias blocks.1
+
 
 def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything that a module or nest holds."""
+    """(dotted name, value) of everything that a module, list, tuple or dict holds."""
     items = vars(holder) if isinstance(holder, Module) else holder
     pairs = items.items() if isinstance(items, dict) else enumerate(items)
 
@@ -2946,37 +2963,41 @@ def _held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         name = f"{prefix}{key}"
         if isinstance(value, (list, tuple, dict)):
             yield from _held(value, f"{name}.")
-        elif isinstance(value, types.GeneratorType):
-            raise TypeError(f"{name} is a generator, which is read but once; make it a list")
-        elif isinstance(value, (set, frozenset)) and any(isinstance(v, Module) for v in value):
-            raise TypeError(f"{name} is a set, which has no order; make it a list")
         else:
+            _refuse_unsearchable(name, value)
             yield name, value
 
 
 class Module:
-    """The base of layers and networks: set attributes in `__init__`, write `forward`."""
+    """The base of layers: set attributes in `__init__`, and write a `forward`."""
 
     training = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes. Each class writes its own; users call the module."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward method; write one in "
-                                  "the class, `def forward(self, x): ...`")
+        """What it computes. Each class writes its own; users call the module."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward method; write "
+                                  "one in the class, `def forward(self, x): ...`")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse an array in a parameter's place: it would silently not be trained."""
-        if isinstance(value, np.ndarray) and _is_trained(getattr(self, name, None)):
-            raise TypeError(f"{type(self).__name__}.{name} is a parameter, and an array would "
-                            f"not be trained; write .{name}.data = ... or assign a Tensor")
-        super().__setattr__(name, value)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`, with arrays of floats in the dtype of the parameters.
 
-    def _contents(self, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
+        (Otherwise, float64 data would make a float32 network compute in float64.) A
+        list given by position is stacked to one array or Tensor. A tuple stays, because
+        it may be a setting, such as an axis.
+        """
+        args = [self._convert(self._stack(a)) for a in args]
+        kwargs = {name: self._convert(a) for name, a in kwargs.items()}
+        return self.forward(*args, **kwargs)
+
+    # What is in it?
+
+    def _contents(self, prefix: str = "",
+                  above: tuple = ()) -> Iterator[tuple[str, Any]]:
         """(dotted name, value) of everything in this module and all modules below it.
 
         An object that occurs twice is listed twice, under both names. But no module is
-        listed inside itself, or else the search would never end after
-        `child.parent = self`.
+        listed inside itself (`above` are those that we are in), or else the search
+        would never end after `child.parent = self`.
         """
         above = (*above, self)
         for name, value in _held(self, prefix):
@@ -3004,19 +3025,78 @@ class Module:
         """The parameters, each once."""
         return [parameter for _, parameter in self.named_parameters()]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`, with arrays of floats converted to the dtype of the parameters:
-        float64 data would otherwise make a float32 network compute in float64.
+    # Training
 
-        A list given by position is stacked to one array or Tensor. A tuple stays, because
-        it may be a setting, such as an axis.
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set `training`, which dropout and batch norm read, here and below."""
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Set this module and all below it to evaluation."""
+        return self.train(False)
+
+    # Saving and converting. (The functions are at the section's end.)
+
+    def _state(self) -> dict[str, Any]:
+        """Dotted name -> Tensor or array, for everything that is saved."""
+        state = {}
+        for name, value in self._contents():
+            if _is_saved(value):
+                if name in state:
+                    raise ValueError(f"state_dict: two arrays are named {name!r}; give "
+                                     "one another name, or a dict's key without a dot")
+                state[name] = value
+        return state
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Dotted name -> a copy, for parameters and constants, say running means."""
+        return {name: np.array(_value(item)) for name, item in self._state().items()}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Copy in the arrays of a state_dict: all, or none if there is an error.
+
+        Raises KeyError if names are missing or unknown (`strict=False` passes over
+        these), ValueError if a shape differs, TypeError if floats would become
+        integers.
         """
-        args = [self._convert(self._stack(a)) for a in args]
-        kwargs = {name: self._convert(a) for name, a in kwargs.items()}
-        return self.forward(*args, **kwargs)
+        current = self._state()
+        for name, array in _fitting("load_state_dict", current, state, strict).items():
+            _overwrite(current[name], array)
+
+    def astype(self, dtype: Any) -> Self:
+        """Convert parameters and constants in place, say to float64; returns self.
+
+        Tensors, lists and dicts stay the same objects, because others may refer to
+        them. Arrays and tuples, which cannot change their dtype or items, are replaced.
+        Integers and bools keep their dtype. Gradients are forgotten.
+        """
+        dtype = np.dtype(dtype)
+        if dtype.kind != "f":
+            raise TypeError("Module.astype: parameters are floating-point numbers, and "
+                            f"cannot become {dtype}; use float32 or float64")
+        for module in self.modules():
+            _as_dtype(vars(module), dtype)
+        return self
+
+    # Care
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse an array in a parameter's place: it would silently not be trained."""
+        if isinstance(value, np.ndarray) and _is_trained(getattr(self, name, None)):
+            raise TypeError(f"{type(self).__name__}.{name} is a parameter, and an "
+                            f"array would not be trained; write .{name}.data = ... or "
+                            "assign a Tensor")
+        super().__setattr__(name, value)
 
     def _stack(self, value: Any) -> Any:
-        """A list as one array, or as a Tensor if it holds Tensors; all else as it is."""
+        """A list as one array, or as a Tensor if it holds any; all else as it is."""
         if not isinstance(value, list):
             return value
         try:
@@ -3033,139 +3113,38 @@ class Module:
         dtypes = (p.dtype for _, p in self._contents() if _is_trained(p))
         return value.astype(next(dtypes, value.dtype), copy=False)
 
-    def _state(self) -> dict[str, Any]:
-        """Dotted name -> Tensor or array, for everything that is saved."""
-        state = {}
-        for name, value in self._contents():
-            if _is_saved(value):
-                if name in state:
-                    raise ValueError(f"state_dict: two arrays are named {name!r}; give "
-                                     "one another name, or a dict's key without a dot")
-                state[name] = value
-        return state
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Dotted name -> a copy, for parameters and constants (such as running means)."""
-        return {name: np.array(_value(item)) for name, item in self._state().items()}
-
-    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Copy in the arrays of a state_dict: all of them, or none if there is an error.
-
-        Raises KeyError if names are missing or unknown (`strict=False` passes over
-        these), ValueError if a shape differs, TypeError if floats would become integers.
-        """
-        current = self._state()
-        for name, array in _fitting("load_state_dict", current, state, strict).items():
-            _overwrite(current[name], array)
-
-    def astype(self, dtype: Any) -> Self:
-        """Convert parameters and constants in place, say to float64; returns self.
-
-        Tensors, lists and dicts stay the same objects, because others may refer to
-        them. Arrays and tuples, which cannot change their dtype or items, are replaced.
-        Integers and bools keep their dtype. Gradients are forgotten.
-        """
-        dtype = np.dtype(dtype)
-        if dtype.kind != "f":
-            raise TypeError("Module.astype: parameters are floating-point numbers, and cannot "
-                            f"become {dtype}; use float32 or float64")
-        for module in self.modules():
-            _as_dtype(vars(module), dtype)
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        """Set `training`, which dropout and batch norm read, here and in modules below."""
-        for module in self.modules():
-            module.training = mode
-        return self
-
-    def eval(self) -> Self:
-        """Set this module and all below it to evaluation."""
-        return self.train(False)
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for parameter in self.parameters():
-            parameter.grad = None
-
+    # (For a module that is met inside itself, recursive_repr writes three dots.)
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         settings = [f"{name}={_brief(value)}" for name, value in vars(self).items()
                     if name != "training" and _is_setting(value)]
-        lines = [f"\n({name}): {_brief(value)}" for name, value in _held(self)
-                 if isinstance(value, Module) or name.isdigit()]  # (a layer of Sequential)
-
         head = f"{type(self).__name__}({', '.join(settings)}"
-        below = "".join(lines).replace("\n", "\n  ")  # two columns further in, per level
-        return f"{head}{below}\n)" if lines else f"{head})"
+
+        # (A layer of a Sequential, whose name is a number, may be a function.)
+        layers = [f"({name}): {_brief(value)}" for name, value in _held(self)
+                  if isinstance(value, Module) or name.isdigit()]
+        if not layers:
+            return f"{head})"
+        # Each level stands two columns further in.
+        below = "\n".join(layers).replace("\n", "\n  ")
+        return f"{head}\n  {below}\n)"
 
 
-def _is_setting(value: Any) -> bool:
-    """Whether a module's `repr` shows this attribute beside the module's name."""
-    if isinstance(value, tuple):
-        return all(isinstance(n, (int, float)) for n in value)
-    return isinstance(value, (Tensor, int, float, str))
-
-
-def _brief(value: Any) -> str:
-    """A Tensor as its shape, a function as its name, and all else as its repr."""
-    if isinstance(value, Tensor):
-        return str(value.shape)
-    return getattr(value, "__name__", None) or repr(value)
-
-
-def _as_dtype(value: Any, dtype: np.dtype) -> Any:
-    """What `astype` puts in the place of `value`: the same object, if that can change."""
-    if isinstance(value, (list, dict)):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in list(pairs):
-            value[key] = _as_dtype(item, dtype)
-    elif isinstance(value, tuple):
-        items = [_as_dtype(item, dtype) for item in value]
-        return value._make(items) if hasattr(value, "_make") else tuple(items)  # (a namedtuple)
-    elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        return value.astype(dtype)
-    elif isinstance(value, Tensor) and _is_saved(value):
-        value._data = np.asarray(value._data, dtype)
-        value.grad = None
-        _note_write(value)
-    return value
-
-
-def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
-    """Copy an array into a Tensor or array that a module saves."""
-    if isinstance(target, Tensor):
-        target._data = np.asarray(target._data)  # a 0-d result may be a NumPy scalar
-        _note_write(target)
-    _value(target)[...] = array
-
-
-def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict:
-    """Name -> the array in `state` that will replace the `current` one, in its dtype.
-
-    Raises an error that says which name (if `strict`), shape or kind of dtype differs.
-    """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{what}: needs a dict of arrays, such as state_dict() returns, "
-                        f"not a {type(state).__name__}")
-
-    missing = sorted(current.keys() - state.keys())
-    unknown = sorted(state.keys() - current.keys())
-    if strict and (missing or unknown):
-        raise KeyError(f"{what}: missing {missing}, unknown {unknown}")
-
-    fitting = {}
-    for name in current:
-        if name not in state:
-            continue
-        old = np.asarray(_value(current[name]))
-        new = np.asarray(_value(state[name]))
-        if new.shape != old.shape:
-            raise ValueError(f"{what}: {name} has shape {new.shape}, not {old.shape}")
-        if not np.can_cast(new.dtype, old.dtype, casting="same_kind"):
-            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become {old.dtype}")
-        fitting[name] = new.astype(old.dtype, copy=False)
-    return fitting
+# ### Layers
+#
+# A layer is a function together with the numbers it needs. `Linear` and `linear` are
+# the model for all: the class makes a weight, and `forward` gives it to the function.
+# Functions for images, for normalization, and of transformers come in III.4, III.5 and
+# III.6. Here it is enough to know which arrays their layers keep.
+#
+# Where do the weights begin? If all were zero, all units would receive the same
+# gradient and stay alike for ever, so weights begin at random. How large should they
+# be? A unit adds up n products of weights and inputs. If their signs are random, most
+# of the sum cancels, and about sqrt(n) times one product is left. So with weights of a
+# size of about 1 / sqrt(n), the sum is about as large as one input, and through many
+# layers the numbers neither vanish nor explode. Linear and Conv2d draw weights between
+# -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and learning rates
+# carry over.
 
 
 # Each thread has a random generator of its own, made when it is first asked for.
@@ -3177,17 +3156,6 @@ def manual_seed(seed: int | Sequence[int]) -> None:
     """Seed this thread's initialization, dropout, shuffling and sampling."""
     _mode.rng = np.random.default_rng(seed)
 
-
-# ### Layers
-#
-# A layer is a function together with the numbers it needs. It has to decide where its
-# weights begin. If all were zero, all units would receive the same gradient and stay
-# alike for ever, so weights begin at random. How large should they be? A unit adds up n
-# products of weights and inputs. If the weights have either sign and a size of about
-# 1 / sqrt(n), the sum is about as large as one input, and through many layers the
-# numbers neither vanish nor explode. Linear and Conv2d draw weights between
-# -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and learning rates
-# carry over.
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
@@ -3223,22 +3191,90 @@ class Conv2d(Module):
     1) the result is as large as the image.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1,
-                 padding: Any = 0, bias: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any,
+                 stride: Any = 1, padding: Any = 0, bias: bool = True) -> None:
         _positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
         height, width = _pair(kernel_size, "Conv2d: kernel_size")  # (III.4)
-        _pair(stride, "Conv2d: stride")  # this line and the next only check
+        # These two are called for their errors only.
+        _pair(stride, "Conv2d: stride")
         _around(padding, (height, width), stride, "Conv2d: padding")
+
         self.stride = stride
         self.padding = padding
-
-        bound = 1 / math.sqrt(in_channels * height * width)
+        # Each output adds up this many products.
+        products = in_channels * height * width
+        bound = 1 / math.sqrt(products)
         self.weight = _uniform(bound, out_channels, in_channels, height, width)
         self.bias = _uniform(bound, out_channels) if bias else None
 
     def forward(self, x: Any) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, oh, ow)."""
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class BatchNorm2d(Module):
+    """`batch_norm` of each channel, with running statistics for evaluation."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5,
+                 momentum: float = 0.1) -> None:
+        _positive("BatchNorm2d", num_features=num_features)
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = Parameter(np.ones(num_features, np.float32))
+        self.bias = Parameter(np.zeros(num_features, np.float32))
+        # Plain arrays are saved, but not trained.
+        self.running_mean = np.zeros(num_features, np.float32)
+        self.running_var = np.ones(num_features, np.float32)
+
+    def forward(self, x: Any) -> Tensor:
+        """(N, C, H, W) or (N, C) -> the same shape."""
+        return batch_norm(x, self.running_mean, self.running_var, self.weight,
+                          self.bias, training=self.training, momentum=self.momentum,
+                          eps=self.eps)
+
+
+class LayerNorm(Module):
+    """`layer_norm` over the last axis, which has `normalized_shape` elements."""
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5,
+                 bias: bool = True) -> None:
+        _positive("LayerNorm", normalized_shape=normalized_shape)
+        self.eps = eps
+        self.weight = Parameter(np.ones(normalized_shape, np.float32))
+        self.bias = Parameter(np.zeros(normalized_shape, np.float32)) if bias else None
+
+    def forward(self, x: Any) -> Tensor:
+        """(..., normalized_shape) -> the same shape."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Embedding(Module):
+    """A table with one row for each of `num_embeddings` integers, at first N(0, 1)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        shape = (num_embeddings, embedding_dim)
+        _positive("Embedding", num_embeddings=shape[0], embedding_dim=shape[1])
+        self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
+
+    def forward(self, ids: Any) -> Tensor:
+        """Integers (...) -> (..., embedding_dim)."""
+        return embedding(ids, self.weight)
+
+
+# The other layers have no arrays. They make a function a module, so that it has its
+# settings with it, and `print` shows it.
+
+
+class Dropout(Module):
+    """`dropout` with probability p in training. In evaluation, x is left as it is."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        _check_share("Dropout", p)
+        self.p = p
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return dropout(x, self.p, training=self.training)
 
 
 class _Pool2d(Module):
@@ -3249,6 +3285,7 @@ class _Pool2d(Module):
 
     def __init__(self, kernel_size: Any, stride: Any = None) -> None:
         name = type(self).__name__
+        # `_pair` is called for its errors only.
         _pair(kernel_size, f"{name}: kernel_size")
         if stride is not None:
             _pair(stride, f"{name}: stride")
@@ -3272,63 +3309,6 @@ class AvgPool2d(_Pool2d):
         return avg_pool2d(x, self.kernel_size, self.stride)
 
 
-class BatchNorm2d(Module):
-    """`batch_norm` of each channel, with running statistics for evaluation."""
-
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        _positive("BatchNorm2d", num_features=num_features)
-        self.eps = eps
-        self.momentum = momentum
-        self.weight = Parameter(np.ones(num_features, np.float32))
-        self.bias = Parameter(np.zeros(num_features, np.float32))
-        self.running_mean = np.zeros(num_features, np.float32)
-        self.running_var = np.ones(num_features, np.float32)
-
-    def forward(self, x: Any) -> Tensor:
-        """(N, C, H, W) or (N, C) -> the same shape."""
-        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                          training=self.training, momentum=self.momentum, eps=self.eps)
-
-
-class LayerNorm(Module):
-    """`layer_norm` over the last axis, which has `normalized_shape` elements."""
-
-    def __init__(self, normalized_shape: int, eps: float = 1e-5, bias: bool = True) -> None:
-        _positive("LayerNorm", normalized_shape=normalized_shape)
-        self.eps = eps
-        self.weight = Parameter(np.ones(normalized_shape, np.float32))
-        self.bias = Parameter(np.zeros(normalized_shape, np.float32)) if bias else None
-
-    def forward(self, x: Any) -> Tensor:
-        """(..., normalized_shape) -> the same shape."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class Embedding(Module):
-    """A table with one row for each of `num_embeddings` integers, at first from N(0, 1)."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        _positive("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        shape = (num_embeddings, embedding_dim)
-        self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
-
-    def forward(self, ids: Any) -> Tensor:
-        """Integers (...) -> (..., embedding_dim)."""
-        return embedding(ids, self.weight)
-
-
-class Dropout(Module):
-    """`dropout` with probability p in training. In evaluation, x is left as it is."""
-
-    def __init__(self, p: float = 0.5) -> None:
-        _check_share("Dropout", p)
-        self.p = p
-
-    def forward(self, x: Any) -> Tensor:
-        """Any shape -> the same shape."""
-        return dropout(x, self.p, training=self.training)
-
-
 class Flatten(Module):
     """Each item of a batch, such as an image, as one row."""
 
@@ -3339,23 +3319,36 @@ class Flatten(Module):
         return reshape(x, len(x), math.prod(x.shape[1:]))
 
 
-def _elementwise(name: str, f: Callable, does: str) -> type[Module]:
-    """Make a layer class from a function that works element by element."""
-    class Layer(Module):
-        def forward(self, x: Any) -> Tensor:
-            """Any shape -> the same shape."""
-            return f(x)
+class ReLU(Module):
+    """`relu` as a layer: the larger of x and 0."""
 
-    Layer.__name__ = Layer.__qualname__ = name
-    Layer.forward.__qualname__ = f"{name}.forward"
-    Layer.__doc__ = f"`{f.__name__}` as a layer: {does}."
-    return Layer
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return relu(x)
 
 
-ReLU = _elementwise("ReLU", relu, "the larger of x and 0")
-GELU = _elementwise("GELU", gelu, "a relu without the corner")
-Tanh = _elementwise("Tanh", tanh, "into (-1, 1)")
-Sigmoid = _elementwise("Sigmoid", sigmoid, "into (0, 1)")
+class Tanh(Module):
+    """`tanh` as a layer: into (-1, 1)."""
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return tanh(x)
+
+
+class Sigmoid(Module):
+    """`sigmoid` as a layer: into (0, 1)."""
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return sigmoid(x)
+
+
+class GELU(Module):
+    """`gelu` as a layer: a relu without the corner."""
+
+    def forward(self, x: Any) -> Tensor:
+        """Any shape -> the same shape."""
+        return gelu(x)
 
 
 class CrossEntropy(Module):
@@ -3380,6 +3373,7 @@ MSELoss = MSE
 
 # ### One layer after another
 
+
 class Sequential(Module):
     """Layers, one after another. A layer is a module, or any function of one argument.
 
@@ -3387,47 +3381,44 @@ class Sequential(Module):
         >>> [name for name, _ in model.named_parameters()]
         ['0.weight', '0.bias', '2.weight', '2.bias']
 
-    `model[1]` is a layer, `model[:2]` a Sequential of two. `len` and `for` work as well.
-    Parameters inside a function are not found: to train them, put them in a Module.
+    `model[1]` is a layer, `model[:2]` a Sequential of two. `len` and `for` work as
+    well. Parameters inside a function are not found: to train them, put them in a
+    Module.
     """
 
     def __init__(self, *layers: Callable) -> None:
         for i, layer in enumerate(layers):
-            if isinstance(layer, type):
-                name = layer.__name__
-                raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
-            if not callable(layer):
-                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, but layers "
-                                "are modules or functions; of a list, write Sequential(*layers)")
-            setattr(self, str(i), layer)
-
-    def _layers(self) -> list[tuple[str, Any]]:
-        """(number, layer) pairs: the attributes whose name is a number."""
-        return [(name, layer) for name, layer in vars(self).items() if name.isdigit()]
-
-    def __getitem__(self, index: int | slice) -> Any:
-        layers = self._layers()
-        if isinstance(index, slice):
-            part = Sequential()
-            vars(part).update(layers[index])  # under the same numbers, as in PyTorch
-            return part
-        try:
-            return layers[index][1]
-        except IndexError:
-            name = type(self).__name__
-            raise IndexError(f"{name} has {len(layers)} layers, no [{index}]") from None
-
-    def __len__(self) -> int:
-        return len(self._layers())
-
-    def __iter__(self) -> Iterator[Callable]:
-        return iter([layer for _, layer in self._layers()])
+            _require_layer(i, layer)
+            setattr(self, str(i), layer)  # layer 0 is the attribute "0"
 
     def forward(self, x: Any) -> Any:
         """Pass x from layer to layer."""
         for layer in self:
             x = layer(x)
         return x
+
+    def _layers(self) -> list[tuple[str, Any]]:
+        """(number, layer) pairs: the attributes whose name is a number."""
+        return [(name, layer) for name, layer in vars(self).items() if name.isdigit()]
+
+    def __iter__(self) -> Iterator[Callable]:
+        return iter([layer for _, layer in self._layers()])
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        layers = self._layers()
+        if isinstance(index, slice):
+            part = Sequential()
+            # model[1:] begins with its layer "1", as in PyTorch.
+            vars(part).update(layers[index])
+            return part
+        try:
+            return layers[index][1]
+        except IndexError:
+            name = type(self).__name__
+            raise IndexError(f"{name} has {len(layers)} layers, no [{index}]") from None
 
 
 class MLP(Sequential):
@@ -3441,14 +3432,16 @@ class MLP(Sequential):
 
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
         if isinstance(nouts, (int, np.integer)):
-            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], not {nouts}")
+            raise TypeError(f"MLP: nouts has a size for each layer: [{nouts}], "
+                            f"not {nouts}")
         sizes = [nin, *nouts]
         _positive("MLP", layers=len(sizes) - 1)
 
         layers = []
         for fan_in, fan_out in itertools.pairwise(sizes):
             layers += [Linear(fan_in, fan_out), ReLU()]
-        super().__init__(*layers[:-1])  # no relu at the end: an answer may be negative
+        # No relu at the end: an answer may be negative.
+        super().__init__(*layers[:-1])
 
     def forward(self, x: Any) -> Tensor:
         """(..., nin) -> (..., nouts[-1]), or (...) if nouts[-1] is 1."""
@@ -3456,9 +3449,115 @@ class MLP(Sequential):
         return y.squeeze(-1) if y.shape[-1] == 1 else y
 
 
+# ### Care: searching, printing, converting, loading
+#
+# The search for parameters needs what has an order and can be read again. Sequential
+# needs what can be called.
+def _refuse_unsearchable(name: str, value: Any) -> None:
+    """Raise TypeError for a generator, or a set with modules in it."""
+    if isinstance(value, types.GeneratorType):
+        raise TypeError(f"{name} is a generator, which is read but once; "
+                        "make it a list")
+    is_set = isinstance(value, (set, frozenset))
+    if is_set and any(isinstance(item, Module) for item in value):
+        raise TypeError(f"{name} is a set, which has no order; make it a list")
+
+
+def _require_layer(i: int, layer: Any) -> None:
+    """Raise TypeError, with advice, unless Sequential can use `layer` number i."""
+    if isinstance(layer, type):
+        name = layer.__name__
+        raise TypeError(f"Sequential: layer {i} is the class {name}; write {name}(...)")
+    if not callable(layer):
+        raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, but "
+                        "layers are modules or functions; of a list, write "
+                        "Sequential(*layers)")
+
+
+# `repr` shows settings and shapes beside a module's name:
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute is shown there."""
+    if isinstance(value, tuple):
+        return all(isinstance(n, (int, float)) for n in value)
+    return isinstance(value, (Tensor, int, float, str))
+
+
+def _brief(value: Any) -> str:
+    """A Tensor as its shape, a function as its name, and all else as its repr."""
+    if isinstance(value, Tensor):
+        return str(value.shape)
+    return getattr(value, "__name__", None) or repr(value)
+
+
+# `Module.astype` converts whatever it can in place. `_as_dtype` returns what a list or
+# dict shall hold instead of `value`: `value` itself, if that could be changed, or else
+# a converted copy.
+def _as_dtype(value: Any, dtype: np.dtype) -> Any:
+    if isinstance(value, (list, dict)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in list(pairs):
+            value[key] = _as_dtype(item, dtype)
+    elif isinstance(value, tuple):
+        items = [_as_dtype(item, dtype) for item in value]
+        is_namedtuple = hasattr(value, "_make")
+        return value._make(items) if is_namedtuple else tuple(items)
+    elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return value.astype(dtype)
+    elif isinstance(value, Tensor) and _is_saved(value):
+        value._data = np.asarray(value._data, dtype)
+        value.grad = None
+        _note_write(value)
+    return value
+
+
+# To load a state, we check all arrays before the first is written. So an error leaves
+# the module as it was. The names and shapes are PyTorch's, such as `1.0.weight`, and
+# (out, in) for a Linear. A state_dict can go in both directions, with two exceptions:
+# PyTorch's BatchNorm2d also counts batches (num_batches_tracked, which `strict=False`
+# passes over), and our attention's qkv.weight and proj.weight are called in_proj_weight
+# and out_proj.weight there.
+def _fitting(what: str, current: dict, state: dict, strict: bool = True) -> dict:
+    """Name -> the array in `state` that will replace the `current` one, in its dtype.
+
+    Raises an error that says which name (if `strict`), shape or kind of dtype differs.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{what}: needs a dict of arrays, such as state_dict() "
+                        f"returns, not a {type(state).__name__}")
+
+    missing = sorted(current.keys() - state.keys())
+    unknown = sorted(state.keys() - current.keys())
+    if strict and (missing or unknown):
+        raise KeyError(f"{what}: missing {missing}, unknown {unknown}")
+
+    fitting = {}
+    for name in current:
+        if name not in state:
+            continue
+        old = np.asarray(_value(current[name]))
+        new = np.asarray(_value(state[name]))
+        if new.shape != old.shape:
+            raise ValueError(f"{what}: {name} has shape {new.shape}, not {old.shape}")
+        if not np.can_cast(new.dtype, old.dtype, casting="same_kind"):
+            raise TypeError(f"{what}: {name} holds {new.dtype}, which cannot become "
+                            f"{old.dtype}")
+        fitting[name] = new.astype(old.dtype, copy=False)
+    return fitting
+
+
+def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
+    """Copy an array into a Tensor or array that a module saves."""
+    if isinstance(target, Tensor):
+        # A 0-d result may be a NumPy scalar, which cannot be written to.
+        target._data = np.asarray(target._data)
+        _note_write(target)
+    _value(target)[...] = array
+
+
 # ## III.3 Optimizers: how far?
 #
-# Gradients say which way is down, but not how far to go. Here is all of training, once:
+# Gradients say which way is down, but not how far to go. Here is all of training, once.
+# The data are points of two classes, each class in the shape of a half moon (IV.6).
 #
 #     >>> manual_seed(0)
 #     >>> points, labels = make_moons(100, noise=0.1)
@@ -3469,13 +3568,15 @@ class MLP(Sequential):
 #     ...     for p in model.parameters():
 #     ...         p.data -= 0.5 * p.grad.data
 #     ...         p.grad = None
-#     >>> loss.item() < 0.3
+#     ...
+#     >>> loss.item() < 0.3  # before the first step it is 0.61
 #     True
 #
-# Every optimizer below is this loop, with a different rule for how far a parameter
-# moves. A rule may remember something about each parameter, its *states*. **SGD** with
-# momentum moves like a ball that rolls downhill. Its state is a velocity: the sum of
-# all gradients so far, each of which fades by a tenth in every later step:
+# Every optimizer below is the inner loop, with a different rule for how far a parameter
+# moves. A rule may remember something about each parameter, its *states*. **SGD**
+# (stochastic gradient descent) with momentum moves like a ball that rolls downhill. Its
+# state is a velocity: the sum of all gradients so far, each of which fades by a tenth
+# in every later step:
 #
 #     >>> def naive_sgd(x, g, velocity, lr=0.1, momentum=0.9):
 #     ...     velocity = momentum * velocity + g
@@ -3490,16 +3591,16 @@ class MLP(Sequential):
 #     0.439 2.71
 #
 # The steps of SGD scale with the gradients, whose sizes can differ a thousandfold from
-# layer to layer. **Adam** divides by that size. It keeps two averages, of the gradient
-# and of its square, and moves by about lr, whatever the scale. (Both averages begin at
-# 0, so after k steps they are too small by the factor `1 - b**k`. Two divisions correct
-# that.)
+# layer to layer. **Adam** divides by that size. It keeps two running averages, of the
+# gradient and of its square, and moves by about lr, whatever the scale. (An average
+# begins at 0. If all gradients are g, it is (1 - b) g after one step, and after k steps
+# (1 - b^k) g. It is divided by this factor.)
 #
 #     >>> def naive_adam(x, g, mean, square, step, lr=0.1, b1=0.9, b2=0.999, eps=1e-8):
 #     ...     mean = b1 * mean + (1 - b1) * g
 #     ...     square = b2 * square + (1 - b2) * g * g
 #     ...     direction = mean / (1 - b1 ** step)
-#     ...     size = np.sqrt(square / (1 - b2 ** step))  # the root mean square (RMS)
+#     ...     size = np.sqrt(square / (1 - b2 ** step))  # root mean square (RMS)
 #     ...     return x - lr * direction / (size + eps), mean, square
 #     ...
 #     >>> for g in [1000.0, 0.001]:
@@ -3520,13 +3621,14 @@ class MLP(Sequential):
 # Then the rule, `_update`, runs once, on all 65 numbers. `step` decides which
 # parameters move, and `_move` takes their numbers to the rule and back.
 
+
 class Optimizer:
     """The base of all optimizers: a subclass names its states and writes `_update`.
 
     `params` are leaf Tensors (an iterable, a Module, or one Tensor). `lr`, the learning
-    rate, and the other `settings` become attributes: numbers of at least 0, or tuples of
-    these. Raises TypeError if a parameter is not a leaf Tensor; ValueError if there are
-    no parameters, one is listed twice, or a setting is wrong.
+    rate, and the other `settings` become attributes: numbers of at least 0, or tuples
+    of these. Raises TypeError if a parameter is not a leaf Tensor; ValueError if there
+    are no parameters, one is listed twice, or a setting is wrong.
 
     While an optimizer exists, glibc keeps freed blocks below 32 MiB for this process.
     """
@@ -3536,32 +3638,30 @@ class Optimizer:
     def __init__(self, params: Any, lr: float, **settings: Any) -> None:
         name = type(self).__name__
         self.params = _listed(name, params)
-        if not self.params:
-            raise ValueError(f"{name}: there are no parameters to optimize")
-        if len(set(self.params)) < len(self.params):
-            raise ValueError(f"{name}: a parameter is listed twice")
-        if any(p._op is not None for p in self.params):
-            raise TypeError(f"{name}: parameters must be leaf Tensors, not results of operations")
-
+        _check_parameters(name, self.params)
+        for p in self.params:
+            # A 0-d array may be a NumPy scalar, which cannot be written to.
+            p._data = np.asarray(p._data)
         for key, value in dict(settings, lr=lr).items():
-            numbers = np.asarray(value)
-            is_number = numbers.dtype.kind in "iuf"
-            if not (is_number and np.all((0 <= numbers) & (numbers < np.inf))):
-                raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
+            _check_setting(name, key, value)
             setattr(self, key, value)
 
-        self.steps = np.zeros(len(self.params), np.int64)  # made by each parameter
+        # How many steps each parameter has made:
+        self.steps = np.zeros(len(self.params), np.int64)
+        # In a flat array, parameter i lies from _bounds[i] to _bounds[i + 1].
         ends = np.cumsum([p.size for p in self.params]).tolist()
-        self._bounds = [0, *ends]  # parameter i lies from _bounds[i] to _bounds[i + 1]
+        self._bounds = [0, *ends]
         dtype = np.result_type(*[p.dtype for p in self.params])  # the widest
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
         _keep_freed_memory(self)  # (IV.4): every step allocates the same arrays
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray, *states: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
+                *states: np.ndarray) -> None:
         """Move the parameters x, and renew the states, in place; g may be overwritten.
 
-        All are flat arrays of one length. `step` counts these parameters' steps, from 1.
+        All are flat arrays of one length. `step` counts the steps of these parameters,
+        from 1.
         """
         raise NotImplementedError(f"{type(self).__name__} has no _update method")
 
@@ -3575,11 +3675,11 @@ class Optimizer:
         has_gradient = [p.grad is not None for p in self.params]
         self.steps += has_gradient
 
-        # Adam's rule needs the number of steps a parameter has made, and a parameter
-        # without a gradient makes none. So neighbours with the same count move
-        # together: with counts 7 7 0 7, the first two, then the last. Usually all
-        # parameters are one group.
-        counts = np.where(has_gradient, self.steps, 0).tolist()  # 0: does not move
+        # A parameter without a gradient makes no step, so the counts of steps may
+        # differ, and Adam's rule needs the count. So neighbours with the same count
+        # move together. With counts 7 7 0 7, where 0 does not move, these are the first
+        # two, then the last. Usually all parameters are one group.
+        counts = np.where(has_gradient, self.steps, 0).tolist()
         first = 0
         for count, neighbours in itertools.groupby(counts):
             end = first + len(list(neighbours))
@@ -3590,13 +3690,14 @@ class Optimizer:
     def _move(self, first: int, end: int, step: int) -> None:
         """Make step number `step` of the parameters `first` to `end - 1`."""
         params = self.params[first:end]
+        arrays = [p._data for p in params]
         g = np.concatenate([p.grad._data.ravel() for p in params])
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # Parameters that lie end to end in memory, as DataParallel lays them (IV.5),
-        # are moved in place. Others are copied into one array, moved, and copied back.
-        arrays = [p._data for p in params]
+        # Arrays that lie end to end in memory, as DataParallel lays them, need no copy:
+        # `_side_by_side` (IV.5) returns the flat array that they are pieces of. For
+        # others it returns None. These are copied, moved, and copied back.
         x = _side_by_side(arrays)
         is_copy = x is None
         if is_copy:
@@ -3605,10 +3706,10 @@ class Optimizer:
             self._update(step, *block)
 
         start = 0
-        for p in params:
+        for p, array in zip(params, arrays):
             if is_copy:
-                p._data[...] = x[start:start + p.size].reshape(p.shape)
-                start += p.size
+                array[...] = x[start:start + array.size].reshape(array.shape)
+                start += array.size
             _note_write(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -3622,9 +3723,11 @@ class Optimizer:
         Raises KeyError if names differ, ValueError if shapes do.
         """
         state = dict(state)
-        if "steps" in state and np.ndim(state["steps"]) == 0:  # nanoad 1: one for all
+        # (A file of nanoad 1 has one number for all parameters.)
+        if "steps" in state and np.ndim(state["steps"]) == 0:
             state["steps"] = np.full(len(self.params), state["steps"])
-        new = _fitting(f"{type(self).__name__}.load_state_dict", self.state_dict(), state)
+        what = f"{type(self).__name__}.load_state_dict"
+        new = _fitting(what, self.state_dict(), state)
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
@@ -3642,13 +3745,30 @@ def _listed(name: str, params: Any) -> list[Tensor]:
     return params
 
 
+def _check_parameters(name: str, params: list[Tensor]) -> None:
+    if not params:
+        raise ValueError(f"{name}: there are no parameters to optimize")
+    if len(set(params)) < len(params):
+        raise ValueError(f"{name}: a parameter is listed twice")
+    if any(p._op is not None for p in params):
+        raise TypeError(f"{name}: parameters must be leaf Tensors, not results of "
+                        "operations")
+
+
+def _check_setting(name: str, key: str, value: Any) -> None:
+    numbers = np.asarray(value)  # (of a tuple, such as Adam's betas, each)
+    is_number = numbers.dtype.kind in "iuf"
+    if not (is_number and np.all((0 <= numbers) & (numbers < np.inf))):
+        raise ValueError(f"{name}: {key} must be at least 0, and finite, not {value!r}")
+
+
 class SGD(Optimizer):
     """Descent with momentum (Polyak, 1964).
 
     With `nesterov`, a step uses the velocity that the next step would have if the
-    gradient stayed the same (Sutskever and others, 2013). `weight_decay` times the
-    parameter is added to its gradient, so that a parameter shrinks where nothing else
-    moves it.
+    gradient stayed the same: g + momentum * velocity (Sutskever and others, 2013).
+    `weight_decay` times the parameter is added to its gradient, so that a parameter
+    shrinks where nothing else moves it.
     """
 
     _state_names = ("velocity",)
@@ -3660,14 +3780,17 @@ class SGD(Optimizer):
         super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay)
         self.nesterov = nesterov
 
-    def _update(self, step: int, x: np.ndarray, g: np.ndarray, velocity: np.ndarray) -> None:
+    def _update(self, step: int, x: np.ndarray, g: np.ndarray,
+                velocity: np.ndarray) -> None:
         if self.weight_decay:
             g += self.weight_decay * x
+
+        direction = g
         if self.momentum:
             velocity *= self.momentum
             velocity += g
-            g = g + self.momentum * velocity if self.nesterov else velocity
-        x -= self.lr * g
+            direction = g + self.momentum * velocity if self.nesterov else velocity
+        x -= self.lr * direction
 
 
 class Adam(Optimizer):
@@ -3684,14 +3807,16 @@ class Adam(Optimizer):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0) -> None:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), not {betas}")
+            raise ValueError(f"{type(self).__name__}: betas must be two in [0, 1), "
+                             f"not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # This is `naive_adam`, in place. With c and root as below, no array is divided by a
-    # correction, because
+    # This is `naive_adam`, in place. Its corrections are c and root, as below, and its
+    # step is the first of these lines. Multiplied by root above and below the division,
+    # it is the second, in which no array is divided by a correction:
     #
-    #     lr * (mean / c) / (sqrt(square) / root + eps)  is
-    #     lr * root / c * mean / (sqrt(square) + eps * root)
+    #     lr * (mean / c) / (sqrt(square) / root + eps)
+    #     = (lr * root / c) * (mean / (sqrt(square) + eps * root))
     def _update(self, step: int, x: np.ndarray, g: np.ndarray, mean: np.ndarray,
                 square: np.ndarray) -> None:
         if self._decoupled:
@@ -3727,9 +3852,16 @@ class AdamW(Adam):
 
 
 class CosineWarmupLR:
-    """Sets an optimizer's lr: a line up to its first value, then half a cosine to min_lr.
+    """Sets an optimizer's lr: a line up to its first value, then half a cosine down.
 
     Call `step()` after each optimizer step. (Loshchilov and Hutter, 2017; no restarts.)
+
+        >>> sgd = SGD(Tensor(0.0), lr=1.0)
+        >>> schedule = CosineWarmupLR(sgd, warmup_steps=2, total_steps=6)
+        >>> print(*(f"{schedule.rate(step):.2f}" for step in range(7)))
+        0.50 1.00 1.00 0.85 0.50 0.15 0.00
+
+    After `total_steps` the rate stays at `min_lr`.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int,
@@ -3772,7 +3904,8 @@ class CosineWarmupLR:
 
 # One strange batch can have a gradient a hundred times as long as all others, and undo
 # in one step what a thousand steps have learned. So gradients are often shortened to a
-# usual length.
+# usual length. Take two parameters with the gradients 3 and 4. Their joint norm is
+# sqrt(9 + 16) = 5. If at most 1 is allowed, both are divided by 5.
 def clip_grad_norm(params: Any, max_norm: float) -> float:
     """Scale gradients to a joint 2-norm of at most max_norm; returns the norm before.
 
@@ -3783,12 +3916,17 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}")
     params = [p for p in _listed("clip_grad_norm", params) if p.grad is not None]
-    # (The squares may overflow float16, and 1e-8 as a factor would be 0 in it: see II.7.)
-    wide = [astype(p.grad, np.float32) if p.dtype == np.float16 else p.grad for p in params]
-    norm = math.sqrt(sum(float(np.vdot(g._data, g._data)) for g in wide))
+
+    # float16 is computed in float32: its squares may be too large for float16 (II.7),
+    # and a small factor would be 0 in it.
+    grads = [astype(p.grad, np.float32) if p.dtype == np.float16 else p.grad
+             for p in params]
+    squares = [float(np.vdot(g._data, g._data)) for g in grads]
+    norm = math.sqrt(sum(squares))
+
     if max_norm < norm < math.inf:
-        for p, g in zip(params, wide):
-            p.grad = g * (max_norm / norm)  # (the setter gives it p's dtype again)
+        for p, g in zip(params, grads):
+            p.grad = g * (max_norm / norm)  # (converted to the dtype of p)
     return norm
 
 

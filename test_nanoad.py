@@ -5092,6 +5092,14 @@ def test_an_array_in_a_parameters_place_is_refused():
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 
 
+def test_an_optimizer_moves_a_single_number_that_was_a_result():
+    w = Tensor([1.0, 2.0]).sum().detach()  # NumPy's sum is a scalar, not an array
+    w.requires_grad = True
+    (w * w).backward()
+    nanoad.SGD(w, lr=0.1).step()
+    close(w, 2.4)
+
+
 def test_an_optimizer_of_ones_own():
     class SignDescent(nanoad.Optimizer):
         def _update(self, step, x, g):
