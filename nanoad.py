@@ -3806,41 +3806,30 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 # Images are (N, C, H, W): batch, channels, height and width. Results have height and
 # width (oh, ow). Sizes of windows, strides and paddings are one number, or a pair for
 # height and width.
-def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
-    """(height, width), from a pair or from one number for both."""
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    are_whole = all(isinstance(n, (int, np.integer)) for n in pair)
-    if len(pair) != 2 or not are_whole or min(pair) < least:
-        raise ValueError(f"{what} must be a whole number of at least {least}, or two "
-                         f"for height and width, not {size!r}")
-    return pair
-
-
-def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window, a view (N, C, oh, ow): what all windows have there."""
-    kernel = _pair(kernel_size, "the kernel size")
-    strides = kernel if stride is None else _pair(stride, "the stride")
-    if x.ndim != 4:
-        raise ValueError(f"images are (N, C, H, W), not of {x.ndim} axes; "
-                         "one image is x[None]")
-    size = tuple(x.shape[2:])
-    if kernel[0] > size[0] or kernel[1] > size[1]:
-        raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
-                         "padding included")
-
-    rows = _slices(size[0], kernel[0], strides[0])
-    columns = _slices(size[1], kernel[1], strides[1])
-    return [x[:, :, i, j] for i in rows for j in columns]
 
 
 def _slices(n: int, k: int, step: int) -> list[slice]:
-    """The same in one dimension: for each place in a window of k, a slice of a line of n.
+    """For each position in a window of k, what all windows on a line of n see there.
 
-        >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
-        [0 1] [1 2] [2 3]
+    On a line of 5, with a step of 2, two windows of 3 fit: [0 1 2] and [2 3 4]. In
+    their first position they see 0 and 2:
+
+        >>> print(*[np.arange(5)[position] for position in _slices(5, 3, 2)])
+        [0 2] [1 3] [2 4]
     """
-    starts = n - k + 1  # in how many places a window may begin, if the step is 1
-    return [slice(i, i + starts, step) for i in range(k)]
+    last = n - k  # no window begins later
+    return [slice(i, i + last + 1, step) for i in range(k)]
+
+
+def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
+    """For each position in a window, what all windows see there: a view (N, C, oh, ow).
+
+    The positions are taken row by row. If the stride is None, it is the kernel's size.
+    """
+    (kh, kw), (sh, sw) = _window_sizes(x, kernel_size, stride)  # checked, see below
+    rows = _slices(x.shape[2], kh, sh)
+    columns = _slices(x.shape[3], kw, sw)
+    return [x[:, :, i, j] for i in rows for j in columns]
 
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
@@ -3848,38 +3837,28 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
     """The transpose of `_gather`: zeros like x, with each share added in its view."""
     dx = np.zeros_like(x)
     for view, share in zip(_gather(dx, kernel_size, stride), shares):
-        view += share
+        view += share  # and so to dx
     return dx
 
 
-def _around(padding: Any, kernel: Sequence[int], stride: Any,
-            what: str = "the padding") -> list[tuple[int, int]]:
-    """The zeros to put before and after each line: [(top, bottom), (left, right)]."""
-    if padding != "same":
-        height, width = _pair(padding, f"{what}, if it is not 'same',", least=0)
-        return [(height, height), (width, width)]
-
-    if _pair(stride, "the stride") != (1, 1):
-        half = tuple(k // 2 for k in kernel)
-        raise ValueError(f"{what} 'same' is for stride 1, not {stride}; with another, "
-                         f"write padding={half}")
-    return [((k - 1) // 2, k // 2) for k in kernel]  # an odd one goes last, as in PyTorch
-
-
-# With these functions, a convolution takes three steps: pad, gather, weighted sum.
+# A convolution takes three steps: pad, gather, weighted sum. (`_around` says how many
+# zeros go before and after each line. It stands at the section's end, with all that
+# reads sizes and refuses wrong ones.) In the einsum, k is the position in the window.
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     o, c, *kernel = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
     windows = np.stack(_gather(padded, kernel, stride))  # (kh kw, N, C, oh, ow)
-    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))  # (N, O, oh, ow)
+    weight = weight.reshape(o, c, -1)  # (O, C, kh kw)
+    y = np.einsum("knchw,ock->nohw", windows, weight)  # (N, O, oh, ow)
     return y if bias is None else y + bias.reshape(-1, 1, 1)
 
 
-# The kernel does the same, with a different layout. A slice of an image has short
-# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). But a batch
-# has a hundred images. So in memory the batch is last, (C, H, W, N), and the result is
-# a transposed view of that, (N, C, H, W). Elementwise operations keep the order in
-# memory, so nothing is rearranged between layers. The product is
+# The kernel takes the same steps, but lays the images out in another order. A slice of
+# an image has short lines, of some ten pixels, and NumPy is slow at those (see LOOPS,
+# II.7). But a batch has a hundred images. So in memory the batch is last, (C, H, W, N),
+# and the lines are long. Callers see a transposed view of that, (N, C, H, W), as
+# always. Elementwise operations keep the order in memory, so the next convolution
+# finds the batch last, too. The product is
 #
 #     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
@@ -3887,6 +3866,17 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 # which is scattered back to the image.
 _BATCH_LAST = (1, 2, 3, 0)   # (N, C, H, W) -> (C, H, W, N), the order in memory
 _BATCH_FIRST = (3, 0, 1, 2)  # and back, to the order that callers see
+
+
+def _pad_batch_last(x: np.ndarray, around: list[tuple]) -> tuple[np.ndarray, tuple]:
+    """x amid zeros, (N, C, ...), with the batch last in memory; and where x lies in it."""
+    n, c, h, w = x.shape
+    (top, bottom), (left, right) = around
+    padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
+    padded = padded.transpose(_BATCH_FIRST)
+    inside = np.s_[:, :, top:top + h, left:left + w]
+    padded[inside] = x
+    return padded, inside
 
 
 @fused(_conv2d_definition, operands=3)
@@ -3898,29 +3888,24 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     images; "same" keeps their size (for stride 1). ValueError if shapes do not fit.
     """
     _check_conv2d(x, weight, bias)
-    n, c, h, w = x.shape
-    o, _, *kernel = weight.shape
-    (top, bottom), (left, right) = _around(padding, kernel, stride)
-    inside = np.s_[:, :, top:top + h, left:left + w]
-    padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
-    padded = padded.transpose(_BATCH_FIRST)
-    padded[inside] = x
-
+    o, c, *kernel = weight.shape
+    padded, inside = _pad_batch_last(x, _around(padding, kernel, stride))
     views = [view.transpose(_BATCH_LAST) for view in _gather(padded, kernel, stride)]
-    shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
-    matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
+    k = len(views)  # kh kw
+    _, oh, ow, n = views[0].shape
 
     def columns():  # made twice, as keeping them would take kh kw times x's memory
-        return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
+        return np.stack(views, axis=1).reshape(c * k, oh * ow * n)
 
+    matrix = weight.reshape(o, c * k)
     y = matrix @ columns()  # (O, oh ow N)
     y = y if bias is None else _plus(y, bias[:, None])
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.transpose(_BATCH_LAST).reshape(y.shape)  # (O, oh ow N)
+        g = g.transpose(_BATCH_LAST).reshape(o, oh * ow * n)
         dx = dweight = dbias = None
         if wanted[0]:
-            shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
+            shares = (matrix.T @ g).reshape(c, k, oh, ow, n)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
         if wanted[1]:  # g @ columns^T, as a transpose (see PRODUCTS, II.7)
@@ -3929,29 +3914,31 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
 
-    return y.reshape(o, *shape[2:]).transpose(_BATCH_FIRST), pullback  # (N, O, oh, ow)
-
-
-def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
-    if x.ndim != 4 or weight.ndim != 4:
-        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
-                         "one image is x[None]")
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
-                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError("the bias must have one number for each of "
-                         f"{len(weight)} output channels, not {bias.shape}")
+    return y.reshape(o, oh, ow, n).transpose(_BATCH_FIRST), pullback  # (N, O, oh, ow)
 
 
 # The largest element of a window receives the window's cotangent, and the others
 # receive nothing. If several are largest, the first receives it. A nan counts as the
 # largest, as in PyTorch.
 def _max_pool2d_definition(x, kernel_size, stride=None):
-    first, *others = _gather(x, kernel_size, stride)
+    largest, *others = _gather(x, kernel_size, stride)
     for other in others:
-        first = np.where((first >= other) | np.isnan(first), first, other)
-    return first
+        stays = (largest >= other) | np.isnan(largest)
+        largest = np.where(stays, largest, other)
+    return largest
+
+
+# The kernel finds the largest elements by np.maximum. On the way back it goes through
+# the positions in order, and for each asks which windows are to give their g to the
+# image here. `chosen` are those that have their largest element here and have not given
+# yet. For one window of 2 x 2, [[3, 7], [7, 1]], it goes like this:
+#
+#     the element       3      7      7      1
+#     is the largest    no     yes    yes    no
+#     unclaimed         yes    yes    no     no
+#     chosen            no     yes    no     no
+#
+# If windows overlap, a pixel may be chosen by several, and adds up what it receives.
 
 
 @fused(_max_pool2d_definition, operands=1)
@@ -3963,30 +3950,25 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, views)
-    apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
+    overlap = stride is not None and np.any(np.greater(kernel_size, stride))
 
-    # A window gives its g to the first of its positions that holds its largest element.
-    # So we take the positions in order. `chosen` are the windows that have not given
-    # yet, and have their largest element here: the image receives their g at this
-    # position, and 0 from the others (II.3). If windows overlap, a pixel adds up what
-    # it receives.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, no view is searched for one
         dx = np.zeros_like(x)
-        share = np.empty_like(y)
-        unclaimed = np.ones_like(y, bool)  # (N, C, oh, ow)
+        share = np.empty_like(y)  # (N, C, oh, ow), as is every array below
+        unclaimed = np.ones_like(y, bool)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
             if has_nan:
                 chosen |= np.isnan(view)  # because nan == nan is False
             chosen &= unclaimed
             unclaimed ^= chosen  # these were unclaimed, and are not any more
-            if apart:
-                _write_chosen(target, g, chosen)
-            else:
-                _write_chosen(share, g, chosen)
+            if overlap:
+                _write_chosen(share, g, chosen)  # g where chosen, else 0 (II.3)
                 target += share
+            else:
+                _write_chosen(target, g, chosen)
         return (dx,)
 
     return y, pullback
@@ -4007,6 +3989,61 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
         return (_scatter_back(itertools.repeat(share), x, kernel_size, stride),)
 
     return y, pullback
+
+
+# The rest of this section reads sizes, and refuses those that do not fit.
+def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
+    """(height, width), from a pair or from one number for both."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    are_whole = all(isinstance(n, (int, np.integer)) for n in pair)
+    if len(pair) != 2 or not are_whole or min(pair) < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}, or two "
+                         f"for height and width, not {size!r}")
+    return pair
+
+
+def _window_sizes(x: Any, kernel_size: Any, stride: Any) -> tuple[tuple, tuple]:
+    """The kernel and the stride as pairs, if such windows fit into x."""
+    kernel = _pair(kernel_size, "the kernel size")
+    strides = kernel if stride is None else _pair(stride, "the stride")
+    if x.ndim != 4:
+        raise ValueError(f"images are (N, C, H, W), not of {x.ndim} axes; "
+                         "one image is x[None]")
+    size = tuple(x.shape[2:])
+    if kernel[0] > size[0] or kernel[1] > size[1]:
+        raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
+                         "padding included")
+    return kernel, strides
+
+
+def _around(padding: Any, kernel: Sequence[int], stride: Any,
+            what: str = "the padding") -> list[tuple[int, int]]:
+    """The zeros to put before and after each line: [(top, bottom), (left, right)].
+
+    A line of n with k - 1 zeros more has n places for a window of k: that is "same".
+    """
+    if padding != "same":
+        height, width = _pair(padding, f"{what}, if it is not 'same',", least=0)
+        return [(height, height), (width, width)]
+
+    if _pair(stride, "the stride") != (1, 1):
+        half = tuple(k // 2 for k in kernel)
+        raise ValueError(f"{what} 'same' is for stride 1, not {stride}; with another, "
+                         f"write padding={half}")
+    # Of an odd number of zeros, the last side has one more (as in PyTorch).
+    return [((k - 1) // 2, k // 2) for k in kernel]
+
+
+def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
+    if x.ndim != 4 or weight.ndim != 4:
+        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
+                         "one image is x[None]")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
+                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError("the bias must have one number for each of "
+                         f"{len(weight)} output channels, not {bias.shape}")
 
 
 # ## III.5 Normalization: what is taken from g?
