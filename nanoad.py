@@ -4067,9 +4067,11 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 # The three rows come out alike. The second is the first with 1 added to each number. The
 # third is the first with every number twice as far from the mean, 3. So there are two
 # directions in which a row can move while the result `xhat` stands still: all numbers
-# up, and all further out. Along these, no gradient comes back. Let h be the gradient
-# that xhat receives. To find what x receives, take away the parts of h along both
-# directions, and divide the rest by the deviation s, as the row was divided:
+# up, and all further out. If x moves in these, the final result does not move, so no
+# gradient comes back along them. If x moves at right angles to both, the mean and the
+# deviation s stand still to first order, and xhat moves as x does, divided by s. Let h
+# be the gradient that xhat receives. To find what x receives, take away the parts of h
+# along both directions, and divide the rest by s:
 #
 #            h - mean(h)
 #           /|
@@ -4079,10 +4081,10 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #         taken away
 #
 # The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
-# and the part is `mean(h)`. For "out", v is xhat, and the part is
-# `xhat * mean(h * xhat)`: here, too, v @ v is n, because the squares of xhat have the
-# mean 1. Because xhat sums to 0, the two directions are at right angles, and their parts
-# can be taken away one after the other. So the way back is three lines:
+# and v @ v is n: the part is `mean(h)`. For "out", v is xhat, and again v @ v is n,
+# because the squares of xhat have the mean 1: the part is `xhat * mean(h * xhat)`.
+# Because xhat sums to 0, the two directions are at right angles, and their parts can be
+# taken away one after the other. So the way back is three lines:
 #
 #     >>> def normalize_back(h, xhat, s, axis=-1):
 #     ...     up = h.mean(axis, keepdims=True)
@@ -4101,13 +4103,15 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 # The picture leaves out eps, but the three lines are exact with it, too. Let x move by v:
 #
 # 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
-# 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
-#    that is `mean(xhat * v)`, because the mean of xhat is 0.
-# 3. `xhat = c / s` moves by `(dc - xhat * ds) / s`, which is
+# 2. From `s^2 = mean(c*c) + eps` we have `2 s ds = 2 mean(c * dc)`. So s moves by
+#    `ds = mean(c * dc) / s`, which is `mean(xhat * dc)`.
+# 3. In that, `mean(xhat * mean(v))` is 0, because xhat has the mean 0. So `ds` is
+#    `mean(xhat * v)`.
+# 4. `xhat = c / s` moves by `dc / s - c ds / s^2 = (dc - xhat * ds) / s`, which is
 #
 #        (v - mean(v) - xhat * mean(xhat * v)) / s
 #
-# 4. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
+# 5. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
 #
 # **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes each
@@ -4154,7 +4158,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         raise ValueError("the weight and the bias must be as long as the last axis of "
                          "the input")
 
-    rows = _rows(x)
+    rows = _rows(x)  # (rows, n)
     xhat = rows - _row_sum(rows) / n
     xhat -= _row_sum(xhat) / n  # the error of the mean
     inverse = 1 / np.sqrt(_row_dot(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
@@ -4165,17 +4169,18 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
-        product = g * xhat
-        dweight = _row_sum(product.T)[:, 0]
-        # Because h = g * weight, the means of h and of h * xhat are products with weight.
+        g_xhat = g * xhat
+        dweight = _row_sum(g_xhat.T)[:, 0]
+        dbias = _row_sum(g.T)[:, 0]
+        # As h = g * weight, the sum of h over each row is the product g @ weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
-        mean_h_xhat = np.dot(product, weight)[:, None] / n
+        mean_h_xhat = np.dot(g_xhat, weight)[:, None] / n
 
         dx = g * weight  # h
         dx -= mean_h
-        dx -= np.multiply(xhat, mean_h_xhat, out=product)
-        dx *= inverse  # 1 / s
-        return dx.reshape(x.shape), dweight, _row_sum(g.T)[:, 0]
+        dx -= np.multiply(xhat, mean_h_xhat, out=g_xhat)  # g_xhat is not needed again
+        dx *= inverse
+        return dx.reshape(x.shape), dweight, dbias
 
     return y.reshape(x.shape), pullback
 
@@ -4185,60 +4190,36 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 # The definition is the same, along other axes. (It leaves the running statistics alone,
 # because differentiating twice must not move them again.)
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
-    last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
-    axes = tuple(range(x.ndim - 1))
+    last = x.swapaxes(1, -1)  # (N, W, H, C): weight and bias broadcast
+    axes = tuple(range(x.ndim - 1))  # all but the channels
     centred = last - mean(last, axes, keepdims=True)
     variance = mean(centred * centred, axes, keepdims=True)
     y = centred / sqrt(variance + eps) * weight + bias
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each, and adds two refinements.
-#
-# *A guess of the mean.* First subtract any number near the mean, the guess. The rest, c,
-# is small and loses no digits. Its own mean, e, is the error of the guess:
+# The kernel sees the images as (N, C, P), with P pixels each. Layer norm's kernel
+# subtracts the mean, and then the error of the mean. Here each of these would be a pass
+# over many images (see PASSES, II.7). So we subtract only a *guess*, which is the mean
+# of a few images. The rest, c, is small, and loses no digits. Its own mean, e, is the
+# error of the guess:
 #
 #     c = x - guess,    e = mean(c),    mean = guess + e,    variance = mean(c*c) - e^2
-#     y = (c - e) / s * weight + bias = c * scale + (bias - e * scale),  scale = weight / s
 #
-# So subtracting e needs no pass of its own over the images (see PASSES, II.7). The guess
-# is the mean of a sixteenth of them. If it lies d from the mean of all, the mean
-# square distance of this sixteenth from that mean is at least d^2. So the variance s^2 is
-# at least d^2 / 16, `mean(c*c)` is at most 17 s^2, and little more than a digit is lost.
+# (As `c = (x - mean) + e`, and `x - mean` has the mean 0, `mean(c*c)` is the variance
+# plus e^2.) No pass subtracts e. It goes into the shift of each channel:
 #
-# *Long loops.* One number per channel broadcasts as (C, 1). If images lie in memory as a
-# user makes them, (N, C, P), NumPy's inner loop then begins anew every P pixels (see
-# LOOPS, II.7). If the numbers are spread out to (C, P), the loop runs through a whole
-# image. (If the batch comes last, as conv2d leaves it, a channel already is one long
-# line.)
+#     scale = weight / s,    shift = bias - e * scale
+#     y = (c - e) / s * weight + bias = c * scale + shift
 #
 # Backward, h is `g * weight`. As the weight is one number per channel, it can be taken
-# out of the means of h:
+# out of the means of h. As xhat is `centred / s`, with `centred = x - mean`, so can s:
 #
 #     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
-def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether images of one channel lie closer in memory than channels of one image."""
-    return x.strides[0] < x.strides[1]
-
-
-def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(C,), one per channel -> (C, 1) or (C, P), to broadcast with x, (N, C, P)."""
-    column = numbers[:, None]
-    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
-
-
-# A float32 that has grown large loses what is added to it. So a channel is not added up
-# in one run of a million numbers: first the images are, up to 1,024 of them at each
-# pixel, and then the pixels, which np.sum adds up by halves.
-def _channel_sums(*arrays: np.ndarray) -> np.ndarray:
-    """The sums, over each channel, of one array (N, C, P), or of a product of two: (C,)."""
-    subscripts = ",".join(["ncp"] * len(arrays)) + "->cp"
-    sums = 0  # (C, P)
-    for i in range(0, len(arrays[0]), 1024):
-        sums = sums + np.einsum(subscripts, *(a[i:i + 1024] for a in arrays))
-    return np.sum(sums, axis=1)
-
-
+#        = (g - mean(g) - centred * slope) * scale,    slope = mean(g * xhat) / s
+#
+# Two helpers follow the kernel. `_channel_sums` adds up each channel of an array, or of
+# a product of two. `_spread` lets one number per channel broadcast with the images.
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4247,16 +4228,17 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
     n = x.shape[0] * x.shape[2]
 
-    some = x[:math.ceil(len(x) / 16)]
+    some = x[:math.ceil(len(x) / 16)]  # the first sixteenth of the images
     guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are e, mean, ...
-    c = x - _spread(guess, x)
+    c = x - _spread(guess, x)  # (N, C, P)
     e = _channel_sums(c) / n
     mean = guess + e
     variance = _channel_sums(c, c) / n - e * e
     variance = np.maximum(variance, 0)  # rounding may take it below 0
+
     unbiased = variance * (n / (n - 1))
-    for array, new in zip(running, (mean, unbiased)):
-        array += momentum * (new - array)
+    for average, new in zip(running, (mean, unbiased)):
+        average += momentum * (new - average)  # in place
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
@@ -4269,18 +4251,15 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
         centred = x - _spread(mean, x)  # again: keeping it takes as much memory as x
         dbias = _channel_sums(g)
         dweight = _channel_sums(g, centred) * inverse  # the sum of g * xhat
-        dx = _batch_norm_dx(g, centred, dbias / n, dweight / n * inverse, scale)
+        slope = dweight / n * inverse
+        dx = _batch_norm_dx(g, centred, dbias / n, slope, scale)
         return dx.reshape(shape), dweight, dbias
 
     return y.reshape(shape), pullback
 
 
 def _batch_norm_dx(g, centred, mean_g, slope, scale):
-    """(g - mean_g - centred * slope) * scale, in place of `centred`: that is multiplied
-    by -slope, then g is added, mean_g subtracted, and all multiplied by scale.
-
-    Because centred is xhat * s, slope is mean(g * xhat) / s.
-    """
+    """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
     dx = centred
     minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
     # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
@@ -4294,8 +4273,43 @@ def _batch_norm_dx(g, centred, mean_g, slope, scale):
     return dx
 
 
+# How good is the guess? It is the mean of a sixteenth of the images, and lies e from
+# the mean of all.
+#
+# 1. So the mean square distance of this sixteenth from the mean of all is at least e^2.
+# 2. The variance s^2 is that distance for all images. So s^2 is at least e^2 / 16.
+# 3. `mean(c*c)` is `s^2 + e^2`, so at most 17 s^2. So the variance, found by subtracting
+#    e^2 from that, loses little more than one digit.
+#
+# Sums need care, too. A float32 that has grown large loses what is added to it. So a
+# channel is not added up in one run of a million numbers: first the images are, up to
+# 1,024 of them at each pixel, and then the pixels, which np.sum adds up by halves.
+def _channel_sums(*arrays: np.ndarray) -> np.ndarray:
+    """The sums over each channel, (C,), of an array (N, C, P) or a product of two."""
+    subscripts = ",".join(["ncp"] * len(arrays)) + "->cp"
+    sums = 0  # (C, P)
+    for i in range(0, len(arrays[0]), 1024):
+        sums = sums + np.einsum(subscripts, *(a[i:i + 1024] for a in arrays))
+    return np.sum(sums, axis=1)
+
+
+# One number per channel broadcasts as (C, 1). If images lie in memory as a user makes
+# them, (N, C, P), NumPy's inner loop then begins anew every P pixels (see LOOPS, II.7).
+# If the numbers are spread out to (C, P), the loop runs through a whole image. (If the
+# batch comes last, as conv2d leaves it, a channel already is one long line.)
+def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """(C,), one per channel -> (C, 1) or (C, P), to broadcast with x, (N, C, P)."""
+    column = numbers[:, None]
+    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
+
+
+def _is_batch_last(x: np.ndarray) -> bool:
+    """Whether images of one channel lie closer in memory than channels of one image."""
+    return x.strides[0] < x.strides[1]
+
+
 @_in_float32
-def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
+def _batch_norm_in_evaluation(x, weight, bias, *, running_mean, running_var, eps):
     """batch_norm in evaluation: `x * scale + shift`, from the running statistics."""
     scale = weight / np.sqrt(running_var.astype(x.dtype) + eps)
     shift = bias - scale * running_mean.astype(x.dtype)
@@ -4320,8 +4334,9 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
     _check_batch_norm(x, running_mean, running_var, len(weight), training)
     if training:
         return _batch_norm(x, weight, bias, eps, (running_mean, running_var), momentum)
-    return _batch_norm_by(x, as_tensor(weight), as_tensor(bias), eps=eps,
-                          running_mean=running_mean, running_var=running_var)
+    weight, bias = as_tensor(weight), as_tensor(bias)
+    return _batch_norm_in_evaluation(x, weight, bias, running_mean=running_mean,
+                                     running_var=running_var, eps=eps)
 
 
 def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
@@ -4349,7 +4364,8 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 # query into weights, and the result is the weighted mean of the values. Causal means
 # that a position sees only itself and the positions before it: the scores of later
 # positions become -inf, and their weights 0. If all scores are alike, each position gives
-# equal weight to all that it sees:
+# equal weight to all that it sees. (The values here are unit vectors, so each row of the
+# result shows the weights.)
 #
 #     >>> alike = np.zeros((3, 2))
 #     >>> y = scaled_dot_product_attention(alike, alike, np.eye(3), is_causal=True)
@@ -4358,9 +4374,37 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 #      [0.5  0.5  0.  ]
 #      [0.33 0.33 0.33]]
 #
-# Shapes: B sequences, H heads, T positions that ask and S that answer; D numbers in a
-# query or key, Dv in a value. The product of two rows of D random numbers grows like the
-# square root of D, so scores are divided by that.
+# The shapes have B sequences, H heads, T positions that ask and S that answer, D numbers
+# in a query or key, and Dv in a value. A score is a sum of D products. If these are
+# random, the sum has a size of about sqrt(D), so scores are divided by that. Else, for a
+# large D, softmax would give nearly all weight to one position.
+def _attention_definition(q, k, v, is_causal=False):
+    scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
+    if is_causal:
+        ahead = np.triu(np.ones(scores.shape[-2:], bool), 1)  # above the diagonal
+        scores = np.where(ahead, -np.inf, scores)
+    return softmax(scores) @ v  # (..., T, Dv)
+
+
+# This is the way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the
+# scores, `P = softmax(S)` and `Y = P V`. Each step takes a rule of part II:
+#
+# 1. From the product Y = P V (II.6), V receives `P^T g`, and P receives `dP = g V^T`.
+# 2. From the softmax (II.5), the scores receive `dS = P * (dP - d)`, where d is one
+#    number for each row, `d_i = sum_j P_ij dP_ij`.
+# 3. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
+#    `dS^T Q / sqrt(D)`.
+#
+# The sum in step 2 runs over S positions, but there is a shorter one. By step 1, `dP_ij`
+# is the inner product of g_i, row i of g, with V_j. So (Dao and others, 2022)
+#
+#     d_i = sum_j P_ij (g_i . V_j) = g_i . (sum_j P_ij V_j) = g_i . Y_i
+#
+# which has only Dv terms. The kernel does just that. It works in place: the array p holds
+# first the scores, and then P. And if the scores are of moderate size, as they nearly
+# always are, it takes two shortcuts. The mask, -inf, is added, which is faster than
+# selecting, but would turn a score of inf into nan. And the maximum of each row is not
+# subtracted, since exp cannot overflow (II.5).
 @functools.lru_cache(8)
 def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     """-inf where a key (column) lies ahead of a query (row), else 0: (T, S)."""
@@ -4368,29 +4412,6 @@ def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     return np.where(ahead, -np.inf, 0).astype(dtype)
 
 
-def _attention_definition(q, k, v, is_causal=False):
-    scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
-    if is_causal:
-        ahead = _mask(scores.shape[-2:], scores.dtype) < 0
-        scores = np.where(ahead, -np.inf, scores)
-    return softmax(scores) @ v  # (..., T, Dv)
-
-
-# This is the way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the
-# scores, `P = softmax(S)` and `Y = P V`:
-#
-# 1. From the product Y = P V, V receives `P^T g`, and P receives `dP = g V^T`.
-# 2. From the softmax, the scores receive `dS = P * (dP - d)`, where d is one number for
-#    each row, `d_i = sum_j P_ij dP_ij`.
-# 3. That sum runs over S positions. But `dP_ij` is `V_j . g_i`, so the sum equals
-#    `Y_i . g_i`, a sum over only Dv numbers (Dao and others, 2022).
-# 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
-#    `dS^T Q / sqrt(D)`.
-#
-# The kernel does just that, with two shortcuts if the scores are of moderate size, as
-# they nearly always are. First, exp cannot overflow, so the maximum of each row need not
-# be subtracted (II.5). Second, the mask, -inf, can be added, which is faster than
-# selecting, but would turn a score of inf into nan.
 def _attend(q, k, v, is_causal, out=None):
     """Return Y, (..., T, Dv), written to `out`, and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
@@ -4411,8 +4432,8 @@ def _attend(q, k, v, is_causal, out=None):
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
-    ds = g @ _mT(v)  # dP, (..., T, S)
-    ds -= _row_dot(g, y)  # d, by step 3
+    ds = g @ _mT(v)  # first dP, (..., T, S), which becomes dS in place
+    ds -= _row_dot(g, y)  # d
     ds *= p
     dq = np.matmul(ds, k * scale, out=out[0])
     dk = np.matmul(_mT(ds), q * scale, out=out[1])
@@ -4441,9 +4462,7 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
 
 
 # A transformer computes q, k and v of all heads by one product, side by side in one
-# array. The kernel below reads them as views of this array, and writes their gradients
-# into views of another, which saves copies. It also takes a few sequences, a *group*, at
-# a time, so that their P, about two blocks in size, stays in the processor's cache.
+# array. So attention begins by taking this apart, and ends by joining the heads:
 def _heads(qkv: Any, num_heads: int) -> Any:
     """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
     b, t, c = qkv.shape
@@ -4462,6 +4481,10 @@ def _causal_self_attention_definition(qkv, num_heads):
     return _merge(_attention_definition(q, k, v, is_causal=True))
 
 
+# The kernel saves copies. It reads q, k and v as views of that array, and writes their
+# gradients into the same views of another. The results of the heads, too, are written
+# where `_merge` finds them joined. And it takes a few sequences at a time, a *group*, so
+# that their P, about two blocks in size, stays in the processor's cache (PASSES, II.7).
 @fused(_causal_self_attention_definition, operands=1)
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
@@ -4474,10 +4497,10 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
                          f"{num_heads} heads divide")
     heads = _heads(qkv, num_heads)  # (3, B, H, T, D)
     _, b, h, t, d = heads.shape
-    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), for _merge a view
+    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D)
     step = max(1, 2 * _BLOCK // max(1, h * t * t))
     groups = [slice(i, i + step) for i in range(0, b, step)]
-    results = []  # of each group
+    results = []  # (y, p) of each group
     for group in groups:
         q, k, v = heads[:, group]
         results.append(_attend(q, k, v, is_causal=True, out=y[group]))
@@ -4496,9 +4519,21 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
 
 # ### Embedding and dropout
 #
-# How does a network read a letter? It looks up that letter's row in a table. This equals
-# the product of a one-hot row, which has a 1 at the letter's number, with the table. In
-# the backward pass of a small vocabulary we really do multiply (see SCATTER, II.7).
+# How does a network read a letter? It looks up that letter's row in a table. On the way
+# back, each row receives the sum of what its uses receive. Here letter 2 is used twice,
+# and letter 1 not at all:
+#
+#     >>> table = Tensor(np.zeros((3, 2)))
+#     >>> embedding([2, 0, 2], table).backward(np.array([[1, 2], [3, 4], [10, 20]]))
+#     >>> print(table.grad)
+#     [[ 3.  4.]
+#      [ 0.  0.]
+#      [11. 22.]]
+#
+# To look up is to multiply the table by one-hot rows, each with a 1 at its letter's
+# number: [0 0 1] for letter 2. So the way back is the transpose of these rows times g.
+# If the table is small, we really do multiply, because to add rows one after the other
+# is slow in NumPy (see SCATTER, II.7).
 def _lookup_definition(weight, ids):
     return weight[ids]
 
@@ -4509,7 +4544,7 @@ def _lookup(weight, ids):
     vocabulary, width = weight.shape
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        if vocabulary > 1024:  # then nearly all factors are 0, and the product is slower
+        if vocabulary > 1024:  # nearly all factors are 0: the product is slower
             return (_value(scatter_add(g, ids, weight.shape)),)
         one_hot = np.zeros((ids.size, vocabulary), g.dtype)
         one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
@@ -4533,13 +4568,8 @@ def embedding(ids: Any, weight: Any) -> Tensor:
 
 
 # Dropout sets random elements to 0 in training, so that the network cannot rely on any
-# single one. The rest is scaled up, so that the mean stays what it was.
-def _check_share(name: str, p: float) -> None:
-    if not 0 <= p < 1:
-        raise ValueError(f"{name}: p, the share of elements to drop, must be at least 0 "
-                         f"and below 1, not {p}")
-
-
+# single one. The rest is scaled up, so that the mean stays what it was: with p = 1/2,
+# the half that is kept is doubled.
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     """In training, set elements to 0 with probability p and scale others by 1 / (1 - p).
 
@@ -4551,7 +4581,13 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     if not training or p == 0:
         return x
     keep = _mode.rng.random(x.shape, np.float32) >= p
-    return x * (keep * np.asarray(1 / (1 - p), x.dtype))  # (inf gives nan, as in PyTorch)
+    return x * (keep * np.asarray(1 / (1 - p), x.dtype))
+
+
+def _check_share(name: str, p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: p, the share of elements to drop, must be at least 0 "
+                         f"and below 1, not {p}")
 
 
 # ## III.7 A GPT: what does it learn?
