@@ -3768,9 +3768,10 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 #
 # If each window is written as a column, all weighted sums are one product: a row of 9
 # weights times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006). If all
-# weights are 1, the product is the sum of each window:
+# weights are 1, the product is the sum of each window. (`_gather`, below, gives the
+# rows of the matrix.)
 #
-#     >>> image = np.arange(16).reshape(1, 1, 4, 4)
+#     >>> image = np.arange(16).reshape(1, 1, 4, 4)  # one image of one channel
 #     >>> columns = np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4)
 #     >>> print(np.ones(9, int) @ columns)
 #     [45 54 81 90]
@@ -3786,9 +3787,12 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 #      [10 11 14 15]]
 #
 # Now read the matrix by rows. Each row belongs to one position *in the window*: the
-# first holds what all windows see in their upper left corner. Together, these are the
-# image without its last two rows and columns. That is a slice, and NumPy's slices cost
-# nothing. So we gather nine slices, and need not visit window after window.
+# first, [0 1 4 5], is what the four windows see in their upper left corner. That is the
+# image without its last two rows and columns: a slice, and NumPy's slices cost nothing.
+# So we gather nine slices, and need not visit window after window.
+#
+# A color image has three channels, and a window sees all of them. Then a column has 27
+# numbers. And each row of 27 weights makes one channel of the result.
 #
 # The way back goes through the same slices: what a row of the matrix receives is added
 # to the image where that row was gathered. If every entry receives 1, each pixel
@@ -3873,7 +3877,7 @@ def _pad_batch_last(x: np.ndarray, around: list[tuple]) -> tuple[np.ndarray, tup
     n, c, h, w = x.shape
     (top, bottom), (left, right) = around
     padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
-    padded = padded.transpose(_BATCH_FIRST)
+    padded = padded.transpose(_BATCH_FIRST)  # a view
     inside = np.s_[:, :, top:top + h, left:left + w]
     padded[inside] = x
     return padded, inside
@@ -3892,7 +3896,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     padded, inside = _pad_batch_last(x, _around(padding, kernel, stride))
     views = [view.transpose(_BATCH_LAST) for view in _gather(padded, kernel, stride)]
     k = len(views)  # kh kw
-    _, oh, ow, n = views[0].shape
+    _, oh, ow, n = views[0].shape  # (C, oh, ow, N)
 
     def columns():  # made twice, as keeping them would take kh kw times x's memory
         return np.stack(views, axis=1).reshape(c * k, oh * ow * n)
@@ -3939,8 +3943,6 @@ def _max_pool2d_definition(x, kernel_size, stride=None):
 #     chosen            no     yes    no     no
 #
 # If windows overlap, a pixel may be chosen by several, and adds up what it receives.
-
-
 @fused(_max_pool2d_definition, operands=1)
 def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The largest element of each window, (N, C, H, W) -> (N, C, oh, ow).
@@ -3956,7 +3958,7 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, no view is searched for one
         dx = np.zeros_like(x)
-        share = np.empty_like(y)  # (N, C, oh, ow), as is every array below
+        share = np.empty_like(y)  # (N, C, oh, ow), as are the next two
         unclaimed = np.ones_like(y, bool)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
@@ -4127,7 +4129,8 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #     True
 #
 # Both then scale and shift by a learned weight and bias, here 1 and 0. From `y = xhat *
-# weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat` and the bias `g`.
+# weight + bias`, xhat receives `h = g * weight`. The weight receives the sum of
+# `g * xhat` over all the elements that it scaled, and the bias the sum of g (I.4).
 #
 # In evaluation, an image is judged by itself, without a batch. So in training, batch norm
 # also moves two arrays, the *running* mean and variance, some of the way towards those
