@@ -3873,7 +3873,7 @@ _BATCH_FIRST = (3, 0, 1, 2)  # and back, to the order that callers see
 
 
 def _pad_batch_last(x: np.ndarray, around: list[tuple]) -> tuple[np.ndarray, tuple]:
-    """x amid zeros, (N, C, ...), with the batch last in memory; and where x lies in it."""
+    """x amid zeros, with the batch last in memory, and the indices of x in that."""
     n, c, h, w = x.shape
     (top, bottom), (left, right) = around
     padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
@@ -4051,8 +4051,8 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 # ## III.5 Normalization: what is taken from g?
 #
 # To normalize a row of numbers, subtract their mean and divide by their standard
-# deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
-# to the scale, the next layer receives numbers of the scale it is used to.
+# deviation. Then the mean is 0 and the deviation 1: whatever the layers before have
+# done to the scale, the next layer receives numbers of the scale it is used to.
 #
 #     >>> def normalize(x, axis=-1, eps=1e-5):  # eps: for a row of equal numbers
 #     ...     centred = x - x.mean(axis, keepdims=True)
@@ -4066,14 +4066,14 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #      [-0.93 -0.46  1.39]
 #      [-0.93 -0.46  1.39]]
 #
-# The three rows come out alike. The second is the first with 1 added to each number. The
-# third is the first with every number twice as far from the mean, 3. So there are two
-# directions in which a row can move while the result `xhat` stands still: all numbers
-# up, and all further out. If x moves in these, the final result does not move, so no
-# gradient comes back along them. If x moves at right angles to both, the mean and the
-# deviation s stand still to first order, and xhat moves as x does, divided by s. Let h
-# be the gradient that xhat receives. To find what x receives, take away the parts of h
-# along both directions, and divide the rest by s:
+# The three rows come out alike. The second is the first with 1 added to each number.
+# The third is the first with every number twice as far from the mean, 3. So there are
+# two directions in which a row can move while the result `xhat` stands still: all
+# numbers up, and all further out. If x moves in these, the final result does not move,
+# so no gradient comes back along them. If x moves at right angles to both, the mean and
+# the deviation s stand still to first order, and xhat moves as x does, divided by s.
+# Let h be the gradient that xhat receives. To find what x receives, take away the parts
+# of h along both directions, and divide the rest by s:
 #
 #            h - mean(h)
 #           /|
@@ -4102,7 +4102,7 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #     >>> np.allclose(dx, grad(lambda x: (normalize(x)[0] * h).sum())(x))
 #     True
 #
-# The picture leaves out eps, but the three lines are exact with it, too. Let x move by v:
+# The picture leaves out eps, but the three lines are exact with it. Let x move by v:
 #
 # 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
 # 2. From `s^2 = mean(c*c) + eps` we have `2 s ds = 2 mean(c * dc)`. So s moves by
@@ -4116,9 +4116,9 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 # 5. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
 #
-# **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes each
-# channel over the whole batch: an array (N, C) along axis 0, and images (N, C, H, W)
-# along the axes (0, 2, 3).
+# **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes
+# each channel over the whole batch: an array (N, C) along axis 0, and images
+# (N, C, H, W) along the axes (0, 2, 3).
 #
 #     >>> ones, zeros = np.ones(3), np.zeros(3)
 #     >>> np.allclose(layer_norm(x, ones, zeros), normalize(x, axis=-1)[0])
@@ -4132,9 +4132,9 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 # weight + bias`, xhat receives `h = g * weight`. The weight receives the sum of
 # `g * xhat` over all the elements that it scaled, and the bias the sum of g (I.4).
 #
-# In evaluation, an image is judged by itself, without a batch. So in training, batch norm
-# also moves two arrays, the *running* mean and variance, some of the way towards those
-# of each batch. In evaluation, it uses these two instead.
+# In evaluation, an image is judged by itself, without a batch. So in training, batch
+# norm also moves two arrays, the *running* mean and variance, some of the way towards
+# those of each batch. In evaluation, it uses these two instead.
 #
 # ### Layer norm
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
@@ -4144,9 +4144,9 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# The kernel sums rows by products (see ROWS, II.7), and adds one precaution. The mean of
-# large numbers comes out rounded: near a million, a float32 is a multiple of 1/16. So
-# the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is
+# The kernel sums rows by products (see ROWS, II.7), and adds one precaution. The mean
+# of large numbers comes out rounded: near a million, a float32 is a multiple of 1/16.
+# So the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is
 # subtracted in turn (Chan, Golub and LeVeque, 1983).
 @fused(_layer_norm_definition, operands=3)
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -4281,8 +4281,8 @@ def _batch_norm_dx(g, centred, mean_g, slope, scale):
 #
 # 1. So the mean square distance of this sixteenth from the mean of all is at least e^2.
 # 2. The variance s^2 is that distance for all images. So s^2 is at least e^2 / 16.
-# 3. `mean(c*c)` is `s^2 + e^2`, so at most 17 s^2. So the variance, found by subtracting
-#    e^2 from that, loses little more than one digit.
+# 3. `mean(c*c)` is `s^2 + e^2`, so at most 17 s^2. So the variance, found by
+#    subtracting e^2 from that, loses little more than one digit.
 #
 # Sums need care, too. A float32 that has grown large loses what is added to it. So a
 # channel is not added up in one run of a million numbers: first the images are, up to
@@ -4325,12 +4325,12 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
                eps: float = 1e-5) -> Tensor:
     """Normalize each channel of x, (N, C) or (N, C, H, W), by its mean and deviation.
 
-    In training, the mean and variance are the batch's own, and the arrays `running_mean`
-    and `running_var`, both (C,), move towards them in place by the share `momentum` (the
-    variance unbiased, as PyTorch keeps it). In evaluation, the running ones are used.
-    The result is scaled by `weight` (C,) and shifted by `bias` (C,). Raises ValueError
-    for other shapes, TypeError for running statistics that are not arrays of floats.
-    (Ioffe and Szegedy, 2015)
+    In training, the mean and variance are the batch's own, and the arrays
+    `running_mean` and `running_var`, both (C,), move towards them in place by the share
+    `momentum` (the variance unbiased, as PyTorch keeps it). In evaluation, the running
+    ones are used. The result is scaled by `weight` (C,) and shifted by `bias` (C,).
+    Raises ValueError for other shapes, TypeError for running statistics that are not
+    arrays of floats. (Ioffe and Szegedy, 2015)
     """
     x = as_tensor(x)
     running_mean, running_var = _value(running_mean), _value(running_var)
@@ -4366,9 +4366,9 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 # *value*. The product of a query with a key is a score. Softmax turns the scores of a
 # query into weights, and the result is the weighted mean of the values. Causal means
 # that a position sees only itself and the positions before it: the scores of later
-# positions become -inf, and their weights 0. If all scores are alike, each position gives
-# equal weight to all that it sees. (The values here are unit vectors, so each row of the
-# result shows the weights.)
+# positions become -inf, and their weights 0. If all scores are alike, each position
+# gives equal weight to all that it sees. (The values here are unit vectors, so each row
+# of the result shows the weights.)
 #
 #     >>> alike = np.zeros((3, 2))
 #     >>> y = scaled_dot_product_attention(alike, alike, np.eye(3), is_causal=True)
@@ -4377,10 +4377,10 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 #      [0.5  0.5  0.  ]
 #      [0.33 0.33 0.33]]
 #
-# The shapes have B sequences, H heads, T positions that ask and S that answer, D numbers
-# in a query or key, and Dv in a value. A score is a sum of D products. If these are
-# random, the sum has a size of about sqrt(D), so scores are divided by that. Else, for a
-# large D, softmax would give nearly all weight to one position.
+# The shapes have B sequences, H heads, T positions that ask and S that answer, D
+# numbers in a query or key, and Dv in a value. A score is a sum of D products. If these
+# are random, the sum has a size of about sqrt(D), so scores are divided by that. Else,
+# for a large D, softmax would give nearly all weight to one position.
 def _attention_definition(q, k, v, is_causal=False):
     scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
     if is_causal:
@@ -4398,16 +4398,16 @@ def _attention_definition(q, k, v, is_causal=False):
 # 3. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
 #    `dS^T Q / sqrt(D)`.
 #
-# The sum in step 2 runs over S positions, but there is a shorter one. By step 1, `dP_ij`
-# is the inner product of g_i, row i of g, with V_j. So (Dao and others, 2022)
+# The sum in step 2 runs over S positions, but there is a shorter one. By step 1,
+# `dP_ij` is the inner product of g_i, row i of g, with V_j. So (Dao and others, 2022)
 #
 #     d_i = sum_j P_ij (g_i . V_j) = g_i . (sum_j P_ij V_j) = g_i . Y_i
 #
-# which has only Dv terms. The kernel does just that. It works in place: the array p holds
-# first the scores, and then P. And if the scores are of moderate size, as they nearly
-# always are, it takes two shortcuts. The mask, -inf, is added, which is faster than
-# selecting, but would turn a score of inf into nan. And the maximum of each row is not
-# subtracted, since exp cannot overflow (II.5).
+# which has only Dv terms. The kernel does just that. It works in place: the array p
+# holds first the scores, and then P. And if the scores are of moderate size, as they
+# nearly always are, it takes two shortcuts. The mask, -inf, is added, which is faster
+# than selecting, but would turn a score of inf into nan. And the maximum of each row is
+# not subtracted, since exp cannot overflow (II.5).
 @functools.lru_cache(8)
 def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     """-inf where a key (column) lies ahead of a query (row), else 0: (T, S)."""
@@ -4486,14 +4486,15 @@ def _causal_self_attention_definition(qkv, num_heads):
 
 # The kernel saves copies. It reads q, k and v as views of that array, and writes their
 # gradients into the same views of another. The results of the heads, too, are written
-# where `_merge` finds them joined. And it takes a few sequences at a time, a *group*, so
-# that their P, about two blocks in size, stays in the processor's cache (PASSES, II.7).
+# where `_merge` finds them joined. And it takes a few sequences at a time, a *group*,
+# so that their P, about two blocks in size, stays in the cache (PASSES, II.7).
 @fused(_causal_self_attention_definition, operands=1)
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
 
-    qkv holds queries, keys and values of all heads, (B, T, 3, num_heads, C / num_heads),
-    with the last three axes joined. Raises ValueError if it cannot be divided like this.
+    qkv holds queries, keys and values of all heads: (B, T, 3, num_heads, D), D = C /
+    num_heads, with the last three axes joined. Raises ValueError if it cannot be
+    divided like this.
     """
     if num_heads < 1 or qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError("needs q, k and v side by side, (B, T, 3 * C), and a C that "
@@ -4574,7 +4575,7 @@ def embedding(ids: Any, weight: Any) -> Tensor:
 # single one. The rest is scaled up, so that the mean stays what it was: with p = 1/2,
 # the half that is kept is doubled.
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
-    """In training, set elements to 0 with probability p and scale others by 1 / (1 - p).
+    """In training, set elements to 0 with probability p, and divide others by 1 - p.
 
     Otherwise, return x. Raises ValueError unless 0 <= p < 1. (Srivastava and others,
     2014)
@@ -4589,8 +4590,8 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 
 def _check_share(name: str, p: float) -> None:
     if not 0 <= p < 1:
-        raise ValueError(f"{name}: p, the share of elements to drop, must be at least 0 "
-                         f"and below 1, not {p}")
+        raise ValueError(f"{name}: p, the share of elements to drop, must be at least "
+                         f"0 and below 1, not {p}")
 
 
 # ## III.7 A GPT: what does it learn?
