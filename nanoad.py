@@ -3943,9 +3943,10 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 #
 # If each window is written as a column, all weighted sums are one product: a row of 9
 # weights times a matrix of 9 x 4 (im2col: Chellapilla, Puri and Simard, 2006). If all
-# weights are 1, the product is the sum of each window:
+# weights are 1, the product is the sum of each window. (`_gather`, below, gives the
+# rows of the matrix.)
 #
-#     >>> image = np.arange(16).reshape(1, 1, 4, 4)
+#     >>> image = np.arange(16).reshape(1, 1, 4, 4)  # one image of one channel
 #     >>> columns = np.stack(_gather(image, (3, 3), (1, 1))).reshape(9, 4)
 #     >>> print(np.ones(9, int) @ columns)
 #     [45 54 81 90]
@@ -3961,9 +3962,12 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 #      [10 11 14 15]]
 #
 # Now read the matrix by rows. Each row belongs to one position *in the window*: the
-# first holds what all windows see in their upper left corner. Together, these are the
-# image without its last two rows and columns. That is a slice, and NumPy's slices cost
-# nothing. So we gather nine slices, and need not visit window after window.
+# first, [0 1 4 5], is what the four windows see in their upper left corner. That is the
+# image without its last two rows and columns: a slice, and NumPy's slices cost nothing.
+# So we gather nine slices, and need not visit window after window.
+#
+# A color image has three channels, and a window sees all of them. Then a column has 27
+# numbers. And each row of 27 weights makes one channel of the result.
 #
 # The way back goes through the same slices: what a row of the matrix receives is added
 # to the image where that row was gathered. If every entry receives 1, each pixel
@@ -3981,41 +3985,30 @@ def clip_grad_norm(params: Any, max_norm: float) -> float:
 # Images are (N, C, H, W): batch, channels, height and width. Results have height and
 # width (oh, ow). Sizes of windows, strides and paddings are one number, or a pair for
 # height and width.
-def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
-    """(height, width), from a pair or from one number for both."""
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    are_whole = all(isinstance(n, (int, np.integer)) for n in pair)
-    if len(pair) != 2 or not are_whole or min(pair) < least:
-        raise ValueError(f"{what} must be a whole number of at least {least}, or two "
-                         f"for height and width, not {size!r}")
-    return pair
-
-
-def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
-    """For each position in a window, a view (N, C, oh, ow): what all windows have there."""
-    kernel = _pair(kernel_size, "the kernel size")
-    strides = kernel if stride is None else _pair(stride, "the stride")
-    if x.ndim != 4:
-        raise ValueError(f"images are (N, C, H, W), not of {x.ndim} axes; "
-                         "one image is x[None]")
-    size = tuple(x.shape[2:])
-    if kernel[0] > size[0] or kernel[1] > size[1]:
-        raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
-                         "padding included")
-
-    rows = _slices(size[0], kernel[0], strides[0])
-    columns = _slices(size[1], kernel[1], strides[1])
-    return [x[:, :, i, j] for i in rows for j in columns]
 
 
 def _slices(n: int, k: int, step: int) -> list[slice]:
-    """The same in one dimension: for each place in a window of k, a slice of a line of n.
+    """For each position in a window of k, what all windows on a line of n see there.
 
-        >>> print(*[np.arange(4)[places] for places in _slices(4, 3, 1)])
-        [0 1] [1 2] [2 3]
+    On a line of 5, with a step of 2, two windows of 3 fit: [0 1 2] and [2 3 4]. In
+    their first position they see 0 and 2:
+
+        >>> print(*[np.arange(5)[position] for position in _slices(5, 3, 2)])
+        [0 2] [1 3] [2 4]
     """
-    starts = n - k + 1  # in how many places a window may begin, if the step is 1
-    return [slice(i, i + starts, step) for i in range(k)]
+    last = n - k  # no window begins later
+    return [slice(i, i + last + 1, step) for i in range(k)]
+
+
+def _gather(x: Any, kernel_size: Any, stride: Any = None) -> list:
+    """For each position in a window, what all windows see there: a view (N, C, oh, ow).
+
+    The positions are taken row by row. If the stride is None, it is the kernel's size.
+    """
+    (kh, kw), (sh, sw) = _window_sizes(x, kernel_size, stride)  # checked, see below
+    rows = _slices(x.shape[2], kh, sh)
+    columns = _slices(x.shape[3], kw, sw)
+    return [x[:, :, i, j] for i in rows for j in columns]
 
 
 def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
@@ -4023,38 +4016,28 @@ def _scatter_back(shares: Iterable, x: np.ndarray, kernel_size: Any,
     """The transpose of `_gather`: zeros like x, with each share added in its view."""
     dx = np.zeros_like(x)
     for view, share in zip(_gather(dx, kernel_size, stride), shares):
-        view += share
+        view += share  # and so to dx
     return dx
 
 
-def _around(padding: Any, kernel: Sequence[int], stride: Any,
-            what: str = "the padding") -> list[tuple[int, int]]:
-    """The zeros to put before and after each line: [(top, bottom), (left, right)]."""
-    if padding != "same":
-        height, width = _pair(padding, f"{what}, if it is not 'same',", least=0)
-        return [(height, height), (width, width)]
-
-    if _pair(stride, "the stride") != (1, 1):
-        half = tuple(k // 2 for k in kernel)
-        raise ValueError(f"{what} 'same' is for stride 1, not {stride}; with another, "
-                         f"write padding={half}")
-    return [((k - 1) // 2, k // 2) for k in kernel]  # an odd one goes last, as in PyTorch
-
-
-# With these functions, a convolution takes three steps: pad, gather, weighted sum.
+# A convolution takes three steps: pad, gather, weighted sum. (`_around` says how many
+# zeros go before and after each line. It stands at the section's end, with all that
+# reads sizes and refuses wrong ones.) In the einsum, k is the position in the window.
 def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
     o, c, *kernel = weight.shape
     padded = np.pad(x, ((0, 0), (0, 0), *_around(padding, kernel, stride)))
     windows = np.stack(_gather(padded, kernel, stride))  # (kh kw, N, C, oh, ow)
-    y = np.einsum("knchw,ock->nohw", windows, weight.reshape(o, c, -1))  # (N, O, oh, ow)
+    weight = weight.reshape(o, c, -1)  # (O, C, kh kw)
+    y = np.einsum("knchw,ock->nohw", windows, weight)  # (N, O, oh, ow)
     return y if bias is None else y + bias.reshape(-1, 1, 1)
 
 
-# The kernel does the same, with a different layout. A slice of an image has short
-# lines, of some ten pixels, and NumPy is slow at those (see LOOPS, II.7). But a batch
-# has a hundred images. So in memory the batch is last, (C, H, W, N), and the result is
-# a transposed view of that, (N, C, H, W). Elementwise operations keep the order in
-# memory, so nothing is rearranged between layers. The product is
+# The kernel takes the same steps, but lays the images out in another order. A slice of
+# an image has short lines, of some ten pixels, and NumPy is slow at those (see LOOPS,
+# II.7). But a batch has a hundred images. So in memory the batch is last, (C, H, W, N),
+# and the lines are long. Callers see a transposed view of that, (N, C, H, W), as
+# always. Elementwise operations keep the order in memory, so the next convolution
+# finds the batch last, too. The product is
 #
 #     weight (O, C kh kw) @ columns (C kh kw, oh ow N) -> y (O, oh ow N)
 #
@@ -4062,6 +4045,17 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 # which is scattered back to the image.
 _BATCH_LAST = (1, 2, 3, 0)   # (N, C, H, W) -> (C, H, W, N), the order in memory
 _BATCH_FIRST = (3, 0, 1, 2)  # and back, to the order that callers see
+
+
+def _pad_batch_last(x: np.ndarray, around: list[tuple]) -> tuple[np.ndarray, tuple]:
+    """x amid zeros, with the batch last in memory, and the indices of x in that."""
+    n, c, h, w = x.shape
+    (top, bottom), (left, right) = around
+    padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
+    padded = padded.transpose(_BATCH_FIRST)  # a view
+    inside = np.s_[:, :, top:top + h, left:left + w]
+    padded[inside] = x
+    return padded, inside
 
 
 @fused(_conv2d_definition, operands=3)
@@ -4073,29 +4067,24 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     images; "same" keeps their size (for stride 1). ValueError if shapes do not fit.
     """
     _check_conv2d(x, weight, bias)
-    n, c, h, w = x.shape
-    o, _, *kernel = weight.shape
-    (top, bottom), (left, right) = _around(padding, kernel, stride)
-    inside = np.s_[:, :, top:top + h, left:left + w]
-    padded = np.zeros((c, top + h + bottom, left + w + right, n), x.dtype)
-    padded = padded.transpose(_BATCH_FIRST)
-    padded[inside] = x
-
+    o, c, *kernel = weight.shape
+    padded, inside = _pad_batch_last(x, _around(padding, kernel, stride))
     views = [view.transpose(_BATCH_LAST) for view in _gather(padded, kernel, stride)]
-    shape = (c, len(views), *views[0].shape[1:])  # (C, kh kw, oh, ow, N)
-    matrix = weight.reshape(o, c * len(views))  # (O, C kh kw)
+    k = len(views)  # kh kw
+    _, oh, ow, n = views[0].shape  # (C, oh, ow, N)
 
     def columns():  # made twice, as keeping them would take kh kw times x's memory
-        return np.stack(views, axis=1).reshape(matrix.shape[1], math.prod(shape[2:]))
+        return np.stack(views, axis=1).reshape(c * k, oh * ow * n)
 
+    matrix = weight.reshape(o, c * k)
     y = matrix @ columns()  # (O, oh ow N)
     y = y if bias is None else _plus(y, bias[:, None])
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        g = g.transpose(_BATCH_LAST).reshape(y.shape)  # (O, oh ow N)
+        g = g.transpose(_BATCH_LAST).reshape(o, oh * ow * n)
         dx = dweight = dbias = None
         if wanted[0]:
-            shares = (matrix.T @ g).reshape(shape)  # (C, kh kw, oh, ow, N)
+            shares = (matrix.T @ g).reshape(c, k, oh, ow, n)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
         if wanted[1]:  # g @ columns^T, as a transpose (see PRODUCTS, II.7)
@@ -4104,31 +4093,31 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
             dbias = _row_sum(g)[:, 0]
         return dx, dweight, dbias
 
-    return y.reshape(o, *shape[2:]).transpose(_BATCH_FIRST), pullback  # (N, O, oh, ow)
-
-
-def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
-    if x.ndim != 4 or weight.ndim != 4:
-        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
-                         "one image is x[None]")
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
-                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError("the bias must have one number for each of "
-                         f"{len(weight)} output channels, not {bias.shape}")
+    return y.reshape(o, oh, ow, n).transpose(_BATCH_FIRST), pullback  # (N, O, oh, ow)
 
 
 # The largest element of a window receives the window's cotangent, and the others
 # receive nothing. If several are largest, the first receives it. A nan counts as the
 # largest, as in PyTorch.
 def _max_pool2d_definition(x, kernel_size, stride=None):
-    first, *others = _gather(x, kernel_size, stride)
+    largest, *others = _gather(x, kernel_size, stride)
     for other in others:
-        first = np.where((first >= other) | np.isnan(first), first, other)
-    return first
+        stays = (largest >= other) | np.isnan(largest)
+        largest = np.where(stays, largest, other)
+    return largest
 
 
+# The kernel finds the largest elements by np.maximum. On the way back it goes through
+# the positions in order, and for each asks which windows are to give their g to the
+# image here. `chosen` are those that have their largest element here and have not given
+# yet. For one window of 2 x 2, [[3, 7], [7, 1]], it goes like this:
+#
+#     the element       3      7      7      1
+#     is the largest    no     yes    yes    no
+#     unclaimed         yes    yes    no     no
+#     chosen            no     yes    no     no
+#
+# If windows overlap, a pixel may be chosen by several, and adds up what it receives.
 @fused(_max_pool2d_definition, operands=1)
 def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """The largest element of each window, (N, C, H, W) -> (N, C, oh, ow).
@@ -4138,30 +4127,25 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     """
     views = _gather(x, kernel_size, stride)
     y = functools.reduce(np.maximum, views)
-    apart = stride is None or np.all(np.less_equal(kernel_size, stride))  # no overlap
+    overlap = stride is not None and np.any(np.greater(kernel_size, stride))
 
-    # A window gives its g to the first of its positions that holds its largest element.
-    # So we take the positions in order. `chosen` are the windows that have not given
-    # yet, and have their largest element here: the image receives their g at this
-    # position, and 0 from the others (II.3). If windows overlap, a pixel adds up what
-    # it receives.
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = _dense(g, y)
         has_nan = np.isnan(np.max(y, initial=0))  # if not, no view is searched for one
         dx = np.zeros_like(x)
-        share = np.empty_like(y)
-        unclaimed = np.ones_like(y, bool)  # (N, C, oh, ow)
+        share = np.empty_like(y)  # (N, C, oh, ow), as are the next two
+        unclaimed = np.ones_like(y, bool)
         for view, target in zip(views, _gather(dx, kernel_size, stride)):
             chosen = view == y
             if has_nan:
                 chosen |= np.isnan(view)  # because nan == nan is False
             chosen &= unclaimed
             unclaimed ^= chosen  # these were unclaimed, and are not any more
-            if apart:
-                _write_chosen(target, g, chosen)
-            else:
-                _write_chosen(share, g, chosen)
+            if overlap:
+                _write_chosen(share, g, chosen)  # g where chosen, else 0 (II.3)
                 target += share
+            else:
+                _write_chosen(target, g, chosen)
         return (dx,)
 
     return y, pullback
@@ -4184,11 +4168,66 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
     return y, pullback
 
 
+# The rest of this section reads sizes, and refuses those that do not fit.
+def _pair(size: Any, what: str, least: int = 1) -> tuple[int, int]:
+    """(height, width), from a pair or from one number for both."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    are_whole = all(isinstance(n, (int, np.integer)) for n in pair)
+    if len(pair) != 2 or not are_whole or min(pair) < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}, or two "
+                         f"for height and width, not {size!r}")
+    return pair
+
+
+def _window_sizes(x: Any, kernel_size: Any, stride: Any) -> tuple[tuple, tuple]:
+    """The kernel and the stride as pairs, if such windows fit into x."""
+    kernel = _pair(kernel_size, "the kernel size")
+    strides = kernel if stride is None else _pair(stride, "the stride")
+    if x.ndim != 4:
+        raise ValueError(f"images are (N, C, H, W), not of {x.ndim} axes; "
+                         "one image is x[None]")
+    size = tuple(x.shape[2:])
+    if kernel[0] > size[0] or kernel[1] > size[1]:
+        raise ValueError(f"a window of {kernel} does not fit into images of {size}, "
+                         "padding included")
+    return kernel, strides
+
+
+def _around(padding: Any, kernel: Sequence[int], stride: Any,
+            what: str = "the padding") -> list[tuple[int, int]]:
+    """The zeros to put before and after each line: [(top, bottom), (left, right)].
+
+    A line of n with k - 1 zeros more has n places for a window of k: that is "same".
+    """
+    if padding != "same":
+        height, width = _pair(padding, f"{what}, if it is not 'same',", least=0)
+        return [(height, height), (width, width)]
+
+    if _pair(stride, "the stride") != (1, 1):
+        half = tuple(k // 2 for k in kernel)
+        raise ValueError(f"{what} 'same' is for stride 1, not {stride}; with another, "
+                         f"write padding={half}")
+    # Of an odd number of zeros, the last side has one more (as in PyTorch).
+    return [((k - 1) // 2, k // 2) for k in kernel]
+
+
+def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
+    if x.ndim != 4 or weight.ndim != 4:
+        raise ValueError("needs images (N, C, H, W) and a weight (O, C, kh, kw); "
+                         "one image is x[None]")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"the images (N, C, H, W) have {x.shape[1]} channels, and the "
+                         f"weight (O, C, kh, kw) is for {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError("the bias must have one number for each of "
+                         f"{len(weight)} output channels, not {bias.shape}")
+
+
 # ## III.5 Normalization: what is taken from g?
 #
 # To normalize a row of numbers, subtract their mean and divide by their standard
-# deviation. Then the mean is 0 and the deviation 1: whatever the layers before have done
-# to the scale, the next layer receives numbers of the scale it is used to.
+# deviation. Then the mean is 0 and the deviation 1: whatever the layers before have
+# done to the scale, the next layer receives numbers of the scale it is used to.
 #
 #     >>> def normalize(x, axis=-1, eps=1e-5):  # eps: for a row of equal numbers
 #     ...     centred = x - x.mean(axis, keepdims=True)
@@ -4202,12 +4241,14 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #      [-0.93 -0.46  1.39]
 #      [-0.93 -0.46  1.39]]
 #
-# The three rows come out alike. The second is the first with 1 added to each number. The
-# third is the first with every number twice as far from the mean, 3. So there are two
-# directions in which a row can move while the result `xhat` stands still: all numbers
-# up, and all further out. Along these, no gradient comes back. Let h be the gradient
-# that xhat receives. To find what x receives, take away the parts of h along both
-# directions, and divide the rest by the deviation s, as the row was divided:
+# The three rows come out alike. The second is the first with 1 added to each number.
+# The third is the first with every number twice as far from the mean, 3. So there are
+# two directions in which a row can move while the result `xhat` stands still: all
+# numbers up, and all further out. If x moves in these, the final result does not move,
+# so no gradient comes back along them. If x moves at right angles to both, the mean and
+# the deviation s stand still to first order, and xhat moves as x does, divided by s.
+# Let h be the gradient that xhat receives. To find what x receives, take away the parts
+# of h along both directions, and divide the rest by s:
 #
 #            h - mean(h)
 #           /|
@@ -4217,10 +4258,10 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #         taken away
 #
 # The part of h along a vector v is `v * (h @ v) / (v @ v)`. For "up", v is (1, ..., 1),
-# and the part is `mean(h)`. For "out", v is xhat, and the part is
-# `xhat * mean(h * xhat)`: here, too, v @ v is n, because the squares of xhat have the
-# mean 1. Because xhat sums to 0, the two directions are at right angles, and their parts
-# can be taken away one after the other. So the way back is three lines:
+# and v @ v is n: the part is `mean(h)`. For "out", v is xhat, and again v @ v is n,
+# because the squares of xhat have the mean 1: the part is `xhat * mean(h * xhat)`.
+# Because xhat sums to 0, the two directions are at right angles, and their parts can be
+# taken away one after the other. So the way back is three lines:
 #
 #     >>> def normalize_back(h, xhat, s, axis=-1):
 #     ...     up = h.mean(axis, keepdims=True)
@@ -4236,21 +4277,23 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #     >>> np.allclose(dx, grad(lambda x: (normalize(x)[0] * h).sum())(x))
 #     True
 #
-# The picture leaves out eps, but the three lines are exact with it, too. Let x move by v:
+# The picture leaves out eps, but the three lines are exact with it. Let x move by v:
 #
 # 1. `c = x - mean(x)` moves by `dc = v - mean(v)`.
-# 2. `s = sqrt(mean(c*c) + eps)` moves by `ds = mean(c * dc) / s = mean(xhat * dc)`, and
-#    that is `mean(xhat * v)`, because the mean of xhat is 0.
-# 3. `xhat = c / s` moves by `(dc - xhat * ds) / s`, which is
+# 2. From `s^2 = mean(c*c) + eps` we have `2 s ds = 2 mean(c * dc)`. So s moves by
+#    `ds = mean(c * dc) / s`, which is `mean(xhat * dc)`.
+# 3. In that, `mean(xhat * mean(v))` is 0, because xhat has the mean 0. So `ds` is
+#    `mean(xhat * v)`.
+# 4. `xhat = c / s` moves by `dc / s - c ds / s^2 = (dc - xhat * ds) / s`, which is
 #
 #        (v - mean(v) - xhat * mean(xhat * v)) / s
 #
-# 4. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
+# 5. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
 #
-# **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes each
-# channel over the whole batch: an array (N, C) along axis 0, and images (N, C, H, W)
-# along the axes (0, 2, 3).
+# **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes
+# each channel over the whole batch: an array (N, C) along axis 0, and images
+# (N, C, H, W) along the axes (0, 2, 3).
 #
 #     >>> ones, zeros = np.ones(3), np.zeros(3)
 #     >>> np.allclose(layer_norm(x, ones, zeros), normalize(x, axis=-1)[0])
@@ -4261,11 +4304,12 @@ def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
 #     True
 #
 # Both then scale and shift by a learned weight and bias, here 1 and 0. From `y = xhat *
-# weight + bias`, xhat receives `h = g * weight`, the weight `g * xhat` and the bias `g`.
+# weight + bias`, xhat receives `h = g * weight`. The weight receives the sum of
+# `g * xhat` over all the elements that it scaled, and the bias the sum of g (I.4).
 #
-# In evaluation, an image is judged by itself, without a batch. So in training, batch norm
-# also moves two arrays, the *running* mean and variance, some of the way towards those
-# of each batch. In evaluation, it uses these two instead.
+# In evaluation, an image is judged by itself, without a batch. So in training, batch
+# norm also moves two arrays, the *running* mean and variance, some of the way towards
+# those of each batch. In evaluation, it uses these two instead.
 #
 # ### Layer norm
 def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
@@ -4275,9 +4319,9 @@ def _layer_norm_definition(x, weight, bias=None, eps=1e-5):
     return xhat * weight if bias is None else xhat * weight + bias
 
 
-# The kernel sums rows by products (see ROWS, II.7), and adds one precaution. The mean of
-# large numbers comes out rounded: near a million, a float32 is a multiple of 1/16. So
-# the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is
+# The kernel sums rows by products (see ROWS, II.7), and adds one precaution. The mean
+# of large numbers comes out rounded: near a million, a float32 is a multiple of 1/16.
+# So the mean of `x - mean(x)` is not quite 0. It is the *error* of the mean, and is
 # subtracted in turn (Chan, Golub and LeVeque, 1983).
 @fused(_layer_norm_definition, operands=3)
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -4292,7 +4336,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
         raise ValueError("the weight and the bias must be as long as the last axis of "
                          "the input")
 
-    rows = _rows(x)
+    rows = _rows(x)  # (rows, n)
     xhat = rows - _row_sum(rows) / n
     xhat -= _row_sum(xhat) / n  # the error of the mean
     inverse = 1 / np.sqrt(_row_dot(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
@@ -4303,17 +4347,18 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
-        product = g * xhat
-        dweight = _row_sum(product.T)[:, 0]
-        # Because h = g * weight, the means of h and of h * xhat are products with weight.
+        g_xhat = g * xhat
+        dweight = _row_sum(g_xhat.T)[:, 0]
+        dbias = _row_sum(g.T)[:, 0]
+        # As h = g * weight, the sum of h over each row is the product g @ weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
-        mean_h_xhat = np.dot(product, weight)[:, None] / n
+        mean_h_xhat = np.dot(g_xhat, weight)[:, None] / n
 
         dx = g * weight  # h
         dx -= mean_h
-        dx -= np.multiply(xhat, mean_h_xhat, out=product)
-        dx *= inverse  # 1 / s
-        return dx.reshape(x.shape), dweight, _row_sum(g.T)[:, 0]
+        dx -= np.multiply(xhat, mean_h_xhat, out=g_xhat)  # g_xhat is not needed again
+        dx *= inverse
+        return dx.reshape(x.shape), dweight, dbias
 
     return y.reshape(x.shape), pullback
 
@@ -4323,60 +4368,36 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 # The definition is the same, along other axes. (It leaves the running statistics alone,
 # because differentiating twice must not move them again.)
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
-    last = x.swapaxes(1, -1)  # channels last, for weight and bias to broadcast
-    axes = tuple(range(x.ndim - 1))
+    last = x.swapaxes(1, -1)  # (N, W, H, C): weight and bias broadcast
+    axes = tuple(range(x.ndim - 1))  # all but the channels
     centred = last - mean(last, axes, keepdims=True)
     variance = mean(centred * centred, axes, keepdims=True)
     y = centred / sqrt(variance + eps) * weight + bias
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each, and adds two refinements.
-#
-# *A guess of the mean.* First subtract any number near the mean, the guess. The rest, c,
-# is small and loses no digits. Its own mean, e, is the error of the guess:
+# The kernel sees the images as (N, C, P), with P pixels each. Layer norm's kernel
+# subtracts the mean, and then the error of the mean. Here each of these would be a pass
+# over many images (see PASSES, II.7). So we subtract only a *guess*, which is the mean
+# of a few images. The rest, c, is small, and loses no digits. Its own mean, e, is the
+# error of the guess:
 #
 #     c = x - guess,    e = mean(c),    mean = guess + e,    variance = mean(c*c) - e^2
-#     y = (c - e) / s * weight + bias = c * scale + (bias - e * scale),  scale = weight / s
 #
-# So subtracting e needs no pass of its own over the images (see PASSES, II.7). The guess
-# is the mean of a sixteenth of them. If it lies d from the mean of all, the mean
-# square distance of this sixteenth from that mean is at least d^2. So the variance s^2 is
-# at least d^2 / 16, `mean(c*c)` is at most 17 s^2, and little more than a digit is lost.
+# (As `c = (x - mean) + e`, and `x - mean` has the mean 0, `mean(c*c)` is the variance
+# plus e^2.) No pass subtracts e. It goes into the shift of each channel:
 #
-# *Long loops.* One number per channel broadcasts as (C, 1). If images lie in memory as a
-# user makes them, (N, C, P), NumPy's inner loop then begins anew every P pixels (see
-# LOOPS, II.7). If the numbers are spread out to (C, P), the loop runs through a whole
-# image. (If the batch comes last, as conv2d leaves it, a channel already is one long
-# line.)
+#     scale = weight / s,    shift = bias - e * scale
+#     y = (c - e) / s * weight + bias = c * scale + shift
 #
 # Backward, h is `g * weight`. As the weight is one number per channel, it can be taken
-# out of the means of h:
+# out of the means of h. As xhat is `centred / s`, with `centred = x - mean`, so can s:
 #
 #     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
-def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether images of one channel lie closer in memory than channels of one image."""
-    return x.strides[0] < x.strides[1]
-
-
-def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(C,), one per channel -> (C, 1) or (C, P), to broadcast with x, (N, C, P)."""
-    column = numbers[:, None]
-    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
-
-
-# A float32 that has grown large loses what is added to it. So a channel is not added up
-# in one run of a million numbers: first the images are, up to 1,024 of them at each
-# pixel, and then the pixels, which np.sum adds up by halves.
-def _channel_sums(*arrays: np.ndarray) -> np.ndarray:
-    """The sums, over each channel, of one array (N, C, P), or of a product of two: (C,)."""
-    subscripts = ",".join(["ncp"] * len(arrays)) + "->cp"
-    sums = 0  # (C, P)
-    for i in range(0, len(arrays[0]), 1024):
-        sums = sums + np.einsum(subscripts, *(a[i:i + 1024] for a in arrays))
-    return np.sum(sums, axis=1)
-
-
+#        = (g - mean(g) - centred * slope) * scale,    slope = mean(g * xhat) / s
+#
+# Two helpers follow the kernel. `_channel_sums` adds up each channel of an array, or of
+# a product of two. `_spread` lets one number per channel broadcast with the images.
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4385,16 +4406,17 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
     n = x.shape[0] * x.shape[2]
 
-    some = x[:math.ceil(len(x) / 16)]
+    some = x[:math.ceil(len(x) / 16)]  # the first sixteenth of the images
     guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are e, mean, ...
-    c = x - _spread(guess, x)
+    c = x - _spread(guess, x)  # (N, C, P)
     e = _channel_sums(c) / n
     mean = guess + e
     variance = _channel_sums(c, c) / n - e * e
     variance = np.maximum(variance, 0)  # rounding may take it below 0
+
     unbiased = variance * (n / (n - 1))
-    for array, new in zip(running, (mean, unbiased)):
-        array += momentum * (new - array)
+    for average, new in zip(running, (mean, unbiased)):
+        average += momentum * (new - average)  # in place
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
@@ -4407,18 +4429,15 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
         centred = x - _spread(mean, x)  # again: keeping it takes as much memory as x
         dbias = _channel_sums(g)
         dweight = _channel_sums(g, centred) * inverse  # the sum of g * xhat
-        dx = _batch_norm_dx(g, centred, dbias / n, dweight / n * inverse, scale)
+        slope = dweight / n * inverse
+        dx = _batch_norm_dx(g, centred, dbias / n, slope, scale)
         return dx.reshape(shape), dweight, dbias
 
     return y.reshape(shape), pullback
 
 
 def _batch_norm_dx(g, centred, mean_g, slope, scale):
-    """(g - mean_g - centred * slope) * scale, in place of `centred`: that is multiplied
-    by -slope, then g is added, mean_g subtracted, and all multiplied by scale.
-
-    Because centred is xhat * s, slope is mean(g * xhat) / s.
-    """
+    """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
     dx = centred
     minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
     # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
@@ -4432,8 +4451,43 @@ def _batch_norm_dx(g, centred, mean_g, slope, scale):
     return dx
 
 
+# How good is the guess? It is the mean of a sixteenth of the images, and lies e from
+# the mean of all.
+#
+# 1. So the mean square distance of this sixteenth from the mean of all is at least e^2.
+# 2. The variance s^2 is that distance for all images. So s^2 is at least e^2 / 16.
+# 3. `mean(c*c)` is `s^2 + e^2`, so at most 17 s^2. So the variance, found by
+#    subtracting e^2 from that, loses little more than one digit.
+#
+# Sums need care, too. A float32 that has grown large loses what is added to it. So a
+# channel is not added up in one run of a million numbers: first the images are, up to
+# 1,024 of them at each pixel, and then the pixels, which np.sum adds up by halves.
+def _channel_sums(*arrays: np.ndarray) -> np.ndarray:
+    """The sums over each channel, (C,), of an array (N, C, P) or a product of two."""
+    subscripts = ",".join(["ncp"] * len(arrays)) + "->cp"
+    sums = 0  # (C, P)
+    for i in range(0, len(arrays[0]), 1024):
+        sums = sums + np.einsum(subscripts, *(a[i:i + 1024] for a in arrays))
+    return np.sum(sums, axis=1)
+
+
+# One number per channel broadcasts as (C, 1). If images lie in memory as a user makes
+# them, (N, C, P), NumPy's inner loop then begins anew every P pixels (see LOOPS, II.7).
+# If the numbers are spread out to (C, P), the loop runs through a whole image. (If the
+# batch comes last, as conv2d leaves it, a channel already is one long line.)
+def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """(C,), one per channel -> (C, 1) or (C, P), to broadcast with x, (N, C, P)."""
+    column = numbers[:, None]
+    return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
+
+
+def _is_batch_last(x: np.ndarray) -> bool:
+    """Whether images of one channel lie closer in memory than channels of one image."""
+    return x.strides[0] < x.strides[1]
+
+
 @_in_float32
-def _batch_norm_by(x, weight, bias, *, running_mean, running_var, eps):
+def _batch_norm_in_evaluation(x, weight, bias, *, running_mean, running_var, eps):
     """batch_norm in evaluation: `x * scale + shift`, from the running statistics."""
     scale = weight / np.sqrt(running_var.astype(x.dtype) + eps)
     shift = bias - scale * running_mean.astype(x.dtype)
@@ -4446,20 +4500,21 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
                eps: float = 1e-5) -> Tensor:
     """Normalize each channel of x, (N, C) or (N, C, H, W), by its mean and deviation.
 
-    In training, the mean and variance are the batch's own, and the arrays `running_mean`
-    and `running_var`, both (C,), move towards them in place by the share `momentum` (the
-    variance unbiased, as PyTorch keeps it). In evaluation, the running ones are used.
-    The result is scaled by `weight` (C,) and shifted by `bias` (C,). Raises ValueError
-    for other shapes, TypeError for running statistics that are not arrays of floats.
-    (Ioffe and Szegedy, 2015)
+    In training, the mean and variance are the batch's own, and the arrays
+    `running_mean` and `running_var`, both (C,), move towards them in place by the share
+    `momentum` (the variance unbiased, as PyTorch keeps it). In evaluation, the running
+    ones are used. The result is scaled by `weight` (C,) and shifted by `bias` (C,).
+    Raises ValueError for other shapes, TypeError for running statistics that are not
+    arrays of floats. (Ioffe and Szegedy, 2015)
     """
     x = as_tensor(x)
     running_mean, running_var = _value(running_mean), _value(running_var)
     _check_batch_norm(x, running_mean, running_var, len(weight), training)
     if training:
         return _batch_norm(x, weight, bias, eps, (running_mean, running_var), momentum)
-    return _batch_norm_by(x, as_tensor(weight), as_tensor(bias), eps=eps,
-                          running_mean=running_mean, running_var=running_var)
+    weight, bias = as_tensor(weight), as_tensor(bias)
+    return _batch_norm_in_evaluation(x, weight, bias, running_mean=running_mean,
+                                     running_var=running_var, eps=eps)
 
 
 def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
@@ -4486,8 +4541,9 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 # *value*. The product of a query with a key is a score. Softmax turns the scores of a
 # query into weights, and the result is the weighted mean of the values. Causal means
 # that a position sees only itself and the positions before it: the scores of later
-# positions become -inf, and their weights 0. If all scores are alike, each position gives
-# equal weight to all that it sees:
+# positions become -inf, and their weights 0. If all scores are alike, each position
+# gives equal weight to all that it sees. (The values here are unit vectors, so each row
+# of the result shows the weights.)
 #
 #     >>> alike = np.zeros((3, 2))
 #     >>> y = scaled_dot_product_attention(alike, alike, np.eye(3), is_causal=True)
@@ -4496,9 +4552,37 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
 #      [0.5  0.5  0.  ]
 #      [0.33 0.33 0.33]]
 #
-# Shapes: B sequences, H heads, T positions that ask and S that answer; D numbers in a
-# query or key, Dv in a value. The product of two rows of D random numbers grows like the
-# square root of D, so scores are divided by that.
+# The shapes have B sequences, H heads, T positions that ask and S that answer, D
+# numbers in a query or key, and Dv in a value. A score is a sum of D products. If these
+# are random, the sum has a size of about sqrt(D), so scores are divided by that. Else,
+# for a large D, softmax would give nearly all weight to one position.
+def _attention_definition(q, k, v, is_causal=False):
+    scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
+    if is_causal:
+        ahead = np.triu(np.ones(scores.shape[-2:], bool), 1)  # above the diagonal
+        scores = np.where(ahead, -np.inf, scores)
+    return softmax(scores) @ v  # (..., T, Dv)
+
+
+# This is the way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the
+# scores, `P = softmax(S)` and `Y = P V`. Each step takes a rule of part II:
+#
+# 1. From the product Y = P V (II.6), V receives `P^T g`, and P receives `dP = g V^T`.
+# 2. From the softmax (II.5), the scores receive `dS = P * (dP - d)`, where d is one
+#    number for each row, `d_i = sum_j P_ij dP_ij`.
+# 3. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
+#    `dS^T Q / sqrt(D)`.
+#
+# The sum in step 2 runs over S positions, but there is a shorter one. By step 1,
+# `dP_ij` is the inner product of g_i, row i of g, with V_j. So (Dao and others, 2022)
+#
+#     d_i = sum_j P_ij (g_i . V_j) = g_i . (sum_j P_ij V_j) = g_i . Y_i
+#
+# which has only Dv terms. The kernel does just that. It works in place: the array p
+# holds first the scores, and then P. And if the scores are of moderate size, as they
+# nearly always are, it takes two shortcuts. The mask, -inf, is added, which is faster
+# than selecting, but would turn a score of inf into nan. And the maximum of each row is
+# not subtracted, since exp cannot overflow (II.5).
 @functools.lru_cache(8)
 def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     """-inf where a key (column) lies ahead of a query (row), else 0: (T, S)."""
@@ -4506,29 +4590,6 @@ def _mask(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     return np.where(ahead, -np.inf, 0).astype(dtype)
 
 
-def _attention_definition(q, k, v, is_causal=False):
-    scores = q @ k.swapaxes(-1, -2) * (1 / math.sqrt(q.shape[-1]))  # (..., T, S)
-    if is_causal:
-        ahead = _mask(scores.shape[-2:], scores.dtype) < 0
-        scores = np.where(ahead, -np.inf, scores)
-    return softmax(scores) @ v  # (..., T, Dv)
-
-
-# This is the way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the
-# scores, `P = softmax(S)` and `Y = P V`:
-#
-# 1. From the product Y = P V, V receives `P^T g`, and P receives `dP = g V^T`.
-# 2. From the softmax, the scores receive `dS = P * (dP - d)`, where d is one number for
-#    each row, `d_i = sum_j P_ij dP_ij`.
-# 3. That sum runs over S positions. But `dP_ij` is `V_j . g_i`, so the sum equals
-#    `Y_i . g_i`, a sum over only Dv numbers (Dao and others, 2022).
-# 4. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
-#    `dS^T Q / sqrt(D)`.
-#
-# The kernel does just that, with two shortcuts if the scores are of moderate size, as
-# they nearly always are. First, exp cannot overflow, so the maximum of each row need not
-# be subtracted (II.5). Second, the mask, -inf, can be added, which is faster than
-# selecting, but would turn a score of inf into nan.
 def _attend(q, k, v, is_causal, out=None):
     """Return Y, (..., T, Dv), written to `out`, and P, (..., T, S)."""
     scale = 1 / math.sqrt(q.shape[-1])
@@ -4549,8 +4610,8 @@ def _attend(q, k, v, is_causal, out=None):
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
-    ds = g @ _mT(v)  # dP, (..., T, S)
-    ds -= _row_dot(g, y)  # d, by step 3
+    ds = g @ _mT(v)  # first dP, (..., T, S), which becomes dS in place
+    ds -= _row_dot(g, y)  # d
     ds *= p
     dq = np.matmul(ds, k * scale, out=out[0])
     dk = np.matmul(_mT(ds), q * scale, out=out[1])
@@ -4579,9 +4640,7 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any,
 
 
 # A transformer computes q, k and v of all heads by one product, side by side in one
-# array. The kernel below reads them as views of this array, and writes their gradients
-# into views of another, which saves copies. It also takes a few sequences, a *group*, at
-# a time, so that their P, about two blocks in size, stays in the processor's cache.
+# array. So attention begins by taking this apart, and ends by joining the heads:
 def _heads(qkv: Any, num_heads: int) -> Any:
     """(B, T, 3 H D) -> (3, B, H, T, D), a view."""
     b, t, c = qkv.shape
@@ -4600,22 +4659,27 @@ def _causal_self_attention_definition(qkv, num_heads):
     return _merge(_attention_definition(q, k, v, is_causal=True))
 
 
+# The kernel saves copies. It reads q, k and v as views of that array, and writes their
+# gradients into the same views of another. The results of the heads, too, are written
+# where `_merge` finds them joined. And it takes a few sequences at a time, a *group*,
+# so that their P, about two blocks in size, stays in the cache (PASSES, II.7).
 @fused(_causal_self_attention_definition, operands=1)
 def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
     """Causal attention in `num_heads` heads, (B, T, 3 * C) -> (B, T, C).
 
-    qkv holds queries, keys and values of all heads, (B, T, 3, num_heads, C / num_heads),
-    with the last three axes joined. Raises ValueError if it cannot be divided like this.
+    qkv holds queries, keys and values of all heads: (B, T, 3, num_heads, D), D = C /
+    num_heads, with the last three axes joined. Raises ValueError if it cannot be
+    divided like this.
     """
     if num_heads < 1 or qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError("needs q, k and v side by side, (B, T, 3 * C), and a C that "
                          f"{num_heads} heads divide")
     heads = _heads(qkv, num_heads)  # (3, B, H, T, D)
     _, b, h, t, d = heads.shape
-    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D), for _merge a view
+    y = np.empty((b, t, h, d), qkv.dtype).swapaxes(1, 2)  # (B, H, T, D)
     step = max(1, 2 * _BLOCK // max(1, h * t * t))
     groups = [slice(i, i + step) for i in range(0, b, step)]
-    results = []  # of each group
+    results = []  # (y, p) of each group
     for group in groups:
         q, k, v = heads[:, group]
         results.append(_attend(q, k, v, is_causal=True, out=y[group]))
@@ -4634,9 +4698,21 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
 
 # ### Embedding and dropout
 #
-# How does a network read a letter? It looks up that letter's row in a table. This equals
-# the product of a one-hot row, which has a 1 at the letter's number, with the table. In
-# the backward pass of a small vocabulary we really do multiply (see SCATTER, II.7).
+# How does a network read a letter? It looks up that letter's row in a table. On the way
+# back, each row receives the sum of what its uses receive. Here letter 2 is used twice,
+# and letter 1 not at all:
+#
+#     >>> table = Tensor(np.zeros((3, 2)))
+#     >>> embedding([2, 0, 2], table).backward(np.array([[1, 2], [3, 4], [10, 20]]))
+#     >>> print(table.grad)
+#     [[ 3.  4.]
+#      [ 0.  0.]
+#      [11. 22.]]
+#
+# To look up is to multiply the table by one-hot rows, each with a 1 at its letter's
+# number: [0 0 1] for letter 2. So the way back is the transpose of these rows times g.
+# If the table is small, we really do multiply, because to add rows one after the other
+# is slow in NumPy (see SCATTER, II.7).
 def _lookup_definition(weight, ids):
     return weight[ids]
 
@@ -4647,7 +4723,7 @@ def _lookup(weight, ids):
     vocabulary, width = weight.shape
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        if vocabulary > 1024:  # then nearly all factors are 0, and the product is slower
+        if vocabulary > 1024:  # nearly all factors are 0: the product is slower
             return (_value(scatter_add(g, ids, weight.shape)),)
         one_hot = np.zeros((ids.size, vocabulary), g.dtype)
         one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
@@ -4671,15 +4747,10 @@ def embedding(ids: Any, weight: Any) -> Tensor:
 
 
 # Dropout sets random elements to 0 in training, so that the network cannot rely on any
-# single one. The rest is scaled up, so that the mean stays what it was.
-def _check_share(name: str, p: float) -> None:
-    if not 0 <= p < 1:
-        raise ValueError(f"{name}: p, the share of elements to drop, must be at least 0 "
-                         f"and below 1, not {p}")
-
-
+# single one. The rest is scaled up, so that the mean stays what it was: with p = 1/2,
+# the half that is kept is doubled.
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
-    """In training, set elements to 0 with probability p and scale others by 1 / (1 - p).
+    """In training, set elements to 0 with probability p, and divide others by 1 - p.
 
     Otherwise, return x. Raises ValueError unless 0 <= p < 1. (Srivastava and others,
     2014)
@@ -4689,7 +4760,13 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     if not training or p == 0:
         return x
     keep = _mode.rng.random(x.shape, np.float32) >= p
-    return x * (keep * np.asarray(1 / (1 - p), x.dtype))  # (inf gives nan, as in PyTorch)
+    return x * (keep * np.asarray(1 / (1 - p), x.dtype))
+
+
+def _check_share(name: str, p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: p, the share of elements to drop, must be at least "
+                         f"0 and below 1, not {p}")
 
 
 # ## III.7 A GPT: what does it learn?
