@@ -4705,11 +4705,11 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 # ## III.7 A GPT: what does it learn?
 #
 # It learns to predict, at every position of a text, which token comes next. The text is
-# its own teacher: the targets are the tokens, shifted by one. A window of nine characters
-# makes eight lessons:
+# its own teacher: the targets are the tokens, shifted by one. A window of nine
+# characters makes eight lessons:
 #
-#     has read so far      s  sh  she  she_  she_s  she_se  she_sel  she_sell
-#     is to predict        h   e    _     s      e       l        l         s
+#     has read    s    sh    she    she_    she_s    she_se    she_sel    she_sell
+#     next is     h    e     _      s       e        l         l          s
 #
 # Here is the whole training, on all such windows of one sentence, and what the network
 # then writes by itself:
@@ -4926,7 +4926,7 @@ class GPT(Module):
 # blocks of 4 heads of 8 numbers, the cache is two arrays:
 #
 #     >>> cache = _new_cache(gpt, batch=1)
-#     >>> print([kept.shape for kept in cache])  # k and v, B, H, positions, D
+#     >>> print([a.shape for a in cache])  # k and v, B, H, positions, D
 #     [(2, 1, 4, 8, 8), (2, 1, 4, 8, 8)]
 #     >>> logits = _read_on(gpt, prompt[:, :3], cache, start=0)  # "she", at 0, 1 and 2
 #     >>> logits = _read_on(gpt, prompt[:, 3:4], cache, start=3)  # " ", which sees them
@@ -4992,34 +4992,35 @@ def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray],
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
     x = gpt.dropout(gpt.tok_emb(ids) + gpt.pos_emb(positions))  # (B, N, C)
-    for block, kept in zip(gpt.blocks, cache):
-        x = x + _attend_cached(block.attn, block.ln1(x), kept, start)
-        if kept is cache[-1]:
-            x = x[:, -1:]  # (B, 1, C): the others are needed no more
+    for block, block_cache in zip(gpt.blocks, cache):
+        x = x + _attend_cached(block.attn, block.ln1(x), block_cache, start)
+        if block_cache is cache[-1]:
+            # No later block will look at the other positions.
+            x = x[:, -1:]  # (B, 1, C)
         x = x + block.dropout(block.mlp(block.ln2(x)))
     logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
     return logits.numpy()[:, 0]
 
 
-def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
+def _attend_cached(attn: MultiHeadAttention, x: Tensor, cache: np.ndarray,
                    start: int) -> Tensor:
     """MultiHeadAttention.forward for new positions only: (B, N, C) -> (B, N, C)."""
     q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
     end = start + q.shape[2]
-    kept[0, :, :, start:end] = k
-    kept[1, :, :, start:end] = v
-    keys, values = kept[:, :, :, :end]  # (B, H, end, D) each
+    cache[0, :, :, start:end] = k
+    cache[1, :, :, start:end] = v
+    keys, values = cache[:, :, :, :end]  # (B, H, end, D) each
 
     # A single new position sees all the others. If there are several, they are the
-    # beginning of a text, and none of them may see a later one.
+    # whole window, and none of them may see a later one.
     y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
     return attn.dropout(attn.proj(_merge(y)))
 
 
 # What if somebody gives the network blocks of another class, or attention that is not
-# causal? Then the lines above are not what these blocks compute, and the network is read
-# the plain way. (A module that replaces `ln1`, `ln2` or `mlp` must treat each position by
-# itself, as these do.)
+# causal? Then the lines above are not what these blocks compute, and the network is
+# read the plain way. (A module that replaces `ln1`, `ln2` or `mlp` must treat each
+# position by itself, as these do.)
 
 
 def _can_be_cached(gpt: GPT) -> bool:
@@ -5031,14 +5032,16 @@ def _can_be_cached(gpt: GPT) -> bool:
             return False
         if not block.attn.is_causal:
             return False
-    return len(gpt.blocks) > 0  # (in the last one, `_read_on` drops the old positions)
+    # `_read_on` picks the last position in the last block, so there has to be one.
+    return len(gpt.blocks) > 0
 
 
 def _computes(module: Module, forward: Callable) -> bool:
-    """Whether `module(x)` comes down to this forward, and not to one put in its place."""
-    is_called = type(module).__call__ is Module.__call__
-    method = module.forward
-    return is_called and getattr(method, "__func__", None) is forward  # its plain function
+    """Whether `module(x)` runs this `forward`, and not one put in its place."""
+    if type(module).__call__ is not Module.__call__:
+        return False
+    function = getattr(module.forward, "__func__", None)  # of the bound method
+    return function is forward
 
 
 @contextlib.contextmanager
@@ -5057,19 +5060,19 @@ def _evaluating(modules: list[Module]) -> Iterator[None]:
 # How is a token drawn with the probabilities softmax(l), for logits l? By adding random
 # noise, and taking the largest sum:
 #
-# 1. Let each token i have a bell that rings after a random time, with exp(l_i) rings an
-#    hour on average. At any moment, the chance that the next ring is from i is its part
-#    of all rings: exp(l_i) / sum_j exp(l_j). That is the softmax. So the first to ring
-#    is a draw from it.
-# 2. Such a time is `E_i / exp(l_i)`, with an E_i drawn from the exponential distribution
-#    (one ring an hour). Its logarithm is `log(E_i) - l_i`.
-# 3. The first to ring has the smallest time, so the largest `l_i - log(E_i)`. And
-#    -log(E_i) is a draw from the Gumbel distribution, which NumPy has.
+# 1. Let each token i have a bell that rings at random times, on average exp(l_i) times
+#    an hour. The first ring of all is from token i with the probability
+#    `exp(l_i) / sum_j exp(l_j)`, its part of all the rings. That is the softmax.
+# 2. The time to a bell's first ring is `E_i / exp(l_i)`, where E_i is drawn from the
+#    exponential distribution (one ring an hour). The logarithm is `log(E_i) - l_i`.
+# 3. Whoever rings first has the smallest of these, and the largest `l_i - log(E_i)`.
+#    The noise, -log(E_i), is said to have a Gumbel distribution. NumPy can draw it.
 
 
 def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
-    """Draw an index for each row of logits (B, V), from its softmax or top k: (B, 1)."""
+    """Draw an index for each row of logits (B, V), or of its top k: (B, 1)."""
     if top_k is not None and top_k < logits.shape[1]:
+        # The others get -inf, which is never the largest sum.
         kth_largest = np.partition(logits, -top_k)[:, -top_k, None]  # (B, 1)
         logits = np.where(logits < kth_largest, -np.inf, logits)
 
@@ -5122,11 +5125,12 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 # The parent adds up in the order of the shares, whichever was computed first. So with
 # the same number of processes, the result is the same, bit for bit.
 #
-# **What is sent in step 1**, besides the rows? A worker is a copy of the parent as it was
-# at the fork. So the parent tells it what may have changed since: which parameters are
-# frozen, and which modules are in training. Also, dropout must not draw the same numbers
-# in all shares. So a call has a name, one or more integers, and share k draws its random
-# numbers from a generator with the seed (name, k).
+# **What is sent in step 1**, besides the rows? A worker is a copy of the parent as it
+# was at the fork. So the parent tells it what may have changed since: which parameters
+# are frozen, which modules are in training, and what batch norm has noted (III.5).
+# Also, dropout must not draw the same numbers in all shares. So each call has a
+# *stream*, one or more integers, and share k draws from a generator with the seed
+# `(*stream, k)`.
 
 
 class _Job(NamedTuple):
@@ -5134,14 +5138,14 @@ class _Job(NamedTuple):
 
     kind: str  # "gradient" or "evaluate"
     arrays: tuple  # the share's rows of each array
-    weight: float  # the share's rows, as a fraction of all rows: here 3/5 or 2/5
-    stream: tuple[int, ...]  # the name of the call, for random numbers
+    weight: float  # the part of all rows that are its own: above, 3/5 or 2/5
+    stream: tuple[int, ...]  # which random numbers to draw
     state: tuple  # what may have changed in the parent (see `_state`)
 
 
-# **How are gradients added in step 4?** A process lays its gradients side by side in one
-# flat array, so the parent adds those of a worker by a single `+=`. Each gradient is a
-# view of its piece:
+# **How are gradients added in step 4?** A process lays its gradients side by side in
+# one flat array, so the parent adds those of a worker by a single `+=`. Each gradient
+# is a view of its piece:
 
 
 class _Layout:
@@ -5164,7 +5168,7 @@ class _Layout:
             self._places.append((a.dtype, slice(start, end), a.shape))
 
     def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Flat arrays, each made by `empty(size, dtype)`, and their pieces, as views."""
+        """Flat arrays, each made by `empty(size, dtype)`, and the pieces, as views."""
         flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
         pieces = []
         for dtype, place, shape in self._places:
@@ -5172,9 +5176,8 @@ class _Layout:
         return list(flats.values()), pieces
 
 
-
-# Now the class. First come the methods that a user calls, and then steps 1 to 4. Section
-# IV.5 says how a worker is made, and what happens when one dies.
+# Now the class. First come the methods that a user calls, and then steps 1 to 4.
+# Section IV.5 says how a worker is made, and what happens when one dies.
 
 
 class DataParallel:
@@ -5227,7 +5230,7 @@ class DataParallel:
 
         _keep_freed_memory(self)  # as an optimizer does
         self._layout = _Layout(self._params)
-        # The team has the workers, each with `pipe` and `flats`, its gradient. (IV.5)
+        # The team has the workers; a worker leaves its gradient in its `flats`. (IV.5)
         self._team = _Team(self._params, self._layout, self.processes, self._compute)
 
     def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
@@ -5245,11 +5248,11 @@ class DataParallel:
         """
         flats, pieces = self._layout.allocate(np.empty)
         self._calls += 1
-        name = tuple(stream) or (self._seed, self._calls)
+        stream = tuple(stream) or (self._seed, self._calls)
         # An answer is a share's part of the loss, and which parameters it depends on.
-        answers = self._compute_all("gradient", arrays, name, pieces)
+        answers = self._compute_all("gradient", arrays, stream, pieces)
 
-        # Step 4. The parent's gradient is in `flats`. Add those of the other shares.
+        # Step 4. The parent's own gradient is in `flats`: add those of the workers.
         busy = self._team.workers[:len(answers) - 1]
         for worker in busy:
             for flat, addend in zip(flats, worker.flats):
@@ -5342,7 +5345,7 @@ class DataParallel:
             # Listing a module's parameters takes a moment, so it is done while workers
             # compute.
             now = self._params if self._module is None else self._module.parameters()
-            if list(map(id, now)) != list(map(id, self._params)):
+            if [id(p) for p in now] != [id(p) for p in self._params]:
                 raise RuntimeError("DataParallel: the module has other parameters than "
                                    "it had; make a new DataParallel")
             return self._compute(0, job, pieces)
@@ -5367,7 +5370,7 @@ class DataParallel:
         if not _tracked(loss) or loss.size != 1:
             raise TypeError("DataParallel: the loss must be a scalar Tensor made of "
                             f"the parameters, not {loss!r:.60}")
-        loss = loss * job.weight
+        loss = loss * job.weight  # above, times 3/5 or 2/5
         seed = np.ones(loss.shape, loss.dtype)
         slopes = _walk_to(self._params, [(loss, seed)])  # (I.5)
         for piece, p in zip(pieces, self._params):
@@ -6104,13 +6107,13 @@ def _glibc() -> Any:
 #         job = pipe.recv()  # waits
 #         pipe.send(compute(job))
 #
-# That is all, until something ends: we end a worker (1), a worker dies (2), the parent
-# dies (3), the user presses Ctrl-C (4), or a worker never begins (5). Whatever happens,
-# no process may wait for ever, and no worker may run on when it is no longer needed.
-# Each of the five is told below: what can go wrong, and then the code that deals with
-# it. Then come the worker's whole life and the team of all workers. There, a number in
-# parentheses marks the line that belongs to a point. But first, the memory that all
-# processes share.
+# That is all, as long as nothing happens. Five things may: we end a worker (1), a
+# worker dies (2), the parent dies (3), the user presses Ctrl-C (4), or a worker never
+# begins (5). Even then, no process may wait for ever, and no worker may run on when it
+# is no longer needed. Each of the five is told below: what can go wrong, and then the
+# code that deals with it. After them come a worker's whole life and the team of all
+# workers. There, a number in parentheses marks the line that belongs to a point. But
+# first, the memory that all processes share.
 #
 # ### Common memory
 #
@@ -6125,28 +6128,6 @@ def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     num_bytes = max(1, size * dtype.itemsize)  # (mmap refuses 0)
     memory = mmap.mmap(-1, num_bytes)  # -1: it belongs to no file
     return np.frombuffer(memory, dtype, size)
-
-
-# Parameters that lie side by side in it, as a _Layout (III.9) puts them, need not be
-# copied by an optimizer: it moves the whole flat array at once (`_move`, III.3). This
-# function tells it whether they do.
-
-
-def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array that its views `arrays` cover end to end, or None."""
-    flat = arrays[0].base  # the array that it is a view of
-    if type(flat) is not np.ndarray or flat.ndim != 1:
-        return None
-
-    start = end = arrays[0].ctypes.data  # its address in memory
-    for a in arrays:
-        is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
-        if not is_piece or a.ctypes.data != end:
-            return None
-        end += a.nbytes
-
-    first = (start - flat.ctypes.data) // flat.itemsize
-    return flat[first:first + (end - start) // flat.itemsize]
 
 
 # ### 1. We end a worker
@@ -6167,7 +6148,8 @@ class _Process:
     def __init__(self, pid: int) -> None:
         self.pid = pid  # its number
         self.has_ended = False  # as far as we know
-        self.exit_code: int | None = None  # -n: killed by signal n; None: not known
+        # None if we do not know it; -n if it was killed by signal n.
+        self.exit_code: int | None = None
 
     def end(self) -> None:
         """End the process, whatever it is doing."""
@@ -6189,8 +6171,9 @@ class _Process:
         if self.has_ended:
             return False
         try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)  # WNOHANG: without waiting
-        except ChildProcessError:  # other code has asked, so we cannot learn how
+            # WNOHANG means: do not wait. If the process still runs, pid is then 0.
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:  # other code has asked before, and knows how
             self.has_ended = True
             return False
         if pid == 0:
@@ -6215,7 +6198,7 @@ class _Worker(_Process):
     def __init__(self, pid: int, pipe: Any, flats: list[np.ndarray]) -> None:
         super().__init__(pid)
         self.pipe = pipe  # our end of it
-        self.flats = flats  # the gradient that it has computed, in common memory
+        self.flats = flats  # the gradient that it computes, in common memory
 
     def send(self, job: _Job) -> None:
         """Give the worker its share. Raises RuntimeError if it is dead."""
@@ -6233,10 +6216,6 @@ class _Worker(_Process):
             return self.pipe.recv()
         except (EOFError, OSError):
             raise self._lost() from None
-
-    def begins(self, within: float) -> bool:
-        """Whether it says "ready" in `within` seconds. Raises RuntimeError if dead."""
-        return self.pipe.poll(within) and self.receive() == "ready"  # (5)
 
     def end(self) -> None:
         """End the worker, whatever it is doing."""
@@ -6269,11 +6248,12 @@ class _Worker(_Process):
 # which ends the worker. That is not enough in two cases:
 #
 # - The worker is in the middle of a long share, and does not call `recv`.
-# - A third process has a copy of the parent's end, for a fork copies every open pipe.
-#   While one copy is open, `recv` waits.
+# - Another process has a copy of the parent's end, for a fork copies all open ends of
+#   pipes. While one copy is open, `recv` waits. Our workers close theirs, but the
+#   program may have forked others.
 #
-# So a thread in each worker asks, four times a second, who the parent is. The system
-# gives an orphan to another process, and then the number is another one.
+# So a thread in each worker asks, four times a second, for the number of its parent.
+# When that has died, the system makes another process the parent.
 
 
 def _follow(parent: int) -> None:
@@ -6337,7 +6317,7 @@ def _add_worker(team: _Team, flats: list[np.ndarray], answer: Callable) -> None:
         with _interrupts_held():  # (4)
             worker = _fork_worker(team, flats, answer)
             team.workers.append(worker)
-        if worker.begins(within=seconds):
+        if worker.pipe.poll(seconds) and worker.receive() == "ready":
             return
         with _interrupts_held():  # (4)
             team.workers.remove(worker)
@@ -6365,7 +6345,7 @@ def _fork_worker(team: _Team, flats: list[np.ndarray], answer: Callable) -> _Wor
         for copied in [parents_end, *(worker.pipe for worker in team.workers)]:
             copied.close()
         _live_as_worker(team, workers_end, answer)
-    workers_end.close()  # so that only the worker has it, and its death closes it (2)
+    workers_end.close()  # so that the worker's death really closes it (2)
     return _Worker(pid, parents_end, flats)
 
 
@@ -6376,16 +6356,18 @@ def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
         import traceback
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore it (4)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not by the program's handler
-        # The fork was made while interrupts were held, and the copy still holds them.
+        # The program may handle this one, and so would its copy.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # The fork was made while interrupts were held. The copy need not hold them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        threading.Thread(target=_follow, args=[team.parent], daemon=True).start()  # (3)
+        follower = threading.Thread(target=_follow, args=[team.parent], daemon=True)
+        follower.start()  # (3)
         # A fork copies a piece of memory only once somebody writes to it. Python's
         # garbage collector would write to every object, so it is to leave these alone.
         gc.freeze()
         team.use_common_memory()
         _mode.recording = True  # even if it was made inside no_grad()
-        np.ones((128, 128)) @ np.ones((128, 128))  # large enough to need a buffer (5)
+        np.ones((128, 128)) @ np.ones((128, 128))  # large: needs a buffer (5)
         pipe.send("ready")
 
         while True:
@@ -6410,8 +6392,9 @@ def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
 class _Team:
     """The workers of one DataParallel, and the parameters in common memory.
 
-    Each worker answers a job by `compute(share, job, pieces)`. With a single process,
-    which is the parent, there are no workers, and nothing is moved.
+    Each worker answers a job by `compute(share, job, pieces)`, and leaves its gradient
+    in `pieces`. With a single process, which is the parent, there are no workers, and
+    nothing is moved.
     """
 
     def __init__(self, params: list, layout: _Layout, processes: int,
@@ -6421,7 +6404,7 @@ class _Team:
         self.is_closed = False
         self._params = params
         self._layout = layout
-        self._common: list[np.ndarray] = []  # of each parameter, if there are workers
+        self._common: list[np.ndarray] = []  # of each parameter, with workers
         self._end: Callable | None = None  # ends the workers, if there are any
         if processes > 1:
             self._start(processes, compute)
@@ -6472,9 +6455,34 @@ class _Team:
             _, private = self._layout.allocate(np.empty)
             for p, common, array in zip(self._params, self._common, private):
                 array[...] = common
-                if p._data is common and p._checksum is None:  # else a caller has it
+                # (An array that a caller has stays the parameter's, even if common.)
+                if p._data is common and p._checksum is None:
                     p._data = array
             self._common = []
+
+
+# ### What an optimizer gains
+#
+# Parameters that lie side by side in common memory need not be copied together to be
+# moved: an optimizer moves their part of the flat array at once (`_move`, III.3). This
+# function tells it whether they do.
+
+
+def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
+    """The part of a flat array that its views `arrays` cover end to end, or None."""
+    flat = arrays[0].base  # the array that it is a view of
+    if type(flat) is not np.ndarray or flat.ndim != 1:
+        return None
+
+    start = end = arrays[0].ctypes.data  # its address in memory
+    for a in arrays:
+        is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
+        if not is_piece or a.ctypes.data != end:
+            return None
+        end += a.nbytes
+
+    first = (start - flat.ctypes.data) // flat.itemsize
+    return flat[first:first + (end - start) // flat.itemsize]
 
 
 # ## IV.6 Data: is it the right data?
