@@ -4745,7 +4745,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
 #     for each block:
 #         x = x + attention(layer_norm(x))             (B, T, C)
 #         x = x + mlp(layer_norm(x))                   (B, T, C)
-#     scores = layer_norm(x) @ rows of all tokens^T    (B, T, V)
+#     scores = layer_norm(x) @ (rows of all tokens)^T  (B, T, V)
 #
 # This is nearly the decoder of "Language Models are Unsupervised Multitask Learners"
 # (Radford and others, 2019). (The attention of GPT-2 also has biases, and dropout on
@@ -4889,8 +4889,8 @@ class GPT(Module):
                top_k: int | None = None) -> Iterator[np.ndarray]:
         """Yield the tokens of `generate` one by one, (B,) each, as they are drawn."""
         if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
-            raise ValueError(f"generate: max_new_tokens must be an integer from 0, not"
-                             f" {max_new_tokens!r}")
+            raise ValueError("generate: max_new_tokens must be an integer from 0, not "
+                             f"{max_new_tokens!r}")
         if not temperature > 0:
             raise ValueError("generate: temperature must be above 0, not "
                              f"{temperature!r}; to take the likeliest token every "
@@ -5176,8 +5176,9 @@ class _Layout:
         return list(flats.values()), pieces
 
 
-# Now the class. First come the methods that a user calls, and then steps 1 to 4.
-# Section IV.5 says how a worker is made, and what happens when one dies.
+# Now the class. First come the methods that a user calls. The call itself has step 4;
+# `_compute_all` has steps 1 to 3. Section IV.5 says how a worker is made, and what
+# happens when one dies.
 
 
 class DataParallel:
@@ -5249,7 +5250,8 @@ class DataParallel:
         flats, pieces = self._layout.allocate(np.empty)
         self._calls += 1
         stream = tuple(stream) or (self._seed, self._calls)
-        # An answer is a share's part of the loss, and which parameters it depends on.
+        # Steps 1 to 3. An answer is a share's part of the loss, and for each parameter
+        # whether it depends on that.
         answers = self._compute_all("gradient", arrays, stream, pieces)
 
         # Step 4. The parent's own gradient is in `flats`: add those of the workers.
@@ -6366,7 +6368,7 @@ def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
         # garbage collector would write to every object, so it is to leave these alone.
         gc.freeze()
         team.use_common_memory()
-        _mode.recording = True  # even if it was made inside no_grad()
+        _mode.recording = True  # even if the fork was made inside no_grad()
         np.ones((128, 128)) @ np.ones((128, 128))  # large: needs a buffer (5)
         pipe.send("ready")
 
@@ -6375,8 +6377,8 @@ def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
             try:
                 pipe.send(answer(job))
             except BaseException:
-                told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
-                pipe.send(RuntimeError(told))
+                message = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
+                pipe.send(RuntimeError(message))
     finally:
         os._exit(1)  # (without the program's own `finally` and `atexit`)
 
@@ -6418,7 +6420,9 @@ class _Team:
                 p._data = common
 
         threads = _set_blas_threads(1)  # (IV.4)
-        self._end = weakref.finalize(  # runs even if nobody calls `close`
+        # Runs when the team is gone, if nobody has called `close`. (It is given the
+        # list of workers and not the team, which it would keep alive.)
+        self._end = weakref.finalize(
             self, _end_workers, self.workers, self.parent, threads)
         try:
             for share in range(1, processes):
