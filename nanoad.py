@@ -4772,8 +4772,13 @@ def _check_share(name: str, p: float) -> None:
 # ## III.7 A GPT: what does it learn?
 #
 # It learns to predict, at every position of a text, which token comes next. The text is
-# its own teacher: the targets are the ids, shifted by one. Here is the whole training, on
-# one sentence (the batch is all its windows of nine characters), and what the network
+# its own teacher: the targets are the tokens, shifted by one. A window of nine
+# characters makes eight lessons:
+#
+#     has read    s    sh    she    she_    she_s    she_se    she_sel    she_sell
+#     next is     h    e     _      s       e        l         l          s
+#
+# Here is the whole training, on all such windows of one sentence, and what the network
 # then writes by itself:
 #
 #     >>> sentence = "she sells sea shells by the sea shore."
@@ -4795,15 +4800,24 @@ def _check_share(name: str, p: float) -> None:
 #     >>> print(tokenizer.decode(gpt.generate(prompt, 29, top_k=1)[0]))
 #     she sells sea shells by the sea shore.
 #
-# The network is nearly the decoder of "Language Models are Unsupervised Multitask
-# Learners" (Radford and others, 2019). (The attention of GPT-2 also has biases, and
-# dropout on its weights.) Each token starts as a row of numbers that says what it is,
-# plus a row that says where it stands. Then each block adds two things to this running
-# sum, the *residual stream*: what the positions learn from one another (attention), and
-# what each makes of it by itself (an MLP). In the end, the product of the stream at a
-# position with the row of a token is the score of that token.
+# Each token starts as a row of numbers that says what it is, plus a row that says where
+# it stands. Then each block adds two things to this running sum, the *residual stream*:
+# what the positions learn from one another (attention), and what each makes of it by
+# itself (an MLP). In the end, the product of the stream at a position with the row of a
+# token is the score of that token. For B sequences of T positions, C numbers for each,
+# and V tokens in the vocabulary:
 #
-# Shapes: B sequences, T positions, C numbers each, V tokens in the vocabulary.
+#     ids                                              (B, T)
+#     x = row of the token + row of the position       (B, T, C)
+#     for each block:
+#         x = x + attention(layer_norm(x))             (B, T, C)
+#         x = x + mlp(layer_norm(x))                   (B, T, C)
+#     scores = layer_norm(x) @ (rows of all tokens)^T  (B, T, V)
+#
+# This is nearly the decoder of "Language Models are Unsupervised Multitask Learners"
+# (Radford and others, 2019). (The attention of GPT-2 also has biases, and dropout on
+# its weights.) The modules below are these lines.
+
 
 class MultiHeadAttention(Module):
     """Self-attention: `num_heads` heads share the embed_dim numbers of a position.
@@ -4816,11 +4830,13 @@ class MultiHeadAttention(Module):
                  bias: bool = False, is_causal: bool = True) -> None:
         _positive("MultiHeadAttention", embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
-            raise ValueError(f"MultiHeadAttention: embed_dim={embed_dim} is no multiple "
-                             f"of {num_heads} heads, so they cannot share it evenly")
+            raise ValueError(f"MultiHeadAttention: embed_dim={embed_dim} is no "
+                             f"multiple of {num_heads} heads, so they cannot share it "
+                             "evenly")
         self.num_heads = num_heads
         self.is_causal = is_causal
-        self.qkv = Linear(embed_dim, 3 * embed_dim, bias)  # queries, keys and values
+        # Queries, keys and values come from one product, side by side (III.6).
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias)
         self.proj = Linear(embed_dim, embed_dim, bias)
         self.dropout = Dropout(dropout)
 
@@ -4835,7 +4851,7 @@ class MultiHeadAttention(Module):
         if self.is_causal:
             y = causal_self_attention(qkv, self.num_heads)  # (B, T, C)
         else:
-            q, k, v = _heads(qkv, self.num_heads)  # (B, H, T, D) each, D = C / H
+            q, k, v = _heads(qkv, self.num_heads)  # (B, H, T, C / H) each
             y = _merge(scaled_dot_product_attention(q, k, v))  # (B, T, C)
         return self.dropout(self.proj(y))
 
@@ -4861,15 +4877,15 @@ class Block(Module):
 class GPT(Module):
     """A decoder-only transformer, like GPT-2.
 
-    It reads up to block_size token ids at a time. The rows of the positions are learned.
-    One matrix serves for looking tokens up and for scoring them (Press and Wolf, 2017).
-    `generate` continues a text; section III.7 has a training loop.
+    It reads up to block_size token ids at a time. The rows of the positions are
+    learned. One matrix serves for looking tokens up and for scoring them (Press and
+    Wolf, 2017). `generate` continues a text; section III.7 has a training loop.
     """
 
     def __init__(self, vocab_size: int, embed_dim: int, num_heads: int, num_layers: int,
                  block_size: int, dropout: float = 0.0) -> None:
-        _positive("GPT", vocab_size=vocab_size, embed_dim=embed_dim, num_heads=num_heads,
-                  num_layers=num_layers, block_size=block_size)
+        _positive("GPT", vocab_size=vocab_size, embed_dim=embed_dim,
+                  num_heads=num_heads, num_layers=num_layers, block_size=block_size)
         self.block_size = block_size
         self.dropout = Dropout(dropout)
         self.tok_emb = Embedding(vocab_size, embed_dim)
@@ -4881,20 +4897,19 @@ class GPT(Module):
     def _draw_weights(self) -> None:
         """Draw weights with a deviation of 0.02, as GPT-2 does, and set biases to 0.
 
-        Weights that write to the residual stream are smaller by sqrt(2 * layers): that
-        stream adds up 2 * layers terms, and their sum is then as large as one unscaled
-        term.
+        The residual stream adds up 2 * layers terms. The sum of n independent terms
+        deviates sqrt(n) times as much as one. So the weights that make these terms, the
+        last ones of attention and of MLP, are smaller by sqrt(2 * layers).
         """
         terms = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # The last Linear of attention and of MLP writes to the stream.
-                writes = name.endswith(("attn.proj.weight", "mlp.2.weight"))
-                scale = 0.02 / math.sqrt(terms) if writes else 0.02
+                makes_term = name.endswith(("attn.proj.weight", "mlp.2.weight"))
+                scale = 0.02 / math.sqrt(terms) if makes_term else 0.02
                 noise = _mode.rng.standard_normal(parameter.shape, np.float32)
                 parameter._data[...] = scale * noise
             elif name.endswith("bias"):
-                parameter._data[...] = 0  # (no need to note the write: not used yet)
+                parameter._data[...] = 0
 
     def forward(self, ids: Any) -> Tensor:
         """The score of every token to be next: (B, T), T <= block_size -> (B, T, V)."""
@@ -4905,8 +4920,9 @@ class GPT(Module):
                              f"positions, not {ids.shape}; write ids[:, "
                              f"-{self.block_size}:] for the last ones")
 
-        x = self.tok_emb(ids) + self.pos_emb(np.arange(length))  # (B, T, C) + (T, C)
-        x = self.dropout(x)
+        tokens = self.tok_emb(ids)  # (B, T, C)
+        positions = self.pos_emb(np.arange(length))  # (T, C)
+        x = self.dropout(tokens + positions)  # (B, T, C)
         for block in self.blocks:
             x = block(x)  # (B, T, C)
         return linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, V)
@@ -4926,24 +4942,26 @@ class GPT(Module):
         """Continue token ids (B, T), without dropout: (B, T + max_new_tokens).
 
         Each token is drawn from the softmax of the logits divided by `temperature`: the
-        lower it is, the more often the likeliest token is drawn. With `top_k`, only the k
-        likeliest can be drawn (and those that tie with the last of them). `manual_seed`
-        fixes the draws. If the text is long, only its last block_size tokens are read.
+        lower it is, the more often the likeliest token is drawn. With `top_k`, only the
+        k likeliest can be drawn (and those that tie with the last of them).
+        `manual_seed` fixes the draws. If the text is long, only its last block_size
+        tokens are read.
         """
-        ids = np.array(self._token_ids("generate", idx), np.int64)
-        new = list(self.stream(ids, max_new_tokens, temperature, top_k))  # (B,) each
-        return np.concatenate([ids, *(tokens[:, None] for tokens in new)], axis=1)
+        text = [np.array(self._token_ids("generate", idx), np.int64)]  # (B, T)
+        for tokens in self.stream(text[0], max_new_tokens, temperature, top_k):
+            text.append(tokens[:, None])  # (B, 1)
+        return np.concatenate(text, axis=1)
 
     def stream(self, idx: Any, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None) -> Iterator[np.ndarray]:
         """Yield the tokens of `generate` one by one, (B,) each, as they are drawn."""
         if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
-            raise ValueError(f"generate: max_new_tokens must be an integer from 0, not"
-                             f" {max_new_tokens!r}")
+            raise ValueError("generate: max_new_tokens must be an integer from 0, not "
+                             f"{max_new_tokens!r}")
         if not temperature > 0:
             raise ValueError("generate: temperature must be above 0, not "
-                             f"{temperature!r}; to take the likeliest token every time, "
-                             "write top_k=1")
+                             f"{temperature!r}; to take the likeliest token every "
+                             "time, write top_k=1")
         if top_k is not None:
             _positive("generate", top_k=top_k)
         if not _computes(self, GPT.forward):
@@ -4951,8 +4969,8 @@ class GPT(Module):
                             f"{type(self).__name__} has a forward of its own; write a "
                             "generate to go with it")
         ids = np.array(self._token_ids("generate", idx), np.int64)
-        # (If this method were a generator, it would raise these errors only when the
-        # first token is asked for.)
+        # (`_write` is a generator, which begins only when a token is asked for. So the
+        # arguments are checked here.)
         return _write(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
 
 
@@ -4969,13 +4987,13 @@ class GPT(Module):
 #     True
 #
 # But for one new token it reads all the old ones again, and nothing about them is new:
-# attention is causal, so no position depends on what comes after it. A new position needs
-# only the keys and values of the old ones, in each block. A *cache* keeps these, so that
-# each token costs the work of one position. For the network above, with 2 blocks of 4
-# heads of 8 numbers, the cache is two arrays:
+# attention is causal, so no position depends on what comes after it. A new position
+# needs only the keys and values of the old ones, in each block. A *cache* keeps these,
+# so that each token costs the work of one position. For the network above, with 2
+# blocks of 4 heads of 8 numbers, the cache is two arrays:
 #
 #     >>> cache = _new_cache(gpt, batch=1)
-#     >>> print([kept.shape for kept in cache])  # k and v, B, H, positions, D
+#     >>> print([a.shape for a in cache])  # k and v, B, H, positions, D
 #     [(2, 1, 4, 8, 8), (2, 1, 4, 8, 8)]
 #     >>> logits = _read_on(gpt, prompt[:, :3], cache, start=0)  # "she", at 0, 1 and 2
 #     >>> logits = _read_on(gpt, prompt[:, 3:4], cache, start=3)  # " ", which sees them
@@ -4984,7 +5002,15 @@ class GPT(Module):
 #
 # Once the text is longer than block_size, the window slides. Every token then stands
 # one place further to the left and has another position's row added to it, so the whole
-# window must be read anew.
+# window must be read anew. If a text begins with three tokens, and block_size is 8:
+#
+#     tokens so far   the window   in the cache   to be read
+#     3               0 to 2       none           0 to 2
+#     4               0 to 3       0 to 2         3
+#     ...
+#     8               0 to 7       0 to 6         7
+#     9               1 to 8       none (moved)   1 to 8
+#     10              2 to 9       none (moved)   2 to 9
 
 
 def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
@@ -4992,11 +5018,12 @@ def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
     """Yield `count` tokens (B,) that continue `ids` (B, T), one after another."""
     cache = _new_cache(gpt, len(ids)) if _can_be_cached(gpt) else None
     modules = gpt.modules()
-    start = 0  # how many positions are in the cache
+    start = 0  # how many positions of the window are in the cache
     for _ in range(count):
-        window = ids[:, -gpt.block_size:]
+        window = ids[:, -gpt.block_size:]  # (B, T), T <= block_size
         if ids.shape[1] > gpt.block_size:
             start = 0  # the window has moved
+        # (For each token anew, since the caller may train the network in between.)
         with _evaluating(modules), no_grad():
             if cache is None:
                 logits = gpt(window).numpy()[:, -1]  # (B, V)
@@ -5024,59 +5051,69 @@ def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
             for h in heads]
 
 
-def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray], start: int) -> np.ndarray:
+def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray],
+             start: int) -> np.ndarray:
     """The logits (B, V) of what follows `ids` (B, N), whose first position is `start`.
 
     The cache holds the positions before `start`, and those of `ids` are added to it.
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
     x = gpt.dropout(gpt.tok_emb(ids) + gpt.pos_emb(positions))  # (B, N, C)
-    for block, kept in zip(gpt.blocks, cache):
-        x = x + _attend_cached(block.attn, block.ln1(x), kept, start)
-        if kept is cache[-1]:
-            x = x[:, -1:]  # (B, 1, C): the others are needed no more
+    for block, block_cache in zip(gpt.blocks, cache):
+        x = x + _attend_cached(block.attn, block.ln1(x), block_cache, start)
+        if block_cache is cache[-1]:
+            # No later block will look at the other positions.
+            x = x[:, -1:]  # (B, 1, C)
         x = x + block.dropout(block.mlp(block.ln2(x)))
     logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
     return logits.numpy()[:, 0]
 
 
-def _attend_cached(attn: MultiHeadAttention, x: Tensor, kept: np.ndarray,
+def _attend_cached(attn: MultiHeadAttention, x: Tensor, cache: np.ndarray,
                    start: int) -> Tensor:
     """MultiHeadAttention.forward for new positions only: (B, N, C) -> (B, N, C)."""
     q, k, v = _heads(attn.qkv(x).numpy(), attn.num_heads)  # (B, H, N, D) each
     end = start + q.shape[2]
-    kept[0, :, :, start:end] = k
-    kept[1, :, :, start:end] = v
-    keys, values = kept[:, :, :, :end]  # (B, H, end, D) each
+    cache[0, :, :, start:end] = k
+    cache[1, :, :, start:end] = v
+    keys, values = cache[:, :, :, :end]  # (B, H, end, D) each
 
     # A single new position sees all the others. If there are several, they are the
-    # beginning of a text, and none of them may see a later one.
+    # whole window, and none of them may see a later one.
     y = scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
     return attn.dropout(attn.proj(_merge(y)))
 
 
-# A network with other blocks, or whose attention is not causal, is read the plain way.
-# (A module that replaces `ln1`, `ln2` or `mlp` must treat each position by itself, as
-# these do.)
+# What if somebody gives the network blocks of another class, or attention that is not
+# causal? Then the lines above are not what these blocks compute, and the network is
+# read the plain way. (A module that replaces `ln1`, `ln2` or `mlp` must treat each
+# position by itself, as these do.)
 
 
 def _can_be_cached(gpt: GPT) -> bool:
-    """Whether there are blocks, and `_read_on` computes the same as these."""
-    are_ours = [_computes(block, Block.forward)
-                and _computes(block.attn, MultiHeadAttention.forward)
-                and block.attn.is_causal for block in gpt.blocks]
-    return bool(are_ours) and all(are_ours)
+    """Whether `_read_on` computes the same as the network's blocks."""
+    for block in gpt.blocks:
+        if not _computes(block, Block.forward):
+            return False
+        if not _computes(block.attn, MultiHeadAttention.forward):
+            return False
+        if not block.attn.is_causal:
+            return False
+    # `_read_on` picks the last position in the last block, so there has to be one.
+    return len(gpt.blocks) > 0
 
 
 def _computes(module: Module, forward: Callable) -> bool:
-    """Whether calling the module calls this method."""
-    is_called = type(module).__call__ is Module.__call__
-    return is_called and getattr(module.forward, "__func__", None) is forward
+    """Whether `module(x)` runs this `forward`, and not one put in its place."""
+    if type(module).__call__ is not Module.__call__:
+        return False
+    function = getattr(module.forward, "__func__", None)  # of the bound method
+    return function is forward
 
 
 @contextlib.contextmanager
 def _evaluating(modules: list[Module]) -> Iterator[None]:
-    """Inside, the modules are in evaluation mode. Afterwards, each is in its old mode."""
+    """Inside, the modules are in evaluation mode; afterwards, as they were before."""
     training = [module.training for module in modules]
     for module in modules:
         module.training = False
@@ -5087,13 +5124,25 @@ def _evaluating(modules: list[Module]) -> Iterator[None]:
             module.training = was_training
 
 
-def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
-    """Draw an index for each row of logits (B, V), from its softmax or top k: (B, 1)."""
-    if top_k is not None and top_k < logits.shape[1]:
-        smallest = np.partition(logits, -top_k)[:, -top_k, None]  # (B, 1)
-        logits = np.where(logits < smallest, -np.inf, logits)
+# How is a token drawn with the probabilities softmax(l), for logits l? By adding random
+# noise, and taking the largest sum:
+#
+# 1. Let each token i have a bell that rings at random times, on average exp(l_i) times
+#    an hour. The first ring of all is from token i with the probability
+#    `exp(l_i) / sum_j exp(l_j)`, its part of all the rings. That is the softmax.
+# 2. The time to a bell's first ring is `E_i / exp(l_i)`, where E_i is drawn from the
+#    exponential distribution (one ring an hour). The logarithm is `log(E_i) - l_i`.
+# 3. Whoever rings first has the smallest of these, and the largest `l_i - log(E_i)`.
+#    The noise, -log(E_i), is said to have a Gumbel distribution. NumPy can draw it.
 
-    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a draw from softmax(logits).
+
+def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
+    """Draw an index for each row of logits (B, V), or of its top k: (B, 1)."""
+    if top_k is not None and top_k < logits.shape[1]:
+        # The others get -inf, which is never the largest sum.
+        kth_largest = np.partition(logits, -top_k)[:, -top_k, None]  # (B, 1)
+        logits = np.where(logits < kth_largest, -np.inf, logits)
+
     noise = _mode.rng.gumbel(size=logits.shape)  # (B, V)
     return np.argmax(logits + noise, axis=1)[:, None]
 
@@ -5102,8 +5151,8 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #
 # Cut the batch into shares, let each processor compute one, and add up. This is right
 # because the mean loss of a batch is a weighted mean of the mean losses of its shares,
-# and its gradient is the same weighted mean of their gradients. Take one parameter w = 2,
-# a loss whose slope is the mean of x, and a batch of five rows:
+# and its gradient is the same weighted mean of their gradients. Take one parameter
+# w = 2, a loss whose slope is the mean of x, and a batch of five rows:
 #
 #     >>> w, x = Tensor(2.0), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 #     >>> def loss(x):
@@ -5140,10 +5189,15 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
 #     4. reads 1.8 and adds up: 6 and 3   <== common ==  has written its slope there
 #     5. optimizer.step()                 == common ==>  sees the new w in the next step
 #
-# The parent adds up in the order of the shares, whichever was computed first. So with the
-# same number of processes, the result is the same, bit for bit. Below come the methods
-# that a user calls, and then steps 1 to 4. Section IV.5 says how a worker is made, and
-# what happens when one dies.
+# The parent adds up in the order of the shares, whichever was computed first. So with
+# the same number of processes, the result is the same, bit for bit.
+#
+# **What is sent in step 1**, besides the rows? A worker is a copy of the parent as it
+# was at the fork. So the parent tells it what may have changed since: which parameters
+# are frozen, which modules are in training, and what batch norm has noted (III.5).
+# Also, dropout must not draw the same numbers in all shares. So each call has a
+# *stream*, one or more integers, and share k draws from a generator with the seed
+# `(*stream, k)`.
 
 
 class _Job(NamedTuple):
@@ -5151,9 +5205,47 @@ class _Job(NamedTuple):
 
     kind: str  # "gradient" or "evaluate"
     arrays: tuple  # the share's rows of each array
-    weight: float  # the share's rows, as a fraction of all rows
-    stream: tuple[int, ...]  # with the share's number, the seed of its random numbers
+    weight: float  # the part of all rows that are its own: above, 3/5 or 2/5
+    stream: tuple[int, ...]  # which random numbers to draw
     state: tuple  # what may have changed in the parent (see `_state`)
+
+
+# **How are gradients added in step 4?** A process lays its gradients side by side in
+# one flat array, so the parent adds those of a worker by a single `+=`. Each gradient
+# is a view of its piece:
+
+
+class _Layout:
+    """How arrays lie side by side in flat ones, one for each dtype among them.
+
+        >>> layout = _Layout([np.zeros((2, 2)), np.zeros(3)])
+        >>> (flat,), (a, b) = layout.allocate(np.zeros)
+        >>> a += 1
+        >>> print(flat)
+        [1. 1. 1. 1. 0. 0. 0.]
+    """
+
+    def __init__(self, arrays: Iterable) -> None:
+        self._sizes: dict[np.dtype, int] = {}  # of the flat arrays
+        self._places: list[tuple] = []  # of each piece: dtype, slice, shape
+        for a in arrays:
+            start = self._sizes.get(a.dtype, 0)
+            end = start + a.size
+            self._sizes[a.dtype] = end
+            self._places.append((a.dtype, slice(start, end), a.shape))
+
+    def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Flat arrays, each made by `empty(size, dtype)`, and the pieces, as views."""
+        flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
+        pieces = []
+        for dtype, place, shape in self._places:
+            pieces.append(flats[dtype][place].reshape(shape))
+        return list(flats.values()), pieces
+
+
+# Now the class. First come the methods that a user calls. The call itself has step 4;
+# `_compute_all` has steps 1 to 3. Section IV.5 says how a worker is made, and what
+# happens when one dies.
 
 
 class DataParallel:
@@ -5161,11 +5253,11 @@ class DataParallel:
 
     `parallel(x, y)`, followed by `optimizer.step()`, is a step of training (III.9).
 
-    - `params` is a Module, or its parameters (as for an optimizer). With each batch, the
-      workers are told which parameters are frozen and, of a Module, its `training` flags
-      and what else it saves (such as running statistics: III.2). Changes that a worker
-      makes to its copy of these are lost. After other changes (such as another layer),
-      make a new DataParallel.
+    - `params` is a Module, or its parameters (as for an optimizer). With each batch,
+      the workers are told which parameters are frozen and, of a Module, its `training`
+      flags and what else it saves (such as running statistics: III.2). Changes that a
+      worker makes to its copy of these are lost. After other changes (such as another
+      layer), make a new DataParallel.
     - `loss(*arrays)` is given a share of the batch, and returns the mean over its rows,
       a scalar Tensor. Any other state that it changes is changed only in the process
       that runs it.
@@ -5174,14 +5266,14 @@ class DataParallel:
       cores). With 1, or if the system cannot fork (Windows, macOS: a warning says so),
       this process computes all.
 
-    While the DataParallel is open, parameters live in memory common to all processes, and
-    BLAS is held to one thread. Make it before other threads run, and call it from one
-    thread at a time. `close()`, or the end of `with`, ends the workers.
+    While the DataParallel is open, parameters live in memory common to all processes,
+    and BLAS is held to one thread. Make it before other threads run, and call it from
+    one thread at a time. `close()`, or the end of `with`, ends the workers.
 
     After a call, `flat_gradients` has all gradients side by side, in one array for each
     dtype among the parameters. Each `.grad` is a view of its piece, or None where the
-    piece is zero because no loss depends on the parameter. To train on several machines,
-    add up their `flat_gradients`, too.
+    piece is zero because no loss depends on the parameter. To train on several
+    machines, add up their `flat_gradients`, too.
     """
 
     def __init__(self, params: Any, loss: Callable, *, evaluate: Callable | None = None,
@@ -5205,17 +5297,18 @@ class DataParallel:
         self.flat_gradients: list[np.ndarray] = []
 
         _keep_freed_memory(self)  # as an optimizer does
-        self._layout = _Layout(self._params)  # side by side in flat arrays (IV.5)
+        self._layout = _Layout(self._params)
+        # The team has the workers; a worker leaves its gradient in its `flats`. (IV.5)
         self._team = _Team(self._params, self._layout, self.processes, self._compute)
 
     def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
-        """Leave the gradient of the batch's mean loss in each `.grad`; return that loss.
+        """Put the gradient of the batch's mean loss in each `.grad`; return that loss.
 
-        The arrays have the same length, and are cut by rows, as np.array_split does. The
-        old `.grad` is replaced, by None if no share's loss depends on the parameter.
-        Integers in `stream` name the random numbers: share k draws from
-        `manual_seed((*stream, k))`. Without `stream`, they differ from call to call. The
-        caller's own random numbers are not disturbed.
+        The arrays have the same length, and are cut by rows, as np.array_split does.
+        The old `.grad` is replaced, by None if no share's loss depends on the
+        parameter. Integers in `stream` name the random numbers: share k draws from
+        `manual_seed((*stream, k))`. Without `stream`, they differ from call to call.
+        The caller's own random numbers are not disturbed.
 
         An exception in a share is raised here (a worker's as a RuntimeError with its
         traceback), and the next call may succeed. If a worker was killed, this raises
@@ -5223,10 +5316,12 @@ class DataParallel:
         """
         flats, pieces = self._layout.allocate(np.empty)
         self._calls += 1
-        names = tuple(stream) or (self._seed, self._calls)
-        answers = self._compute_all("gradient", arrays, names, pieces)
+        stream = tuple(stream) or (self._seed, self._calls)
+        # Steps 1 to 3. An answer is a share's part of the loss, and for each parameter
+        # whether it depends on that.
+        answers = self._compute_all("gradient", arrays, stream, pieces)
 
-        # Step 4. (The first answer is the parent's.)
+        # Step 4. The parent's own gradient is in `flats`: add those of the workers.
         busy = self._team.workers[:len(answers) - 1]
         for worker in busy:
             for flat, addend in zip(flats, worker.flats):
@@ -5252,7 +5347,8 @@ class DataParallel:
         self._team.close()
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("DataParallel: cannot be copied or pickled, for it has processes")
+        raise TypeError("DataParallel: cannot be copied or pickled, for it has "
+                        "processes")
 
     def __enter__(self) -> DataParallel:
         return self
@@ -5262,12 +5358,14 @@ class DataParallel:
 
     def _compute_all(self, kind: str, arrays: tuple, stream: tuple[int, ...],
                      pieces: list | None) -> list:
-        """Return the answers of all shares. The parent's gradient goes into `pieces`."""
+        """The answers of all shares. The parent's own gradient goes into `pieces`."""
         if self._team.is_closed:
             raise RuntimeError("DataParallel: this one is closed")
         if os.getpid() != self._team.parent:
-            raise RuntimeError("DataParallel: this process is a fork of the one that made "
-                               "it, and would talk to the same workers; make another")
+            raise RuntimeError("DataParallel: this process is a fork of the one that "
+                               "made it, and would talk to the same workers; make "
+                               "another")
+
         first, *others = self._cut(kind, arrays, stream)  # step 1
         busy = self._team.workers[:len(others)]
         try:
@@ -5276,7 +5374,8 @@ class DataParallel:
                 worker.send(job)
             answers = [self._try_first_share(first, pieces)]  # step 2
             answers += [worker.receive() for worker in busy]  # step 3
-        except BaseException:  # also Ctrl-C: a late answer would spoil the next call
+        except BaseException:
+            # Also after Ctrl-C: an answer that comes late would spoil the next call.
             self.close()
             raise
 
@@ -5300,10 +5399,7 @@ class DataParallel:
                 for share in shares if len(share[0]) > 0]
 
     def _state(self) -> tuple:
-        """What may change in the parent (by `model.eval()`, by batch norm in training).
-
-        Workers are copies, and would not see the change.
-        """
+        """What may change in the parent, such as by `model.eval()` or by batch norm."""
         tracked = [p.requires_grad for p in self._params]
         training = [module.training for module in self._modules]
         constants = [_value(constant) for constant in _constants(self._module)]
@@ -5312,15 +5408,15 @@ class DataParallel:
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
         """The answer of the parent's share, or its exception.
 
-        The exception is raised only after all workers have answered.
+        An exception waits, like an answer, until all workers have answered.
         """
         try:
             # Listing a module's parameters takes a moment, so it is done while workers
             # compute.
             now = self._params if self._module is None else self._module.parameters()
-            if list(map(id, now)) != list(map(id, self._params)):
-                raise RuntimeError("DataParallel: the module has other parameters than it "
-                                   "had; make a new DataParallel")
+            if [id(p) for p in now] != [id(p) for p in self._params]:
+                raise RuntimeError("DataParallel: the module has other parameters than "
+                                   "it had; make a new DataParallel")
             return self._compute(0, job, pieces)
         except Exception as error:
             return error
@@ -5341,9 +5437,9 @@ class DataParallel:
         """Write gradients to `pieces`. Return the loss, and which params it reaches."""
         loss = self._loss(*job.arrays)
         if not _tracked(loss) or loss.size != 1:
-            raise TypeError("DataParallel: the loss must be a scalar Tensor made of the "
-                            f"parameters, not {loss!r:.60}")
-        loss = loss * job.weight
+            raise TypeError("DataParallel: the loss must be a scalar Tensor made of "
+                            f"the parameters, not {loss!r:.60}")
+        loss = loss * job.weight  # above, times 3/5 or 2/5
         seed = np.ones(loss.shape, loss.dtype)
         slopes = _walk_to(self._params, [(loss, seed)])  # (I.5)
         for piece, p in zip(pieces, self._params):
@@ -6265,80 +6361,378 @@ def _glibc() -> Any:
 
 # ## IV.5 Workers: what if one dies?
 #
-# DataParallel (III.9) makes its workers by `os.fork`. Each is a copy of the program
-# that runs this loop and nothing else:
+# DataParallel (III.9) forks its workers. Each is a copy of the program, and does only
+# this:
 #
 #     while True:
-#         job = pipe.recv()           # waits
+#         job = pipe.recv()  # waits
 #         pipe.send(compute(job))
 #
-# The rest is about what may go wrong. No process may wait for ever, and no worker may
-# run on when it is no longer needed:
+# That is all, as long as nothing happens. Five things may: we end a worker (1), a
+# worker dies (2), the parent dies (3), the user presses Ctrl-C (4), or a worker never
+# begins (5). Even then, no process may wait for ever, and no worker may run on when it
+# is no longer needed. Each of the five is told below: what can go wrong, and then the
+# code that deals with it. After them come a worker's whole life and the team of all
+# workers. There, a number in parentheses marks the line that belongs to a point. But
+# first, the memory that all processes share.
 #
-# 1. *We end a worker.* It has nothing to tidy up, so we kill it (by SIGKILL, the signal
-#    that no process can refuse). Then we wait for it, because the system keeps an entry
-#    for it until its parent has asked how it ended.
-# 2. *A worker dies*, perhaps because memory ran out. The system closes its end of the
-#    pipe. So the parent, which waits at the other end, gets an EOFError. It ends the
-#    other workers, and raises an error that says how this one ended.
-# 3. *The parent dies.* Then `recv` in the worker fails in the same way. But a worker in
-#    the middle of a long share does not call `recv`, and another process may hold a
-#    copy of the parent's end. So each worker also checks four times a second whether it
-#    still has the same parent, since the system gives an orphan to another.
-# 4. *Ctrl-C* reaches all processes of a terminal. Workers ignore it, and the parent,
-#    when interrupted, ends them. Ctrl-C has to wait (`_interrupts_held`) from a fork
-#    until the worker is on the parent's list, since the parent could not end one that
-#    is missing there.
-# 5. *A worker never begins.* If another thread of the program computes a matrix product
-#    at the moment of the fork, it may hold OpenBLAS's lock on its buffers. The copy of
-#    that lock is never released, and the worker's first product waits for ever. So a
-#    worker computes a product before it says that it is ready. If it does not say so in
-#    time, it is ended and another is made.
+# ### Common memory
 #
-# Below, these numbers mark what sees to each point. We begin with the memory that all
-# processes share.
+# A fork gives the new process a copy of all memory, except of what was asked for by
+# `mmap`: that stays common to both. So we ask before the fork.
 
 
 def _shared(size: int, dtype: np.dtype) -> np.ndarray:
-    """A flat array of zeros, in memory common to this process and all that it forks later."""
+    """A flat array of zeros, common to this process and all that it forks later."""
     import mmap  # only here, since it is slow to load, as are some below
 
-    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))  # -1: of no file; 0 bytes are refused
+    num_bytes = max(1, size * dtype.itemsize)  # (mmap refuses 0)
+    memory = mmap.mmap(-1, num_bytes)  # -1: it belongs to no file
     return np.frombuffer(memory, dtype, size)
 
 
-class _Layout:
-    """How arrays lie side by side in flat ones, one for each dtype among them.
+# ### 1. We end a worker
+#
+# A worker has nothing to tidy up, so we kill it, by SIGKILL, the signal that no process
+# can refuse. Two things can go wrong:
+#
+# - The system keeps an entry for a dead process until its parent has asked how it
+#   ended. If nobody asks, the entries pile up. So we ask, by `os.waitpid`.
+# - Once that has been asked, by us or by other code, the system may give the number of
+#   the process to a new one. A signal would hit a stranger. So we send none to a
+#   process that is known to have ended.
 
-        >>> layout = _Layout([np.zeros((2, 2)), np.zeros(3)])
-        >>> (flat,), (a, b) = layout.allocate(np.zeros)
-        >>> a += 1
-        >>> print(flat)
-        [1. 1. 1. 1. 0. 0. 0.]
+
+class _Process:
+    """A process that we have forked, as we see it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid  # its number
+        self.has_ended = False  # as far as we know
+        # None if we do not know it; -n if it was killed by signal n.
+        self.exit_code: int | None = None
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        import signal
+
+        if self._still_runs():
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                os.kill(self.pid, signal.SIGKILL)
+            self.wait(seconds=math.inf)
+
+    def wait(self, seconds: float) -> None:
+        """Wait at most `seconds` for the process to end."""
+        deadline = time.monotonic() + seconds
+        while self._still_runs() and time.monotonic() < deadline:
+            time.sleep(0.001)  # so as not to ask all the time
+
+    def _still_runs(self) -> bool:
+        """Ask the system whether the process runs. If not, note how it has ended."""
+        if self.has_ended:
+            return False
+        try:
+            # WNOHANG means: do not wait. If the process still runs, pid is then 0.
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:  # other code has asked before, and knows how
+            self.has_ended = True
+            return False
+        if pid == 0:
+            return True
+        self.has_ended = True
+        self.exit_code = os.waitstatus_to_exitcode(status)
+        return False
+
+
+# ### 2. A worker dies
+#
+# The system may kill a worker when memory runs out. The parent, which waits for its
+# answer, must not wait for ever. It need not: the system closes the pipe's end in the
+# dead process, so at the other end `recv` raises EOFError, and `send` OSError. We make
+# an error of these that says how the worker ended. (DataParallel then ends the others:
+# `_compute_all`, III.9.)
+
+
+class _Worker(_Process):
+    """A process at the other end of a pipe, which gets jobs and sends answers."""
+
+    def __init__(self, pid: int, pipe: Any, flats: list[np.ndarray]) -> None:
+        super().__init__(pid)
+        self.pipe = pipe  # our end of it
+        self.flats = flats  # the gradient that it computes, in common memory
+
+    def send(self, job: _Job) -> None:
+        """Give the worker its share. Raises RuntimeError if it is dead."""
+        try:
+            self.pipe.send(job)
+        except OSError:
+            raise self._lost() from None
+
+    def receive(self) -> Any:
+        """Wait for the worker's answer, or the exception that it met.
+
+        Raises RuntimeError if it is dead.
+        """
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+
+    def end(self) -> None:
+        """End the worker, whatever it is doing."""
+        self.pipe.close()
+        super().end()
+
+    def _lost(self) -> RuntimeError:
+        """The error to raise when the other end of the pipe is closed."""
+        import signal
+
+        # The system closes a pipe a moment before it reports the end of the process.
+        self.wait(seconds=1)
+        code = self.exit_code
+        if not self.has_ended:  # the worker's own code has closed the pipe
+            how = "has closed its pipe, and is ended"  # (by DataParallel.close)
+        elif code is None:
+            how = "ended"
+        elif code >= 0:
+            how = f"ended with exit code {code}"
+        else:
+            how = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                how += ", as the system does when memory runs out"
+        return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
+
+
+# ### 3. The parent dies
+#
+# Then the parent's end of the pipe is closed, and `recv` in the worker raises EOFError,
+# which ends the worker. That is not enough in two cases:
+#
+# - The worker is in the middle of a long share, and does not call `recv`.
+# - Another process has a copy of the parent's end, for a fork copies all open ends of
+#   pipes. While one copy is open, `recv` waits. Our workers close theirs, but the
+#   program may have forked others.
+#
+# So a thread in each worker asks, four times a second, for the number of its parent.
+# When that has died, the system makes another process the parent.
+
+
+def _follow(parent: int) -> None:
+    """End this process when `parent` is no longer its parent."""
+    while os.getppid() == parent:
+        time.sleep(0.25)
+    os._exit(1)
+
+
+# ### 4. Ctrl-C
+#
+# Ctrl-C sends the signal SIGINT to all processes of a terminal, and Python makes a
+# KeyboardInterrupt of it. In a worker, that would print a traceback of its own. So
+# workers ignore the signal; the parent, when interrupted, ends them.
+#
+# But a KeyboardInterrupt may come between any two steps of the parent. If it comes
+# right after a fork, the new worker is not yet on the parent's list, and would never be
+# ended. So SIGINT has to wait while the list is changed:
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Make Ctrl-C wait until the `with` block is done."""
+    import signal
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # what is blocked now
+    try:  # begins before SIG_BLOCK, so that `finally` always undoes it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) -> None:
+    """End the workers if this process is their parent and not a copy of it."""
+    if os.getpid() != parent:
+        return
+    with _interrupts_held():
+        for worker in workers:
+            worker.end()
+        workers.clear()
+        _set_blas_threads(blas_threads)  # (IV.4)
+
+
+# ### 5. A worker never begins
+#
+# Another thread of the program may compute a matrix product at the moment of the fork.
+# Then it may hold OpenBLAS's lock on its buffers. The worker has a copy of this lock,
+# but not of the thread that would release it. So its first product waits for ever.
+#
+# A worker therefore computes a product at once, and only then says "ready". If the
+# parent does not hear this in time, it ends that worker and forks another. To begin
+# takes about a millisecond. We wait longer each time, since it may also be the machine
+# that is slow.
+_SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
+
+
+def _add_worker(team: _Team, flats: list[np.ndarray], answer: Callable) -> None:
+    """Add a worker to the team: fork until one begins in time."""
+    for seconds in _SECONDS_TO_BEGIN:
+        with _interrupts_held():  # (4)
+            worker = _fork_worker(team, flats, answer)
+            team.workers.append(worker)
+        if worker.pipe.poll(seconds) and worker.receive() == "ready":
+            return
+        with _interrupts_held():  # (4)
+            team.workers.remove(worker)
+            worker.end()
+    raise RuntimeError(f"DataParallel: {len(_SECONDS_TO_BEGIN)} workers in a row "
+                       "were forked and never began; is another thread of this "
+                       "program in the way? Make the DataParallel before it starts")
+
+
+# ### A worker's life
+#
+# Both processes return from the fork. The old one notes the new worker. The new one
+# lives as a worker, and never comes back to the program that it is a copy of.
+
+
+def _fork_worker(team: _Team, flats: list[np.ndarray], answer: Callable) -> _Worker:
+    """Fork a process that lives as a worker: it computes `answer(job)` for each job."""
+    from multiprocessing import Pipe
+
+    parents_end, workers_end = Pipe()
+    pid = _fork()  # (IV.4)
+    if pid == 0:  # we are the new process
+        # Close our copies of the parent's ends. While one is open, the worker at its
+        # other end waits, even if the parent is dead. (3)
+        for copied in [parents_end, *(worker.pipe for worker in team.workers)]:
+            copied.close()
+        _live_as_worker(team, workers_end, answer)
+    workers_end.close()  # so that the worker's death really closes it (2)
+    return _Worker(pid, parents_end, flats)
+
+
+def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
+    """Answer jobs until the pipe is closed. Whatever happens, end the process."""
+    try:
+        import signal
+        import traceback
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore it (4)
+        # The program may handle this one, and so would its copy.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # The fork was made while interrupts were held. The copy need not hold them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        follower = threading.Thread(target=_follow, args=[team.parent], daemon=True)
+        follower.start()  # (3)
+        # A fork copies a piece of memory only once somebody writes to it. Python's
+        # garbage collector would write to every object, so it is to leave these alone.
+        gc.freeze()
+        team.use_common_memory()
+        _mode.recording = True  # even if the fork was made inside no_grad()
+        np.ones((128, 128)) @ np.ones((128, 128))  # large: needs a buffer (5)
+        pipe.send("ready")
+
+        while True:
+            job = pipe.recv()
+            try:
+                pipe.send(answer(job))
+            except BaseException:
+                message = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
+                pipe.send(RuntimeError(message))
+    finally:
+        os._exit(1)  # (without the program's own `finally` and `atexit`)
+
+
+# ### The team
+#
+# A DataParallel cuts batches and adds up. Its team has the workers, and moves the
+# parameters into common memory and back. A caller may have the array of a parameter and
+# write to it (IV.1 notes that by a `_checksum`). Then this array stays the parameter's,
+# and is copied to the common one before each job.
+
+
+class _Team:
+    """The workers of one DataParallel, and the parameters in common memory.
+
+    Each worker answers a job by `compute(share, job, pieces)`, and leaves its gradient
+    in `pieces`. With a single process, which is the parent, there are no workers, and
+    nothing is moved.
     """
 
-    def __init__(self, arrays: Iterable) -> None:
-        self._sizes: dict[np.dtype, int] = {}
-        self._places: list[tuple] = []  # for each: dtype, part of the flat array, shape
-        for a in arrays:
-            start = self._sizes.get(a.dtype, 0)
-            end = start + a.size
-            self._sizes[a.dtype] = end
-            self._places.append((a.dtype, slice(start, end), a.shape))
+    def __init__(self, params: list, layout: _Layout, processes: int,
+                 compute: Callable) -> None:
+        self.parent = os.getpid()
+        self.workers: list[_Worker] = []  # number k computes share k + 1
+        self.is_closed = False
+        self._params = params
+        self._layout = layout
+        self._common: list[np.ndarray] = []  # of each parameter, with workers
+        self._end: Callable | None = None  # ends the workers, if there are any
+        if processes > 1:
+            self._start(processes, compute)
 
-    def allocate(self, empty: Callable) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Flat arrays, each made by `empty(size, dtype)`, and their pieces, as views."""
-        flats = {dtype: empty(size, dtype) for dtype, size in self._sizes.items()}
-        pieces = [flats[dtype][part].reshape(shape) for dtype, part, shape in self._places]
-        return list(flats.values()), pieces
+    def _start(self, processes: int, compute: Callable) -> None:
+        """Move the parameters into common memory, and fork the workers."""
+        _, self._common = self._layout.allocate(_shared)
+        for p, common in zip(self._params, self._common):
+            common[...] = p._data
+            if p._checksum is None:  # else a caller has the array
+                p._data = common
+
+        threads = _set_blas_threads(1)  # (IV.4)
+        # Runs when the team is gone, if nobody has called `close`. (It is given the
+        # list of workers and not the team, which it would keep alive.)
+        self._end = weakref.finalize(
+            self, _end_workers, self.workers, self.parent, threads)
+        try:
+            for share in range(1, processes):
+                flats, pieces = self._layout.allocate(_shared)
+                answer = functools.partial(compute, share, pieces=pieces)
+                _add_worker(self, flats, answer)
+        except BaseException:  # such as OSError: no more processes
+            self.close()
+            raise
+
+    def copy_moved_parameters(self) -> None:
+        """Copy into common memory the parameters whose array is another one."""
+        for p, common in zip(self._params, self._common):
+            if p._data is common:
+                continue
+            if p.dtype != common.dtype:
+                raise TypeError(f"DataParallel: a parameter of {common.dtype} is now "
+                                f"{p.dtype}; make a new DataParallel after astype")
+            common[...] = p._data
+
+    def use_common_memory(self) -> None:
+        """In a worker, where no caller has an array: read all parameters from there."""
+        for p, common in zip(self._params, self._common):
+            p._data = common
+
+    def close(self) -> None:
+        """End the workers, and move the parameters back into memory of this process."""
+        self.is_closed = True
+        if self._end is None:
+            return
+        with _interrupts_held():
+            self._end()
+            self._end = None
+            _, private = self._layout.allocate(np.empty)
+            for p, common, array in zip(self._params, self._common, private):
+                array[...] = common
+                # (An array that a caller has stays the parameter's, even if common.)
+                if p._data is common and p._checksum is None:
+                    p._data = array
+            self._common = []
 
 
-# If parameters lie side by side, an optimizer moves them where they are, without copies
-# (`_move`, III.3). It finds out by this function:
+# ### What an optimizer gains
+#
+# Parameters that lie side by side in common memory need not be copied together to be
+# moved: an optimizer moves their part of the flat array at once (`_move`, III.3). This
+# function tells it whether they do.
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
-    """The part of a flat array that `arrays`, its views, cover end to end; None if they do not."""
+    """The part of a flat array that its views `arrays` cover end to end, or None."""
     flat = arrays[0].base  # the array that it is a view of
     if type(flat) is not np.ndarray or flat.ndim != 1:
         return None
@@ -6352,232 +6746,6 @@ def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
 
     first = (start - flat.ctypes.data) // flat.itemsize
     return flat[first:first + (end - start) // flat.itemsize]
-
-
-# How long we wait for a worker to begin, which takes about a millisecond. We wait
-# longer each time, since it may be the machine that is slow.
-_SECONDS_TO_BEGIN = (1, 2, 4, 8, 16)
-
-
-class _Team:
-    """The workers of one DataParallel, and the parameters in common memory.
-
-    DataParallel cuts a batch and adds up; the team forks and ends the workers; a _Worker
-    is the parent's end of one pipe. In the worker itself, only `live_as_worker` runs.
-
-    A worker answers a job by `compute(share, job, pieces)`. With a single process,
-    which is the parent, the team has no workers, and nothing is moved.
-    """
-
-    def __init__(self, params: list, layout: _Layout, processes: int, compute: Callable) -> None:
-        self.parent = os.getpid()
-        self.workers: list[_Worker] = []  # number k computes share k + 1
-        self.is_closed = False
-        self._params = params
-        self._layout = layout
-        self._common: list[np.ndarray] = []  # for each parameter, if there are workers
-        self._end: Callable | None = None  # ends the workers, if there are any
-        if processes > 1:
-            self._start(processes, compute)
-
-    def _start(self, processes: int, compute: Callable) -> None:
-        """Move the parameters into common memory, and fork the workers."""
-        _, self._common = self._layout.allocate(_shared)
-        for p, common in zip(self._params, self._common):
-            common[...] = p._data
-            if p._checksum is None:  # else a caller has the array, and may write to it (IV.1)
-                p._data = common
-
-        threads = _set_blas_threads(1)  # (IV.4)
-        self._end = weakref.finalize(  # runs even if nobody calls `close`
-            self, _end_workers, self.workers, self.parent, threads)
-        try:
-            for share in range(1, processes):
-                flats, pieces = self._layout.allocate(_shared)
-                answer = functools.partial(compute, share, pieces=pieces)  # to a job
-                self._add_worker(flats, answer)
-        except BaseException:  # such as OSError: no more processes
-            self.close()
-            raise
-
-    def _add_worker(self, flats: list[np.ndarray], answer: Callable) -> None:
-        """Fork a worker; if it does not begin in time, end it and fork another."""
-        for seconds in _SECONDS_TO_BEGIN:
-            with _interrupts_held():
-                self.workers.append(_Worker(self, flats, answer))
-            if self.workers[-1].begins(within=seconds):
-                return
-            with _interrupts_held():
-                self.workers.pop().end()
-        raise RuntimeError(f"DataParallel: {len(_SECONDS_TO_BEGIN)} workers in a row were "
-                           "forked and never began; is another thread of this program "
-                           "in the way? Make the DataParallel before it starts")
-
-    def copy_moved_parameters(self) -> None:
-        """Copy parameters outside common memory (p.data was taken or replaced) into it."""
-        for p, common in zip(self._params, self._common):
-            if p._data is common:
-                continue
-            if p.dtype != common.dtype:
-                raise TypeError(f"DataParallel: a parameter of {common.dtype} is now "
-                                f"{p.dtype}; make a new DataParallel after astype")
-            common[...] = p._data
-
-    def live_as_worker(self, pipe: Any, answer: Callable) -> NoReturn:
-        """A worker's whole life. It must not return into the program it is a copy of."""
-        try:
-            import signal
-            import traceback
-
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the program's handler
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            threading.Thread(target=_follow, args=[self.parent], daemon=True).start()
-            gc.freeze()  # a collection would write to all objects, and so copy their memory
-            for p, common in zip(self._params, self._common):
-                p._data = common
-            _mode.recording = True  # even if it was made inside no_grad()
-            np.ones((128, 128)) @ np.ones((128, 128))  # point 5: this needs a buffer
-            pipe.send("ready")
-            while True:
-                job = pipe.recv()  # EOFError if nobody is left to send one
-                try:
-                    pipe.send(answer(job))
-                except BaseException:
-                    told = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
-                    pipe.send(RuntimeError(told))
-        finally:
-            os._exit(1)
-
-    def close(self) -> None:
-        """End the workers, and move the parameters back into memory of this process."""
-        self.is_closed = True
-        if self._end is None:
-            return
-        with _interrupts_held():
-            self._end()
-            self._end = None
-            _, private = self._layout.allocate(np.empty)
-            for p, common, array in zip(self._params, self._common, private):
-                array[...] = common
-                if p._data is common and p._checksum is None:  # else a caller has it
-                    p._data = array
-            self._common = []
-
-
-class _Worker:
-    """A forked process, as the parent sees it."""
-
-    def __init__(self, team: _Team, flats: list[np.ndarray], answer: Callable) -> None:
-        from multiprocessing import Pipe
-
-        self.flats = flats  # the gradient that it has computed, in common memory
-        self._pipe, workers_end = Pipe()
-        self._has_ended = False
-        self._exit_code: int | None = None  # -n: killed by signal n
-        self.pid = _fork()
-        if self.pid == 0:
-            # Fork copies every open end of a pipe. We close the copies of the parent's
-            # ends: while one is open, its worker waits, even if the parent is dead.
-            for worker in [self, *team.workers]:
-                worker._pipe.close()
-            team.live_as_worker(workers_end, answer)
-        workers_end.close()
-
-    def begins(self, within: float) -> bool:  # (5)
-        """Whether the worker is ready within these seconds. Raises RuntimeError if it is dead."""
-        return self._pipe.poll(within) and self.receive() == "ready"
-
-    def send(self, job: _Job) -> None:
-        """Give the worker its share. Raises RuntimeError if it is dead."""
-        try:
-            self._pipe.send(job)
-        except OSError:
-            raise self._lost() from None
-
-    def receive(self) -> Any:
-        """The worker's answer, or the exception it met. Raises RuntimeError if it is dead."""
-        try:
-            return self._pipe.recv()
-        except (EOFError, OSError):
-            raise self._lost() from None
-
-    def _lost(self) -> RuntimeError:  # (2)
-        """The error to raise for a worker whose end of the pipe is closed."""
-        import signal
-
-        self._wait(seconds=1)  # plenty: the system closes a pipe a moment before it reports the end
-        code = self._exit_code
-        if not self._has_ended:
-            how = "has closed its pipe, and is ended"  # by us: see DataParallel.close
-        elif code is None:
-            how = "ended"
-        elif code >= 0:
-            how = f"ended with exit code {code}"
-        else:
-            how = f"was killed by {signal.Signals(-code).name}"
-            if code == -signal.SIGKILL:
-                how += ", as the system does when memory runs out"
-        return RuntimeError(f"DataParallel: worker process {self.pid} {how}")
-
-    def end(self) -> None:  # (1)
-        """End the process, whatever it is doing."""
-        import signal
-
-        self._pipe.close()
-        self._wait(seconds=0)
-        if not self._has_ended:  # else another process may have its number by now
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            self._wait(seconds=math.inf)
-
-    def _wait(self, seconds: float) -> None:
-        """Wait at most `seconds` for the process to end, and note how it ended."""
-        deadline = time.monotonic() + seconds
-        while not self._has_ended:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)  # (0, 0): it still runs
-            except ChildProcessError:  # other code has waited for it
-                self._has_ended = True
-                return
-            if pid == self.pid:
-                self._has_ended = True
-                self._exit_code = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() >= deadline:
-                return
-            else:
-                time.sleep(0.001)  # so as not to ask all the time
-
-
-def _follow(parent: int) -> None:  # (3)
-    """End this process when its parent is gone (getppid then returns another number)."""
-    while os.getppid() == parent:
-        time.sleep(0.25)
-    os._exit(1)
-
-
-def _end_workers(workers: list[_Worker], parent: int, blas_threads: int | None) -> None:
-    """End the workers if this process is their parent and not a copy of it."""
-    if os.getpid() != parent:
-        return
-    with _interrupts_held():
-        for worker in workers:
-            worker.end()
-        workers.clear()
-        _set_blas_threads(blas_threads)
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:  # (4)
-    """Make Ctrl-C wait until the `with` block is done."""
-    import signal
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # only returns what is blocked
-    try:  # begins before SIG_BLOCK, so that `finally` always undoes it
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ## IV.6 Data: is it the right data?
