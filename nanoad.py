@@ -1824,8 +1824,11 @@ def _mT(a: Any) -> Any:
 
 
 def _with_shape(x: Any) -> Any:
-    """x as a Tensor or an array. (The operation that takes it settles the dtype.)"""
-    if isinstance(x, np.generic):
+    """x as a Tensor or an array, so that it has a shape.
+
+    (A mask stays a mask: the operation that takes it converts it with the others, II.9.)
+    """
+    if isinstance(x, np.generic):  # a single number of NumPy's
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
 
@@ -1838,15 +1841,17 @@ def _matmul(a: Any, b: Any) -> Tensor:
 
 # NumPy's `@` also takes vectors. We treat a vector as a matrix of one row or one
 # column. If a is a stack and b a single matrix, we treat a as one long matrix of all
-# its rows, which BLAS multiplies in one go.
+# its rows, which BLAS multiplies in one go. (If NumPy stretches one stack to the other,
+# I.4 sums what it receives.)
 @_answers(np.matmul)
 def matmul(a: Any, b: Any) -> Tensor:
     """a @ b as in NumPy, for every rank: vectors, matrices, stacks of matrices."""
     a, b = _with_shape(a), _with_shape(b)
     rank_a, rank_b = a.ndim, b.ndim
-    if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[max(rank_b - 2, 0)]:
+    if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[-2 if rank_b > 1 else 0]:
         raise ValueError(f"matmul of {a.shape}, {b.shape}: a's last axis must be as "
-                         "long as b's last but one (a vector's only one); for a number use *")
+                         "long as b's last but one (a vector's only one); for a "
+                         "number use *")
 
     if rank_b == 1:  # (..., k), (k,): b is a column
         return _matmul(_rows(a), np.expand_dims(b, 1)).reshape(a.shape[:-1])
@@ -1913,12 +1918,12 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 # is added to `Y[i, k]`. So in the same round of the second loop, `A[i, j]` receives
 # `g[i, k] * B[j, k]`. The same holds for any letters and any number of operands.
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
-    inputs, output = subscripts.split("->")
-    terms, factors = inputs.split(","), list(operands)
-    letters_of_operand = terms[i]
-    terms[i], factors[i] = output, g
-    return np.einsum(",".join(terms) + "->" + letters_of_operand, *factors,
-                     optimize=len(factors) > 1)
+    inputs, output = subscripts.split("->")  # in the example "ij,jk" and "ik"
+    terms, factors = inputs.split(","), list(operands)  # ["ij", "jk"], [A, B]
+    term_of_operand = terms[i]  # for A, "ij"
+    terms[i], factors[i] = output, g  # ["ik", "jk"], [g, B]
+    subscripts = ",".join(terms) + "->" + term_of_operand  # "ik,jk->ij"
+    return np.einsum(subscripts, *factors, optimize=len(factors) > 1)
 
 
 @primitive(each=_einsum_rule)
@@ -1927,18 +1932,22 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# Where does the rule fail? It would turn "ii->i" into "i->ii", but einsum does not
-# allow a letter twice in its output. And it would turn "ij,jk->k" into "k,jk->ij",
-# where neither g nor B says how long i is. So each axis of A must have a *partner*: an
-# axis of the output, or of another operand, with the same letter and length. To ensure
-# this, `einsum` first takes diagonals and sums, which have rules of their own:
+# The rule relies on two things:
 #
-#     a letter twice in A: the diagonal      "ii->i"     is  "i->i" of the diagonal
-#     an axis without a partner: its sum     "ij,jk->k"  is  "j,jk->k" of the sum and B
+# 1. No operand has a letter twice. Of "ii->i" the rule would make "i->ii", and einsum
+#    does not allow a letter twice in its output.
+# 2. Each letter of an operand has a *partner*: it is in the output, or in another
+#    operand, too. Of "ij,jk->k" the rule would make "k,jk->ij", where neither g nor B
+#    says how long i is.
 #
-# (An axis of length 1 is no partner of a longer one, though NumPy stretches it. In
-# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has a partner, so the result is
-# "i,k->ik" of two sums.)
+# So before it calls `_einsum`, `einsum` takes the diagonal of a letter that an operand
+# has twice, and sums over a letter without a partner. Both have rules of their own.
+# Here "iij,jk->k" becomes a product of a vector and a matrix:
+#
+#     subscripts     shapes                 what was done
+#     "iij,jk->k"    (2, 2, 3), (3, 4)
+#     "ji,jk->k"     (3, 2), (3, 4)         the diagonal of i, which NumPy puts last
+#     "j,jk->k"      (3,), (3, 4)           the sum over i, which has no partner
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
@@ -1952,7 +1961,7 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     operands = [_with_shape(x) for x in operands]
     shapes = tuple(x.shape for x in operands)
     try:
-        terms, output = _einsum_terms(subscripts, shapes)
+        terms, output = _einsum_terms(subscripts, shapes)  # ("iij", "jk"), "k"
         factors = [_einsum_diagonal(term, x) for term, x in zip(terms, operands)]
         factors = _einsum_add_up(factors, output)
     except ValueError as error:
@@ -1970,86 +1979,88 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
             i = term.index(letter)
             j = term.index(letter, i + 1)
             if x.shape[i] != x.shape[j]:
-                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
+                sizes = sorted([x.shape[i], x.shape[j]])
+                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one "
+                                 f"size, not of sizes {sizes}")
             x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): the diagonal comes last
             term = term.replace(letter, "", 2) + letter
     return term, x
 
 
-def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, Any]]:
-    """Sum each operand over its axes that have no partner."""
-    axes: list[tuple[str, int]] = []  # of all operands, then the output's
+# NumPy stretches an axis of length 1 to a longer one of the same letter. Such a short
+# axis is dropped here, as a sum of one element, since the longer one has the letter, too.
+# So afterwards all axes of a letter have one length.
+def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list:
+    """Sum each operand over its short axes, and over letters that have no partner."""
+    lengths: dict[str, int] = {}  # of the letters that are longer than 1
     for term, x in factors:
-        axes += zip(term, x.shape)
-    lengths: dict[str, int] = {}  # each letter's length, apart from 1
-    for letter, n in axes:
-        if n != 1 and n != lengths.setdefault(letter, n):
-            raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are {letter!r}")
-    axes += [(letter, lengths.get(letter, 1)) for letter in output]
+        for letter, n in zip(term, x.shape):
+            if n != 1 and n != lengths.setdefault(letter, n):
+                raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are "
+                                 f"{letter!r}")
 
-    # For "ij,jk->k" of shapes (2, 3) and (3, 4), `axes` is now i2 j3 j3 k4, and k4 of the
-    # output. i2 occurs once: it has no partner.
-    with_partners = []
+    dropped = []
     for term, x in factors:
-        axes_here = enumerate(zip(term, x.shape))
-        alone = [i for i, axis in axes_here if axes.count(axis) == 1]
-        if alone:
-            term = "".join(letter for i, letter in enumerate(term) if i not in alone)
-            x = np.sum(x, axis=tuple(alone))
-        with_partners.append((term, x))
-    return with_partners
+        short = [c for c, n in zip(term, x.shape) if n == 1 and c in lengths]
+        dropped.append(_einsum_sum(term, x, short))
+
+    letters = "".join(term for term, _ in dropped) + output  # "jijkk" in the example
+    alone = [c for c in letters if letters.count(c) == 1]  # ["i"]
+    return [_einsum_sum(term, x, alone) for term, x in dropped]
 
 
-# The rest is notation: numbers for letters, dots, and an output that is left out.
+def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
+    """Sum x over the axes that have these letters."""
+    axes = tuple(i for i, letter in enumerate(term) if letter in letters)
+    if not axes:
+        return term, x
+    rest = "".join(letter for letter in term if letter not in letters)
+    return rest, np.sum(x, axis=axes)
+
+
+# The rest is notation, and can be skipped: numbers in place of letters, dots, and an
+# output that is left out.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # in sorted order
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
     """Turn numbers into letters: (a, [0, 1], b, [1]) becomes ("AB,B", (a, b))."""
-    operands, lists = arguments[:-1:2], arguments[1::2]
-    output = arguments[2 * len(lists):]  # the last argument, if their number is odd
+    count = len(arguments) // 2  # of operands, each followed by a list of its numbers
+    operands = arguments[0:2 * count:2]
+    lists = arguments[1::2] + arguments[2 * count:]  # with one for the output, if given
     terms = []
-    for numbers in lists + output:
-        if not isinstance(numbers, (list, tuple)) or not set(numbers) <= set(_LETTER_OF):
+    for numbers in lists:
+        is_list = isinstance(numbers, (list, tuple))
+        if not is_list or not set(numbers) <= set(_LETTER_OF):
             raise TypeError("einsum: needs a string such as 'ij,jk->ik', or a list of "
                             "numbers from 0 to 51 after each operand")
         terms.append("".join(_LETTER_OF[n] for n in numbers))
-    inputs = ",".join(terms[:len(lists)])
-    return "->".join([inputs, *terms[len(lists):]]), operands
+    inputs = ",".join(terms[:count])
+    return "->".join([inputs, *terms[count:]]), operands
 
 
-# In the example below, y and z are the last free letters. The first dots stand for two
-# axes, yz, and the second for one, z. The output is left out, and i occurs twice, so the
-# output is yz.
+# Dots stand for axes without a letter, so they get letters that are not in use. If
+# several operands have dots, these align at the right, as in broadcasting: if the longest
+# are "AB", dots for one axis are "B".
+#
+#     >>> _einsum_terms("...i,i...->...", ((2, 5, 3), (3, 5)))
+#     (('ABi', 'iB'), 'AB')
+#
+# If the output is left out, it has the dots, and all letters that occur once.
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """The letters of each operand, and of the output. Dots become letters that occur
-    nowhere else. Their axes align at the right, as in broadcasting. So dots for n axes
-    get the *last* n free letters, and the output's get as many as the longest.
-
-        >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
-        (('yzi', 'iz'), 'yz')
-    """
+    """The letters of each operand, and of the output."""
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
         raise ValueError(f"the subscripts are of {more} operands")
-    if not arrow:  # as in NumPy: the dots, then the letters that occur once, sorted
+    if not arrow:
         output = "..." + "".join(c for c in _LETTERS if inputs.count(c) == 1)
 
-    free = "".join(c for c in _LETTERS if c not in inputs)
-    dots = ""
-    for i, (term, shape) in enumerate(zip(terms, shapes)):
-        if "..." in term:
-            n = len(shape) - len(term.replace("...", ""))  # axes of the dots
-            if n > len(free):
-                raise ValueError("with its dots this takes more than 52 letters")
-            of_term = free[len(free) - n:]
-            terms[i] = term = term.replace("...", of_term, 1)
-            dots = max(dots, of_term, key=len)  # all are tails of `free`
+    terms, dots = _einsum_spell_dots(terms, shapes)
+    for term, shape in zip(terms, shapes):
         if not set(term) <= set(_LETTERS):
             raise ValueError("subscripts are letters, ',', '->' and '...'")
         if len(term) != len(shape):
@@ -2063,6 +2074,23 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
     if not set(output) <= set("".join(terms)) or len(set(output)) < len(output):
         raise ValueError("the output must name letters of the operands, each once")
     return tuple(terms), output
+
+
+def _einsum_spell_dots(terms: list[str], shapes: tuple) -> tuple[list[str], str]:
+    """The terms with letters for their dots, and the letters of the longest dots."""
+    numbers = []  # for each operand, how many axes its dots stand for
+    for term, shape in zip(terms, shapes):
+        letters = term.replace("...", "")
+        numbers.append(len(shape) - len(letters) if "..." in term else 0)
+
+    longest = max(0, *numbers)
+    free = [c for c in _LETTERS if c not in "".join(terms)]
+    if longest > len(free):
+        raise ValueError("with its dots this takes more than 52 letters")
+    dots = "".join(free[:longest])
+    spelled = [term.replace("...", dots[longest - n:], 1)  # the last n letters
+               for term, n in zip(terms, numbers)]
+    return spelled, dots
 
 
 # ### The inverse: how is a rule of matrices found?
