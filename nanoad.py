@@ -2106,7 +2106,7 @@ def _einsum_spell_dots(terms: list[str], shapes: tuple) -> tuple[list[str], str]
 # (Giles, 2008, has the whole collection.) For *inv*, `Y = A^-1`:
 #
 #     1  differentiate A Y = I      dA Y + A dY = 0
-#        times Y from the left      dY = -Y dA Y
+#        times Y from the left      dY = -Y dA Y     (for a number, dy = -da / a^2)
 #     2  move both Y over to g      <g, -Y dA Y> = <-Y^T g Y^T, dA>
 #     3  A receives                 -Y^T g Y^T
 inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
@@ -2118,12 +2118,13 @@ inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # ste
 #     1  differentiate A Y = B      dA Y + A dY = dB
 #     2  solve for dY               dY = A^-1 (dB - dA Y)
 #     3  move A^-1 over to g        <g, dY> = <h, dB - dA Y>   with h = A^-T g
-#     4  B receives                 h, found by another solve
-#     5  A receives                 -h Y^T
-@primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 5
+#     4  B receives                 h, which solves A^T h = g
+#     5  move Y over to h           <h, -dA Y> = <-h Y^T, dA>
+#     6  A receives                 -h Y^T
+@primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 6
            lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
-    # NumPy 1 takes b for vectors if it has one axis less than a. So it gets as many.
+    # (With one axis less than a, b would be vectors to NumPy 1. So b gets as many axes.)
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
     return np.linalg.solve(a, b)
 
@@ -2134,13 +2135,14 @@ def solve(a: Any, b: Any) -> Tensor:
     Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
-    # A vector, or columns? NumPy 2 asks whether b has one axis, NumPy 1 whether it has
-    # one axis less than a. We decide as the installed one does.
+    # A vector has one axis to NumPy 2, and one less than a to NumPy 1. We decide as the
+    # installed one does.
     is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)
     columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
-                         "(..., n, n) and a vector (n,) or columns (..., n, k); else lstsq")
+                         "(..., n, n) and a vector (n,) or columns (..., n, k); "
+                         "else lstsq")
     x = _solve(a, columns)
     return x[..., 0] if is_vectors else x
 
@@ -2167,8 +2169,8 @@ def solve(a: Any, b: Any) -> Tensor:
 #     0.731059 0.927671 0.927671
 #
 # A kernel may be clever and work in place, and it need not care for second derivatives:
-# with `create_graph` the walk does not call the pullback, but differentiates the
-# definition.
+# with `create_graph` the walk does not call the pullback, but computes the definition
+# anew and differentiates that.
 #
 #     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
 #     0.302366118810 0.302366118810
@@ -2212,7 +2214,8 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
-    arguments = list(t._operands)  # followed by the settings given by position
+    """What each wanted operand receives, as Tensors with a tape of their own."""
+    arguments = list(t._operands)  # the operands, then the settings given by position
     for i, is_wanted in enumerate(wanted):
         if is_wanted:
             arguments[i] = identity(arguments[i])
@@ -2229,33 +2232,37 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 
 
 def _in_float32(f: Callable) -> Callable:
-    """Let a kernel, or a function that returns an array, do float16 in float32."""
+    """f, a kernel or a definition, made to compute in float32 what it is given in float16."""
     @functools.wraps(f)
-    def wide(*operands: Any, **settings: Any) -> Any:
-        arrays = [a for a in operands if isinstance(a, (np.ndarray, Tensor))]  # no settings
+    def wide(*arguments: Any, **settings: Any) -> Any:
+        arrays = [a for a in arguments if isinstance(a, (np.ndarray, Tensor))]
         dtypes = [a.dtype for a in arrays]
         if np.float16 not in dtypes:
-            return f(*operands, **settings)
+            return f(*arguments, **settings)
 
-        operands = [a.astype(np.float32) if getattr(a, "dtype", None) == np.float16 else a
-                    for a in operands]
-        result = f(*operands, **settings)
+        result = f(*map(_widened, arguments), **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
-            return result  # the wider dtype holds for the result
-        if not isinstance(result, tuple):
+            return result  # NumPy has given it the wider dtype
+        if not isinstance(result, tuple):  # f is a definition
             return result.astype(np.float16)
-        y, pullback = result  # of a kernel, whose way back is in float32, too
-        return y.astype(np.float16), lambda g, wanted: pullback(g.astype(np.float32), wanted)
+
+        y, pullback = result  # f is a kernel; its way back is in float32, too
+        return y.astype(np.float16), lambda g, wanted: pullback(_widened(g), wanted)
 
     return wide
+
+
+def _widened(a: Any) -> Any:
+    """An array of float16 in float32; anything else as it is."""
+    return a.astype(np.float32) if getattr(a, "dtype", None) == np.float16 else a
 
 
 # ### What NumPy is slow at
 #
 # Kernels differ from their definitions where NumPy is slow. (Those of III.5 also take
-# care of digits.) This list says where NumPy is slow. A kernel that avoids one of these
-# places names it by the word in capitals. (Times are for float32 on one core of an
-# Intel server, Sapphire Rapids, with NumPy 2.4.)
+# care of digits.) Here is where. The comments of later kernels refer to these points by
+# the words in capitals. (Times are for float32 on one core of an Intel server, Sapphire
+# Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
@@ -2282,14 +2289,14 @@ _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of dense arrays with the same layout in memory, as flat views."""
-    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory, without a copy
+    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory: no copy
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
 
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """x without gaps in memory, its axes ordered as in `like`; copied only if needed."""
-    out = np.empty_like(x if like is None else like)  # in the same order, without gaps
+    """x without gaps in memory, its axes in the order of `like`; copied if need be."""
+    out = np.empty_like(x if like is None else like)  # in that order, without gaps
     if x.strides == out.strides:
         return x
     out[...] = x
@@ -2302,12 +2309,15 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 #
 #     p = (1 + tanh(u)) / 2,   u = scale * x + cubic * x^3
 #
-# 1. As tanh' = 1 - tanh^2 = 4 p (1 - p), we have dp/dx = 2 p (1 - p) du/dx.
-# 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
-# 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
+#     1  solve for tanh           tanh(u) = 2 p - 1
+#     2  the slope of tanh is     1 - tanh(u)^2 = 1 - (2 p - 1)^2 = 4 p (1 - p)
+#     3  so that of p is          dp/dx = 2 p (1 - p) du/dx
+#     4  and that of x p is       p + x dp/dx = p (1 + (1 - p) v)    with v = 2 x du/dx
+#     5  du/dx put in             v = x (2 scale + 6 cubic x^2)
 #
-# The kernel keeps p for the way back. It works block by block (PASSES), and in place:
-# its intermediate results stand in p, or in the array that it returns.
+# Without care the kernel would compute p, return `x * p`, and go back by
+# `g * p * (1 + (1 - p) * v)`. The real one does just that, block by block (PASSES) and in
+# place: what it needs on the way to a result stands where the result will be.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2318,10 +2328,10 @@ def _gelu_definition(x):
 
 @fused(_gelu_definition, operands=1)
 def gelu(x: Any) -> Tensor:
-    """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
+    """The Gaussian error linear unit, `x * P(normal < x)`, approximated by tanh."""
     x = _dense(x)
     y, p = np.empty_like(x), np.empty_like(x)
-    for x_, y_, p_ in _blocks(x, y, p):
+    for x_, y_, p_ in _blocks(x, y, p):  # x_ is a block of x
         np.multiply(x_, x_, out=p_)
         p_ *= _GELU_CUBIC
         p_ += _GELU_SCALE
@@ -2337,7 +2347,7 @@ def gelu(x: Any) -> Tensor:
             np.multiply(x_, x_, out=dx_)
             dx_ *= 6 * _GELU_CUBIC
             dx_ += 2 * _GELU_SCALE
-            dx_ *= x_  # x 2 du/dx
+            dx_ *= x_  # v
             dx_ *= 1 - p_
             dx_ += 1
             dx_ *= p_
@@ -2375,8 +2385,8 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
-# (As methods, np.argmax and the like are given self, as Python functions are, and their
-# calls come back to us by II.2. A ufunc would not be given self.)
+# The names of these are the names of the methods: `t.sum(axis=0)` is `sum_(t, axis=0)`.
+# (Those of NumPy's own are sent back to us, as in II.2.)
 _METHODS = [
     _item, _tolist, _numpy,
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
@@ -2389,7 +2399,8 @@ for _f in _METHODS:
 Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-# The other operators are set like the first ones in I.2.
+# The other operators are set like the first ones in I.2: `__pow__`, and `__rpow__` for
+# a Tensor on the right.
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
@@ -2399,8 +2410,10 @@ for _name, _f in dict(
 
 
 # Comparisons give plain bool arrays. (Defined inside the class, `__eq__` would remove
-# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not.)
+# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not.
+# So as keys two Tensors are two, however equal their values.)
 def _comparison(name: str) -> Callable:
+    """The method of this name: NumPy's, on the arrays."""
     def compare(self: Tensor, other: Any) -> np.ndarray:
         return getattr(np.asarray(self._data), name)(_value(other))
 
@@ -2411,17 +2424,20 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, _comparison(_name))
 
 
-# Then come the methods that Python's own functions and brackets call. `math.sin(t)`
-# calls `float(t)` and returns a plain float, so the tape would end there and the
-# derivative be lost. Therefore, while a transform runs your function, `float(t)` and
-# `int(t)` raise TypeError if t was made from the transform's inputs. (`t.item()` is
-# allowed: it says that only the number is wanted.)
+# The last methods are those that Python's own functions and brackets call, such as
+# `len(t)` and `t[0]`. One of them needs care. `math.sin(t)` calls `float(t)` and returns
+# a plain float, so the tape would end there and the derivative be lost. Therefore, while
+# a transform such as grad runs your function, `float(t)` and `int(t)` raise TypeError if
+# t was made from the transform's inputs. (`t.item()` is allowed: it says that only the
+# number is wanted.)
 def _plain_number(t: Tensor) -> float:
-    for run in _mode.runs:
+    """The element of t as a Python number, unless a derivative would be lost."""
+    for run in _mode.runs:  # the transforms that are running a function just now (I.7)
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
-            raise TypeError(f"{run.name}: float() of a tensor that is being differentiated, as in "
-                            "math.sin(t) or array[0] = t, would lose its derivative; use NumPy's "
-                            "function, as in np.sin(t), or t.item() if no derivative is wanted")
+            raise TypeError(f"{run.name}: float() of a tensor that is being "
+                            "differentiated, as in math.sin(t) or array[0] = t, would "
+                            "lose its derivative; use NumPy's function, as in np.sin(t), "
+                            "or t.item() if no derivative is wanted")
     return t.item()
 
 
@@ -2433,7 +2449,8 @@ def _repr(self: Tensor) -> str:
 
 
 def _setitem(self: Tensor, index: Any, value: Any) -> None:
-    raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to t.data")
+    raise TypeError("a Tensor's elements cannot be assigned; use np.where, or write to "
+                    "t.data")
 
 
 for _name, _f in dict(
@@ -2459,8 +2476,8 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
     if value.ndim == 0 and t.ndim > 0:
         value = broadcast_to(value, t.shape)
     if value.shape != t.shape:
-        raise ValueError(f"a gradient of shape {value.shape} for {t.label or 'a tensor'} of shape "
-                         f"{t.shape}: they must agree")
+        raise ValueError(f"a gradient of shape {value.shape} for "
+                         f"{t.label or 'a tensor'} of shape {t.shape}: they must agree")
     return value if value.dtype == t.dtype else astype(value, t.dtype)
 
 
