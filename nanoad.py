@@ -2388,8 +2388,8 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
-# The names of these are the names of the methods: `t.sum(axis=0)` is `sum_(t, axis=0)`.
-# (Those of NumPy's own are sent back to us, as in II.2.)
+# Each of these becomes the method of its name: `t.sum(axis=0)` calls `sum_(t, axis=0)`.
+# (`t.argmax()` calls `np.argmax(t)`, and NumPy hands that call over to us: II.2.)
 _METHODS = [
     _item, _tolist, _numpy,
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
@@ -2402,8 +2402,8 @@ for _f in _METHODS:
 Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-# The other operators are set like the first ones in I.2. (Hence the lambdas: as a
-# method, a ufunc would not be given self.)
+# The other operators are set like the first ones in I.2. (Two of them are ufuncs, which
+# stand in lambdas because Python would not pass self to a ufunc.)
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
@@ -2413,8 +2413,8 @@ for _name, _f in dict(
 
 
 # Comparisons give plain bool arrays. (Defined inside the class, `__eq__` would remove
-# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not.
-# So as keys two Tensors are two, however equal their values.)
+# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not,
+# and the hash goes by identity.)
 def _comparison(name: str) -> Callable:
     """The method of this name: NumPy's, on the arrays."""
     def compare(self: Tensor, other: Any) -> np.ndarray:
