@@ -1838,8 +1838,8 @@ def _last_axes(x: np.ndarray, axis: Any) -> int:
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
 #
-# What follows, down to `linear`, is nearly all that the networks of part III need.
-# (Determinants and decompositions are in IV.10.)
+# What follows, down to `linear`, is nearly all that the networks of part III need. So
+# einsum and the inverses can wait. (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
     """The transpose of each matrix in a stack, or of one. (NumPy 2 has it as mT.)"""
     return a.swapaxes(-1, -2)
@@ -1847,7 +1847,7 @@ def _mT(a: Any) -> Any:
 
 def _with_shape(x: Any) -> Any:
     """x as a Tensor or an array. (The operation that takes it settles the dtype.)"""
-    if isinstance(x, np.generic):
+    if isinstance(x, np.generic):  # a single number of NumPy's
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
 
@@ -1860,19 +1860,21 @@ def _matmul(a: Any, b: Any) -> Tensor:
 
 # NumPy's `@` also takes vectors. We treat a vector as a matrix of one row or one
 # column. If a is a stack and b a single matrix, we treat a as one long matrix of all
-# its rows, which BLAS multiplies in one go.
+# its rows, which BLAS multiplies in one go. (If NumPy stretches one stack to the other,
+# I.4 sums what it receives.)
 @_answers(np.matmul)
 def matmul(a: Any, b: Any) -> Tensor:
     """a @ b as in NumPy, for every rank: vectors, matrices, stacks of matrices."""
     a, b = _with_shape(a), _with_shape(b)
     rank_a, rank_b = a.ndim, b.ndim
-    if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[max(rank_b - 2, 0)]:
+    if 0 in (rank_a, rank_b) or a.shape[-1] != b.shape[-2 if rank_b > 1 else 0]:
         raise ValueError(f"matmul of {a.shape}, {b.shape}: a's last axis must be as "
-                         "long as b's last but one (a vector's only one); for a number use *")
+                         "long as b's last but one (a vector's only one); for a "
+                         "number use *")
 
     if rank_b == 1:  # (..., k), (k,): b is a column
         return _matmul(_rows(a), np.expand_dims(b, 1)).reshape(a.shape[:-1])
-    if rank_b == 2 and rank_a != 2:  # (..., k), (k, n)
+    if rank_b == 2 and rank_a != 2:  # (..., k), (k, n): all rows of a
         return _matmul(_rows(a), b).reshape(a.shape[:-1] + b.shape[1:])
     if rank_a == 1:  # (k,), (..., k, n): a is a row
         return _matmul(np.expand_dims(a, 0), b).squeeze(-2)
@@ -1890,8 +1892,9 @@ def dot(a: Any, b: Any) -> Tensor:
     return matmul(a, b) if b.ndim <= 2 else tensordot(a, b, (-1, -2))
 
 
-# `linear` is `x @ W^T + b` with W stored as (out, in), as in PyTorch. It joins all
-# leading axes of x into one, so the gradients of x and W are one product each.
+# `linear` is `x @ W^T + b` with W stored as (out, in), as in PyTorch. By the rule of
+# matmul, x receives `g W`, and W^T receives `x^T g`, so W receives `g^T x`. All leading
+# axes of x are joined into one, so each of these is one product.
 @primitive(lambda g, y, x, weight, bias=None: (_rows(g) @ weight).reshape(x.shape),
            lambda g, y, x, weight, bias=None: _rows(g).T @ _rows(x),
            lambda g, y, x, weight, bias=None: g)  # asked only if there is a bias
@@ -1935,12 +1938,12 @@ def _plus(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
 # is added to `Y[i, k]`. So in the same round of the second loop, `A[i, j]` receives
 # `g[i, k] * B[j, k]`. The same holds for any letters and any number of operands.
 def _einsum_rule(i: int, g: Any, y: Any, *operands: Any, subscripts: str) -> Any:
-    inputs, output = subscripts.split("->")
-    terms, factors = inputs.split(","), list(operands)
-    letters_of_operand = terms[i]
-    terms[i], factors[i] = output, g
-    return np.einsum(",".join(terms) + "->" + letters_of_operand, *factors,
-                     optimize=len(factors) > 1)
+    inputs, output = subscripts.split("->")  # in the example "ij,jk" and "ik"
+    terms, factors = inputs.split(","), list(operands)  # ["ij", "jk"], [A, B]
+    term_of_operand = terms[i]  # for A, "ij"
+    terms[i], factors[i] = output, g  # ["ik", "jk"], [g, B]
+    subscripts = ",".join(terms) + "->" + term_of_operand  # "ik,jk->ij"
+    return np.einsum(subscripts, *factors, optimize=len(factors) > 1)
 
 
 @primitive(each=_einsum_rule)
@@ -1949,18 +1952,22 @@ def _einsum(*operands: Any, subscripts: str) -> Tensor:
     return np.einsum(subscripts, *operands, optimize=len(operands) > 1)
 
 
-# Where does the rule fail? It would turn "ii->i" into "i->ii", but einsum does not
-# allow a letter twice in its output. And it would turn "ij,jk->k" into "k,jk->ij",
-# where neither g nor B says how long i is. So each axis of A must have a *partner*: an
-# axis of the output, or of another operand, with the same letter and length. To ensure
-# this, `einsum` first takes diagonals and sums, which have rules of their own:
+# The rule relies on two things:
 #
-#     a letter twice in A: the diagonal      "ii->i"     is  "i->i" of the diagonal
-#     an axis without a partner: its sum     "ij,jk->k"  is  "j,jk->k" of the sum and B
+# 1. No operand has a letter twice. Of "ii->i" the rule would make "i->ii", and einsum
+#    does not allow a letter twice in its output.
+# 2. Each letter of an operand has a *partner*: it is in the output, or in another
+#    operand, too. Of "ij,jk->k" the rule would make "k,jk->ij", where neither g nor B
+#    says how long i is.
 #
-# (An axis of length 1 is no partner of a longer one, though NumPy stretches it. In
-# "ij,jk->ik" of shapes (2, 1) and (3, 4), neither j has a partner, so the result is
-# "i,k->ik" of two sums.)
+# So before it calls `_einsum`, `einsum` takes the diagonal of a letter that an operand
+# has twice, and sums over a letter without a partner. Both have rules of their own.
+# Here "iij,jk->k" becomes a product of a vector and a matrix:
+#
+#     subscripts     shapes                 what was done
+#     "iij,jk->k"    (2, 2, 3), (3, 4)
+#     "ji,jk->k"     (3, 2), (3, 4)         the diagonal of i, which NumPy puts last
+#     "j,jk->k"      (3,), (3, 4)           the sum over i, which has no partner
 @_answers(np.einsum)
 def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     """np.einsum: `einsum("ij,j->i", a, b)`, or by numbers, `einsum(a, [0, 1], b, [1])`.
@@ -1974,15 +1981,15 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     operands = [_with_shape(x) for x in operands]
     shapes = tuple(x.shape for x in operands)
     try:
-        terms, output = _einsum_terms(subscripts, shapes)
-        factors = [_einsum_diagonal(term, x) for term, x in zip(terms, operands)]
-        factors = _einsum_add_up(factors, output)
+        terms, output = _einsum_terms(subscripts, shapes)  # ("iij", "jk"), "k"
+        pairs = [_einsum_diagonal(term, x) for term, x in zip(terms, operands)]
+        pairs = _einsum_add_up(pairs, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
         raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
 
-    inputs = ",".join(term for term, _ in factors)
-    return _einsum(*(x for _, x in factors), subscripts=f"{inputs}->{output}")
+    inputs = ",".join(term for term, _ in pairs)
+    return _einsum(*(x for _, x in pairs), subscripts=f"{inputs}->{output}")
 
 
 def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
@@ -1992,86 +1999,90 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
             i = term.index(letter)
             j = term.index(letter, i + 1)
             if x.shape[i] != x.shape[j]:
-                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one size, "
-                                 f"not of sizes {sorted([x.shape[i], x.shape[j]])}")
+                sizes = sorted([x.shape[i], x.shape[j]])
+                raise ValueError(f"{letter!r} is a diagonal, and needs axes of one "
+                                 f"size, not of sizes {sizes}")
             x = np.diagonal(x, axis1=i, axis2=j)  # (..., n): the diagonal comes last
             term = term.replace(letter, "", 2) + letter
     return term, x
 
 
-def _einsum_add_up(factors: list[tuple[str, Any]], output: str) -> list[tuple[str, Any]]:
-    """Sum each operand over its axes that have no partner."""
-    axes: list[tuple[str, int]] = []  # of all operands, then the output's
-    for term, x in factors:
-        axes += zip(term, x.shape)
-    lengths: dict[str, int] = {}  # each letter's length, apart from 1
-    for letter, n in axes:
-        if n != 1 and n != lengths.setdefault(letter, n):
-            raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are {letter!r}")
-    axes += [(letter, lengths.get(letter, 1)) for letter in output]
+# One thing more: NumPy stretches an axis of length 1 to a longer one of the same
+# letter, as j in "ij,jk->ik" of shapes (2, 1) and (3, 4). Such a short axis is first
+# summed away, since the longer one has the letter, too. That leaves "i,jk->ik" of (2,)
+# and (3, 4). Then all axes of a letter have one length, and j has no partner.
+def _einsum_add_up(pairs: list[tuple[str, Any]], output: str) -> list:
+    """Sum each operand over its short axes, and over its letters without a partner."""
+    lengths: dict[str, int] = {}  # of the letters that are not of length 1 everywhere
+    for term, x in pairs:
+        for letter, n in zip(term, x.shape):
+            if n != 1 and n != lengths.setdefault(letter, n):
+                raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are "
+                                 f"{letter!r}")
 
-    # For "ij,jk->k" of shapes (2, 3) and (3, 4), `axes` is now i2 j3 j3 k4, and k4 of the
-    # output. i2 occurs once: it has no partner.
-    with_partners = []
-    for term, x in factors:
-        axes_here = enumerate(zip(term, x.shape))
-        alone = [i for i, axis in axes_here if axes.count(axis) == 1]
-        if alone:
-            term = "".join(letter for i, letter in enumerate(term) if i not in alone)
-            x = np.sum(x, axis=tuple(alone))
-        with_partners.append((term, x))
-    return with_partners
+    without_short = []
+    for term, x in pairs:
+        short = [c for c, n in zip(term, x.shape) if n == 1 and c in lengths]
+        without_short.append(_einsum_sum(term, x, short))
+
+    # A letter without a partner occurs only once. For "ji,jk->k", that is i:
+    letters = "".join(term for term, _ in without_short) + output  # "jijkk"
+    alone = [c for c in letters if letters.count(c) == 1]  # ["i"]
+    return [_einsum_sum(term, x, alone) for term, x in without_short]
 
 
-# The rest is notation: numbers for letters, dots, and an output that is left out.
+def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
+    """Sum x over the axes that have these letters."""
+    axes = tuple(i for i, letter in enumerate(term) if letter in letters)
+    if not axes:
+        return term, x
+    rest = "".join(letter for letter in term if letter not in letters)
+    return rest, np.sum(x, axis=axes)
+
+
+# The rest is notation, and can be skipped: numbers in place of letters, dots, and an
+# output that is left out.
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase  # in sorted order
 _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
     """Turn numbers into letters: (a, [0, 1], b, [1]) becomes ("AB,B", (a, b))."""
-    operands, lists = arguments[:-1:2], arguments[1::2]
-    output = arguments[2 * len(lists):]  # the last argument, if their number is odd
+    count = len(arguments) // 2  # of operands, each followed by a list of its numbers
+    operands = arguments[0:2 * count:2]
+    lists = arguments[1::2] + arguments[2 * count:]  # with one for the output, if given
     terms = []
-    for numbers in lists + output:
-        if not isinstance(numbers, (list, tuple)) or not set(numbers) <= set(_LETTER_OF):
+    for numbers in lists:
+        is_list = isinstance(numbers, (list, tuple))
+        if not is_list or not set(numbers) <= set(_LETTER_OF):
             raise TypeError("einsum: needs a string such as 'ij,jk->ik', or a list of "
                             "numbers from 0 to 51 after each operand")
         terms.append("".join(_LETTER_OF[n] for n in numbers))
-    inputs = ",".join(terms[:len(lists)])
-    return "->".join([inputs, *terms[len(lists):]]), operands
+    inputs = ",".join(terms[:count])
+    return "->".join([inputs, *terms[count:]]), operands
 
 
-# In the example below, y and z are the last free letters. The first dots stand for two
-# axes, yz, and the second for one, z. The output is left out, and i occurs twice, so the
-# output is yz.
+# Dots stand for axes without a letter, so they get letters that are not in use. If
+# several operands have dots, these align at the right, as in broadcasting: if the
+# longest are "AB", dots for one axis are "B".
+#
+#     >>> _einsum_terms("...i,i...->...", ((2, 5, 3), (3, 5)))
+#     (('ABi', 'iB'), 'AB')
+#
+# If the output is left out, it has the dots, and all letters that occur once.
 @functools.lru_cache(256)
 def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]:
-    """The letters of each operand, and of the output. Dots become letters that occur
-    nowhere else. Their axes align at the right, as in broadcasting. So dots for n axes
-    get the *last* n free letters, and the output's get as many as the longest.
-
-        >>> _einsum_terms("...i,i...", ((2, 5, 3), (3, 5)))
-        (('yzi', 'iz'), 'yz')
-    """
+    """The letters of each operand, and of the output."""
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(shapes):
         more = "more" if len(terms) > len(shapes) else "fewer"
         raise ValueError(f"the subscripts are of {more} operands")
-    if not arrow:  # as in NumPy: the dots, then the letters that occur once, sorted
+    if not arrow:
         output = "..." + "".join(c for c in _LETTERS if inputs.count(c) == 1)
 
-    free = "".join(c for c in _LETTERS if c not in inputs)
-    dots = ""
-    for i, (term, shape) in enumerate(zip(terms, shapes)):
-        if "..." in term:
-            n = len(shape) - len(term.replace("...", ""))  # axes of the dots
-            if n > len(free):
-                raise ValueError("with its dots this takes more than 52 letters")
-            of_term = free[len(free) - n:]
-            terms[i] = term = term.replace("...", of_term, 1)
-            dots = max(dots, of_term, key=len)  # all are tails of `free`
+    terms, dots = _einsum_spell_dots(terms, shapes)
+    for term, shape in zip(terms, shapes):
         if not set(term) <= set(_LETTERS):
             raise ValueError("subscripts are letters, ',', '->' and '...'")
         if len(term) != len(shape):
@@ -2087,6 +2098,23 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
     return tuple(terms), output
 
 
+def _einsum_spell_dots(terms: list[str], shapes: tuple) -> tuple[list[str], str]:
+    """The terms with letters for their dots, and the letters of the longest dots."""
+    numbers = []  # for each operand, how many axes its dots stand for
+    for term, shape in zip(terms, shapes):
+        letters = term.replace("...", "")
+        numbers.append(len(shape) - len(letters) if "..." in term else 0)
+
+    longest = max(0, *numbers)
+    free = [c for c in _LETTERS if c not in "".join(terms)]
+    if longest > len(free):
+        raise ValueError("with its dots this takes more than 52 letters")
+    dots = "".join(free[:longest])
+    spelled = [term.replace("...", dots[longest - n:], 1)  # the last n letters
+               for term, n in zip(terms, numbers)]
+    return spelled, dots
+
+
 # ### The inverse: how is a rule of matrices found?
 #
 # All such rules are found in one way. Write `<X, Y>` for the sum of all `X_ij Y_ij`, so
@@ -2100,7 +2128,7 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 # (Giles, 2008, has the whole collection.) For *inv*, `Y = A^-1`:
 #
 #     1  differentiate A Y = I      dA Y + A dY = 0
-#        times Y from the left      dY = -Y dA Y
+#        times Y from the left      dY = -Y dA Y     (for a number, dy = -da / a^2)
 #     2  move both Y over to g      <g, -Y dA Y> = <-Y^T g Y^T, dA>
 #     3  A receives                 -Y^T g Y^T
 inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # step 3
@@ -2112,12 +2140,13 @@ inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # ste
 #     1  differentiate A Y = B      dA Y + A dY = dB
 #     2  solve for dY               dY = A^-1 (dB - dA Y)
 #     3  move A^-1 over to g        <g, dY> = <h, dB - dA Y>   with h = A^-T g
-#     4  B receives                 h, found by another solve
-#     5  A receives                 -h Y^T
-@primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 5
+#     4  B receives                 h, which solves A^T h = g
+#     5  move Y over to h           <h, -dA Y> = <-h Y^T, dA>
+#     6  A receives                 -h Y^T
+@primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 6
            lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
-    # NumPy 1 takes b for vectors if it has one axis less than a. So it gets as many.
+    # (With one axis less than a, b would be vectors to NumPy 1. So it gets as many.)
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
     return np.linalg.solve(a, b)
 
@@ -2128,13 +2157,14 @@ def solve(a: Any, b: Any) -> Tensor:
     Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
-    # A vector, or columns? NumPy 2 asks whether b has one axis, NumPy 1 whether it has
-    # one axis less than a. We decide as the installed one does.
+    # A vector has one axis to NumPy 2, and one less than a to NumPy 1. We decide as the
+    # installed one does.
     is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)
     columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
-                         "(..., n, n) and a vector (n,) or columns (..., n, k); else lstsq")
+                         "(..., n, n) and a vector (n,) or columns (..., n, k); "
+                         "else lstsq")
     x = _solve(a, columns)
     return x[..., 0] if is_vectors else x
 
@@ -2152,7 +2182,7 @@ def solve(a: Any, b: Any) -> Tensor:
 #     ...
 #     >>> @fused(definition, operands=1)
 #     ... def swish(x):
-#     ...     s = 1 / (1 + np.exp(-x))
+#     ...     s = 1 / (1 + np.exp(-x))  # sigmoid(x), with the slope s * (1 - s)
 #     ...     def pullback(g, wanted):
 #     ...         return (g * (s + x * s * (1 - s)),)  # one cotangent for each operand
 #     ...     return x * s, pullback
@@ -2161,8 +2191,8 @@ def solve(a: Any, b: Any) -> Tensor:
 #     0.731059 0.927671 0.927671
 #
 # A kernel may be clever and work in place, and it need not care for second derivatives:
-# with `create_graph` the walk does not call the pullback, but differentiates the
-# definition.
+# with `create_graph` the walk does not call the pullback, but computes the definition
+# anew and differentiates that.
 #
 #     >>> print(f"{grad(grad(swish))(1.0):.12f} {grad(grad(definition))(1.0):.12f}")
 #     0.302366118810 0.302366118810
@@ -2206,7 +2236,8 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
-    arguments = list(t._operands)  # followed by the settings given by position
+    """What each wanted operand receives, as Tensors with a tape of their own."""
+    arguments = list(t._operands)  # the operands, then the settings given by position
     for i, is_wanted in enumerate(wanted):
         if is_wanted:
             arguments[i] = identity(arguments[i])
@@ -2223,33 +2254,37 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 
 
 def _in_float32(f: Callable) -> Callable:
-    """Let a kernel, or a function that returns an array, do float16 in float32."""
+    """f, a kernel or a definition, made to compute in float32 where it gets float16."""
     @functools.wraps(f)
-    def wide(*operands: Any, **settings: Any) -> Any:
-        arrays = [a for a in operands if isinstance(a, (np.ndarray, Tensor))]  # no settings
+    def wide(*arguments: Any, **settings: Any) -> Any:
+        arrays = [a for a in arguments if isinstance(a, (np.ndarray, Tensor))]
         dtypes = [a.dtype for a in arrays]
         if np.float16 not in dtypes:
-            return f(*operands, **settings)
+            return f(*arguments, **settings)
 
-        operands = [a.astype(np.float32) if getattr(a, "dtype", None) == np.float16 else a
-                    for a in operands]
-        result = f(*operands, **settings)
+        result = f(*map(_widened, arguments), **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
-            return result  # the wider dtype holds for the result
-        if not isinstance(result, tuple):
+            return result  # NumPy has given it the wider dtype
+        if not isinstance(result, tuple):  # f is a definition
             return result.astype(np.float16)
-        y, pullback = result  # of a kernel, whose way back is in float32, too
-        return y.astype(np.float16), lambda g, wanted: pullback(g.astype(np.float32), wanted)
+
+        y, pullback = result  # f is a kernel; its way back is in float32, too
+        return y.astype(np.float16), lambda g, wanted: pullback(_widened(g), wanted)
 
     return wide
+
+
+def _widened(a: Any) -> Any:
+    """An array of float16 in float32; anything else as it is."""
+    return a.astype(np.float32) if getattr(a, "dtype", None) == np.float16 else a
 
 
 # ### What NumPy is slow at
 #
 # Kernels differ from their definitions where NumPy is slow. (Those of III.5 also take
-# care of digits.) This list says where NumPy is slow. A kernel that avoids one of these
-# places names it by the word in capitals. (Times are for float32 on one core of an
-# Intel server, Sapphire Rapids, with NumPy 2.4.)
+# care of digits.) Here is where. The comments of later kernels refer to these points by
+# the words in capitals. (Times are for float32 on one core of an Intel server, Sapphire
+# Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
@@ -2276,14 +2311,14 @@ _BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
     """Matching pieces of dense arrays with the same layout in memory, as flat views."""
-    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory, without a copy
+    flat = [a.ravel(order="K") for a in arrays]  # in the order of memory: no copy
     for i in range(0, flat[0].size, _BLOCK):
         yield [a[i:i + _BLOCK] for a in flat]
 
 
 def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """x without gaps in memory, its axes ordered as in `like`; copied only if needed."""
-    out = np.empty_like(x if like is None else like)  # in the same order, without gaps
+    """x without gaps in memory, its axes in the order of `like`; copied if need be."""
+    out = np.empty_like(x if like is None else like)  # in that order, without gaps
     if x.strides == out.strides:
         return x
     out[...] = x
@@ -2296,12 +2331,18 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 #
 #     p = (1 + tanh(u)) / 2,   u = scale * x + cubic * x^3
 #
-# 1. As tanh' = 1 - tanh^2 = 4 p (1 - p), we have dp/dx = 2 p (1 - p) du/dx.
-# 2. So the derivative of x p is p + x dp/dx = p (1 + (1 - p) x 2 du/dx).
-# 3. And x 2 du/dx = x (2 scale + 6 cubic x^2).
+#     1  solve for tanh           tanh(u) = 2 p - 1
+#     2  the slope of tanh is     1 - tanh(u)^2 = 1 - (2 p - 1)^2 = 4 p (1 - p)
+#     3  so that of p is          dp/dx = 2 p (1 - p) du/dx
+#     4  and that of x p is       p + x dp/dx = p (1 + (1 - p) v)    with v = 2 x du/dx
+#     5  du/dx put in             v = x (2 scale + 6 cubic x^2)
 #
-# The kernel keeps p for the way back. It works block by block (PASSES), and in place:
-# its intermediate results stand in p, or in the array that it returns.
+# Without care the kernel would compute p and return `x * p`, and its pullback would be
+#
+#     g * p * (1 + (1 - p) * v)
+#
+# The real one does just that, block by block (PASSES) and in place: what it needs on
+# the way to a result stands where the result will be.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2312,10 +2353,10 @@ def _gelu_definition(x):
 
 @fused(_gelu_definition, operands=1)
 def gelu(x: Any) -> Tensor:
-    """The Gaussian error linear unit, `x * P(normal < x)`, in its tanh approximation."""
+    """The Gaussian error linear unit, `x * P(normal < x)`, approximated by tanh."""
     x = _dense(x)
     y, p = np.empty_like(x), np.empty_like(x)
-    for x_, y_, p_ in _blocks(x, y, p):
+    for x_, y_, p_ in _blocks(x, y, p):  # x_ is a block of x
         np.multiply(x_, x_, out=p_)
         p_ *= _GELU_CUBIC
         p_ += _GELU_SCALE
@@ -2331,7 +2372,7 @@ def gelu(x: Any) -> Tensor:
             np.multiply(x_, x_, out=dx_)
             dx_ *= 6 * _GELU_CUBIC
             dx_ += 2 * _GELU_SCALE
-            dx_ *= x_  # x 2 du/dx
+            dx_ *= x_  # v
             dx_ *= 1 - p_
             dx_ += 1
             dx_ *= p_
@@ -2369,8 +2410,8 @@ def _numpy(self: Tensor) -> np.ndarray:
     return self.data
 
 
-# (As methods, np.argmax and the like are given self, as Python functions are, and their
-# calls come back to us by II.2. A ufunc would not be given self.)
+# Each of these becomes the method of its name: `t.sum(axis=0)` calls `sum_(t, axis=0)`.
+# (`t.argmax()` calls `np.argmax(t)`, and NumPy hands that call over to us: II.2.)
 _METHODS = [
     _item, _tolist, _numpy,
     abs_, exp, log, sqrt, sin, cos, tanh, sigmoid, relu, clip, astype, _copy,
@@ -2383,7 +2424,8 @@ for _f in _METHODS:
 Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-# The other operators are set like the first ones in I.2.
+# The other operators are set like the first ones in I.2. (Two of them are ufuncs, which
+# stand in lambdas because Python would not pass self to a ufunc.)
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
@@ -2393,8 +2435,10 @@ for _name, _f in dict(
 
 
 # Comparisons give plain bool arrays. (Defined inside the class, `__eq__` would remove
-# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not.)
+# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not,
+# and the hash goes by identity.)
 def _comparison(name: str) -> Callable:
+    """The method of this name: NumPy's, on the arrays."""
     def compare(self: Tensor, other: Any) -> np.ndarray:
         return getattr(np.asarray(self._data), name)(_value(other))
 
@@ -2405,13 +2449,15 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, _comparison(_name))
 
 
-# Then come the methods that Python's own functions and brackets call. `math.sin(t)`
-# calls `float(t)` and returns a plain float, so the tape would end there and the
-# derivative be lost. Therefore, while a transform runs your function, `float(t)` and
-# `int(t)` raise TypeError if t was made from the transform's inputs. (`t.item()` is
-# allowed: it says that only the number is wanted.)
+# The last methods are those that Python's own functions and brackets call, such as
+# `len(t)` and `t[0]`. One of them needs care. `math.sin(t)` calls `float(t)` and
+# returns a plain float, so the tape would end there and the derivative be lost.
+# Therefore, while a transform such as grad runs your function, `float(t)` and `int(t)`
+# raise TypeError if t was made from the transform's inputs. (`t.item()` is allowed: it
+# says that only the number is wanted.)
 def _plain_number(t: Tensor) -> float:
-    for run in _mode.runs:
+    """The element of t as a Python number, unless a derivative would be lost."""
+    for run in _mode.runs:  # the transforms that are running a function just now (I.7)
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
             raise TypeError(f"{run.name}: float() of a tensor that is being "
                             "differentiated, as in math.sin(t) or array[0] = t, would "
@@ -7665,21 +7711,32 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 
 # ## IV.10 Decompositions: what can a factor's motion be?
 #
-# Each rule is found as in II.6: say how the result moves if A moves by dA, put that into
-# the motion of the loss, and read off what stands beside dA. The steps are numbered, and
-# the code points to them; the tests check each rule by finite differences. Follow
-# one with a pencil, and leave the others until you need them. In all of them:
+# Each rule is found as in II.6: say how the result moves if A moves by dA, put that
+# into the motion of the loss, and read off what stands beside dA. The steps are
+# numbered, and the code points to them. **Read the determinant and, with a pencil,
+# eigh; leave the others until you need them.** The tests check each rule by finite
+# differences.
 #
-# - dX is how X moves, I is the identity, and gX is the cotangent of X. (If there is only
-#   one result, its cotangent is g.)
-# - `<X, Y>` is the sum of all `X_ij Y_ij`. The loss moves by the sum of `<gX, dX>` over
-#   the results X. Two identities: `<X, P Y Q>` is `<P^T X Q^T, Y>`, and `<X, Y>` is
-#   `<X^T, Y^T>`.
+# In all of them, dX is how X moves, I is the identity, and gX is the cotangent of X.
+# (If there is only one result, its cotangent is g.) `<X, Y>` is the sum of all products
+# `X_ij Y_ij`. The loss moves by the sum of `<gX, dX>` over the results X. We need two
+# identities:
+#
+#     <X, P Y Q> = <P^T X Q^T, Y>       what stands around Y moves over to X (II.6)
+#     <X, Y^T>   = <X^T, Y>             the same products, added up in another order
+#
+# What is new? There is one equation, say `A = Q R`, and two factors that move. Yet the
+# equation determines both motions, because neither factor can move freely:
+#
+# - A *triangular* factor stays triangular.
+# - A factor with *orthonormal* columns, `V^T V = I`, can only turn. As `V^T V` stays I,
+#   `dV^T V + V^T dV = 0`. So `V^T dV` is minus its own transpose: it is
+#   *antisymmetric*, and has zeros on its diagonal.
 #
 # ### The determinant: what is its slope where it is 0?
 #
-# Let C_ij be the cofactor of A_ij: the determinant of A without row i and column j, with
-# the sign of the chessboard, which is + where i + j is even.
+# Let C_ij be the cofactor of A_ij: the determinant of A without row i and column j,
+# with the sign of the chessboard, which is + where i + j is even.
 #
 #     1  expand along row i         det A = sum_j A_ij C_ij
 #     2  no C_ij contains row i     so C_ij is the slope of det A by A_ij
@@ -7688,26 +7745,52 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     5  Cramer's rule              A C^T = det(A) I
 #     6  A^-1 before it             C^T = det(A) A^-1, so C = det(A) A^-T
 #
-# The logarithm of |det A| has the slope 1 / det(A) by det A, so A receives `g A^-T`.
-#
 # A singular matrix has no inverse, but it has cofactors:
 #
 #     >>> print(grad(np.linalg.det)(np.array([[2.0, 1.0], [4.0, 2.0]])))
 #     [[ 2. -4.]
 #      [-1.  2.]]
 #
-# Their transpose, the adjugate, can be computed by products alone. It is the last,
-# H_(n-1), of these matrices (Faddeev and LeVerrier), so for n = 2 it is `trace(A) I - A`:
+# Their transpose, the *adjugate*, can be computed by products alone. It is the last,
+# H_(n-1), of these matrices (Faddeev and LeVerrier):
 #
 #     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
-# (For the matrix above, that is [[2, -1], [-4, 2]].) Why? The determinant p and the
-# adjugate H of A + t I are polynomials in t:
+# For n = 2 it is H_1 = trace(A) I - A. Above, that is [[2, -1], [-4, 2]]. From n = 10
+# or so on the formula loses digits, so the rule uses the inverse where there is one.
+def _adjugate(a: Any) -> Any:
+    """The transposed cofactors of a, by products alone."""
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    h = eye  # H_0
+    for k in range(1, a.shape[-1]):
+        product = a @ h
+        traces = np.trace(product, axis1=-2, axis2=-1)[..., None, None]
+        h = traces / k * eye - product  # H_k
+    return h
+
+
+def _det_rule(g: Any, y: Any, a: Any) -> Any:
+    g, y = g[..., None, None], y[..., None, None]  # (..., 1, 1), to go with a
+    is_regular = y != 0
+    if np.all(is_regular):
+        return g * y * _mT(np.linalg.inv(a))  # steps 4 and 6
+
+    # Some are singular. inv would refuse them, so it gets I in their place.
+    eye = np.eye(a.shape[-1], dtype=a.dtype)
+    by_inverse = y * np.linalg.inv(np.where(is_regular, a, eye))
+    return g * _mT(np.where(is_regular, by_inverse, _adjugate(a)))  # step 4
+
+
+det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
+
+
+# Why is H_(n-1) the adjugate? (Nothing later needs this.) The determinant p and the
+# adjugate H of A + t I are polynomials in t. We call their coefficients p_k and H_k:
 #
 #     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
 #
-# The adjugate of A is H(0), which is H_(n-1). Two polynomials are equal if each power of
-# t has the same coefficient in both. So p and H depend on each other:
+# The adjugate of A is H(0), which is H_(n-1). Two polynomials are equal if each power
+# of t has the same coefficient in both. So the coefficients depend on each other:
 #
 #     1  Cramer's rule              (A + t I) H(t) = p(t) I
 #     2  coefficients of t^(n-k)    A H_(k-1) + H_k = p_k I    (of t^n: H_0 = I)
@@ -7717,41 +7800,25 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #     6  coefficients of t^(n-k-1)  (n - k) p_k = trace(H_k)
 #     7  3 minus 6                  trace(A H_(k-1)) = n p_k - (n - k) p_k = k p_k
 #
-# Steps 2 and 7 are the two formulas above. From n = 10 or so on they lose digits, so the
-# rule uses the inverse of those matrices that have one.
-def _adjugate(a: Any) -> Any:
-    """The transposed cofactors of a, by products alone."""
-    eye = np.eye(a.shape[-1], dtype=a.dtype)
-    h = eye
-    for k in range(1, a.shape[-1]):
-        product = a @ h
-        traces = np.trace(product, axis1=-2, axis2=-1)[..., None, None]
-        h = traces / k * eye - product
-    return h
-
-
-def _det_rule(g: Any, y: Any, a: Any) -> Any:
-    g, y = g[..., None, None], y[..., None, None]
-    is_regular = y != 0
-    if np.all(is_regular):
-        return g * y * _mT(np.linalg.inv(a))  # steps 4 and 6 of det
-    eye = np.eye(a.shape[-1], dtype=a.dtype)
-    by_inverse = y * np.linalg.inv(np.where(is_regular, a, eye))
-    return g * _mT(np.where(is_regular, by_inverse, _adjugate(a)))  # step 4
-
-
-det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
-
-
-# A decomposition with several results packs them into one array, so that it is one
-# operation. Indexing, whose rule we have, cuts them apart again, and they are returned in
-# NumPy's namedtuple.
+# Steps 2 and 7 are the two formulas above.
+#
+# ### Several results: how are they one operation?
+#
+# An operation has one result. So a decomposition packs its matrices into one array, one
+# above the other. Indexing, whose rule we have, cuts them apart again, and so do the
+# rules, by np.split. With k = min(m, n):
+#
+#     eigh of (n, n)    w, V           (1 + n, n)
+#     svd  of (m, n)    U, s, V        (m + 1 + n, k)
+#     qr   of (m, n)    Q, R           (m + n, n)         for m >= n
 @functools.cache
 def _result_type(function: Callable) -> Callable:
-    """Makes NumPy's own namedtuple, as `function` returns it, from a list of results."""
-    return type(function(np.eye(1)))._make
+    """The namedtuple in which this function of NumPy returns its results."""
+    return type(function(np.eye(1)))
 
 
+# The logarithm of |det A| has the slope 1 / det(A) by det A. So by step 6 of det, A
+# receives `g A^-T`, where g is that of the logarithm, g[1]. (The sign has the slope 0.)
 @primitive(lambda g, y, a: g[1][..., None, None] * _mT(np.linalg.inv(a)))
 def _slogdet(a: Any) -> Tensor:
     return np.stack(np.linalg.slogdet(a))  # (2, ...): the signs, the logarithms
@@ -7759,17 +7826,22 @@ def _slogdet(a: Any) -> Tensor:
 
 @_answers(np.linalg.slogdet)
 def slogdet(a: Any) -> tuple[Tensor, Tensor]:
-    """(sign, logabsdet) of the determinant, even where that would over- or underflow."""
+    """(sign, logabsdet) of the determinant, even where it would over- or underflow."""
     packed = _slogdet(a)
-    return _result_type(np.linalg.slogdet)([packed[0], packed[1]])
+    return _result_type(np.linalg.slogdet)(packed[0], packed[1])
 
 
 # ### Cholesky: how does a triangle move?
 #
-# A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). L stays triangular
-# when it moves, and that is enough to find dL. Let `low(Y)` be the lower triangle of Y
-# with *half* of its diagonal. If X is lower triangular, `low(X + X^T)` is X. And as low
-# only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
+# A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). For n = 1 that is
+# `A = l^2`, so `dA = 2 l dl`, and dl is *half* of dA / l. For matrices, let `low(Y)` be
+# the lower triangle of Y with half of its diagonal. It finds a triangular X if only
+# `X + X^T` is known:
+#
+#     X = [1 0]    X + X^T = [2 2]    low(X + X^T) = [1 0]
+#         [2 3]              [2 6]                   [2 3]
+#
+# And as low only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 #     1  A moves by                 dA = dL L^T + L dL^T
 #     2  between L^-1 and L^-T      L^-1 dA L^-T = L^-1 dL + dL^T L^-T
@@ -7781,20 +7853,26 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #     8  A receives                 L^-T low(L^T gL) L^-1
 #     9  as dA is symmetric         or the symmetric part of that
 #
-# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half in
-# each triangle, as in PyTorch, so it is right where A stays symmetric however it moves,
-# as `x @ x.T` does.
+# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half
+# in each triangle, as in PyTorch, so it is right where A stays symmetric however it
+# moves, as `x @ x.T` does.
 def _low(x: Any) -> Any:
     """The lower triangle of x, with half of its diagonal."""
     n = x.shape[-1]
     return (np.tri(n, dtype=x.dtype) - np.eye(n, dtype=x.dtype) / 2) * x
 
 
+def _sym(x: Any) -> Any:
+    """The symmetric part of x."""
+    return (x + _mT(x)) / 2
+
+
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
     inside = _low(_mT(y) @ g)
     left = np.linalg.solve(_mT(y), inside)  # step 8: L^-T before it
-    ga = np.linalg.solve(_mT(y), _mT(left))  # L^-1 behind it, all transposed
-    return (ga + _mT(ga)) / 2  # step 9
+    # L^-1 behind it, all transposed: (left L^-1)^T = L^-T left^T
+    ga = np.linalg.solve(_mT(y), _mT(left))
+    return _sym(ga)  # step 9
 
 
 _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
@@ -7811,10 +7889,18 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 
 # ### eigh: how do eigenvectors turn?
 #
-# A symmetric A has orthonormal eigenvectors, the columns of V: `A V = V W`, with
-# `W = diag(w)` and `V^T V = I`. They can only turn, `dV = V C`: the same columns, mixed
-# by a small C. As `V^T V` stays I, `C^T + C = 0`. So C is antisymmetric, and its diagonal
-# is 0.
+# A symmetric A has orthonormal eigenvectors, the columns of V: `A V = V W`, where W is
+# diag(w). Their motion is `dV = V C`, the same columns mixed by a small C, which is
+# `V^T dV` and so antisymmetric. For example, let A be diag(1, 3). Its V is I. Now both
+# elements beside the diagonal move by 0.02:
+#
+#     >>> w, V = np.linalg.eigh(np.array([[1.0, 0.02], [0.02, 3.0]]))
+#     >>> print(abs(V).round(3))  # (the signs are LAPACK's choice)
+#     [[1.   0.01]
+#      [0.01 1.  ]]
+#
+# Both eigenvectors have turned by 0.02 / (3 - 1): the closer the eigenvalues, the
+# further. That is step 6, and the rest moves it over to g.
 #
 #     1  A V = V W moves by         dA V + A dV = dV W + V dW
 #     2  as dV = V C                dA V + A V C = V C W + V dW
@@ -7822,23 +7908,22 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     4  on the diagonal            dw_i = P_ii,   as C_ii = 0
 #     5  elsewhere                  P_ij + w_i C_ij = C_ij w_j
 #     6  so                         C_ij = P_ij / (w_j - w_i)
+#
 #     7  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
 #     8  in short                   = <gw, dw> + <c, C>           with c = V^T gV
-#     9  by 4 and 6                 = sum_i gw_i P_ii + sum_(i != j) c_ij P_ij / (w_j - w_i)
-#    10  in short                   = <M, P>, with M_ii = gw_i, M_ij = c_ij / (w_j - w_i)
+#     9  by 4 and 6                 = sum_i gw_i P_ii
+#                                     + sum_(i != j) c_ij P_ij / (w_j - w_i)
+#    10  in short                   = <M, P>    with M_ii = gw_i
+#                                               and  M_ij = c_ij / (w_j - w_i)
 #    11  as P = V^T dA V            = <V M V^T, dA>
 #    12  as dA is symmetric         A receives V sym(M) V^T, with sym(M) = (M + M^T) / 2
 #
 # If eigenvalues are equal, their eigenvectors may be any that span the same plane, and
-# have no derivative: step 6 divides by 0, and the result is inf or nan. If two are close,
-# the derivative loses digits, as w_j - w_i does. But 0 / 0 counts as 0, so that whoever
-# uses the eigenvalues alone, where gV = 0, gets no nan. (There the rule is not linear in
-# g. So jvp, which walks back with zeros (I.8), gives finite numbers for the motion of
-# such eigenvectors, and they mean nothing.)
-def _sym(x: Any) -> Any:
-    return (x + _mT(x)) / 2
-
-
+# have no derivative: step 6 divides by 0, and the result is inf or nan. If two are
+# close, the derivative loses digits, as w_j - w_i does. But 0 / 0 counts as 0, so that
+# whoever uses the eigenvalues alone, where gV = 0, gets no nan. (So here the rule is
+# not linear in g, on which jvp relies, I.8. It walks back with zeros, and what it then
+# says of the motion of such eigenvectors is finite, and means nothing.)
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, and 0 where both are 0."""
     return a / np.where((a == 0) & (b == 0), 1, b)
@@ -7849,7 +7934,8 @@ def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     gw, gv = np.split(g, [1], axis=-2)
     c = _mT(v) @ gv  # step 8
     eye = np.eye(a.shape[-1], dtype=a.dtype)
-    m = eye * gw + _ratio((1 - eye) * c, w - _mT(w))  # step 10
+    differences = w - _mT(w)  # w_j - w_i in row i, column j
+    m = eye * gw + _ratio((1 - eye) * c, differences)  # step 10
     return v @ _sym(m) @ _mT(v)  # step 12
 
 
@@ -7861,51 +7947,50 @@ def _eigh(a: Any, uplo: str = "L") -> Tensor:
 
 @_answers(np.linalg.eigh)
 def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
-    """(eigenvalues, eigenvectors) of symmetric a: (..., n) and, in columns, (..., n, n).
+    """(eigenvalues, eigenvectors) of symmetric a: (..., n); columns of (..., n, n).
 
     Eigenvectors of equal eigenvalues have no derivative (inf or nan). The first
     derivative of the equal eigenvalues themselves is right for a function that does not
     depend on their order.
     """
     packed = _eigh(a, uplo=UPLO)
-    return _result_type(np.linalg.eigh)([packed[..., 0, :], packed[..., 1:, :]])
+    return _result_type(np.linalg.eigh)(packed[..., 0, :], packed[..., 1:, :])
 
 
 # ### svd: what if two bases turn?
 #
-# `A V = U S` and `A^T U = V S`, with `S = diag(s)` and orthonormal columns in both U and
-# V. First let A be square. Then both bases turn, `dU = U C` and `dV = V D`, with
-# antisymmetric C and D: there are two unknowns, and two equations.
+# `A V = U S` and `A^T U = V S`, with `S = diag(s)` and orthonormal columns in both U
+# and V. First let A be square. Then both bases turn, `dU = U C` and `dV = V D`, with
+# antisymmetric C and D: there are two unknowns, and two equations. These are added and
+# subtracted (6 and 8), which gives C + D and C - D by one division each.
 #
 #     1  A V = U S moves by         dA V + A dV = dU S + U dS
 #     2  as dU = U C, dV = V D      dA V + A V D = U C S + U dS
 #     3  U^T before it              P + S D = C S + dS            with P = U^T dA V
 #     4  likewise for A^T U = V S   P^T + S C = D S + dS
-#     5  on the diagonal            ds_i = P_ii
+#     5  on the diagonal            ds_i = P_ii,   as C_ii = D_ii = 0
 #     6  elsewhere, 3 plus 4        (P + P^T)_ij + s_i (C + D)_ij = (C + D)_ij s_j
 #     7  so                         (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
 #     8  and 3 minus 4              (P - P^T)_ij - s_i (C - D)_ij = (C - D)_ij s_j
 #     9  so                         (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
+#
 #    10  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
-#    11  as in 7 and 8 of eigh      = <gs, ds> + <c, C> + <d, D>,   with
-#                                   c = U^T gU and d = V^T gV
+#    11  U and V move over          = <gs, ds> + <c, C> + <d, D>
+#                                   with c = U^T gU and d = V^T gV
 #    12  with sum and difference    <c, C> + <d, D>
-#                                   = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
-#    13  by 7 and 9, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>,   with
-#                                   X_ij = (c + d)_ij / (s_j - s_i)
-#                                   Z_ij = (c - d)_ij / (s_j + s_i),  but X_ii = Z_ii = 0
+#        (the mixed terms cancel)   = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
+#    13  by 7 and 9, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>
+#                                   with X_ij = (c + d)_ij / (s_j - s_i),
+#                                   Z_ij = (c - d)_ij / (s_j + s_i) and X_ii = Z_ii = 0
 #    14  <X, P^T> is <X^T, P>       = <sym(X), P> + <antisym(Z), P>
 #                                   with antisym(Z) = (Z - Z^T) / 2
 #    15  with 5, the loss moves by  <M, P>,   with M = diag(gs) + sym(X) + antisym(Z)
-#    16  A receives                 U M V^T
-#
-# (Why sum and difference, in 12? Because 7 and 9 give C + D and C - D, not C and D. If
-# one multiplies 12 out, the mixed terms cancel.)
+#    16  as P = U^T dA V            A receives U M V^T
 #
 # If A is tall, U has fewer columns than rows, and dU also has a part outside of the
-# space that they span. That part is E dU, with `E = I - U U^T`. E U is 0, and so is E A,
-# as `A = U S V^T`. (So U^T E and A^T E are 0, too: that part drops out of 3 and 4, and
-# steps 5 to 16 stay as they are.)
+# space that they span: `dU = U C + E dU`, with `C = U^T dU` and `E = I - U U^T`. As E U
+# is 0, so is E A, since `A = U S V^T`. (And so are U^T E and A^T E: the new part drops
+# out of 3 and 4, and steps 5 to 16 stay as they are.)
 #
 #    17  E before 1                 E dA V + E A dV = E dU S + E U dS
 #    18  as E A = 0 and E U = 0     E dA V = E dU S
@@ -7939,7 +8024,7 @@ def _svd(a: Any) -> Tensor:
 
 @_answers(np.linalg.svd)
 def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
-    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; without `compute_uv`, S alone.
+    """(U, S, Vh) with a = U @ diag(S) @ Vh, S descending; S alone without `compute_uv`.
 
     Where singular values are equal, or 0, U and Vh have no derivative; compare `eigh`.
     Raises TypeError if `full_matrices` asks for columns that a does not determine.
@@ -7955,13 +8040,15 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
                         "arbitrary, without a derivative; write np.linalg.svd(a, "
                         "full_matrices=False)")
     u, v = packed[..., :m, :], packed[..., m + 1:, :]
-    return _result_type(np.linalg.svd)([u, singular, _mT(v)])
+    return _result_type(np.linalg.svd)(u, singular, _mT(v))
 
 
 # ### qr: how do both kinds move together?
 #
-# `A = Q R`, with orthonormal columns in Q, so that `Q^T dQ` is antisymmetric, and R upper
-# triangular, so that `low` finds its motion (Seeger and others, 2017):
+# `A = Q R`, with orthonormal columns in Q, so that `Q^T dQ` is antisymmetric, and R
+# upper triangular, so that `low` (of Cholesky) finds its motion (Seeger and others,
+# 2017). Step 3 has the sum of both. Plus its own transpose, the antisymmetric matrix
+# cancels, and the triangle is left:
 #
 #     1  A moves by                 dA = dQ R + Q dR
 #     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
@@ -7969,29 +8056,30 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #     4  plus its transpose         P + P^T = X + X^T,  as Q^T dQ cancels
 #     5  X^T is lower triangular    X^T = low(P + P^T)
 #     6  by 2                       dQ = dA R^-1 - Q X            and dR = X R
+#
 #     7  the loss moves by          <gQ, dQ> + <gR, dR>
 #     8  by 6                       = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
 #     9  the last two terms are     <gR R^T - Q^T gQ, X>
-#    10  both sides transposed      = <Y, X^T>                    with Y = R gR^T - gQ^T Q
+#    10  both sides transposed      = <Y, X^T>             with Y = R gR^T - gQ^T Q
 #    11  by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
-#    12  <Z, P^T> is <Z^T, P>       = <N, P>                      N = low(Y) + low(Y)^T
+#    12  <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
 #    13  by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
 #        moves by                   = <gQ + Q N, dA R^-1>
 #    14  A receives                 (gQ + Q N) R^-T
 #
-# A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`, and
-# `R2 = Q^T A2` is a composition.
+# A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`,
+# and `R2 = Q^T A2` is a composition.
 def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
 
-    # R^-1 must exist. Where R should have a 0 on its diagonal, rounding may leave a small
-    # number, which therefore counts as 0.
+    # R^-1 must exist. Where R should have a 0 on its diagonal, rounding may leave a
+    # small number, which therefore counts as 0.
     diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
     if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
-        raise np.linalg.LinAlgError("qr: no derivative where columns depend on each other "
-                                    "(R has a 0 on its diagonal, up to rounding)")
+        raise np.linalg.LinAlgError("qr: no derivative where columns depend on each "
+                                    "other (R has a 0 on its diagonal, up to rounding)")
 
     low = _low(r @ _mT(gr) - _mT(gq) @ q)  # low(Y), by steps 10 and 11
     left = gq + q @ (low + _mT(low))  # step 13
@@ -8017,36 +8105,47 @@ def qr(a: Any, mode: str = "reduced") -> Any:
     q, r = packed[..., :m, :], packed[..., m:, :]
     if n > m:
         r = concatenate([r, _mT(q) @ a[..., m:]], axis=-1)
-    return r if mode == "r" else _result_type(np.linalg.qr)([q, r])
+    return r if mode == "r" else _result_type(np.linalg.qr)(q, r)
 
 
 # ### pinv: what stands for an inverse?
 #
-# If A is tall and its columns are independent, its pseudo-inverse is `(A^T A)^-1 A^T`, by
-# which least squares are solved. So its rule follows from that of inv:
+# Least squares are solved by the pseudo-inverse P. For a regular A it is A^-1. For any
+# A it is the one matrix with
 #
-#     1  in short                   P = G A^T,  with G = (A^T A)^-1
-#     2  P moves by                 dP = dG A^T + G dA^T
-#     3  G moves, as inv does, by   dG = -G (dA^T A + A^T dA) G
-#     4  A^T behind it, G A^T = P   dG A^T = -G dA^T A P - P dA P
-#     5  4 put into 2               dP = -P dA P + G dA^T E       with E = I - A P
-#     6  as P P^T = G A^T A G = G   dP = -P dA P + P P^T dA^T E
-#     7  if A is wide, 6 holds      dP^T = -P^T dA^T P^T + P^T P dA F
-#        for A^T and P^T            with F = I - P A
-#     8  transposed                 dP = -P dA P + F dA^T P^T P
-#     9  any A of constant rank     dP = -P dA P + P P^T dA^T E + F dA^T P^T P
-#    10  A receives                 -P^T g P^T + E g^T P P^T + P^T P g^T F
+#     A P A = A,    P A P = P,    A P and P A symmetric
 #
-# Step 9 is the theorem of Golub and Pereyra (1973). It contains 6, since a tall A has
-# P A = I, hence F = 0, and it contains 8, since a wide A has A P = I, hence E = 0. In 10,
-# E, F, `P P^T` and `P^T P` are symmetric, so that `<g, P P^T dA^T E>`, for example, is
-# `<P P^T g E, dA^T>` and so `<E g^T P P^T, dA>`.
+# So `E = I - A P` and `F = I - P A`, by which P fails to be an inverse, are symmetric,
+# and (for example, `E A = A - A P A = 0`)
+#
+#     E A = 0,    P E = 0,    E E = E,    A F = 0,    F P = 0,    F F = F
+#
+# As long as the rank of A stays the same, P moves smoothly (Golub and Pereyra, 1973).
+# We find dP in three pieces. Since I is A P + E, and also P A + F,
+#
+#     dP = dP E + dP A P = dP E + F dP A P + P A dP A P
+#
+#     1  P E = 0 moves by           dP E = -P dE = P d(A P)
+#     2  A P is its transpose       = P d(P^T A^T) = P dP^T A^T + P P^T dA^T
+#     3  E behind it, as E E = E    dP E = P dP^T A^T E + P P^T dA^T E
+#     4  A^T E = (E A)^T = 0        dP E = P P^T dA^T E                 the first piece
+#     5  likewise from F P = 0      F dP = F dA^T P^T P
+#     6  times A P, as P A P = P    F dP A P = F dA^T P^T P             the second
+#     7  A P A = A moves by         dA P A + A dP A + A P dA = dA
+#     8  between P and P            P dA P + P A dP A P + P dA P = P dA P
+#     9  so                         P A dP A P = -P dA P                the third
+#    10  altogether                 dP = P P^T dA^T E + F dA^T P^T P - P dA P
+#    11  A receives                 E g^T P P^T + P^T P g^T F - P^T g P^T
+#
+# In 11, the first term for example comes from `<g, P P^T dA^T E>`, which is
+# `<P P^T g E, dA^T>`, and transposed `<E g^T P P^T, dA>`.
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
-    second = gt @ y @ pt  # g^T P P^T
-    third = pt @ y @ gt  # P^T P g^T
-    # step 10
-    return -pt @ g @ pt + (second - a @ (y @ second)) + (third - (third @ y) @ a)
+    first = gt @ y @ pt  # g^T P P^T
+    second = pt @ y @ gt  # P^T P g^T
+    by_e = first - a @ (y @ first)  # E before it
+    by_f = second - (second @ y) @ a  # F behind it
+    return by_e + by_f - pt @ g @ pt  # step 11
 
 
 @_answers(np.linalg.pinv)
