@@ -844,9 +844,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #
 # To add an operation, write the function and one rule per operand, and call it by its
 # name. The function receives arrays and returns one, so it may use all of NumPy; rules
-# may use operators, functions of `np`, and operations. `check_grad` compares the
-# derivative that the rules give with differences of the function, then the second
-# derivative with differences of the first, and so on, up to `order`:
+# may use operators, functions of `np`, and operations. `check_grad` tests the rules:
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def my_arctan(x):
@@ -858,6 +856,18 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     -0.5
 #
 # If that is too slow, write a kernel, and keep what you had as its definition (II.7).
+#
+# `check_grad` compares the first derivative with differences of the function, then the
+# second with differences of the first, and so on, up to `order`. The slope of a
+# function by one element x is nearly its *central difference*,
+# `(f(x + h) - f(x - h)) / 2h`, with a small h. What the Taylor series has beyond the
+# slope makes an error of some h^2, and rounding makes one of some 1e-16 / h. With
+# h = 1e-5 (`eps`), neither exceeds some 1e-10. A wrong rule is wrong by far more than
+# `rtol`, 1e-5.
+#
+# A function that returns an array is tested as one number, a weighted sum of its
+# elements. The weights are random: the plain sum of a softmax is 1 whatever x is, so a
+# rule that gave zeros would pass.
 
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
@@ -871,30 +881,31 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     """
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
-        raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and an argument "
-                         "that holds floating-point numbers, such as 3.0")
+        raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and an "
+                         "argument that holds floating-point numbers, such as 3.0")
     args = tuple(as_tensor(np.array(_value(a), np.float64)) if i in which else a
                  for i, a in enumerate(args))
 
     def weighted(*args: Any) -> Tensor:
-        """The sum of f's elements, weighted so that the slopes of two do not cancel."""
+        """The weighted sum of f's elements."""
         (y,) = _outputs("check_grad", [f(*args)])
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
-    slope_fn = grad(weighted, which)
-    error = _largest_error(weighted, slope_fn(*args), args, which, rtol, eps)
+    gradient = grad(weighted, which)
+    error = _largest_error(weighted, gradient(*args), args, which, rtol, eps)
     if order == 1:
         return error
 
-    def slopes(*args: Any) -> Tensor:  # in one vector; the next order tests this function
-        return concatenate([slope.reshape(-1) for slope in slope_fn(*args)])
+    def slopes(*args: Any) -> Tensor:
+        """All elements of the gradient in one vector: what the next order tests."""
+        return concatenate([slope.reshape(-1) for slope in gradient(*args)])
 
     return max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
 
 
-def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rtol: float,
-                   eps: float) -> float:
-    """The largest relative error of the `slopes` of f by its arguments `which`, at `args`."""
+def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int],
+                   rtol: float, eps: float) -> float:
+    """The largest relative error of f's `slopes` by its arguments `which`, at `args`."""
     largest, worst = 0.0, ""
     for i, slope in zip(which, slopes):
         for index, analytic in np.ndenumerate(slope._data):
@@ -903,9 +914,11 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
             above = f(*args[:i], args[i] + step, *args[i + 1:])
             below = f(*args[:i], args[i] - step, *args[i + 1:])
             numeric = (above.item() - below.item()) / (2 * eps)
-            error = abs(numeric - analytic) / max(1.0, abs(numeric))
-            if not error <= largest:  # not `error > largest`: nan counts as large
-                largest = math.inf if math.isnan(error) else float(error)
+            error = float(abs(numeric - analytic) / max(1.0, abs(numeric)))
+            if math.isnan(error):
+                error = math.inf
+            if error > largest:
+                largest = error
                 worst = (f"by argument {i} at index {index}: numeric {numeric:.9g}, "
                          f"analytic {analytic:.9g}")
     if largest > rtol:
@@ -934,13 +947,14 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
 # - Every other call raises TypeError: going on with bare arrays would cut the tape, and
 #   the gradient would be wrong.
 _FUNCTIONS = {  # a function of NumPy -> our function that answers for it
-    np.positive: identity, np.negative: neg, np.add: add, np.subtract: sub, np.multiply: mul,
-    np.true_divide: div, np.exp: exp, np.log: log, np.sin: sin, np.cos: cos,
+    np.positive: identity, np.negative: neg,
+    np.add: add, np.subtract: sub, np.multiply: mul, np.true_divide: div,
+    np.exp: exp, np.log: log, np.sin: sin, np.cos: cos,
 }
 
 
 def _answers(*functions: Callable | None) -> Callable:
-    """Decorate the function that replaces these functions of NumPy when they meet a Tensor."""
+    """Decorate the function that answers for these functions of NumPy."""
     def register(answer: Callable) -> Callable:
         for function in functions:
             if function is not None:  # None: the installed NumPy lacks it
@@ -950,14 +964,15 @@ def _answers(*functions: Callable | None) -> Callable:
     return register
 
 
-def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-    """The result of `ufunc(*inputs, **kwargs)`, where an input or output is a Tensor."""
+def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any,
+                 **kwargs: Any) -> Any:
+    """The result of `ufunc(*inputs, **kwargs)`, where a Tensor is involved."""
+    if method == "__call__" and not kwargs and ufunc in _FUNCTIONS:
+        return _FUNCTIONS[ufunc](*inputs)  # the usual case
+
+    # The others have where= or out=, or are np.add.reduce and its kin, or have no answer.
     if any(isinstance(a, Tensor) for a in kwargs.get("out", ())):
         raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its result")
-
-    is_plain = method == "__call__" and not kwargs  # not np.add.reduce, and without where=
-    if is_plain and ufunc in _FUNCTIONS:
-        return _FUNCTIONS[ufunc](*inputs)
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
         return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
 
@@ -967,11 +982,13 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwa
 
 def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
                     kwargs: dict) -> Any:
-    """The result of NumPy's `function(*args, **kwargs)`, where some argument holds a Tensor."""
+    """The result of `function(*args, **kwargs)`, where an argument holds a Tensor."""
     if function in _FUNCTIONS:
         return _FUNCTIONS[function](*args, **kwargs)
 
-    items, _ = _flatten((args, kwargs))  # a Tensor may be in a list, as for np.block
+    # The Tensor may be in a list, as for np.block. `_flatten` lists what is in such
+    # nests, and `_map_tree` applies a function to it (IV.3).
+    items, _ = _flatten((args, kwargs))
     if function in _WITHOUT_GRADIENT or not any(map(_tracked, items)):
         return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
     raise TypeError(_no_derivative(function.__module__, function.__name__))
@@ -979,27 +996,30 @@ def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
 
 # If another function does the same and has a derivative, the message names it.
 _INSTEAD = {
-    "add.reduce": "np.sum", "add.accumulate": "np.cumsum", "multiply.reduce": "np.prod",
-    "multiply.accumulate": "np.cumprod", "multiply.outer": "np.outer", "maximum.reduce": "np.max",
-    "minimum.reduce": "np.min", "modf": "np.fmod(t, 1)", "put": "np.where", "copyto": "np.where",
-    "place": "np.where", "cumulative_sum": "np.cumsum", "cumulative_prod": "np.cumprod",
-    "block": "np.concatenate",
+    "add.reduce": "np.sum", "multiply.reduce": "np.prod",
+    "add.accumulate": "np.cumsum", "multiply.accumulate": "np.cumprod",
+    "cumulative_sum": "np.cumsum", "cumulative_prod": "np.cumprod",
+    "maximum.reduce": "np.max", "minimum.reduce": "np.min",
+    "put": "np.where", "copyto": "np.where", "place": "np.where",
+    "multiply.outer": "np.outer", "modf": "np.fmod(t, 1)", "block": "np.concatenate",
 }
 
 
 def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
     instead = _INSTEAD.get(name, "a function of nanoad.functional")
-    given = f" with {', '.join(options)}=" if options else ""
-    return (f"{module}.{name}{given}: nanoad has no derivative for this; use {instead}, or call an "
-            "operation of your own (nanoad.primitive), or t.numpy() if no gradient is wanted")
+    with_options = f" with {', '.join(options)}=" if options else ""
+    return (f"{module}.{name}{with_options}: nanoad has no derivative for this; use "
+            f"{instead}, or call an operation of your own (nanoad.primitive), or "
+            "t.numpy() if no gradient is wanted")
 
 
 def _array(self: Tensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     """The array itself, for which np.asarray and `array[0] = t` ask."""
     if self.requires_grad:
-        raise TypeError("a Tensor that needs a gradient is no array, and as one it would lose it: use "
-                        "np.stack or np.concatenate to join Tensors, nanoad.Tensor([t, u]) for a "
-                        "list of them, and t.numpy() if no gradient is wanted")
+        raise TypeError("a Tensor that needs a gradient is no array, and as one it would "
+                        "lose it: use np.stack or np.concatenate to join Tensors, "
+                        "nanoad.Tensor([t, u]) for a list of them, and t.numpy() if no "
+                        "gradient is wanted")
     return (np.array if copy else np.asarray)(self._data, dtype=dtype)
 
 
@@ -1012,18 +1032,14 @@ Tensor.__array__ = _array
 # Beside g stands the derivative that every table of calculus has. Here an element of
 # the result depends on one element of each operand, so each operand receives `g` times
 # that derivative, and this section is such a table. `_define` makes one row of it from
-# a function and its rules.
-#
-# (Three formulas are written with care. `(1 - x) * (1 + x)` stands for 1 - x^2, which
-# would lose its digits near 1, and `hypot(1, x)` for the root of 1 + x^2, which would
-# overflow. The two roots of arccosh stand for that of x^2 - 1, which would do both.)
+# a name, a function and its rules.
 _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dtypes."
 
 
-def _define(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
-            doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """Make an operation. It answers for NumPy's function `answers`, and for `forward` if
-    that is NumPy's, too.
+def _define(name: str, forward: Callable, *rules: Callable,
+            answers: Callable | None = None, doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
+    """Make an operation. It answers for NumPy's function `answers`, and for `forward`, if
+    that is one of NumPy's.
     """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
@@ -1041,9 +1057,6 @@ def _named(operation: Callable, name: str, doc: str = _ELEMENT_BY_ELEMENT) -> Ca
     return operation
 
 
-for _operation_of_part_one in _FUNCTIONS.values():  # help() shows these as ours, too
-    _named(_operation_of_part_one, _operation_of_part_one.__name__)
-
 exp2 = _define("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
 expm1 = _define("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _define("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
@@ -1053,20 +1066,30 @@ sqrt = _define("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
 cbrt = _define("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
 
 tan = _define("tan", np.tan, lambda g, y, x: g * (1 + y * y))
+arctan = _define("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+# (1 - x) * (1 + x) is 1 - x^2, and keeps its digits where x is near 1.
 arcsin = _define("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
 arccos = _define("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
-arctan = _define("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
-deg2rad = _define("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
-rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
 
 sinh = _define("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
 cosh = _define("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
 tanh = _define("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
-arcsinh = _define("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
-arccosh = _define("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
 arctanh = _define("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
+# hypot(1, x) is the root of 1 + x^2, and the two roots below are that of x^2 - 1; their
+# squares would overflow.
+arcsinh = _define("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
+arccosh = _define("arccosh", np.arccosh,
+                  lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
+
+deg2rad = _define("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180),
+                  answers=np.radians)
+rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi),
+                  answers=np.degrees)
 
 _copy = _define("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
+
+for _f in _FUNCTIONS.values():  # help() describes those of part I in the same way
+    _named(_f, _f.__name__)
 
 
 @primitive(lambda g, y, x, dtype: g)
@@ -1091,16 +1114,18 @@ fmod = _define("fmod", np.fmod,
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
 # x = 0 they need care:
 #
-#     by x, if p = 0     0 * 0 ** -1 would be nan; 0 * 0 ** 0 is 0, as it should be
-#     by p, if p >= 0    log 0 would give nan; log 1 is taken instead, and the slope is 0
+#     by x, if p = 0     0 * 0 ** -1 would be nan; we take 0 * 0 ** 0 = 0
+#     by p, if p >= 0    y log 0 would be nan or -inf; we take y log 1 = 0
 #     by p, if p < 0     y is infinite, and so is the slope: nothing to do
-_PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
-
-
 def _to_the_power(x: Any, p: Any) -> Any:
-    """x ** p. The powers 1 to 3 are products, ten times faster than the C library's pow."""
-    if isinstance(p, (int, float)) and p in _PRODUCTS:
-        return _PRODUCTS[p](x)
+    """x ** p. Products are ten times faster than the C library's pow."""
+    if isinstance(p, (int, float)):
+        if p == 1:
+            return x
+        if p == 2:
+            return x * x
+        if p == 3:
+            return x * x * x
     return x ** p
 
 
@@ -1111,24 +1136,29 @@ def _power_slope(x: Any, p: Any) -> Any:
     return p * x ** np.where((p == 0) & (x == 0), 0, p - 1)
 
 
+def _log_of_base(x: Any, p: Any) -> Any:
+    """log x, but 0 where 0 ** p is finite."""
+    return np.log(np.where((x == 0) & (p >= 0), 1, x))
+
+
 power = _define("power", _to_the_power,
                 lambda g, y, x, p: g * _power_slope(x, p),
-                lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
+                lambda g, y, x, p: g * (y * _log_of_base(x, p)),
                 answers=np.power)
 
 
 # *Distance and angle.* `hypot` is the distance of (a, b) from the origin, and its
 # slopes are a and b divided by it. At the origin, a kink, they are taken as 0 (0
-# divided by 1). arctan2 is the angle, and its slopes are `b / (a*a + b*b)` and
-# `-a / (a*a + b*b)`. That sum of squares overflows where its root, the distance, does
-# not, so we divide by the distance twice.
+# divided by 1). `arctan2(a, b)` is the angle whose tangent is a / b, and its slopes are
+# `b / (a*a + b*b)` and `-a / (a*a + b*b)`. That sum of squares overflows where its root,
+# the distance, does not, so we divide by the distance twice.
 hypot = _define("hypot", np.hypot,
                 lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
                 lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
 
 
 def _over_distance_twice(c, a, b):
-    """c / (a*a + b*b), where c is a or b; and 0 at the origin."""
+    """c / (a*a + b*b), where c is a or b; 0 at the origin."""
     distance = np.hypot(a, b)
     distance = np.where(distance == 0, 1, distance)
     return c / distance / distance
@@ -1140,11 +1170,14 @@ arctan2 = _define("arctan2", np.arctan2,
 
 # *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
 # logaddexp(x, 0) is the same function and does not. Here are the equation that defines
-# each y, and the slope that follows from it:
+# each y, what it becomes when x moves (y' is the slope by x, or by a), and the slope:
 #
-#     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
-#     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
-#     logaddexp   e^y = e^a + e^b      e^a / (e^a + e^b)  =  sigmoid(a - b), by a
+#     softplus    e^y = 1 + e^x      e^y y' = e^x         y' = (e^y - 1) / e^y = 1 - e^-y
+#     sigmoid     1/y = 1 + e^-x     -y' / y^2 = -e^-x    y' = y^2 (1/y - 1)   = y (1 - y)
+#     logaddexp   e^y = e^a + e^b    e^y y' = e^a         y' = 1 / (1 + e^(b - a))
+#
+# The last is sigmoid(a - b). For logaddexp2, in powers of 2, every exponent is
+# multiplied by log 2, and the slope is sigmoid((a - b) log 2).
 softplus = _define("softplus", lambda x: np.logaddexp(x, 0),
                    lambda g, y, x: -g * np.expm1(-y),
                    doc="log(1 + exp(x)), without overflow.")
@@ -1195,16 +1228,18 @@ def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
            lambda g, y, c, a, b: _chosen(g, c),
            lambda g, y, c, a, b: _chosen(g, np.logical_not(c)))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the bool array `condition` is True, else b. The condition has no gradient."""
+    """a where the bool array `condition` is True, else b."""
     if np.asarray(condition).dtype.kind != "b":
         raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
 
 
 # At a kink any slope between the two one-sided ones is right; abs and relu take 0.
+# (np.clip is NumPy's fastest way to do relu. Its rule asks for `y != 0`, not `y > 0`, so
+# that g passes where y is nan.)
 abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
-relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to do it
-               lambda g, y, x: _chosen(g, y != 0),  # not y > 0, so that g passes at nan
+relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
+               lambda g, y, x: _chosen(g, y != 0),
                doc="max(x, 0), element by element.")
 
 
@@ -1218,15 +1253,16 @@ relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way t
 #                nan    3      nan    g            g             (as in PyTorch)
 #     fmax       nan    3      3      0            g
 def _to_the_chosen(g, y, mine, other):
-    """What one operand receives: g where the other differs from y, half of g at a tie."""
+    """What one operand receives: g where the other is not y, half of g at a tie."""
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
-_of_two = _to_the_chosen, lambda g, y, a, b: _to_the_chosen(g, y, b, a)
-maximum = _define("maximum", np.maximum, *_of_two)
-minimum = _define("minimum", np.minimum, *_of_two)
-fmax = _define("fmax", np.fmax, *_of_two)
-fmin = _define("fmin", np.fmin, *_of_two)
+_rules_of_two = (lambda g, y, a, b: _to_the_chosen(g, y, a, b),
+                 lambda g, y, a, b: _to_the_chosen(g, y, b, a))
+maximum = _define("maximum", np.maximum, *_rules_of_two)
+minimum = _define("minimum", np.minimum, *_rules_of_two)
+fmax = _define("fmax", np.fmax, *_rules_of_two)
+fmin = _define("fmin", np.fmin, *_rules_of_two)
 
 # Within the bounds x equals y, and receives g; nan counts as outside (as in PyTorch).
 _clip = _define("clip", lambda x, low, high: np.clip(x, low, high),
@@ -1234,9 +1270,10 @@ _clip = _define("clip", lambda x, low, high: np.clip(x, low, high),
 
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
-    """x limited to [low, high]; the bounds are constants, and the gradient passes within."""
+    """x limited to [low, high], which are constants. The gradient passes within."""
     if _tracked(low) or _tracked(high):
-        raise TypeError("clip: the bounds are constants; for Tensors use maximum and minimum")
+        raise TypeError("clip: the bounds are constants; for Tensors use maximum and "
+                        "minimum")
     return _clip(x, _value(low), _value(high))
 
 
