@@ -1288,12 +1288,19 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #     [11.  0.  7.]
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
-# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`.
-# `np.add.at` does that, and is slow if the index picks whole rows. `np.bincount([0, 0,
-# 2], weights=[5, 6, 7])` gives the same 11, 0, 7, and is faster there. (For a small
-# table a product is faster still: SCATTER, II.7.) If there are several axes, the
-# elements are numbered, and the index picks numbers. (An index of numbers and slices,
-# or a mask, names no element twice, so `out[index] = x` is enough.)
+# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`. Its
+# fast form is `np.bincount([0, 0, 2], weights=[5, 6, 7])`, which gives the same 11, 0, 7.
+#
+# bincount has one axis. If x has several, number its elements from 0 on, and let the
+# index pick numbers. These are the places to add at:
+#
+#     >>> np.arange(6).reshape(3, 2)[[0, 0, 2]]
+#     array([[0, 1],
+#            [0, 1],
+#            [4, 5]])
+#
+# An index of numbers and slices, or a mask, names no element twice. For these
+# `out[index] = x` is enough.
 getitem = _define("getitem", lambda x, index: x[index],
                   lambda g, y, x, index: scatter_add(g, index, x.shape),
                   doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1301,18 +1308,18 @@ getitem = _define("getitem", lambda x, index: x[index],
 
 @primitive(lambda g, y, x, index, shape: g[index])
 def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
-    """Zeros of `shape`, with the elements of x added at `index`: the transpose of indexing."""
+    """Zeros of `shape`, with the elements of x added at `index`."""
     out = np.zeros(shape, x.dtype)
     if _names_none_twice(index):
         out[index] = x
         return out
-    if x.dtype.itemsize > 8:  # a longdouble, which bincount would round
-        np.add.at(out, index, x)
+    if x.dtype.itemsize > 8:
+        np.add.at(out, index, x)  # slower, but bincount would round a longdouble
         return out
 
     places = np.arange(out.size).reshape(shape)[index]
     weights = np.broadcast_to(x, places.shape)
-    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64, (out.size,)
+    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # (out.size,), float64
     return sums.reshape(shape).astype(x.dtype)
 
 
@@ -1321,27 +1328,31 @@ def _names_none_twice(index: Any) -> bool:
     if isinstance(index, np.ndarray):
         return index.dtype == bool
     entries = index if isinstance(index, tuple) else (index,)
-    return all(isinstance(e, (int, np.integer, slice, type(None), type(...))) for e in entries)
+    harmless = (int, np.integer, slice, type(None), type(...))
+    return all(isinstance(entry, harmless) for entry in entries)
 
 
 # ### Any move: where did each element come from?
 #
 # An operation that only moves or repeats elements needs no rule of its own. Let NumPy
 # move the *positions* 1, 2, 3, ... instead of the elements: the result tells where each
-# element came from, and its cotangent goes there. tril turns the positions
-# [[1, 2], [3, 4]] into [[1, 0], [3, 4]]. So if the cotangent is [[5, 6], [7, 8]], the
-# 5, 7 and 8 go to the positions 1, 3 and 4. The 6 goes to position 0, which stands for
-# all zeros that were filled in, and is cut off.
+# element came from, and its cotangent goes there. Take tril, which fills the upper
+# triangle with zeros:
+#
+#     positions    moved     cotangent    x receives
+#       1 2         1 0         5 6          5 0       6 goes to position 0, which stands
+#       3 4         3 4         7 8          7 8       for all zeros, and is cut off
 _like_np = functools.partial(_define, doc="As np.{}, with the same arguments.")
 
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
-    """The operation `move`, whose result holds elements of its first argument, and zeros."""
+    """The operation `move`, whose result holds elements of its argument x, and zeros."""
 
-    def send_back(g, y, x, *settings, **named):
+    def send_back(g, y, x, *settings, **named_settings):
         positions = np.arange(1, x.size + 1).reshape(x.shape)
-        came_from = move(positions, *settings, **named)
-        return scatter_add(g, came_from, (x.size + 1,))[1:].reshape(x.shape)
+        came_from = move(positions, *settings, **named_settings)  # y's shape
+        received = scatter_add(g, came_from, (x.size + 1,))  # by position, from 0 on
+        return received[1:].reshape(x.shape)
 
     return _like_np(name, move, send_back, answers=answers)
 
@@ -1355,10 +1366,14 @@ diag = _moves("diag", np.diag)
 diagonal = _moves("diagonal", np.diagonal)
 tril = _moves("tril", np.tril)
 triu = _moves("triu", np.triu)
-take = _moves("take", lambda a, indices, axis=None, *, mode="raise":  # without NumPy's out=
-              np.take(a, indices, axis, mode=mode), answers=np.take)
-take_along_axis = _moves("take_along_axis", lambda arr, indices, axis=-1:  # as in NumPy 2.3
-                         np.take_along_axis(arr, indices, axis), answers=np.take_along_axis)
+take = _moves("take",
+              lambda a, indices, axis=None, *, mode="raise":
+              np.take(a, indices, axis, mode=mode),
+              answers=np.take)
+take_along_axis = _moves("take_along_axis",
+                         lambda arr, indices, axis=-1:
+                         np.take_along_axis(arr, indices, axis),
+                         answers=np.take_along_axis)
 
 
 # Sorting moves elements, too; argsort tells which. (Equal elements keep their order.)
@@ -1375,8 +1390,11 @@ def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
 # ### The same elements in another shape: what undoes a view?
 #
 # Another view undoes it. NumPy makes views without touching an element, and the rules
-# need not touch one, either. To undo a new shape, the rule restores the shape of x; to
-# undo an order of the axes, such as (2, 0, 1), it takes the argsort, (1, 2, 0).
+# need not touch one, either. To undo a new shape, the rule restores the shape of x.
+#
+# To undo an order of the axes, such as (2, 0, 1), say where each axis of x is now: axis 0
+# is at place 1, axis 1 at place 2, axis 2 at place 0. These places, (1, 2, 0), are the
+# order for the way back. np.argsort finds them.
 def _in_the_shape_of_x(g, y, x, *_, **__):
     return g.reshape(x.shape)
 
@@ -1384,7 +1402,7 @@ def _in_the_shape_of_x(g, y, x, *_, **__):
 def _permuted_back(g, y, x, *axes):
     if not axes or axes[0] is None:  # the axes were reversed
         return g.T
-    order = np.ravel(axes) % x.ndim  # (2, 0, 1), given as three numbers or as a tuple
+    order = np.ravel(axes) % x.ndim  # from 2, 0, 1 or from a tuple (2, 0, 1)
     return g.transpose(np.argsort(order))
 
 
@@ -1399,24 +1417,27 @@ swapaxes = _like_np("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2)
                     answers=np.swapaxes)
 moveaxis = _like_np("moveaxis",
                     lambda x, source, destination: np.moveaxis(x, source, destination),
-                    lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
+                    lambda g, y, x, source, destination:
+                    np.moveaxis(g, destination, source),
                     answers=np.moveaxis)
+# (The walk sums over the copies: I.4.)
 broadcast_to = _like_np("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
-                        lambda g, y, x, shape: g,  # the walk sums over the copies (I.4)
+                        lambda g, y, x, shape: g,
                         answers=np.broadcast_to)
 
 
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """x with the axes `start_dim` to `end_dim` joined into one, as in torch.flatten."""
-    shape = np.shape(_value(x)) or (1,)
+    shape = np.shape(_value(x)) or (1,)  # a single number becomes a vector
     axes = range(len(shape))
     try:
-        first, last = axes[start_dim], axes[end_dim]  # a negative one counts from the end
+        # (Indexing the range makes of -1 the last axis.)
+        first, last = axes[start_dim], axes[end_dim]
         if first > last:
             raise IndexError
     except (IndexError, TypeError):
-        raise ValueError(f"flatten of shape {shape}: there are no axes {start_dim!r} to "
-                         f"{end_dim!r}") from None
+        raise ValueError(f"flatten of shape {shape}: there are no axes {start_dim!r} "
+                         f"to {end_dim!r}") from None
     joined = math.prod(shape[first:last + 1])
     return reshape(x, (*shape[:first], joined, *shape[last + 1:]))
 
@@ -1425,7 +1446,8 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 #
 # Each operand of a concatenation receives the slice of g that lies where the operand
 # was put: operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`. One rule, `each`
-# (I.2), serves any number of operands.
+# (I.2), serves any number of operands. (`_with_shape`, II.6, makes arrays of lists and
+# numbers.)
 def _narrow(x: Any, axis: int, start: int, n: int) -> Any:
     """x[start:start + n] along an axis, as in torch.narrow."""
     before = (slice(None),) * (axis % x.ndim)
@@ -1465,24 +1487,32 @@ def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
 
 
 def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
-    """x cut along an axis where `cut`, such as np.split, cuts a row of numbers."""
+    """x cut along an axis where `cut`, such as np.split, cuts the row 0, 1, 2, ..."""
     x = as_tensor(x)
     try:
         pieces = cut(np.arange(x.shape[axis]), where_to_cut)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
-    return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
+        raise ValueError(f"split of shape {x.shape} along axis {axis}: "
+                         f"{error}") from None
+    return [_narrow(x, axis, piece[0] if piece.size else 0, piece.size)
+            for piece in pieces]
 
 
-# The rule for a frame of constants cuts it off. A frame of x's own elements is a move.
+# A frame of x's own elements is a move, like those above. A frame of constants is cut
+# off on the way back.
+_pad_with_elements = _moves("pad",
+                            lambda x, pad_width, mode: np.pad(x, pad_width, mode))
+
+
 def _without_frame(g, y, x, pad_width, value):
-    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]
+    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]  # the frame's width, per axis
     return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
 
 
-_pad_with_constant = _define("pad", lambda x, pad_width, value:
-                             np.pad(x, pad_width, constant_values=value), _without_frame)
-_pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_width, mode))
+_pad_with_constant = _define("pad",
+                             lambda x, pad_width, value:
+                             np.pad(x, pad_width, constant_values=value),
+                             _without_frame)
 
 
 @_answers(np.pad)
