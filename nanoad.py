@@ -1545,7 +1545,10 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 # `g[j]`, whatever i is. In arrays, g of shape (3,) regains the axis that was summed
 # away, which gives (1, 3), and is stretched along it to (4, 3):
 #
-#     >>> @primitive(lambda g, y, x, axis: np.broadcast_to(np.expand_dims(g, axis), x.shape))
+#     >>> def stretched(g, y, x, axis):
+#     ...     return np.broadcast_to(np.expand_dims(g, axis), x.shape)
+#     ...
+#     >>> @primitive(stretched)
 #     ... def naive_sum(x, axis):
 #     ...     return np.sum(x, axis)
 #     ...
@@ -1557,8 +1560,10 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 # The real rule is the same, also for several axes or all. A mean of n elements hands an
 # n-th of g to each. (`_fast_sum`, np.sum in less time, stands at the section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
-    """r, a reduction of x, made to broadcast to x: by axes of length 1, unless axis is None."""
-    return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
+    """r, a reduction of x, with its lost axes as axes of length 1, to broadcast to x."""
+    if axis is None or r.ndim == x.ndim:  # a single number, or the axes were kept
+        return r
+    return np.expand_dims(r, axis)
 
 
 def _count(x: Any, y: Any) -> int:
@@ -1590,8 +1595,10 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 # ### Spread and extremes: what of equal elements?
 #
 # The variance is the mean square of `x - mean(x)`. Written like this, it needs no rule,
-# and neither does its root. But if all elements are equal, the variance is 0, and the
-# slope of the root is infinite. There the root of 1 is taken, and `where` drops it.
+# and neither does its root, `std`. But if all elements are equal, the variance is 0, and
+# the slope of the root is infinite. We want the slope 0 there. It is not enough to choose
+# 0 *after* the root, for the root's rule would still divide by 0, and 0 / 0 is nan. So
+# the root is taken of 1 there, and then dropped.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, with divisor n - ddof, as in np.var (torch.var has ddof=1)."""
@@ -1602,24 +1609,27 @@ def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     total = sum_(x, axis, keepdims=True)
     n = _count(x, total)
     if n <= ddof and total.size:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few for "
-                         f"ddof={ddof}")
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too "
+                         f"few for ddof={ddof}")
     centred = x - total / n
     return sum_(centred * centred, axis, keepdims) / (n - ddof)
 
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
-    """The standard deviation, the root of `var`. Its gradient is 0 for equal elements."""
+    """The standard deviation, the root of `var`; for equal elements its gradient is 0."""
     variance = var(x, axis, ddof, keepdims)
     is_zero = variance == 0
-    return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
+    root = sqrt(where(is_zero, 1, variance))
+    return where(is_zero, variance, root)
 
 
-# The largest (or smallest) element receives the cotangent; several that tie share it
-# evenly. If one is nan, the result is nan: then all are winners, each with share nan.
+# The largest (or smallest) element receives the cotangent. Several that tie share it
+# evenly: the maximum of [3, 1, 3] hands back [g/2, 0, g/2]. If an element is nan, so is
+# the result, and all elements receive nan.
 def _to_ties(g, y, x, axis=None, keepdims=False):
-    y, g = _restore(y, x, axis), _restore(g, x, axis)
+    y = _restore(y, x, axis)
+    g = _restore(g, x, axis)
     is_nan = np.isnan(y)
     winners = (x == y) | is_nan
     count = np.sum(winners, axis, keepdims=True)
@@ -1643,24 +1653,34 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 #
 # Large exponentials overflow: in float32, e^89 is infinite. But a number that is
 # subtracted from all of x cancels in `softmax(x) = e^x / sum(e^x)`. If that is the
-# largest element, no exponential exceeds e^0 = 1. `logsumexp`, the logarithm of the
-# sum, adds it back at the end; its derivative is the softmax, which is `e^(x - y)`.
+# largest element, no exponential exceeds e^0 = 1. `logsumexp`, the logarithm y of the
+# sum, adds it back at the end. Its slope by x_j is `e^x_j / sum(e^x)`, the softmax again,
+# and that is `e^(x_j - y)`, since `sum(e^x) = e^y`.
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
-def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """log(sum(exp(x))), without overflow. If all x are -inf, it is -inf, with gradient nan."""
+def logsumexp(x: Any, axis: int | tuple | None = None,
+              keepdims: bool = False) -> Tensor:
+    """log(sum(exp(x))), without overflow. If all x are -inf: -inf, with gradient nan."""
     top = np.max(x, axis=axis, keepdims=True)
-    top = np.where(np.isfinite(top), top, x.dtype.type(0))  # -inf - -inf would be nan
+    # (-inf - -inf would be nan.)
+    top = np.where(np.isfinite(top), top, x.dtype.type(0))
     with np.errstate(divide="ignore"):  # log(0)
         y = np.log(_fast_sum(np.exp(x - top), axis, keepdims=True)) + top
     return (y if keepdims else np.squeeze(y, axis)).astype(x.dtype, copy=False)
 
 
-# With `y = softmax(x)`, the slope of y_i by x_j is `-y_i y_j`, and `y_j - y_j y_j` for
-# i = j. Multiplied by g_i and added up over i, this gives what x_j receives:
-# `y_j g_j - y_j sum_i(g_i y_i)`. In arrays that is `y * (g - sum(g * y))`; for the
-# logarithm of y it is `g - y * sum(g)`. (`_row_sum`, `_row_dot` and `_row_max` reduce
-# with keepdims=True, and stand at the section's end.)
+# The rule of `y = softmax(x)` is easier to find for its logarithm, `z_i = x_i - log S`,
+# where S is the sum of all e^x_k. The slope of log S by x_j is `e^x_j / S = y_j`, as
+# above. Let x_j move by dx:
+#
+#     z_i moves by     ([i = j] - y_j) dx           [i = j] is 1 for i = j, else 0
+#     x_j receives     g_j - y_j sum_i(g_i)         g times that, added up over i
+#     y_i moves by     y_i ([i = j] - y_j) dx       as y_i = e^z_i
+#     x_j receives     g_j y_j - y_j sum_i(g_i y_i)
+#
+# In arrays, log_softmax has the rule `g - y * sum(g)`, with its exponential for y, and
+# softmax `y * (g - sum(g * y))`. (`_row_sum`, `_row_dot` and `_row_max` reduce with
+# keepdims=True, and stand at the section's end.)
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
@@ -1677,7 +1697,8 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
     if x.size == 0:
         return x
     z = x - _row_max(x, axis)
-    return np.subtract(z, np.log(_row_sum(np.exp(z), axis)), out=z)
+    z -= np.log(_row_sum(np.exp(z), axis))
+    return z
 
 
 # ### Products and running sums: what of zeros?
@@ -1697,9 +1718,10 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 # A running sum hands each cotangent to all elements that had been added by then, so its
 # rule is a running sum from the end.
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The product of all elements, or over the axes given; zeros are no special case."""
+    """The product of all elements, or over the axes given."""
     x, axes = _joined("prod", x, axis)  # (..., n)
-    if x.shape[-1] == 0:  # an empty product is 1; the empty sum keeps x on the tape
+    if x.shape[-1] == 0:
+        # An empty product is 1. (The empty sum, 0, keeps x on the tape.)
         x = 1 + sum_(x, -1, keepdims=True)
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
@@ -1728,21 +1750,28 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
 
 # Products and quantiles work along one axis, so several axes are joined into one.
 def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
-    """x with the named axes joined into one, the last; and the numbers of the named axes."""
+    """x with the named axes joined into one, the last; and the named axes' numbers.
+
+        >>> y, axes = _joined("prod", np.ones((2, 3, 4)), (0, 2))
+        >>> print(y.shape, axes)
+        (3, 8) (0, 2)
+    """
     x = as_tensor(x)
     axes = _axes(name, x, axis)
     moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
-    outer = x.ndim - len(axes)  # the number of axes that stay
-    return reshape(moved, (*moved.shape[:outer], math.prod(moved.shape[outer:]))), axes
+    staying = moved.shape[:x.ndim - len(axes)]
+    length = math.prod(moved.shape[x.ndim - len(axes):])
+    return reshape(moved, (*staying, length)), axes
 
 
 def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
-    """The numbers, from 0 on, of the named axes; None means all. Errors mention `name`."""
+    """The numbers, from 0 on, of the named axes; None means all. Errors have `name`."""
     numbers = range(x.ndim)
     if axis is None:
         return tuple(numbers)
+    named = axis if isinstance(axis, tuple) else (axis,)
     try:
-        axes = tuple(numbers[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+        axes = tuple(numbers[a] for a in named)  # numbers[-1] is the last axis
     except IndexError:
         raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
     if len(set(axes)) < len(axes):
@@ -1774,27 +1803,34 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     x, axes = _joined("quantile", x, axis)  # (..., n)
     n = x.shape[-1]
     if n == 0:
-        raise ValueError(f"quantile of {shape}: there are no elements along the axis given")
+        raise ValueError(f"quantile of {shape}: there are no elements along the axis")
     try:
         place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
-    except ValueError as error:  # q is not within [0, 1], or there is no such method
+    except ValueError as error:  # by q, or by the method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
-    # For x (2, 3, n), axis -1, and q (5,): place is (5,), and y will be (2, 3, 5). At the
-    # end, the axis of q moves to the front: (5, 2, 3).
-    ordered = sort(x, -1)
-    below = ordered[..., np.floor(place).astype(int)]  # (..., *q's shape)
-    above = ordered[..., np.ceil(place).astype(int)]
-    part = np.asarray(place % 1, x.dtype)
-    rest = np.asarray(1 - part, x.dtype)
-    above = where(part > 0, above, 0)  # where part is 0, inf * part would be nan
-    y = below * rest + above * part  # (..., *q's shape)
-
-    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # an axis for each of q
-    y = where(np.isnan(last), np.nan, y)  # a nan sorts last
+    y = _at_places(sort(x, -1), place)  # (..., *q's shape)
     if keepdims:
-        y = expand_dims(y, axes)  # (axes count from the front; q's are at the back)
-    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))  # q's axes first
+        y = expand_dims(y, axes)  # these count from the front; q's axes are at the back
+    q_axes = range(place.ndim)
+    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(q_axes))  # (*q's shape, ...)
+
+
+def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
+    """The elements at `place` along the last axis: between two, a mixture of both.
+
+    From `ordered` (2, 3, n) and `place` (5,) it makes a (2, 3, 5).
+    """
+    below = ordered[..., np.floor(place).astype(int)]
+    above = ordered[..., np.ceil(place).astype(int)]
+    part = np.asarray(place % 1, ordered.dtype)
+    rest = np.asarray(1 - part, ordered.dtype)
+    above = where(part > 0, above, 0)  # inf * 0 would be nan
+    y = below * rest + above * part
+
+    # A nan sorts last, and makes every quantile nan.
+    last = ordered[..., -1].reshape(ordered.shape[:-1] + (1,) * place.ndim)  # (2, 3, 1)
+    return where(np.isnan(last), np.nan, y)
 
 
 # ### The same in less time
@@ -1802,7 +1838,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
 # NumPy starts anew for each row, and for a short row that start takes most of the time.
 # So rows are summed by a product with ones, and one call of reduceat takes their maxima
 # (ROWS, II.7). Where that does not fit, we use plain np.sum and np.max.
-_ones = functools.lru_cache(16)(np.ones)
+_ones = functools.lru_cache(16)(np.ones)  # it keeps the last 16 that it has made
 
 
 def _rows(x: Any) -> Any:
@@ -1813,8 +1849,8 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (For rows of 5, OpenBLAS 0.3.31 also reads uninitialized memory. The sums are
-    # right, but NumPy may warn of what was read, so np.sum takes these rows.)
+    # (In rows of 5, OpenBLAS 0.3.31 reads beyond the end. NumPy may warn of what is
+    # there, though the sums are right.)
     if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
@@ -1831,14 +1867,14 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
         return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
-    starts = np.arange(0, x.size, x.shape[-1])
+    starts = np.arange(0, x.size, x.shape[-1])  # of the rows
     maxima = np.maximum.reduceat(x.reshape(-1), starts)
     return maxima.reshape(*x.shape[:-1], 1)
 
 
 def _is_moderate(x: np.ndarray) -> bool:
-    """Whether |x| <= 40. Then e^x < 1e18, and softmax needs no maxima (except in float16)."""
-    if x.dtype == np.float16:
+    """Whether |x| <= 40. Then e^x < 1e18, and softmax needs no maxima."""
+    if x.dtype == np.float16:  # its largest number is 65504
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
 
@@ -1850,18 +1886,21 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
 
     n = _last_axes(x, axis) if x.dtype == np.float32 else 0
     length = math.prod(x.shape[x.ndim - n:])
-    if n == 0 or length > 4096:  # in longer rows a product rounds off too much
+    # (In longer rows a product rounds off too much.)
+    if n == 0 or length > 4096:
         return np.sum(x, axis=axis, keepdims=keepdims)
 
-    sums = _row_sum(x.reshape(*x.shape[:-n], length))  # (..., 1)
-    kept = (1,) * n if keepdims else ()
-    return sums.reshape(x.shape[:-n] + kept)
+    # A row is all that is added up: for x (2, 3, 4) and axis (1, 2), 12 elements.
+    rows = x.reshape(*x.shape[:-n], length)  # (2, 12)
+    shape = x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n]
+    return _row_sum(rows).reshape(shape)
 
 
 def _last_axes(x: np.ndarray, axis: Any) -> int:
     """How many axes `axis` names, if they are the last ones and not all; else 0.
 
-        >>> [_last_axes(np.ones((2, 3, 4)), axis) for axis in (-1, (1, 2), 0, (0, 1, 2))]
+        >>> x = np.ones((2, 3, 4))
+        >>> [_last_axes(x, axis) for axis in (-1, (1, 2), 0, (0, 1, 2))]
         [1, 2, 0, 0]
     """
     if axis is None:
