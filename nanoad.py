@@ -881,8 +881,8 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     """
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
-        raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and an "
-                         "argument that holds floating-point numbers, such as 3.0")
+        raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and "
+                         "an argument that holds floating-point numbers, such as 3.0")
     args = tuple(as_tensor(np.array(_value(a), np.float64)) if i in which else a
                  for i, a in enumerate(args))
 
@@ -905,7 +905,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 
 def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int],
                    rtol: float, eps: float) -> float:
-    """The largest relative error of f's `slopes` by its arguments `which`, at `args`."""
+    """The largest relative error of f's `slopes` by the arguments `which`."""
     largest, worst = 0.0, ""
     for i, slope in zip(which, slopes):
         for index, analytic in np.ndenumerate(slope._data):
@@ -970,9 +970,10 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any,
     if method == "__call__" and not kwargs and ufunc in _FUNCTIONS:
         return _FUNCTIONS[ufunc](*inputs)  # the usual case
 
-    # The others have where= or out=, or are np.add.reduce and its kin, or have no answer.
+    # The others have where= or out=, or are np.add.reduce and its kin, or unknown to us.
     if any(isinstance(a, Tensor) for a in kwargs.get("out", ())):
-        raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its result")
+        raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its "
+                        "result")
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
         return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
 
@@ -1016,10 +1017,10 @@ def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
 def _array(self: Tensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     """The array itself, for which np.asarray and `array[0] = t` ask."""
     if self.requires_grad:
-        raise TypeError("a Tensor that needs a gradient is no array, and as one it would "
-                        "lose it: use np.stack or np.concatenate to join Tensors, "
-                        "nanoad.Tensor([t, u]) for a list of them, and t.numpy() if no "
-                        "gradient is wanted")
+        raise TypeError("a Tensor that needs a gradient is no array, and as one it "
+                        "would lose it: use np.stack or np.concatenate to join "
+                        "Tensors, nanoad.Tensor([t, u]) for a list of them, and "
+                        "t.numpy() if no gradient is wanted")
     return (np.array if copy else np.asarray)(self._data, dtype=dtype)
 
 
@@ -1037,9 +1038,10 @@ _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dty
 
 
 def _define(name: str, forward: Callable, *rules: Callable,
-            answers: Callable | None = None, doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """Make an operation. It answers for NumPy's function `answers`, and for `forward`, if
-    that is one of NumPy's.
+            answers: Callable | None = None,
+            doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
+    """Make an operation. It answers for NumPy's function `answers`; and for `forward`,
+    if that is one of NumPy's.
     """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
@@ -1088,7 +1090,8 @@ rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi),
 
 _copy = _define("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
 
-for _f in _FUNCTIONS.values():  # help() describes those of part I in the same way
+# help() describes the operations of part I in the same way.
+for _f in _FUNCTIONS.values():
     _named(_f, _f.__name__)
 
 
@@ -1150,8 +1153,8 @@ power = _define("power", _to_the_power,
 # *Distance and angle.* `hypot` is the distance of (a, b) from the origin, and its
 # slopes are a and b divided by it. At the origin, a kink, they are taken as 0 (0
 # divided by 1). `arctan2(a, b)` is the angle whose tangent is a / b, and its slopes are
-# `b / (a*a + b*b)` and `-a / (a*a + b*b)`. That sum of squares overflows where its root,
-# the distance, does not, so we divide by the distance twice.
+# `b / (a*a + b*b)` and `-a / (a*a + b*b)`. That sum of squares overflows where its
+# root, the distance, does not, so we divide by the distance twice.
 hypot = _define("hypot", np.hypot,
                 lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
                 lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
@@ -1172,9 +1175,9 @@ arctan2 = _define("arctan2", np.arctan2,
 # logaddexp(x, 0) is the same function and does not. Here are the equation that defines
 # each y, what it becomes when x moves (y' is the slope by x, or by a), and the slope:
 #
-#     softplus    e^y = 1 + e^x      e^y y' = e^x         y' = (e^y - 1) / e^y = 1 - e^-y
-#     sigmoid     1/y = 1 + e^-x     -y' / y^2 = -e^-x    y' = y^2 (1/y - 1)   = y (1 - y)
-#     logaddexp   e^y = e^a + e^b    e^y y' = e^a         y' = 1 / (1 + e^(b - a))
+#     softplus    e^y = 1 + e^x     e^y y' = e^x        y' = (e^y - 1) / e^y = 1 - e^-y
+#     sigmoid     1/y = 1 + e^-x    -y' / y^2 = -e^-x   y' = y^2 (1/y - 1)   = y (1 - y)
+#     logaddexp   e^y = e^a + e^b   e^y y' = e^a        y' = 1 / (1 + e^(b - a))
 #
 # The last is sigmoid(a - b). For logaddexp2, in powers of 2, every exponent is
 # multiplied by log 2, and the slope is sigmoid((a - b) log 2).
@@ -1228,15 +1231,18 @@ def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
            lambda g, y, c, a, b: _chosen(g, c),
            lambda g, y, c, a, b: _chosen(g, np.logical_not(c)))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the bool array `condition` is True, else b."""
+    """a where the bool array `condition` is True, else b.
+
+    The condition has no gradient.
+    """
     if np.asarray(condition).dtype.kind != "b":
         raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
 
 
 # At a kink any slope between the two one-sided ones is right; abs and relu take 0.
-# (np.clip is NumPy's fastest way to do relu. Its rule asks for `y != 0`, not `y > 0`, so
-# that g passes where y is nan.)
+# (np.clip is NumPy's fastest way to do relu. Its rule asks for `y != 0`, not `y > 0`,
+# so that g passes where y is nan.)
 abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
 relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
                lambda g, y, x: _chosen(g, y != 0),
@@ -1289,7 +1295,7 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
 # rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`. Its
-# fast form is `np.bincount([0, 0, 2], weights=[5, 6, 7])`, which gives the same 11, 0, 7.
+# fast form, `np.bincount([0, 0, 2], weights=[5, 6, 7])`, gives the same 11, 0 and 7.
 #
 # bincount has one axis. If x has several, number its elements from 0 on, and let the
 # index pick numbers. These are the places to add at:
@@ -1314,12 +1320,12 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
         out[index] = x
         return out
     if x.dtype.itemsize > 8:
-        np.add.at(out, index, x)  # slower, but bincount would round a longdouble
+        np.add.at(out, index, x)  # slow, but bincount would round a longdouble
         return out
 
     places = np.arange(out.size).reshape(shape)[index]
     weights = np.broadcast_to(x, places.shape)
-    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # (out.size,), float64
+    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # (out.size,)
     return sums.reshape(shape).astype(x.dtype)
 
 
@@ -1339,19 +1345,19 @@ def _names_none_twice(index: Any) -> bool:
 # element came from, and its cotangent goes there. Take tril, which fills the upper
 # triangle with zeros:
 #
-#     positions    moved     cotangent    x receives
-#       1 2         1 0         5 6          5 0       6 goes to position 0, which stands
-#       3 4         3 4         7 8          7 8       for all zeros, and is cut off
+#     positions   moved    cotangent   x receives
+#       1 2        1 0        5 6         5 0       6 goes to position 0, which stands
+#       3 4        3 4        7 8         7 8       for all zeros, and is cut off
 _like_np = functools.partial(_define, doc="As np.{}, with the same arguments.")
 
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
-    """The operation `move`, whose result holds elements of its argument x, and zeros."""
+    """The operation `move`, whose result holds elements of its argument, and zeros."""
 
     def send_back(g, y, x, *settings, **named_settings):
         positions = np.arange(1, x.size + 1).reshape(x.shape)
         came_from = move(positions, *settings, **named_settings)  # y's shape
-        received = scatter_add(g, came_from, (x.size + 1,))  # by position, from 0 on
+        received = scatter_add(g, came_from, (x.size + 1,))  # by position
         return received[1:].reshape(x.shape)
 
     return _like_np(name, move, send_back, answers=answers)
@@ -1392,9 +1398,9 @@ def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
 # Another view undoes it. NumPy makes views without touching an element, and the rules
 # need not touch one, either. To undo a new shape, the rule restores the shape of x.
 #
-# To undo an order of the axes, such as (2, 0, 1), say where each axis of x is now: axis 0
-# is at place 1, axis 1 at place 2, axis 2 at place 0. These places, (1, 2, 0), are the
-# order for the way back. np.argsort finds them.
+# To undo an order of the axes, such as (2, 0, 1), say where each axis of x is now: axis
+# 0 is at place 1, axis 1 at place 2, axis 2 at place 0. These places, (1, 2, 0), are
+# the order for the way back. np.argsort finds them.
 def _in_the_shape_of_x(g, y, x, *_, **__):
     return g.reshape(x.shape)
 
@@ -1402,7 +1408,7 @@ def _in_the_shape_of_x(g, y, x, *_, **__):
 def _permuted_back(g, y, x, *axes):
     if not axes or axes[0] is None:  # the axes were reversed
         return g.T
-    order = np.ravel(axes) % x.ndim  # from 2, 0, 1 or from a tuple (2, 0, 1)
+    order = np.ravel(axes) % x.ndim  # from numbers or from a tuple
     return g.transpose(np.argsort(order))
 
 
@@ -1505,7 +1511,7 @@ _pad_with_elements = _moves("pad",
 
 
 def _without_frame(g, y, x, pad_width, value):
-    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]  # the frame's width, per axis
+    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]  # (x.ndim,)
     return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
 
 
@@ -1560,8 +1566,8 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 # The real rule is the same, also for several axes or all. A mean of n elements hands an
 # n-th of g to each. (`_fast_sum`, np.sum in less time, stands at the section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
-    """r, a reduction of x, with its lost axes as axes of length 1, to broadcast to x."""
-    if axis is None or r.ndim == x.ndim:  # a single number, or the axes were kept
+    """r, a reduction of x, with the lost axes as axes of length 1."""
+    if axis is None or r.ndim == x.ndim:  # a number, or the axes were kept
         return r
     return np.expand_dims(r, axis)
 
@@ -1595,10 +1601,10 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 # ### Spread and extremes: what of equal elements?
 #
 # The variance is the mean square of `x - mean(x)`. Written like this, it needs no rule,
-# and neither does its root, `std`. But if all elements are equal, the variance is 0, and
-# the slope of the root is infinite. We want the slope 0 there. It is not enough to choose
-# 0 *after* the root, for the root's rule would still divide by 0, and 0 / 0 is nan. So
-# the root is taken of 1 there, and then dropped.
+# and neither does its root, `std`. But if all elements are equal, the variance is 0,
+# and the slope of the root is infinite. We want the slope 0 there. It is not enough to
+# choose 0 *after* the root, for the root's rule would still divide by 0, and 0 / 0 is
+# nan. So the root is taken of 1 there, and then dropped.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, with divisor n - ddof, as in np.var (torch.var has ddof=1)."""
@@ -1609,15 +1615,15 @@ def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     total = sum_(x, axis, keepdims=True)
     n = _count(x, total)
     if n <= ddof and total.size:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too "
-                         f"few for ddof={ddof}")
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are "
+                         f"too few for ddof={ddof}")
     centred = x - total / n
     return sum_(centred * centred, axis, keepdims) / (n - ddof)
 
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
-    """The standard deviation, the root of `var`; for equal elements its gradient is 0."""
+    """The standard deviation, the root of `var`. Equal elements have the gradient 0."""
     variance = var(x, axis, ddof, keepdims)
     is_zero = variance == 0
     root = sqrt(where(is_zero, 1, variance))
@@ -1654,13 +1660,16 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 # Large exponentials overflow: in float32, e^89 is infinite. But a number that is
 # subtracted from all of x cancels in `softmax(x) = e^x / sum(e^x)`. If that is the
 # largest element, no exponential exceeds e^0 = 1. `logsumexp`, the logarithm y of the
-# sum, adds it back at the end. Its slope by x_j is `e^x_j / sum(e^x)`, the softmax again,
-# and that is `e^(x_j - y)`, since `sum(e^x) = e^y`.
+# sum, adds it back at the end. Its slope by x_j is `e^x_j / sum(e^x)`, the softmax
+# again, and that is `e^(x_j - y)`, since `sum(e^x) = e^y`.
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
 def logsumexp(x: Any, axis: int | tuple | None = None,
               keepdims: bool = False) -> Tensor:
-    """log(sum(exp(x))), without overflow. If all x are -inf: -inf, with gradient nan."""
+    """log(sum(exp(x))), without overflow.
+
+    If all x are -inf, it is -inf, with gradient nan.
+    """
     top = np.max(x, axis=axis, keepdims=True)
     # (-inf - -inf would be nan.)
     top = np.where(np.isfinite(top), top, x.dtype.type(0))
@@ -1795,7 +1804,10 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
-    """The numbers below which a part q of the elements lies; `method` is as in NumPy."""
+    """The numbers below which a part q of the elements lies.
+
+    q and `method` are as in NumPy.
+    """
     if _tracked(q):
         raise TypeError("quantile: has no derivative by q; give q.numpy()")
     q = _value(q)
@@ -1803,17 +1815,19 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     x, axes = _joined("quantile", x, axis)  # (..., n)
     n = x.shape[-1]
     if n == 0:
-        raise ValueError(f"quantile of {shape}: there are no elements along the axis")
+        raise ValueError(f"quantile of {shape}: there are no elements along the axis "
+                         "given")
     try:
-        place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
+        place = np.quantile(np.arange(float(n)), q, method=method)  # q's shape
     except ValueError as error:  # by q, or by the method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
     y = _at_places(sort(x, -1), place)  # (..., *q's shape)
     if keepdims:
-        y = expand_dims(y, axes)  # these count from the front; q's axes are at the back
-    q_axes = range(place.ndim)
-    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(q_axes))  # (*q's shape, ...)
+        y = expand_dims(y, axes)  # (they count from the front)
+    last_axes = tuple(range(-place.ndim, 0))
+    first_axes = tuple(range(place.ndim))
+    return moveaxis(y, last_axes, first_axes)  # (*q's shape, ...)
 
 
 def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
@@ -1829,7 +1843,8 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
     y = below * rest + above * part
 
     # A nan sorts last, and makes every quantile nan.
-    last = ordered[..., -1].reshape(ordered.shape[:-1] + (1,) * place.ndim)  # (2, 3, 1)
+    last = ordered[..., -1]
+    last = last.reshape(last.shape + (1,) * place.ndim)  # (2, 3, 1)
     return where(np.isnan(last), np.nan, y)
 
 
@@ -1838,7 +1853,7 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
 # NumPy starts anew for each row, and for a short row that start takes most of the time.
 # So rows are summed by a product with ones, and one call of reduceat takes their maxima
 # (ROWS, II.7). Where that does not fit, we use plain np.sum and np.max.
-_ones = functools.lru_cache(16)(np.ones)  # it keeps the last 16 that it has made
+_ones = functools.lru_cache(16)(np.ones)  # np.ones, with its last 16 results kept
 
 
 def _rows(x: Any) -> Any:
@@ -1849,8 +1864,8 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (In rows of 5, OpenBLAS 0.3.31 reads beyond the end. NumPy may warn of what is
-    # there, though the sums are right.)
+    # (For rows of 5, OpenBLAS 0.3.31 also reads memory that nobody has set. The sums
+    # are right, but NumPy may warn of what was read.)
     if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
