@@ -855,7 +855,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     >>> print(grad(grad(my_arctan))(1.0))  # -2x / (1 + x*x)**2
 #     -0.5
 #
-# If that is too slow, write a kernel, and keep what you had as its definition (II.7).
+# (If that is too slow, II.7 has a faster kind, for which this is the definition.)
 #
 # `check_grad` compares the first derivative with differences of the function, then the
 # second with differences of the first, and so on, up to `order`. The slope of a
@@ -970,7 +970,7 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any,
     if method == "__call__" and not kwargs and ufunc in _FUNCTIONS:
         return _FUNCTIONS[ufunc](*inputs)  # the usual case
 
-    # The others have where= or out=, or are np.add.reduce and its kin, or unknown to us.
+    # What is left has where= or out=, or is np.add.reduce or the like, or is not ours.
     if any(isinstance(a, Tensor) for a in kwargs.get("out", ())):
         raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its "
                         "result")
@@ -1106,7 +1106,7 @@ def astype(x: Any, dtype: Any) -> Tensor:
 # ### One word each: where would calculus alone go wrong?
 #
 # *Remainders.* Between its jumps, floor(a/b) is a constant. So the remainder
-# `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod rounds toward zero.)
+# `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod has trunc for floor.)
 mod = _define("mod", np.remainder,
               lambda g, y, a, b: g,
               lambda g, y, a, b: -g * (a // b))
@@ -1140,7 +1140,7 @@ def _power_slope(x: Any, p: Any) -> Any:
 
 
 def _log_of_base(x: Any, p: Any) -> Any:
-    """log x, but 0 where 0 ** p is finite."""
+    """log x; but 0 where x = 0 and p >= 0."""
     return np.log(np.where((x == 0) & (p >= 0), 1, x))
 
 
@@ -1152,16 +1152,17 @@ power = _define("power", _to_the_power,
 
 # *Distance and angle.* `hypot` is the distance of (a, b) from the origin, and its
 # slopes are a and b divided by it. At the origin, a kink, they are taken as 0 (0
-# divided by 1). `arctan2(a, b)` is the angle whose tangent is a / b, and its slopes are
-# `b / (a*a + b*b)` and `-a / (a*a + b*b)`. That sum of squares overflows where its
-# root, the distance, does not, so we divide by the distance twice.
+# divided by 1). `arctan2(a, b)` is the angle whose tangent is t = a/b. The slope of
+# arctan, 1 / (1 + t^2), times those of t, 1/b and -a/b^2, gives `b / (a^2 + b^2)` and
+# `-a / (a^2 + b^2)`. That sum of squares overflows where its root, the distance, does
+# not, so we divide by the distance twice.
 hypot = _define("hypot", np.hypot,
                 lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
                 lambda g, y, a, b: g * (b / np.where(y == 0, 1, y)))
 
 
 def _over_distance_twice(c, a, b):
-    """c / (a*a + b*b), where c is a or b; 0 at the origin."""
+    """c / (a^2 + b^2), where c is a or b; 0 at the origin."""
     distance = np.hypot(a, b)
     distance = np.where(distance == 0, 1, distance)
     return c / distance / distance
@@ -1179,8 +1180,8 @@ arctan2 = _define("arctan2", np.arctan2,
 #     sigmoid     1/y = 1 + e^-x    -y' / y^2 = -e^-x   y' = y^2 (1/y - 1)   = y (1 - y)
 #     logaddexp   e^y = e^a + e^b   e^y y' = e^a        y' = 1 / (1 + e^(b - a))
 #
-# The last is sigmoid(a - b). For logaddexp2, in powers of 2, every exponent is
-# multiplied by log 2, and the slope is sigmoid((a - b) log 2).
+# The first is -expm1(-y), the last sigmoid(a - b). For logaddexp2, in powers of 2,
+# every exponent is multiplied by log 2, and the slope is sigmoid((a - b) log 2).
 softplus = _define("softplus", lambda x: np.logaddexp(x, 0),
                    lambda g, y, x: -g * np.expm1(-y),
                    doc="log(1 + exp(x)), without overflow.")
@@ -1437,7 +1438,7 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     shape = np.shape(_value(x)) or (1,)  # a single number becomes a vector
     axes = range(len(shape))
     try:
-        # (Indexing the range makes of -1 the last axis.)
+        # (axes[-1] is the number of the last axis.)
         first, last = axes[start_dim], axes[end_dim]
         if first > last:
             raise IndexError
@@ -1584,6 +1585,7 @@ def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
     return _fast_sum(x, axis, keepdims).astype(x.dtype, copy=False)
 
 
+# (The `max` is for an empty x: dividing by 0 would warn.)
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            np.broadcast_to(_restore(g, x, axis) / max(1, _count(x, y)), x.shape))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
@@ -1780,7 +1782,7 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
         return tuple(numbers)
     named = axis if isinstance(axis, tuple) else (axis,)
     try:
-        axes = tuple(numbers[a] for a in named)  # numbers[-1] is the last axis
+        axes = tuple(numbers[a] for a in named)  # numbers[-1] is the last
     except IndexError:
         raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
     if len(set(axes)) < len(axes):
@@ -1824,7 +1826,8 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
 
     y = _at_places(sort(x, -1), place)  # (..., *q's shape)
     if keepdims:
-        y = expand_dims(y, axes)  # (they count from the front)
+        # (These count from the front, so the axes of q do not disturb them.)
+        y = expand_dims(y, axes)
     last_axes = tuple(range(-place.ndim, 0))
     first_axes = tuple(range(place.ndim))
     return moveaxis(y, last_axes, first_axes)  # (*q's shape, ...)
@@ -1853,7 +1856,7 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
 # NumPy starts anew for each row, and for a short row that start takes most of the time.
 # So rows are summed by a product with ones, and one call of reduceat takes their maxima
 # (ROWS, II.7). Where that does not fit, we use plain np.sum and np.max.
-_ones = functools.lru_cache(16)(np.ones)  # np.ones, with its last 16 results kept
+_ones = functools.lru_cache(16)(np.ones)  # it keeps its last 16 results
 
 
 def _rows(x: Any) -> Any:
@@ -1889,7 +1892,7 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
 
 def _is_moderate(x: np.ndarray) -> bool:
     """Whether |x| <= 40. Then e^x < 1e18, and softmax needs no maxima."""
-    if x.dtype == np.float16:  # its largest number is 65504
+    if x.dtype == np.float16:  # in which e^12 is infinite
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
 
