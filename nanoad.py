@@ -888,7 +888,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
 
     def weighted(*args: Any) -> Tensor:
         """The weighted sum of f's elements."""
-        (y,) = _outputs("check_grad", [f(*args)])
+        (y,) = _outputs("check_grad", [f(*args)])  # as a Tensor (IV.3)
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
     gradient = grad(weighted, which)
