@@ -866,9 +866,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #
 # To add an operation, write the function and one rule per operand, and call it by its
 # name. The function receives arrays and returns one, so it may use all of NumPy; rules
-# may use operators, functions of `np`, and operations. `check_grad` compares the
-# derivative that the rules give with differences of the function, then the second
-# derivative with differences of the first, and so on, up to `order`:
+# may use operators, functions of `np`, and operations. `check_grad` tests the rules:
 #
 #     >>> @primitive(lambda g, y, x: g / (1 + x * x))
 #     ... def my_arctan(x):
@@ -879,7 +877,19 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     >>> print(grad(grad(my_arctan))(1.0))  # -2x / (1 + x*x)**2
 #     -0.5
 #
-# If that is too slow, write a kernel, and keep what you had as its definition (II.7).
+# (If that is too slow, II.7 has a faster kind, for which this is the definition.)
+#
+# `check_grad` compares the first derivative with differences of the function, then the
+# second with differences of the first, and so on, up to `order`. The slope of a
+# function by one element x is nearly its *central difference*,
+# `(f(x + h) - f(x - h)) / 2h`, with a small h. What the Taylor series has beyond the
+# slope makes an error of some h^2, and rounding makes one of some 1e-16 / h. With
+# h = 1e-5 (`eps`), neither exceeds some 1e-10. A wrong rule is wrong by far more than
+# `rtol`, 1e-5.
+#
+# A function that returns an array is tested as one number, a weighted sum of its
+# elements. The weights are random: the plain sum of a softmax is 1 whatever x is, so a
+# rule that gave zeros would pass.
 
 
 def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
@@ -893,30 +903,31 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     """
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
-        raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and an argument "
-                         "that holds floating-point numbers, such as 3.0")
+        raise ValueError(f"check_grad: needs an order of at least 1, not {order}, and "
+                         "an argument that holds floating-point numbers, such as 3.0")
     args = tuple(as_tensor(np.array(_value(a), np.float64)) if i in which else a
                  for i, a in enumerate(args))
 
     def weighted(*args: Any) -> Tensor:
-        """The sum of f's elements, weighted so that the slopes of two do not cancel."""
-        (y,) = _outputs("check_grad", [f(*args)])
+        """The weighted sum of f's elements."""
+        (y,) = _outputs("check_grad", [f(*args)])  # as a Tensor (IV.3)
         return (y * np.random.default_rng(0).uniform(0.5, 1.5, y.shape)).sum()
 
-    slope_fn = grad(weighted, which)
-    error = _largest_error(weighted, slope_fn(*args), args, which, rtol, eps)
+    gradient = grad(weighted, which)
+    error = _largest_error(weighted, gradient(*args), args, which, rtol, eps)
     if order == 1:
         return error
 
-    def slopes(*args: Any) -> Tensor:  # in one vector; the next order tests this function
-        return concatenate([slope.reshape(-1) for slope in slope_fn(*args)])
+    def slopes(*args: Any) -> Tensor:
+        """All elements of the gradient in one vector: what the next order tests."""
+        return concatenate([slope.reshape(-1) for slope in gradient(*args)])
 
     return max(error, check_grad(slopes, *args, order=order - 1, rtol=rtol, eps=eps))
 
 
-def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rtol: float,
-                   eps: float) -> float:
-    """The largest relative error of the `slopes` of f by its arguments `which`, at `args`."""
+def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int],
+                   rtol: float, eps: float) -> float:
+    """The largest relative error of f's `slopes` by the arguments `which`."""
     largest, worst = 0.0, ""
     for i, slope in zip(which, slopes):
         for index, analytic in np.ndenumerate(slope._data):
@@ -925,9 +936,11 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
             above = f(*args[:i], args[i] + step, *args[i + 1:])
             below = f(*args[:i], args[i] - step, *args[i + 1:])
             numeric = (above.item() - below.item()) / (2 * eps)
-            error = abs(numeric - analytic) / max(1.0, abs(numeric))
-            if not error <= largest:  # not `error > largest`: nan counts as large
-                largest = math.inf if math.isnan(error) else float(error)
+            error = float(abs(numeric - analytic) / max(1.0, abs(numeric)))
+            if math.isnan(error):
+                error = math.inf
+            if error > largest:
+                largest = error
                 worst = (f"by argument {i} at index {index}: numeric {numeric:.9g}, "
                          f"analytic {analytic:.9g}")
     if largest > rtol:
@@ -956,13 +969,14 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int], rt
 # - Every other call raises TypeError: going on with bare arrays would cut the tape, and
 #   the gradient would be wrong.
 _FUNCTIONS = {  # a function of NumPy -> our function that answers for it
-    np.positive: identity, np.negative: neg, np.add: add, np.subtract: sub, np.multiply: mul,
-    np.true_divide: div, np.exp: exp, np.log: log, np.sin: sin, np.cos: cos,
+    np.positive: identity, np.negative: neg,
+    np.add: add, np.subtract: sub, np.multiply: mul, np.true_divide: div,
+    np.exp: exp, np.log: log, np.sin: sin, np.cos: cos,
 }
 
 
 def _answers(*functions: Callable | None) -> Callable:
-    """Decorate the function that replaces these functions of NumPy when they meet a Tensor."""
+    """Decorate the function that answers for these functions of NumPy."""
     def register(answer: Callable) -> Callable:
         for function in functions:
             if function is not None:  # None: the installed NumPy lacks it
@@ -972,14 +986,16 @@ def _answers(*functions: Callable | None) -> Callable:
     return register
 
 
-def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-    """The result of `ufunc(*inputs, **kwargs)`, where an input or output is a Tensor."""
-    if any(isinstance(a, Tensor) for a in kwargs.get("out", ())):
-        raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its result")
+def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any,
+                 **kwargs: Any) -> Any:
+    """The result of `ufunc(*inputs, **kwargs)`, where a Tensor is involved."""
+    if method == "__call__" and not kwargs and ufunc in _FUNCTIONS:
+        return _FUNCTIONS[ufunc](*inputs)  # the usual case
 
-    is_plain = method == "__call__" and not kwargs  # not np.add.reduce, and without where=
-    if is_plain and ufunc in _FUNCTIONS:
-        return _FUNCTIONS[ufunc](*inputs)
+    # What is left has where= or out=, or is np.add.reduce or the like, or is not ours.
+    if any(isinstance(a, Tensor) for a in kwargs.get("out", ())):
+        raise TypeError(f"numpy.{ufunc.__name__}: out= cannot be a Tensor; use its "
+                        "result")
     if ufunc in _WITHOUT_GRADIENT or not any(map(_tracked, inputs)):
         return getattr(ufunc, method)(*map(_value, inputs), **kwargs)
 
@@ -989,11 +1005,13 @@ def _array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwa
 
 def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
                     kwargs: dict) -> Any:
-    """The result of NumPy's `function(*args, **kwargs)`, where some argument holds a Tensor."""
+    """The result of `function(*args, **kwargs)`, where an argument holds a Tensor."""
     if function in _FUNCTIONS:
         return _FUNCTIONS[function](*args, **kwargs)
 
-    items, _ = _flatten((args, kwargs))  # a Tensor may be in a list, as for np.block
+    # The Tensor may be in a list, as for np.block. `_flatten` lists what is in such
+    # nests, and `_map_tree` applies a function to it (IV.3).
+    items, _ = _flatten((args, kwargs))
     if function in _WITHOUT_GRADIENT or not any(map(_tracked, items)):
         return function(*_map_tree(_value, args), **_map_tree(_value, kwargs))
     raise TypeError(_no_derivative(function.__module__, function.__name__))
@@ -1001,27 +1019,30 @@ def _array_function(self: Tensor, function: Callable, types: Any, args: tuple,
 
 # If another function does the same and has a derivative, the message names it.
 _INSTEAD = {
-    "add.reduce": "np.sum", "add.accumulate": "np.cumsum", "multiply.reduce": "np.prod",
-    "multiply.accumulate": "np.cumprod", "multiply.outer": "np.outer", "maximum.reduce": "np.max",
-    "minimum.reduce": "np.min", "modf": "np.fmod(t, 1)", "put": "np.where", "copyto": "np.where",
-    "place": "np.where", "cumulative_sum": "np.cumsum", "cumulative_prod": "np.cumprod",
-    "block": "np.concatenate",
+    "add.reduce": "np.sum", "multiply.reduce": "np.prod",
+    "add.accumulate": "np.cumsum", "multiply.accumulate": "np.cumprod",
+    "cumulative_sum": "np.cumsum", "cumulative_prod": "np.cumprod",
+    "maximum.reduce": "np.max", "minimum.reduce": "np.min",
+    "put": "np.where", "copyto": "np.where", "place": "np.where",
+    "multiply.outer": "np.outer", "modf": "np.fmod(t, 1)", "block": "np.concatenate",
 }
 
 
 def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
     instead = _INSTEAD.get(name, "a function of nanoad.functional")
-    given = f" with {', '.join(options)}=" if options else ""
-    return (f"{module}.{name}{given}: nanoad has no derivative for this; use {instead}, or call an "
-            "operation of your own (nanoad.primitive), or t.numpy() if no gradient is wanted")
+    with_options = f" with {', '.join(options)}=" if options else ""
+    return (f"{module}.{name}{with_options}: nanoad has no derivative for this; use "
+            f"{instead}, or call an operation of your own (nanoad.primitive), or "
+            "t.numpy() if no gradient is wanted")
 
 
 def _array(self: Tensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     """The array itself, for which np.asarray and `array[0] = t` ask."""
     if self.requires_grad:
-        raise TypeError("a Tensor that needs a gradient is no array, and as one it would lose it: use "
-                        "np.stack or np.concatenate to join Tensors, nanoad.Tensor([t, u]) for a "
-                        "list of them, and t.numpy() if no gradient is wanted")
+        raise TypeError("a Tensor that needs a gradient is no array, and as one it "
+                        "would lose it: use np.stack or np.concatenate to join "
+                        "Tensors, nanoad.Tensor([t, u]) for a list of them, and "
+                        "t.numpy() if no gradient is wanted")
     return (np.array if copy else np.asarray)(self._data, dtype=dtype)
 
 
@@ -1034,18 +1055,15 @@ Tensor.__array__ = _array
 # Beside g stands the derivative that every table of calculus has. Here an element of
 # the result depends on one element of each operand, so each operand receives `g` times
 # that derivative, and this section is such a table. `_define` makes one row of it from
-# a function and its rules.
-#
-# (Three formulas are written with care. `(1 - x) * (1 + x)` stands for 1 - x^2, which
-# would lose its digits near 1, and `hypot(1, x)` for the root of 1 + x^2, which would
-# overflow. The two roots of arccosh stand for that of x^2 - 1, which would do both.)
+# a name, a function and its rules.
 _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dtypes."
 
 
-def _define(name: str, forward: Callable, *rules: Callable, answers: Callable | None = None,
+def _define(name: str, forward: Callable, *rules: Callable,
+            answers: Callable | None = None,
             doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """Make an operation. It answers for NumPy's function `answers`, and for `forward` if
-    that is NumPy's, too.
+    """Make an operation. It answers for NumPy's function `answers`; and for `forward`,
+    if that is one of NumPy's.
     """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
@@ -1063,9 +1081,6 @@ def _named(operation: Callable, name: str, doc: str = _ELEMENT_BY_ELEMENT) -> Ca
     return operation
 
 
-for _operation_of_part_one in _FUNCTIONS.values():  # help() shows these as ours, too
-    _named(_operation_of_part_one, _operation_of_part_one.__name__)
-
 exp2 = _define("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
 expm1 = _define("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _define("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
@@ -1075,20 +1090,31 @@ sqrt = _define("sqrt", np.sqrt, lambda g, y, x: g / (2 * y))
 cbrt = _define("cbrt", np.cbrt, lambda g, y, x: g / (3 * y * y))
 
 tan = _define("tan", np.tan, lambda g, y, x: g * (1 + y * y))
+arctan = _define("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
+# (1 - x) * (1 + x) is 1 - x^2, and keeps its digits where x is near 1.
 arcsin = _define("arcsin", np.arcsin, lambda g, y, x: g / np.sqrt((1 - x) * (1 + x)))
 arccos = _define("arccos", np.arccos, lambda g, y, x: -g / np.sqrt((1 - x) * (1 + x)))
-arctan = _define("arctan", np.arctan, lambda g, y, x: g / (1 + x * x))
-deg2rad = _define("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180), answers=np.radians)
-rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi), answers=np.degrees)
 
 sinh = _define("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
 cosh = _define("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
 tanh = _define("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
-arcsinh = _define("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
-arccosh = _define("arccosh", np.arccosh, lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
 arctanh = _define("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
+# hypot(1, x) is the root of 1 + x^2, and the two roots below are that of x^2 - 1; their
+# squares would overflow.
+arcsinh = _define("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
+arccosh = _define("arccosh", np.arccosh,
+                  lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
+
+deg2rad = _define("deg2rad", np.deg2rad, lambda g, y, x: g * (math.pi / 180),
+                  answers=np.radians)
+rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi),
+                  answers=np.degrees)
 
 _copy = _define("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
+
+# help() describes the operations of part I in the same way.
+for _f in _FUNCTIONS.values():
+    _named(_f, _f.__name__)
 
 
 @primitive(lambda g, y, x, dtype: g)
@@ -1102,7 +1128,7 @@ def astype(x: Any, dtype: Any) -> Tensor:
 # ### One word each: where would calculus alone go wrong?
 #
 # *Remainders.* Between its jumps, floor(a/b) is a constant. So the remainder
-# `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod rounds toward zero.)
+# `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod has trunc for floor.)
 mod = _define("mod", np.remainder,
               lambda g, y, a, b: g,
               lambda g, y, a, b: -g * (a // b))
@@ -1113,16 +1139,18 @@ fmod = _define("fmod", np.fmod,
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
 # x = 0 they need care:
 #
-#     by x, if p = 0     0 * 0 ** -1 would be nan; 0 * 0 ** 0 is 0, as it should be
-#     by p, if p >= 0    log 0 would give nan; log 1 is taken instead, and the slope is 0
+#     by x, if p = 0     0 * 0 ** -1 would be nan; we take 0 * 0 ** 0 = 0
+#     by p, if p >= 0    y log 0 would be nan or -inf; we take y log 1 = 0
 #     by p, if p < 0     y is infinite, and so is the slope: nothing to do
-_PRODUCTS = {1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}
-
-
 def _to_the_power(x: Any, p: Any) -> Any:
-    """x ** p. The powers 1 to 3 are products, ten times faster than the C library's pow."""
-    if isinstance(p, (int, float)) and p in _PRODUCTS:
-        return _PRODUCTS[p](x)
+    """x ** p. Products are ten times faster than the C library's pow."""
+    if isinstance(p, (int, float)):
+        if p == 1:
+            return x
+        if p == 2:
+            return x * x
+        if p == 3:
+            return x * x * x
     return x ** p
 
 
@@ -1133,16 +1161,22 @@ def _power_slope(x: Any, p: Any) -> Any:
     return p * x ** np.where((p == 0) & (x == 0), 0, p - 1)
 
 
+def _log_of_base(x: Any, p: Any) -> Any:
+    """log x; but 0 where x = 0 and p >= 0."""
+    return np.log(np.where((x == 0) & (p >= 0), 1, x))
+
+
 power = _define("power", _to_the_power,
                 lambda g, y, x, p: g * _power_slope(x, p),
-                lambda g, y, x, p: g * (y * np.log(np.where((x == 0) & (p >= 0), 1, x))),
+                lambda g, y, x, p: g * (y * _log_of_base(x, p)),
                 answers=np.power)
 
 
 # *Distance and angle.* `hypot` is the distance of (a, b) from the origin, and its
 # slopes are a and b divided by it. At the origin, a kink, they are taken as 0 (0
-# divided by 1). arctan2 is the angle, and its slopes are `b / (a*a + b*b)` and
-# `-a / (a*a + b*b)`. That sum of squares overflows where its root, the distance, does
+# divided by 1). `arctan2(a, b)` is the angle whose tangent is t = a/b. The slope of
+# arctan, 1 / (1 + t^2), times those of t, 1/b and -a/b^2, gives `b / (a^2 + b^2)` and
+# `-a / (a^2 + b^2)`. That sum of squares overflows where its root, the distance, does
 # not, so we divide by the distance twice.
 hypot = _define("hypot", np.hypot,
                 lambda g, y, a, b: g * (a / np.where(y == 0, 1, y)),
@@ -1150,7 +1184,7 @@ hypot = _define("hypot", np.hypot,
 
 
 def _over_distance_twice(c, a, b):
-    """c / (a*a + b*b), where c is a or b; and 0 at the origin."""
+    """c / (a^2 + b^2), where c is a or b; 0 at the origin."""
     distance = np.hypot(a, b)
     distance = np.where(distance == 0, 1, distance)
     return c / distance / distance
@@ -1162,11 +1196,14 @@ arctan2 = _define("arctan2", np.arctan2,
 
 # *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
 # logaddexp(x, 0) is the same function and does not. Here are the equation that defines
-# each y, and the slope that follows from it:
+# each y, what it becomes when x moves (y' is the slope by x, or by a), and the slope:
 #
-#     softplus    e^y = 1 + e^x        e^x / (1 + e^x)    =  1 - e^-y
-#     sigmoid     1/y = 1 + e^-x       e^-x y^2           =  y (1 - y)
-#     logaddexp   e^y = e^a + e^b      e^a / (e^a + e^b)  =  sigmoid(a - b), by a
+#     softplus    e^y = 1 + e^x     e^y y' = e^x        y' = (e^y - 1) / e^y = 1 - e^-y
+#     sigmoid     1/y = 1 + e^-x    -y' / y^2 = -e^-x   y' = y^2 (1/y - 1)   = y (1 - y)
+#     logaddexp   e^y = e^a + e^b   e^y y' = e^a        y' = 1 / (1 + e^(b - a))
+#
+# The first is -expm1(-y), the last sigmoid(a - b). For logaddexp2, in powers of 2,
+# every exponent is multiplied by log 2, and the slope is sigmoid((a - b) log 2).
 softplus = _define("softplus", lambda x: np.logaddexp(x, 0),
                    lambda g, y, x: -g * np.expm1(-y),
                    doc="log(1 + exp(x)), without overflow.")
@@ -1217,16 +1254,21 @@ def _write_chosen(out: np.ndarray, x: np.ndarray, mask: Any) -> None:
            lambda g, y, c, a, b: _chosen(g, c),
            lambda g, y, c, a, b: _chosen(g, np.logical_not(c)))
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the bool array `condition` is True, else b. The condition has no gradient."""
+    """a where the bool array `condition` is True, else b.
+
+    The condition has no gradient.
+    """
     if np.asarray(condition).dtype.kind != "b":
         raise TypeError("the condition must be a bool array, such as x > 0")
     return np.where(condition, a, b)
 
 
 # At a kink any slope between the two one-sided ones is right; abs and relu take 0.
+# (np.clip is NumPy's fastest way to do relu. Its rule asks for `y != 0`, not `y > 0`,
+# so that g passes where y is nan.)
 abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
-relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way to do it
-               lambda g, y, x: _chosen(g, y != 0),  # not y > 0, so that g passes at nan
+relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
+               lambda g, y, x: _chosen(g, y != 0),
                doc="max(x, 0), element by element.")
 
 
@@ -1240,15 +1282,16 @@ relu = _define("relu", lambda x: np.clip(x, 0, np.inf),  # NumPy's fastest way t
 #                nan    3      nan    g            g             (as in PyTorch)
 #     fmax       nan    3      3      0            g
 def _to_the_chosen(g, y, mine, other):
-    """What one operand receives: g where the other differs from y, half of g at a tie."""
+    """What one operand receives: g where the other is not y, half of g at a tie."""
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
-_of_two = _to_the_chosen, lambda g, y, a, b: _to_the_chosen(g, y, b, a)
-maximum = _define("maximum", np.maximum, *_of_two)
-minimum = _define("minimum", np.minimum, *_of_two)
-fmax = _define("fmax", np.fmax, *_of_two)
-fmin = _define("fmin", np.fmin, *_of_two)
+_rules_of_two = (lambda g, y, a, b: _to_the_chosen(g, y, a, b),
+                 lambda g, y, a, b: _to_the_chosen(g, y, b, a))
+maximum = _define("maximum", np.maximum, *_rules_of_two)
+minimum = _define("minimum", np.minimum, *_rules_of_two)
+fmax = _define("fmax", np.fmax, *_rules_of_two)
+fmin = _define("fmin", np.fmin, *_rules_of_two)
 
 # Within the bounds x equals y, and receives g; nan counts as outside (as in PyTorch).
 _clip = _define("clip", lambda x, low, high: np.clip(x, low, high),
@@ -1256,9 +1299,10 @@ _clip = _define("clip", lambda x, low, high: np.clip(x, low, high),
 
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
-    """x limited to [low, high]; the bounds are constants, and the gradient passes within."""
+    """x limited to [low, high], which are constants. The gradient passes within."""
     if _tracked(low) or _tracked(high):
-        raise TypeError("clip: the bounds are constants; for Tensors use maximum and minimum")
+        raise TypeError("clip: the bounds are constants; for Tensors use maximum and "
+                        "minimum")
     return _clip(x, _value(low), _value(high))
 
 
@@ -1273,12 +1317,19 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Tensor:
 #     [11.  0.  7.]
 #
 # Indexing takes elements out, *scatter-add* puts them back, and each is the other's
-# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`.
-# `np.add.at` does that, and is slow if the index picks whole rows. `np.bincount([0, 0,
-# 2], weights=[5, 6, 7])` gives the same 11, 0, 7, and is faster there. (For a small
-# table a product is faster still: SCATTER, II.7.) If there are several axes, the
-# elements are numbered, and the index picks numbers. (An index of numbers and slices,
-# or a mask, names no element twice, so `out[index] = x` is enough.)
+# rule. The naive scatter is a loop, `for i, g_i in zip(index, g): out[i] += g_i`. Its
+# fast form, `np.bincount([0, 0, 2], weights=[5, 6, 7])`, gives the same 11, 0 and 7.
+#
+# bincount has one axis. If x has several, number its elements from 0 on, and let the
+# index pick numbers. These are the places to add at:
+#
+#     >>> np.arange(6).reshape(3, 2)[[0, 0, 2]]
+#     array([[0, 1],
+#            [0, 1],
+#            [4, 5]])
+#
+# An index of numbers and slices, or a mask, names no element twice. For these
+# `out[index] = x` is enough.
 getitem = _define("getitem", lambda x, index: x[index],
                   lambda g, y, x, index: scatter_add(g, index, x.shape),
                   doc="x[index], with NumPy's basic and advanced indexing.")
@@ -1286,18 +1337,18 @@ getitem = _define("getitem", lambda x, index: x[index],
 
 @primitive(lambda g, y, x, index, shape: g[index])
 def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
-    """Zeros of `shape`, with the elements of x added at `index`: the transpose of indexing."""
+    """Zeros of `shape`, with the elements of x added at `index`."""
     out = np.zeros(shape, x.dtype)
     if _names_none_twice(index):
         out[index] = x
         return out
-    if x.dtype.itemsize > 8:  # a longdouble, which bincount would round
-        np.add.at(out, index, x)
+    if x.dtype.itemsize > 8:
+        np.add.at(out, index, x)  # slow, but bincount would round a longdouble
         return out
 
     places = np.arange(out.size).reshape(shape)[index]
     weights = np.broadcast_to(x, places.shape)
-    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # float64, (out.size,)
+    sums = np.bincount(places.ravel(), weights.ravel(), out.size)  # (out.size,)
     return sums.reshape(shape).astype(x.dtype)
 
 
@@ -1306,27 +1357,31 @@ def _names_none_twice(index: Any) -> bool:
     if isinstance(index, np.ndarray):
         return index.dtype == bool
     entries = index if isinstance(index, tuple) else (index,)
-    return all(isinstance(e, (int, np.integer, slice, type(None), type(...))) for e in entries)
+    harmless = (int, np.integer, slice, type(None), type(...))
+    return all(isinstance(entry, harmless) for entry in entries)
 
 
 # ### Any move: where did each element come from?
 #
 # An operation that only moves or repeats elements needs no rule of its own. Let NumPy
 # move the *positions* 1, 2, 3, ... instead of the elements: the result tells where each
-# element came from, and its cotangent goes there. tril turns the positions
-# [[1, 2], [3, 4]] into [[1, 0], [3, 4]]. So if the cotangent is [[5, 6], [7, 8]], the
-# 5, 7 and 8 go to the positions 1, 3 and 4. The 6 goes to position 0, which stands for
-# all zeros that were filled in, and is cut off.
+# element came from, and its cotangent goes there. Take tril, which fills the upper
+# triangle with zeros:
+#
+#     positions   moved    cotangent   x receives
+#       1 2        1 0        5 6         5 0       6 goes to position 0, which stands
+#       3 4        3 4        7 8         7 8       for all zeros, and is cut off
 _like_np = functools.partial(_define, doc="As np.{}, with the same arguments.")
 
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
-    """The operation `move`, whose result holds elements of its first argument, and zeros."""
+    """The operation `move`, whose result holds elements of its argument, and zeros."""
 
-    def send_back(g, y, x, *settings, **named):
+    def send_back(g, y, x, *settings, **named_settings):
         positions = np.arange(1, x.size + 1).reshape(x.shape)
-        came_from = move(positions, *settings, **named)
-        return scatter_add(g, came_from, (x.size + 1,))[1:].reshape(x.shape)
+        came_from = move(positions, *settings, **named_settings)  # y's shape
+        received = scatter_add(g, came_from, (x.size + 1,))  # by position
+        return received[1:].reshape(x.shape)
 
     return _like_np(name, move, send_back, answers=answers)
 
@@ -1340,10 +1395,14 @@ diag = _moves("diag", np.diag)
 diagonal = _moves("diagonal", np.diagonal)
 tril = _moves("tril", np.tril)
 triu = _moves("triu", np.triu)
-take = _moves("take", lambda a, indices, axis=None, *, mode="raise":  # without NumPy's out=
-              np.take(a, indices, axis, mode=mode), answers=np.take)
-take_along_axis = _moves("take_along_axis", lambda arr, indices, axis=-1:  # as in NumPy 2.3
-                         np.take_along_axis(arr, indices, axis), answers=np.take_along_axis)
+take = _moves("take",
+              lambda a, indices, axis=None, *, mode="raise":
+              np.take(a, indices, axis, mode=mode),
+              answers=np.take)
+take_along_axis = _moves("take_along_axis",
+                         lambda arr, indices, axis=-1:
+                         np.take_along_axis(arr, indices, axis),
+                         answers=np.take_along_axis)
 
 
 # Sorting moves elements, too; argsort tells which. (Equal elements keep their order.)
@@ -1360,8 +1419,11 @@ def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
 # ### The same elements in another shape: what undoes a view?
 #
 # Another view undoes it. NumPy makes views without touching an element, and the rules
-# need not touch one, either. To undo a new shape, the rule restores the shape of x; to
-# undo an order of the axes, such as (2, 0, 1), it takes the argsort, (1, 2, 0).
+# need not touch one, either. To undo a new shape, the rule restores the shape of x.
+#
+# To undo an order of the axes, such as (2, 0, 1), say where each axis of x is now: axis
+# 0 is at place 1, axis 1 at place 2, axis 2 at place 0. These places, (1, 2, 0), are
+# the order for the way back. np.argsort finds them.
 def _in_the_shape_of_x(g, y, x, *_, **__):
     return g.reshape(x.shape)
 
@@ -1369,7 +1431,7 @@ def _in_the_shape_of_x(g, y, x, *_, **__):
 def _permuted_back(g, y, x, *axes):
     if not axes or axes[0] is None:  # the axes were reversed
         return g.T
-    order = np.ravel(axes) % x.ndim  # (2, 0, 1), given as three numbers or as a tuple
+    order = np.ravel(axes) % x.ndim  # from numbers or from a tuple
     return g.transpose(np.argsort(order))
 
 
@@ -1384,24 +1446,27 @@ swapaxes = _like_np("swapaxes", lambda x, axis1, axis2: x.swapaxes(axis1, axis2)
                     answers=np.swapaxes)
 moveaxis = _like_np("moveaxis",
                     lambda x, source, destination: np.moveaxis(x, source, destination),
-                    lambda g, y, x, source, destination: np.moveaxis(g, destination, source),
+                    lambda g, y, x, source, destination:
+                    np.moveaxis(g, destination, source),
                     answers=np.moveaxis)
+# (The walk sums over the copies: I.4.)
 broadcast_to = _like_np("broadcast_to", lambda x, shape: np.broadcast_to(x, shape),
-                        lambda g, y, x, shape: g,  # the walk sums over the copies (I.4)
+                        lambda g, y, x, shape: g,
                         answers=np.broadcast_to)
 
 
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """x with the axes `start_dim` to `end_dim` joined into one, as in torch.flatten."""
-    shape = np.shape(_value(x)) or (1,)
+    shape = np.shape(_value(x)) or (1,)  # a single number becomes a vector
     axes = range(len(shape))
     try:
-        first, last = axes[start_dim], axes[end_dim]  # a negative one counts from the end
+        # (axes[-1] is the number of the last axis.)
+        first, last = axes[start_dim], axes[end_dim]
         if first > last:
             raise IndexError
     except (IndexError, TypeError):
-        raise ValueError(f"flatten of shape {shape}: there are no axes {start_dim!r} to "
-                         f"{end_dim!r}") from None
+        raise ValueError(f"flatten of shape {shape}: there are no axes {start_dim!r} "
+                         f"to {end_dim!r}") from None
     joined = math.prod(shape[first:last + 1])
     return reshape(x, (*shape[:first], joined, *shape[last + 1:]))
 
@@ -1410,7 +1475,8 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 #
 # Each operand of a concatenation receives the slice of g that lies where the operand
 # was put: operands of 2 and 3 rows receive `g[0:2]` and `g[2:5]`. One rule, `each`
-# (I.2), serves any number of operands.
+# (I.2), serves any number of operands. (`_with_shape`, II.6, makes arrays of lists and
+# numbers.)
 def _narrow(x: Any, axis: int, start: int, n: int) -> Any:
     """x[start:start + n] along an axis, as in torch.narrow."""
     before = (slice(None),) * (axis % x.ndim)
@@ -1450,24 +1516,32 @@ def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Tensor]:
 
 
 def _cut(cut: Callable, x: Any, where_to_cut: Any, axis: int) -> list[Tensor]:
-    """x cut along an axis where `cut`, such as np.split, cuts a row of numbers."""
+    """x cut along an axis where `cut`, such as np.split, cuts the row 0, 1, 2, ..."""
     x = as_tensor(x)
     try:
         pieces = cut(np.arange(x.shape[axis]), where_to_cut)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"split of shape {x.shape} along axis {axis}: {error}") from None
-    return [_narrow(x, axis, p[0] if p.size else 0, p.size) for p in pieces]
+        raise ValueError(f"split of shape {x.shape} along axis {axis}: "
+                         f"{error}") from None
+    return [_narrow(x, axis, piece[0] if piece.size else 0, piece.size)
+            for piece in pieces]
 
 
-# The rule for a frame of constants cuts it off. A frame of x's own elements is a move.
+# A frame of x's own elements is a move, like those above. A frame of constants is cut
+# off on the way back.
+_pad_with_elements = _moves("pad",
+                            lambda x, pad_width, mode: np.pad(x, pad_width, mode))
+
+
 def _without_frame(g, y, x, pad_width, value):
-    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]
+    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]  # (x.ndim,)
     return g[tuple(slice(b, b + n) for b, n in zip(before, x.shape))]
 
 
-_pad_with_constant = _define("pad", lambda x, pad_width, value:
-                             np.pad(x, pad_width, constant_values=value), _without_frame)
-_pad_with_elements = _moves("pad", lambda x, pad_width, mode: np.pad(x, pad_width, mode))
+_pad_with_constant = _define("pad",
+                             lambda x, pad_width, value:
+                             np.pad(x, pad_width, constant_values=value),
+                             _without_frame)
 
 
 @_answers(np.pad)
@@ -1500,7 +1574,10 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 # `g[j]`, whatever i is. In arrays, g of shape (3,) regains the axis that was summed
 # away, which gives (1, 3), and is stretched along it to (4, 3):
 #
-#     >>> @primitive(lambda g, y, x, axis: np.broadcast_to(np.expand_dims(g, axis), x.shape))
+#     >>> def stretched(g, y, x, axis):
+#     ...     return np.broadcast_to(np.expand_dims(g, axis), x.shape)
+#     ...
+#     >>> @primitive(stretched)
 #     ... def naive_sum(x, axis):
 #     ...     return np.sum(x, axis)
 #     ...
@@ -1512,8 +1589,10 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *,
 # The real rule is the same, also for several axes or all. A mean of n elements hands an
 # n-th of g to each. (`_fast_sum`, np.sum in less time, stands at the section's end.)
 def _restore(r: Any, x: Any, axis: Any) -> Any:
-    """r, a reduction of x, made to broadcast to x: by axes of length 1, unless axis is None."""
-    return r if axis is None or r.ndim == x.ndim else np.expand_dims(r, axis)
+    """r, a reduction of x, with the lost axes as axes of length 1."""
+    if axis is None or r.ndim == x.ndim:  # a number, or the axes were kept
+        return r
+    return np.expand_dims(r, axis)
 
 
 def _count(x: Any, y: Any) -> int:
@@ -1528,6 +1607,7 @@ def sum_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
     return _fast_sum(x, axis, keepdims).astype(x.dtype, copy=False)
 
 
+# (The `max` is for an empty x: dividing by 0 would warn.)
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            np.broadcast_to(_restore(g, x, axis) / max(1, _count(x, y)), x.shape))
 def mean(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
@@ -1545,8 +1625,10 @@ def trace(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
 # ### Spread and extremes: what of equal elements?
 #
 # The variance is the mean square of `x - mean(x)`. Written like this, it needs no rule,
-# and neither does its root. But if all elements are equal, the variance is 0, and the
-# slope of the root is infinite. There the root of 1 is taken, and `where` drops it.
+# and neither does its root, `std`. But if all elements are equal, the variance is 0,
+# and the slope of the root is infinite. We want the slope 0 there. It is not enough to
+# choose 0 *after* the root, for the root's rule would still divide by 0, and 0 / 0 is
+# nan. So the root is taken of 1 there, and then dropped.
 def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
     """The variance, with divisor n - ddof, as in np.var (torch.var has ddof=1)."""
@@ -1557,24 +1639,27 @@ def var(x: Any, axis: int | tuple | None = None, ddof: int = 0,
     total = sum_(x, axis, keepdims=True)
     n = _count(x, total)
     if n <= ddof and total.size:
-        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are too few for "
-                         f"ddof={ddof}")
+        raise ValueError(f"var of shape {x.shape} over axis {axis}: {n} elements are "
+                         f"too few for ddof={ddof}")
     centred = x - total / n
     return sum_(centred * centred, axis, keepdims) / (n - ddof)
 
 
 def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
         keepdims: bool = False) -> Tensor:
-    """The standard deviation, the root of `var`. Its gradient is 0 for equal elements."""
+    """The standard deviation, the root of `var`. Equal elements have the gradient 0."""
     variance = var(x, axis, ddof, keepdims)
     is_zero = variance == 0
-    return where(is_zero, variance, sqrt(where(is_zero, 1, variance)))
+    root = sqrt(where(is_zero, 1, variance))
+    return where(is_zero, variance, root)
 
 
-# The largest (or smallest) element receives the cotangent; several that tie share it
-# evenly. If one is nan, the result is nan: then all are winners, each with share nan.
+# The largest (or smallest) element receives the cotangent. Several that tie share it
+# evenly: the maximum of [3, 1, 3] hands back [g/2, 0, g/2]. If an element is nan, so is
+# the result, and all elements receive nan.
 def _to_ties(g, y, x, axis=None, keepdims=False):
-    y, g = _restore(y, x, axis), _restore(g, x, axis)
+    y = _restore(y, x, axis)
+    g = _restore(g, x, axis)
     is_nan = np.isnan(y)
     winners = (x == y) | is_nan
     count = np.sum(winners, axis, keepdims=True)
@@ -1598,24 +1683,37 @@ def min_(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Ten
 #
 # Large exponentials overflow: in float32, e^89 is infinite. But a number that is
 # subtracted from all of x cancels in `softmax(x) = e^x / sum(e^x)`. If that is the
-# largest element, no exponential exceeds e^0 = 1. `logsumexp`, the logarithm of the
-# sum, adds it back at the end; its derivative is the softmax, which is `e^(x - y)`.
+# largest element, no exponential exceeds e^0 = 1. `logsumexp`, the logarithm y of the
+# sum, adds it back at the end. Its slope by x_j is `e^x_j / sum(e^x)`, the softmax
+# again, and that is `e^(x_j - y)`, since `sum(e^x) = e^y`.
 @primitive(lambda g, y, x, axis=None, keepdims=False:
            _restore(g, x, axis) * np.exp(x - _restore(y, x, axis)))
-def logsumexp(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """log(sum(exp(x))), without overflow. If all x are -inf, it is -inf, with gradient nan."""
+def logsumexp(x: Any, axis: int | tuple | None = None,
+              keepdims: bool = False) -> Tensor:
+    """log(sum(exp(x))), without overflow.
+
+    If all x are -inf, it is -inf, with gradient nan.
+    """
     top = np.max(x, axis=axis, keepdims=True)
-    top = np.where(np.isfinite(top), top, x.dtype.type(0))  # -inf - -inf would be nan
+    # (-inf - -inf would be nan.)
+    top = np.where(np.isfinite(top), top, x.dtype.type(0))
     with np.errstate(divide="ignore"):  # log(0)
         y = np.log(_fast_sum(np.exp(x - top), axis, keepdims=True)) + top
     return (y if keepdims else np.squeeze(y, axis)).astype(x.dtype, copy=False)
 
 
-# With `y = softmax(x)`, the slope of y_i by x_j is `-y_i y_j`, and `y_j - y_j y_j` for
-# i = j. Multiplied by g_i and added up over i, this gives what x_j receives:
-# `y_j g_j - y_j sum_i(g_i y_i)`. In arrays that is `y * (g - sum(g * y))`; for the
-# logarithm of y it is `g - y * sum(g)`. (`_row_sum`, `_row_dot` and `_row_max` reduce
-# with keepdims=True, and stand at the section's end.)
+# The rule of `y = softmax(x)` is easier to find for its logarithm, `z_i = x_i - log S`,
+# where S is the sum of all e^x_k. The slope of log S by x_j is `e^x_j / S = y_j`, as
+# above. Let x_j move by dx:
+#
+#     z_i moves by     ([i = j] - y_j) dx           [i = j] is 1 for i = j, else 0
+#     x_j receives     g_j - y_j sum_i(g_i)         g times that, added up over i
+#     y_i moves by     y_i ([i = j] - y_j) dx       as y_i = e^z_i
+#     x_j receives     g_j y_j - y_j sum_i(g_i y_i)
+#
+# In arrays, log_softmax has the rule `g - y * sum(g)`, with its exponential for y, and
+# softmax `y * (g - sum(g * y))`. (`_row_sum`, `_row_dot` and `_row_max` reduce with
+# keepdims=True, and stand at the section's end.)
 @primitive(lambda g, y, x, axis=-1: y * (g - _row_dot(g, y, axis)))
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along an axis."""
@@ -1632,7 +1730,8 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
     if x.size == 0:
         return x
     z = x - _row_max(x, axis)
-    return np.subtract(z, np.log(_row_sum(np.exp(z), axis)), out=z)
+    z -= np.log(_row_sum(np.exp(z), axis))
+    return z
 
 
 # ### Products and running sums: what of zeros?
@@ -1652,9 +1751,10 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
 # A running sum hands each cotangent to all elements that had been added by then, so its
 # rule is a running sum from the end.
 def prod(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
-    """The product of all elements, or over the axes given; zeros are no special case."""
+    """The product of all elements, or over the axes given."""
     x, axes = _joined("prod", x, axis)  # (..., n)
-    if x.shape[-1] == 0:  # an empty product is 1; the empty sum keeps x on the tape
+    if x.shape[-1] == 0:
+        # An empty product is 1. (The empty sum, 0, keeps x on the tape.)
         x = 1 + sum_(x, -1, keepdims=True)
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
@@ -1683,21 +1783,28 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
 
 # Products and quantiles work along one axis, so several axes are joined into one.
 def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
-    """x with the named axes joined into one, the last; and the numbers of the named axes."""
+    """x with the named axes joined into one, the last; and the named axes' numbers.
+
+        >>> y, axes = _joined("prod", np.ones((2, 3, 4)), (0, 2))
+        >>> print(y.shape, axes)
+        (3, 8) (0, 2)
+    """
     x = as_tensor(x)
     axes = _axes(name, x, axis)
     moved = moveaxis(x, axes, tuple(range(-len(axes), 0)))
-    outer = x.ndim - len(axes)  # the number of axes that stay
-    return reshape(moved, (*moved.shape[:outer], math.prod(moved.shape[outer:]))), axes
+    staying = moved.shape[:x.ndim - len(axes)]
+    length = math.prod(moved.shape[x.ndim - len(axes):])
+    return reshape(moved, (*staying, length)), axes
 
 
 def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
-    """The numbers, from 0 on, of the named axes; None means all. Errors mention `name`."""
+    """The numbers, from 0 on, of the named axes; None means all. Errors have `name`."""
     numbers = range(x.ndim)
     if axis is None:
         return tuple(numbers)
+    named = axis if isinstance(axis, tuple) else (axis,)
     try:
-        axes = tuple(numbers[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+        axes = tuple(numbers[a] for a in named)  # numbers[-1] is the last
     except IndexError:
         raise IndexError(f"{name} of {x.shape}: axis {axis} is out of bounds") from None
     if len(set(axes)) < len(axes):
@@ -1721,7 +1828,10 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 @_answers(np.quantile)
 def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "linear",
              keepdims: bool = False) -> Tensor:
-    """The numbers below which a part q of the elements lies; `method` is as in NumPy."""
+    """The numbers below which a part q of the elements lies.
+
+    q and `method` are as in NumPy.
+    """
     if _tracked(q):
         raise TypeError("quantile: has no derivative by q; give q.numpy()")
     q = _value(q)
@@ -1729,27 +1839,38 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     x, axes = _joined("quantile", x, axis)  # (..., n)
     n = x.shape[-1]
     if n == 0:
-        raise ValueError(f"quantile of {shape}: there are no elements along the axis given")
+        raise ValueError(f"quantile of {shape}: there are no elements along the axis "
+                         "given")
     try:
-        place = np.quantile(np.arange(n, dtype=float), q, method=method)  # q's shape
-    except ValueError as error:  # q is not within [0, 1], or there is no such method
+        place = np.quantile(np.arange(float(n)), q, method=method)  # q's shape
+    except ValueError as error:  # by q, or by the method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
-    # For x (2, 3, n), axis -1, and q (5,): place is (5,), and y will be (2, 3, 5). At the
-    # end, the axis of q moves to the front: (5, 2, 3).
-    ordered = sort(x, -1)
-    below = ordered[..., np.floor(place).astype(int)]  # (..., *q's shape)
-    above = ordered[..., np.ceil(place).astype(int)]
-    part = np.asarray(place % 1, x.dtype)
-    rest = np.asarray(1 - part, x.dtype)
-    above = where(part > 0, above, 0)  # where part is 0, inf * part would be nan
-    y = below * rest + above * part  # (..., *q's shape)
-
-    last = ordered[..., -1].reshape(x.shape[:-1] + (1,) * place.ndim)  # an axis for each of q
-    y = where(np.isnan(last), np.nan, y)  # a nan sorts last
+    y = _at_places(sort(x, -1), place)  # (..., *q's shape)
     if keepdims:
-        y = expand_dims(y, axes)  # (axes count from the front; q's are at the back)
-    return moveaxis(y, tuple(range(-place.ndim, 0)), tuple(range(place.ndim)))  # q's axes first
+        # (These count from the front, so the axes of q do not disturb them.)
+        y = expand_dims(y, axes)
+    last_axes = tuple(range(-place.ndim, 0))
+    first_axes = tuple(range(place.ndim))
+    return moveaxis(y, last_axes, first_axes)  # (*q's shape, ...)
+
+
+def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
+    """The elements at `place` along the last axis: between two, a mixture of both.
+
+    From `ordered` (2, 3, n) and `place` (5,) it makes a (2, 3, 5).
+    """
+    below = ordered[..., np.floor(place).astype(int)]
+    above = ordered[..., np.ceil(place).astype(int)]
+    part = np.asarray(place % 1, ordered.dtype)
+    rest = np.asarray(1 - part, ordered.dtype)
+    above = where(part > 0, above, 0)  # inf * 0 would be nan
+    y = below * rest + above * part
+
+    # A nan sorts last, and makes every quantile nan.
+    last = ordered[..., -1]
+    last = last.reshape(last.shape + (1,) * place.ndim)  # (2, 3, 1)
+    return where(np.isnan(last), np.nan, y)
 
 
 # ### The same in less time
@@ -1757,7 +1878,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
 # NumPy starts anew for each row, and for a short row that start takes most of the time.
 # So rows are summed by a product with ones, and one call of reduceat takes their maxima
 # (ROWS, II.7). Where that does not fit, we use plain np.sum and np.max.
-_ones = functools.lru_cache(16)(np.ones)
+_ones = functools.lru_cache(16)(np.ones)  # it keeps its last 16 results
 
 
 def _rows(x: Any) -> Any:
@@ -1768,8 +1889,8 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (For rows of 5, OpenBLAS 0.3.31 also reads uninitialized memory. The sums are
-    # right, but NumPy may warn of what was read, so np.sum takes these rows.)
+    # (For rows of 5, OpenBLAS 0.3.31 also reads memory that nobody has set. The sums
+    # are right, but NumPy may warn of what was read.)
     if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
@@ -1786,14 +1907,14 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
         return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
-    starts = np.arange(0, x.size, x.shape[-1])
+    starts = np.arange(0, x.size, x.shape[-1])  # of the rows
     maxima = np.maximum.reduceat(x.reshape(-1), starts)
     return maxima.reshape(*x.shape[:-1], 1)
 
 
 def _is_moderate(x: np.ndarray) -> bool:
-    """Whether |x| <= 40. Then e^x < 1e18, and softmax needs no maxima (except in float16)."""
-    if x.dtype == np.float16:
+    """Whether |x| <= 40. Then e^x < 1e18, and softmax needs no maxima."""
+    if x.dtype == np.float16:  # in which e^12 is infinite
         return False
     return bool(np.max(x, initial=0) <= 40 and np.min(x, initial=0) >= -40)
 
@@ -1805,18 +1926,21 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
 
     n = _last_axes(x, axis) if x.dtype == np.float32 else 0
     length = math.prod(x.shape[x.ndim - n:])
-    if n == 0 or length > 4096:  # in longer rows a product rounds off too much
+    # (In longer rows a product rounds off too much.)
+    if n == 0 or length > 4096:
         return np.sum(x, axis=axis, keepdims=keepdims)
 
-    sums = _row_sum(x.reshape(*x.shape[:-n], length))  # (..., 1)
-    kept = (1,) * n if keepdims else ()
-    return sums.reshape(x.shape[:-n] + kept)
+    # A row is all that is added up: for x (2, 3, 4) and axis (1, 2), 12 elements.
+    rows = x.reshape(*x.shape[:-n], length)  # (2, 12)
+    shape = x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n]
+    return _row_sum(rows).reshape(shape)
 
 
 def _last_axes(x: np.ndarray, axis: Any) -> int:
     """How many axes `axis` names, if they are the last ones and not all; else 0.
 
-        >>> [_last_axes(np.ones((2, 3, 4)), axis) for axis in (-1, (1, 2), 0, (0, 1, 2))]
+        >>> x = np.ones((2, 3, 4))
+        >>> [_last_axes(x, axis) for axis in (-1, (1, 2), 0, (0, 1, 2))]
         [1, 2, 0, 0]
     """
     if axis is None:
