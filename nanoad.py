@@ -494,6 +494,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     heap: list[int] = []  # -time of each that waits
 
     def receive(t: Tensor, g: Any) -> None:
+        g = _fit(g, t, create_graph)  # (A)
         if t._time in waiting:
             g = waiting[t._time][1] + g
         else:
@@ -507,34 +508,24 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         yield t, g
         if t._op is None or (route is not None and t._time not in route.through):
             continue  # a leaf, or nothing that was asked for is behind t
-        _check_tape(t)  # (A)
-        for a, share in _shares(t, g, route, create_graph):
-            receive(a, share)
+        _check_tape(t)  # (B)
+        operands = t._operands[:t._op.arity]  # without the settings
+        wanted = [_tracked(a) and (route is None or a._time in route.times)
+                  for a in operands]
+        for a, share in zip(operands, t._op.pull(t, g, wanted, create_graph)):
+            if share is not None:
+                receive(a, share)
+        a = share = None  # (C)
         if not (retain_graph or create_graph):
             t._operands = t._settings = t._pullback = None  # (C)
 
 
-def _shares(t: Tensor, g: Any, route: _Route | None,
-            create_graph: bool) -> Iterator[tuple[Tensor, Any]]:
-    """The operands of `t` that receive something from its cotangent `g`, and what."""
-    operands = t._operands[:t._op.arity]  # without the settings
-    wanted = [_tracked(a) and (route is None or a._time in route.times)
-              for a in operands]
-    for a, share in zip(operands, t._op.pull(t, g, wanted, create_graph)):
-        if share is not None:
-            yield a, _fit(share, a, create_graph)  # (B)
-
-
-# **A.** The rules read the arrays that t was made of. Are these still there, and as they
-# were? An earlier walk may have let them go (C), and somebody may have written to them
-# since. Then `_check_tape` (IV.1) raises an error.
-#
-# **B.** A cotangent has the shape and dtype of its tensor, even if that was stretched
+# **A.** A cotangent has the shape and dtype of its tensor, even if that was stretched
 # (I.4), or the rule computed in another dtype.
 
 
 def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
-    """What a rule returned, as the operand `t` may receive it."""
+    """What a rule returned, as its operand `t` may receive it."""
     if isinstance(share, Tensor) and not create_graph:
         share = share._data  # a rule may call operations of ours
     if share.shape != t._data.shape:
@@ -544,8 +535,12 @@ def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
     return share
 
 
+# **B.** The rules read the arrays that t was made of. Are these still there, and as they
+# were? An earlier walk may have let them go (C), and somebody may have written to them
+# since. Then `_check_tape` (IV.1) raises an error.
+#
 # **C.** When the walk has passed through a tensor, it lets go of what that was made of,
-# so memory falls as we go.
+# and of the shares, so that memory falls as we go.
 #
 # **D.** A rule may return `g` itself, as those of `add` do. Then two leaves may be handed
 # one array, and whoever wrote to the gradient of one would change the other's. So whoever
@@ -643,7 +638,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
             if t._op is None:
                 leaves.add(t._time)
             if t._op is None or retain_grads:
-                _accumulate(t, _to_keep(g))  # t.grad += g, and (D)
+                _accumulate(t, _to_keep(g))  # t.grad += g; a copy (D)
     output._leaves = leaves  # what it was made of, now that its tape is gone (IV.3)
 
 
