@@ -40,7 +40,7 @@ Contents:
     Beside PyTorch: the same numbers in both
     IV.1 Writes
     IV.2 Checkpoint
-    IV.3 Nests: argnums, dicts, lists
+    IV.3 Transforms: argnums, dicts, lists
     IV.4 The machine: float32 with old NumPy, memory
     IV.6 Data: downloads, loaders, tokenizer
     IV.7 Saving
@@ -7387,7 +7387,7 @@ def test_an_input_needs_no_tape_of_its_own():
 
 
 def test_a_backward_that_failed_does_not_count_as_one_that_met_all():
-    """`_sources` (IV.3) tells what a let-go tape was made of."""
+    """`_leaves` (IV.3) tells what a let-go tape was made of."""
     x = Tensor(3.0)
     y = x * x
     y.backward()
@@ -7458,7 +7458,7 @@ def test_a_checkpoint_whose_function_gives_a_plain_array_the_second_time():
         y.backward()
 
 
-# ## IV.3 Nests
+# ## IV.3 Transforms
 
 
 NEST = {"w": np.array([1.0, 2.0]), "layers": [np.array([[3.0]]), (4.0, Tensor([5.0]))]}
