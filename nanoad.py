@@ -79,9 +79,8 @@ __version__ = "2.0.0"
 # It is written forwards, and derivatives are read off it backwards.
 #
 # Three words are used from here to the end. A Tensor is *tracked* if it was made to be
-# differentiated by, or was computed from one that was. Any other is a *constant*, such as
-# the result of an operation on constants alone. A *leaf* remembers no operation: a walk
-# back along the tape ends there.
+# differentiated by, or was computed from one that was. Any other is a *constant*. A
+# *leaf* remembers no operation: a walk back along the tape ends there.
 
 
 class Tensor:
@@ -93,9 +92,9 @@ class Tensor:
     stacked. Raises TypeError for data that are not real numbers.
 
     With `requires_grad` the Tensor is tracked, else it is a constant. (A tracked copy of
-    a tracked Tensor is tied to that one: I.7.) Operators, NumPy's functions and methods
-    differentiate, and take everything that is not a Tensor for a constant. Comparisons
-    give plain bool arrays.
+    a tracked Tensor is tied to that one: I.7.) Operators, methods and NumPy's functions
+    take everything that is not a Tensor for a constant. Comparisons give plain bool
+    arrays.
     """
 
     __slots__ = (
@@ -117,11 +116,13 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = True, label: str = "",
                  dtype: Any = None) -> None:
         _require_flag("Tensor: requires_grad", requires_grad)
-        source = as_tensor(data) if dtype is None else astype(as_tensor(data), dtype)
+        source = as_tensor(data)
+        if dtype is not None:
+            source = astype(source, dtype)
         array = np.array(source._data)
         if requires_grad and _mode.recording and source.requires_grad:
-            # The copy of a tracked tensor is a result of it, by the operation `identity`.
-            # So grad(grad(f)) finds its way from one input to the other (I.7).
+            # A tracked copy of a tracked tensor remembers that one, as the result of the
+            # operation `identity`. Nested derivatives need this (I.7).
             _fill(self, array, identity, (source,))
         else:
             _fill(self, array, requires_grad=requires_grad)
@@ -237,8 +238,10 @@ def _tracked(a: Any) -> bool:
 # sum of `(g * b) * da`. So the slope of L by each element of `a` is what stands before
 # `da`: `g * b`. (It has the shape of y. If `a` was stretched to that shape, I.4 sums it
 # back.) All rules are found in this way: move an operand, see how the result moves,
-# multiply by `g`, add up, and read off the factor. A rule is given `g`, the result `y`
-# and the operands, and uses the ones it needs.
+# multiply by `g`, add up, and read off the factor. Take `y = sum(a)`: y moves by the sum
+# of `da`, and L by `g` times that, which is the sum of `g * da`. So each element of `a`
+# receives the same `g`. A rule is given `g`, the result `y` and the operands, and uses
+# the ones it needs.
 #
 # These things have names. The slope `g` of L by each element of an array is the
 # **cotangent** of that array. The rule is a vector-Jacobian product, or VJP: it
@@ -260,7 +263,7 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     """
     def decorate(forward: Callable) -> Callable:
         arity = sys.maxsize if each else len(rules)
-        operation = _operation(forward, _pull_by_rules, arity)
+        operation = _operation(forward, arity)
         operation.rules = rules
         operation.each = each
         return operation
@@ -269,15 +272,14 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 
 
 # A call computes on bare arrays. If somebody may ask for derivatives, the result
-# remembers the operation and its arguments; else it is a constant. (`_admit` makes arrays
-# of lists and the like, and `_compute` is `forward(*arrays)` with errors that name the
-# operation: II.9. The `pullback` is None, but for the fused operations of II.7.)
+# remembers the operation and its arguments; else it is a constant. `_admit` makes arrays
+# of lists and the like; arrays, numbers and Tensors stay what they are. `_compute` calls
+# `forward` with the Tensors' arrays, and explains its errors. (The `pullback` that comes
+# with the result is None, but for the fused operations of II.7. Both helpers: II.9.)
 
 
-def _operation(forward: Callable, pull: Callable, arity: int) -> Callable:
-    """The operation that computes `forward`. It has `arity` operands, and any settings
-    after them; on the way back the walk asks `pull` (below).
-    """
+def _operation(forward: Callable, arity: int) -> Callable:
+    """The operation that computes `forward`, with `arity` operands, then settings."""
 
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
@@ -287,61 +289,16 @@ def _operation(forward: Callable, pull: Callable, arity: int) -> Callable:
             return _fill(Tensor.__new__(Tensor), y, operation, args, settings, pullback)
         return _wrap(y)
 
-    operation.pull = pull
     operation.arity = arity
+    operation.pull = None  # its way back, where the rules are not enough (II.7)
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
-
-
-# Whether a tape is written can be switched off for a while, in one thread.
-
-
-class _Mode(threading.local):
-    """What each thread has for itself. (Later parts add fields.)"""
-
-    recording = True  # whether a tape is written
-
-    @contextlib.contextmanager
-    def set(self, **fields: Any) -> Iterator[None]:
-        """Inside, the fields have these values; afterwards all is as before."""
-        before = {name: getattr(self, name) for name in fields}
-        self.__dict__.update(fields)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
-
-
-_mode = _Mode()
-
-
-def no_grad() -> contextlib.AbstractContextManager:
-    """A context manager (and, with its parentheses, a decorator): inside, no tape is
-    written."""
-    return _mode.set(recording=False)
-
-
-# On the way back, an operation's `pull` says what each operand receives. This one asks
-# the rules. It gives them arrays; with `create_graph` it gives them the Tensors
-# themselves (I.6 says why).
-
-
-def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
-    """What each operand of `t` receives from its cotangent `g`; None if not wanted."""
-    y, args = t, t._operands
-    if not create_graph:
-        y, args = t._data, [_value(a) for a in args]
-    rules = t._op.rules
-    if t._op.each:
-        rules = [functools.partial(t._op.each, i) for i in range(len(wanted))]
-    return [rule(g, y, *args, **t._settings) if is_wanted and rule else None
-            for rule, is_wanted in zip(rules, wanted)]
 
 
 # Here are the first ten operations. The examples use some others from part II, such as
 # `sum` and `**`. If a derivative is simpler in terms of the result, the rule uses that:
 # the derivative of exp is `y` itself. (`operator.mul(a, b)` is `a * b`. Two are functions
-# of our own, for the sake of their names.)
+# of our own, for the sake of their names. The annotations are those of the operation.)
 
 
 @primitive(lambda g, y, x: g)
@@ -380,6 +337,35 @@ for _name, _f in dict(add=add, sub=sub, mul=mul, truediv=div).items():
     setattr(Tensor, f"__{_name}__", _f)
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
 Tensor.__neg__ = neg
+
+# Whether a tape is written can be switched off for a while, in one thread. A class
+# attribute is the default of each thread, and `set` replaces it for a while.
+
+
+class _Mode(threading.local):
+    """What each thread has for itself. (Later parts add fields.)"""
+
+    recording = True  # whether a tape is written
+
+    @contextlib.contextmanager
+    def set(self, **fields: Any) -> Iterator[None]:
+        """Inside, the fields have these values; afterwards all is as before."""
+        before = {name: getattr(self, name) for name in fields}
+        self.__dict__.update(fields)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+
+_mode = _Mode()
+
+
+def no_grad() -> contextlib.AbstractContextManager:
+    """A context manager (and, with its parentheses, a decorator): inside, no tape is
+    written."""
+    return _mode.set(recording=False)
+
 
 # ## I.3 The naive walk: which order is right?
 #
@@ -442,6 +428,7 @@ Tensor.__neg__ = neg
 # - The walk goes to all leaves, even if only one was asked for. (I.5: routes)
 # - It overwrites a gradient that was there. For a batch that is too large one calls it
 #   twice, with one half each, and wants the sum. (I.5)
+# - It leaves a gradient on constants, too. (I.5: what is wanted)
 # - The gradients that it leaves cannot be differentiated again. (I.6)
 #
 # ## I.4 Broadcasting: what does stretching leave behind?
@@ -478,17 +465,14 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 # **The walk** is the naive one with a heap instead of `max`. (Python's heap gives out the
 # smallest number, so it holds the negative times.) It does not recurse, for a tape may be
 # a million operations deep. A time serves as a tensor's name, since no two tensors have
-# the same. Four more cares are marked by letters, and explained below. The `route` tells
-# what to pass on the way to what was asked for, and comes after them.
+# the same. Its cares A to C, and one more, D, are explained below. `route` says what to
+# visit; until you come to it, read it as None, which means everything.
 
 
 def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
           retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
     """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
-    first.
-
-    A cotangent is an ndarray; with `create_graph`, a Tensor. `route` says where to go;
-    None means everywhere.
+    first. A cotangent is an ndarray; with `create_graph`, a Tensor.
     """
     waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, its sum of shares)
     heap: list[int] = []  # -time of each that waits
@@ -512,12 +496,30 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         operands = t._operands[:t._op.arity]  # without the settings
         wanted = [_tracked(a) and (route is None or a._time in route.times)
                   for a in operands]
-        for a, share in zip(operands, t._op.pull(t, g, wanted, create_graph)):
+        pull = t._op.pull or _pull_by_rules
+        for a, share in zip(operands, pull(t, g, wanted, create_graph)):
             if share is not None:
                 receive(a, share)
-        a = share = None  # (C)
+        share = None  # (C)
         if not (retain_graph or create_graph):
             t._operands = t._settings = t._pullback = None  # (C)
+
+
+# What do the operands receive? `_pull_by_rules` asks the rules. It gives them arrays;
+# with `create_graph`, it gives them the Tensors themselves (I.6 says why).
+
+
+def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
+    """What each operand of `t` receives from its cotangent `g`; None if not wanted."""
+    if create_graph:
+        y, args = t, t._operands
+    else:
+        y, args = t._data, [_value(a) for a in t._operands]
+    rules = t._op.rules
+    if t._op.each:  # one rule for any number of operands
+        rules = [functools.partial(t._op.each, i) for i in range(len(wanted))]
+    return [rule(g, y, *args, **t._settings) if is_wanted and rule else None
+            for rule, is_wanted in zip(rules, wanted)]
 
 
 # **A.** A cotangent has the shape and dtype of its tensor, even if that was stretched
@@ -540,7 +542,7 @@ def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
 # since. Then `_check_tape` (IV.1) raises an error.
 #
 # **C.** When the walk has passed through a tensor, it lets go of what that was made of,
-# and of the shares, so that memory falls as we go.
+# and of the last share, so that memory falls as we go.
 #
 # **D.** A rule may return `g` itself, as those of `add` do. Then two leaves may be handed
 # one array, and whoever wrote to the gradient of one would change the other's. So whoever
@@ -600,13 +602,14 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
         t = to_visit.pop()
         if not _tracked(t) or t._time in operands_of:
             continue
-        operands_of[t._time] = []
         if t._time < horizon:
             older.append(t)
-        else:
-            operands = _operands_to_search(t, inputs)
-            operands_of[t._time] = [a for a in operands if _tracked(a)]
-            to_visit += operands_of[t._time]
+            operands_of[t._time] = []  # turn back
+            continue
+        if t._operands is None:
+            _check_not_behind(t, inputs)  # they were let go (C): an error, or none (IV.3)
+        operands_of[t._time] = [a for a in t._operands or () if _tracked(a)]
+        to_visit += operands_of[t._time]
 
     times = {t._time for t in inputs}
     through = set()
@@ -617,12 +620,9 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
     return _Route(times, through, older)
 
 
-# (`_operands_to_search` returns `t._operands`. IV.3 says what it does if these were let
-# go.)
-#
 # **Two functions use the walk**, and begin with a cotangent of the output, by default 1:
 #
-#     backward     for t, g in a walk everywhere:      if t is a leaf, t.grad += g
+#     backward     for t, g in a walk everywhere:      if t is a leaf, add g to t.grad
 #     gradients    for t, g in a walk on the route:    if t is an input, keep g
 
 
@@ -638,8 +638,8 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
             if t._op is None:
                 leaves.add(t._time)
             if t._op is None or retain_grads:
-                _accumulate(t, _to_keep(g))  # t.grad += g; a copy (D)
-    output._leaves = leaves  # what it was made of, now that its tape is gone (IV.3)
+                _accumulate(t, _to_keep(g))  # t.grad = t.grad + g; a copy (D)
+    output._leaves = leaves  # what it was made of, for when its tape is gone (IV.3)
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -648,8 +648,9 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     """The derivatives of `output` by each of `inputs`, as a tuple; zeros for one that
     had no part.
 
-    Touches no `.grad`; all else is as in `Tensor.backward`. (In PyTorch:
-    `torch.autograd.grad`.) Raises RuntimeError for an input that is a constant.
+    Touches no `.grad`; `grad`, `create_graph` and `retain_graph` are as in
+    `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.) Raises RuntimeError for an
+    input that is a constant.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     _require_tracked("gradients", inputs)
@@ -657,7 +658,8 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph))
 
 
-# (In two more steps, since later parts begin at one or the other.)
+# (In two more steps: transforms have several outputs, and begin at `_gradients`. Whoever
+# wants to know which inputs had a part begins at `_walk_to`.)
 
 
 def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
@@ -676,7 +678,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
     route = route or _find_route([t for t, _ in seeds], inputs)
     asked = set(inputs)
     with _mode.set(recording=create_graph):
-        walk = _walk(seeds, route, create_graph, retain_graph)
+        walk = _walk(seeds, route, create_graph, retain_graph)  # begins in the next line
         return {t: g for t, g in walk if t in asked}
 
 
@@ -746,11 +748,15 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # is faster, and the gradient should be a constant. When can somebody ask?
 #
 # *When the search for the route has met a tracked tensor that is older than our inputs*
-# (`older`, I.5). Whoever asks for a derivative later asks by a tensor of their own, which
-# had a part in the result. Our inputs are made when f is called, so that tensor is older.
-# The search may not come as far as that tensor. But the path from y back to it goes from
-# younger to older, so it crosses the horizon somewhere, and the first tensor beyond is
-# met. (It is tracked, since it was made of a tracked one.)
+# (`older`, I.5). Whoever asks for a derivative later asks by a tensor of their own,
+# which had a part in the result. Our inputs are made when f is called, so that tensor
+# is older. The search may not come as far as that tensor. But the path from y back to
+# it goes from younger to older, so it crosses the horizon somewhere, and the first
+# tensor beyond is met. (It is tracked, since it was made of a tracked one.) And why
+# search from y, and not from the gradient? The walk computes with y's tape alone, so
+# what had a part in the gradient had a part in y. (One exception: if f makes a tracked
+# tensor of its own and hands it out, say by appending it to a list, that is younger
+# than our inputs, and missed.)
 #
 #     >>> def careful_grad(f):
 #     ...     def slope(x):
@@ -776,19 +782,13 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # The outer search goes from s by b to a, its own input, and meets nothing older. So the
 # outer walk runs on bare arrays.
 #
-# Can an inner walk let go of a tape that an outer one needs? If the inner walk is
-# recorded, it retains the tape. If it is not, then nothing older had a part in y, so no
-# walk to an older tensor leads there.
-#
-# (If f reads the parameter of a network, that is older, too: its trainer may ask. If
-# nobody will, call nanoad's own `grad(f)` inside `no_grad()`. It records while f runs, or
-# it could not walk back, but it does not record its walk. One case escapes: if f makes a
-# tracked tensor of its own and hands it out, say by appending it to a list, that tensor
-# is younger than the inputs, and the gradient cannot be differentiated by it.)
+# Can an inner walk let go of a tape that an outer one needs? If it is recorded, it
+# retains the tape. If not, it lets go only of tensors made since its inputs. An outer
+# walk could come to these by the gradient alone, and that is then a constant.
 #
 # **If you have come this far, you have the whole idea.** The rest of the file uses it.
 # (The `grad` that users call is `careful_grad` for any number of arguments, which may
-# also be dicts and lists of arrays: IV.3.)
+# also be dicts and lists of arrays. It is in IV.3.)
 #
 # ## I.8 From vjp to hessian: what else does one walk tell?
 #
@@ -814,10 +814,15 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     >>> print(*naive_jacobian(lambda x: x ** 2, [1.0, 2.0]))
 #     [2. 0.] [0. 4.]
 #
-# **Hessian times vector (hvp).** A Hessian H is the Jacobian of the gradient. It is its
-# own transpose, for the second derivatives of a smooth f are equal in either order. So
-# `H v` is `H^T v`, which is one walk back from the gradient with the cotangent v. It
-# costs as much as a few gradients (Pearlmutter, 1994):
+# **Hessian.** That is the Jacobian of the gradient:
+#
+#     >>> print(*naive_jacobian(naive_grad(lambda x: (x ** 3).sum()), [1.0, 2.0]))  # 6 x
+#     [6. 0.] [ 0. 12.]
+#
+# **Hessian times vector (hvp).** A Hessian H is its own transpose, for the second
+# derivatives of a smooth f are equal in either order. So `H v` is `H^T v`, which is one
+# walk back from the gradient with the cotangent v. It costs as much as a few gradients
+# (Pearlmutter, 1994):
 #
 #     >>> def naive_hvp(f, x, v):
 #     ...     x = Tensor(x)
@@ -848,11 +853,11 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
 #
+# In formulas: `s = J^T u`, so the Jacobian of s by u is `J^T`, and the second walk gives
+# `(J^T)^T v = J v`.
+#
 # The functions that users call are `grad`, `value_and_grad`, `vjp`, `jvp`, `hvp`,
 # `jacobian` and `hessian` (IV.3).
-#
-#     >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
-#     [6. 0.] [ 0. 12.]
 
 
 # # Part II. The rule book
@@ -2332,7 +2337,8 @@ def fused(definition: Callable, operands: int | None = None) -> Callable:
     """
     def decorate(kernel: Callable) -> Callable:
         arity = sys.maxsize if operands is None else operands
-        operation = _operation(_in_float32(kernel), _pull_fused, arity)
+        operation = _operation(_in_float32(kernel), arity)
+        operation.pull = _pull_fused
         operation.definition = _in_float32(definition)
         return operation
 
@@ -6117,6 +6123,10 @@ def _require_tracked(name: str, inputs: Iterable) -> None:
 # between, and asks whether somebody may ask for more. A `_Run` does this for nests. The
 # transforms differ in the walks that follow, and these are as in I.8.
 #
+# Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but no
+# walk is, and the gradient is a constant. (So this is how to spare the second tape if f
+# reads the parameters of a network, which are older than its inputs.)
+#
 #     >>> def loss(p, x):
 #     ...     return ((p["w"] * x + p["b"]) ** 2).sum()
 #     ...
@@ -6370,15 +6380,10 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 #     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
 
 
-def _operands_to_search(t: Tensor, inputs: Sequence[Tensor]) -> tuple:
-    """The operands of `t`, for a search for `inputs`. If they were let go, returns ()
-    when no input can be behind `t`, and otherwise raises RuntimeError.
-    """
-    if t._operands is not None:
-        return t._operands
+def _check_not_behind(t: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if an input may be behind `t`, whose operands were let go."""
     if any(_may_be_behind(t, x) for x in inputs):
         _check_tape(t)  # raises
-    return ()
 
 
 def _may_be_behind(t: Tensor, x: Tensor) -> bool:
