@@ -7616,11 +7616,10 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError says
-#    what to use instead. This holds for complex numbers, `fft`, `i0`, `unwrap`,
-#    `modf`, `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
-#    `np.add.reduce`, and functions that write into an array (`put`, `copyto`,
-#    `fill_diagonal`).
+# 4. All others are *refused* if the Tensor needs a gradient, by a TypeError that says
+#    what to use instead (II.2): `fft`, `i0`, `unwrap`, `modf`, `frexp`, `copysign`, the
+#    other nan functions, methods of ufuncs such as `np.add.reduce`, and functions that
+#    write into an array (`put`, `copyto`, `fill_diagonal`).
 #
 # **You may stop here and go on with IV.12**: the rest is for looking up.
 #
@@ -7671,16 +7670,14 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 
 # ### How to read an entry
 #
-# An entry is called with NumPy's own arguments, so its parameters have their names and
-# order. Python itself refuses an argument that the entry lacks, such as `out`. Four
-# things are the same everywhere:
+# `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2). Its
+# parameters have NumPy's names and order, and an argument that it lacks, such as `out`,
+# is refused by Python itself. Three things are the same everywhere:
 #
-# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If IV.12
-#   lists its name, it is also public, as `nanoad.median` is.
-# - Several operands first go through `_admit_together` (II.9), so that a mask beside
+# - Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
 #   float32 leaves the result float32.
 # - A step that chooses or counts has no derivative, so it uses the array, `_value(x)`.
-# - Operands that do not fit are refused by this function:
+# - Operands that do not fit are refused by `_require`.
 def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
     if not holds:
         shapes = ", ".join(str(np.shape(a)) for a in operands)
@@ -7689,7 +7686,7 @@ def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
 
 # ### In one line
 #
-# First come the helpers that the lines of the table use.
+# Most entries say what they are in a line of one table. Its lines use these helpers.
 def _with_dtype(op: Callable) -> Callable:
     """The reduction as NumPy calls it: its third argument is the dtype to compute in."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
@@ -7722,8 +7719,10 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
     return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
-# To move elements of several arrays, lay the arrays end to end, and let `move` move the
-# positions of their elements there: for shapes (2,) and (3,) these are [0 1] and [2 3 4].
+# A function that moves the elements of several arrays is answered as in II.4: we let it
+# move positions. They are those of the elements when all arrays are laid end to end. To
+# insert [7 8] into [4 5 6] at 1 is to insert the positions [3 4] into [0 1 2] at 1. This
+# gives [0 3 4 1 2], which picks 4 7 8 5 6 out of 4 5 6 7 8.
 def _moves_several(move: Callable, *operands: Any) -> Tensor:
     tensors = _admit_together(*operands)
     ends = np.cumsum([t.size for t in tensors])
@@ -7800,17 +7799,20 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 # ### Elements
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
-# at 0 and loses digits nearby. There we add up its series. The first term is `-pi u / 3`,
-# and each later term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ...
-# As nested products, this is `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the loop
-# computes from the inside out. For |x| < 1/2, ten factors give all digits of float64.
+# at 0 and loses digits nearby. There we add up its series:
+#
+#     sinc(x)            1 - u^2 / 3! + u^4 / 5! - ...
+#     its derivative     pi (-2 u / 3! + 4 u^3 / 5! - 6 u^5 / 7! + ...)
+#
+# The first term is `-pi u / 3`. Term k + 1 is term k times `-u^2 / (2k (2k + 3))`: from
+# 2 / 3! to 4 / 5! it is 1 / 10. For |x| < 1/2, eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
-    series = 1.0
-    for k in range(10, 0, -1):
-        series = 1 - u * u / (2 * k * (2 * k + 3)) * series
-    near = -np.pi * u / 3 * series
+    near = term = -np.pi * u / 3
+    for k in range(1, 11):
+        term = term * (-u * u / (2 * k * (2 * k + 3)))
+        near = near + term
 
     x = np.where(is_near, 1, x)  # so that `far` is not 0/0 where it is unused
     far = (np.cos(np.pi * x) - np.sinc(x)) / x
@@ -7882,17 +7884,13 @@ def _broadcast_arrays(*arrays):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """A grid for each of the coordinates xi, which lie along axis i. Unless `sparse`,
-    it is stretched along the others. "xy", NumPy's default, exchanges the first two axes.
-    """
-    if indexing not in ("xy", "ij"):
-        raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
-    n = len(xi)
-    grids = [reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i))
-             for i, x in enumerate(_admit_together(*xi))]
-    if indexing == "xy" and n > 1:
-        grids = [swapaxes(grid, 0, 1) for grid in grids]
-    return tuple(grids) if sparse else np.broadcast_arrays(*grids)
+    """The coordinates, each along an axis of its own; unless `sparse`, all of one shape."""
+    _require(indexing in ("xy", "ij"), "np.meshgrid", xi,
+             f"indexing='xy' or 'ij', not {indexing!r}")
+    xi = _admit_together(*xi)
+    shaped = np.meshgrid(*map(_value, xi), indexing=indexing, sparse=True)
+    grids = tuple(reshape(x, array.shape) for x, array in zip(xi, shaped))
+    return grids if sparse else _broadcast_arrays(*grids)
 
 
 # ### Reductions and differences
