@@ -7766,8 +7766,7 @@ _FUNCTIONS.update({
     np.column_stack: lambda tup:
         _join(lambda t: t if t.ndim > 1 else reshape(t, (-1, 1)), tup, 1),
     # cutting
-    np.split: lambda ary, indices_or_sections, axis=0:
-        split(ary, indices_or_sections, axis),
+    np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
     np.array_split: lambda ary, indices_or_sections, axis=0:
         _cut(np.array_split, ary, indices_or_sections, axis),
     np.hsplit: lambda ary, indices_or_sections:
@@ -7789,11 +7788,11 @@ _FUNCTIONS.update({
     np.vdot: lambda a, b: matmul(*(reshape(t, -1) for t in _admit_together(a, b))),
     np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO)[0],
 })
-_FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
-_FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
+_FUNCTIONS.update({np.amax: _FUNCTIONS[np.max], np.amin: _FUNCTIONS[np.min]})
 
+# These move elements of one array (II.4). `_moves` enters them in the table.
 for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize):
-    _moves(_f.__name__, _f)  # enters itself in the table (II.4)
+    _moves(_f.__name__, _f)
 
 
 # ### Elements
@@ -7854,13 +7853,13 @@ def _piecewise(x, condlist, funclist, *args, **kw):
     count = len(condlist)
     if len(funclist) not in (count, count + 1):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
-    number = np.full(np.shape(x), count)  # of each x's function; `count` if no mask holds
+    chosen = np.full(np.shape(x), count)  # each x's function; `count` if no mask holds
     for i, condition in enumerate(condlist):
-        number[np.reshape(condition, np.shape(x)).astype(bool)] = i
+        chosen[np.reshape(condition, np.shape(x)).astype(bool)] = i
 
     result = where(False, x, 0)  # zeros, tied to x
     for i, f in enumerate(funclist):
-        mask = number == i
+        mask = chosen == i
         if mask.any():
             value = f(x[mask], *args, **kw) if callable(f) else f
             result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
@@ -7933,9 +7932,9 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     if n == 0:
         return as_tensor(x)
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
-    x = pieces[0 if prepend is None else 1]
-    if len(pieces) > 1:
-        edge = np.sum(_value(x), axis, keepdims=True).shape  # a number fills this
+    x = pieces[0] if prepend is None else pieces[1]
+    if len(pieces) > 1:  # something is put before x, or after it
+        edge = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
         pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
         x = concatenate(pieces, axis)
     y = moveaxis(x, axis, 0)
@@ -7947,7 +7946,7 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
 @_answers(np.ediff1d)
 def _ediff1d(ary, to_end=None, to_begin=None):
     pieces = _admit_together(*(a for a in (to_begin, ary, to_end) if a is not None))
-    i = 0 if to_begin is None else 1
+    i = 0 if to_begin is None else 1  # where ary is
     pieces[i] = diff(reshape(pieces[i], -1))
     return concatenate(pieces, axis=None)
 
@@ -7967,6 +7966,10 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
 # slope at an end is that of its only chord. With edge_order=2, a parabola is laid
 # through the end and the two points next to it. On a parabola, a chord's slope is the
 # mean of the slopes at its two ends, so `first = 2 chord - inner`.
+#
+# Take x^2 at the points 0, 1 and 3. The chords have lengths 1 and 2, and slopes 1 and 4.
+# So the slope at 1 is `(1 * 2 + 4 * 1) / (1 + 2) = 2`. Those at the ends are
+# `2 * 1 - 2 = 0` and `2 * 4 - 2 = 6`. All three are 2 x, as they should be.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
@@ -8030,8 +8033,8 @@ def _interp(x, xp, fp, left=None, right=None):
     above = np.searchsorted(_value(xp), _value(x), side="right")
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
-    at_point = (x == xp[i]) & ~np.isfinite(slope)
-    slope = np.where(at_point, 0, slope)  # because inf times 0 is nan
+    at_infinite_slope = (x == xp[i]) & ~np.isfinite(slope)
+    slope = np.where(at_infinite_slope, 0, slope)  # inf times x - xp[i] = 0 would be nan
     y = fp[i] + slope * (x - xp[i])
     y = np.where(x < xp[0], fp[0] if left is None else left, y)
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
@@ -8071,7 +8074,9 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
 
-    of_a = list(range(a.ndim))  # numbers for einsum, which sums over the common ones
+    # einsum takes a number for each axis. For a (2, 3, 4), b (3, 5) and axes ([1], [0])
+    # these are [0, 1, 2] and [1, 4], and the result has the axes [0, 2, 4]: (2, 4, 5).
+    of_a = list(range(a.ndim))
     of_b = list(range(a.ndim, a.ndim + b.ndim))
     try:
         fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
@@ -8079,10 +8084,10 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
             of_b[j] = of_a[i]
     except IndexError:
         fit = False
-    common = set(of_a) & set(of_b)
-    _require(fit and len(common) == len(left), "tensordot", [a, b],
+    shared = set(of_a) & set(of_b)
+    _require(fit and len(shared) == len(left), "tensordot", [a, b],
              f"pairs of axes of one length, each named once; not {left} and {right}")
-    return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in common])
+    return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in shared])
 
 
 @_answers(np.kron)
@@ -8105,8 +8110,8 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
     a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
     _require(a.shape[-1] == b.shape[-1] == 3, "cross", [a, b],
              "vectors of length 3 (here moved last); append a zero to those of length 2")
-    later, last = [1, 2, 0], [2, 0, 1]
-    c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
+    j, k = [1, 2, 0], [2, 0, 1]  # c_0 is a_1 b_2 - a_2 b_1, and so on around
+    c = a[..., j] * b[..., k] - a[..., k] * b[..., j]
     return moveaxis(c, -1, axisc)
 
 
@@ -8129,10 +8134,12 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     _require(mode in ("full", "same", "valid"), "convolve", [a, v],
              f"the mode 'full', 'same' or 'valid', not {mode!r}")
     short, long = sorted([len(a), len(v)])
-    middle = (short - 1) // 2
-    parts = {"full": slice(None), "same": slice(middle, middle + long),
-             "valid": slice(short - 1, long)}
-    return _convolve(a, v)[parts[mode]]
+    y = _convolve(a, v)  # (long + short - 1,)
+    if mode == "valid":
+        return y[short - 1:long]
+    if mode == "same":
+        return y[(short - 1) // 2:][:long]
+    return y
 
 
 @_answers(np.correlate)
@@ -8144,9 +8151,9 @@ def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
     return convolve(a, v[::-1], mode)
 
 
-# A product of many matrices starts at its thin end, as in `(A (B v))`, which costs less.
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
+    """The product, from its thinner end: `A (B v)` costs less than `(A B) v`."""
     arrays = _admit_together(*arrays)
     rows = math.prod(arrays[0].shape[:-1])  # 1 if it is a vector
     columns = math.prod(arrays[-1].shape[1:])
@@ -8280,7 +8287,8 @@ def _matvec(x1, x2):
 
 def _vecdot(x1, x2, axis=-1):
     a, b = _admit_together(x1, x2)
-    return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
+    rows = moveaxis(a, axis, -1)[..., None, :]
+    return _matvec(rows, moveaxis(b, axis, -1))[..., 0]  # (..., 1, n) @ (..., n, 1)
 
 
 def _newer(module: Any, **answers: Callable) -> None:
