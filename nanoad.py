@@ -7705,7 +7705,7 @@ def _nanmean(a, axis=None, keepdims=False):
 
 
 def _at_least(function: Callable) -> Callable:
-    """np.atleast_1d or its like, for one array or several: a reshape to its shape."""
+    """np.atleast_1d or its like: each array in the shape that NumPy gives it."""
     def answer(*arrays):
         tensors = map(as_tensor, arrays)
         results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
@@ -7738,7 +7738,7 @@ _FUNCTIONS.update({
     np.reciprocal: lambda x: 1 / x,
     np.float_power: lambda a, b: power(astype(a, np.float64), b),
     np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
-    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:
+    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:  # two names for each
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.heaviside: lambda x, at_zero:  # 0 or 1, but `at_zero` where x is 0
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
@@ -7756,7 +7756,7 @@ _FUNCTIONS.update({
     np.atleast_3d: _at_least(np.atleast_3d),
     # joining
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
-    np.insert: lambda arr, obj, values, axis=None:
+    np.insert: lambda arr, obj, values, axis=None:  # the values take the dtype of arr
         _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr,
                        astype(values, np.asarray(_value(arr)).dtype)),
     np.vstack: lambda tup: _join(np.atleast_2d, tup, 0),
@@ -8130,9 +8130,8 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     where the vectors overlap fully.
     """
     a, v = _admit_together(a, v)
-    _require(a.ndim == v.ndim == 1, "convolve", [a, v], "two vectors")
-    _require(mode in ("full", "same", "valid"), "convolve", [a, v],
-             f"the mode 'full', 'same' or 'valid', not {mode!r}")
+    _require(a.ndim == v.ndim == 1 and mode in ("full", "same", "valid"), "convolve", [a, v],
+             f"two vectors, and the mode 'full', 'same' or 'valid'; got {mode!r}")
     short, long = sorted([len(a), len(v)])
     y = _convolve(a, v)  # (long + short - 1,)
     if mode == "valid":
@@ -8212,7 +8211,7 @@ def _length(x: Any) -> Tensor:
 
 
 def _norm_of_vectors(x: Any, ord: float) -> Any:
-    """The norm over the last axis."""
+    """The norm over the last axis: the root number `ord` of `sum(abs(x) ** ord)`."""
     _require(isinstance(ord, (int, float, np.number)), "norm", [x],
              f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
     if ord == 2:
@@ -8222,12 +8221,12 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
     total = sum_(abs_(x) ** ord, -1)
-    is_zero = total == 0  # there a root's derivative is infinite
+    is_zero = total == 0  # there a root's derivative is infinite: take the root of 1
     return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
 
 
 def _norm_of_matrices(x: Any, ord: Any) -> Any:
-    """The norm over the last two axes."""
+    """The norm over the last two axes: the largest of some sizes, the least, or the sum."""
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
     elif ord in (1, -1):
@@ -8254,11 +8253,12 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
     _require(len(axes) in (1, 2) or axis is None and ord is None, "norm", [x],
              f"one axis or two, and got {axes}")
-    if len(axes) == 2 and ord not in (None, "fro"):
+    is_matrix = len(axes) == 2
+    if is_matrix and ord not in (None, "fro"):
         y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
         return expand_dims(y, axes) if keepdims else y
-    if ord is None or len(axes) == 2:
-        ord = 2  # the length of all elements
+    if is_matrix or ord is None:
+        ord = 2  # the length of all elements, as one vector
     return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
 
 
@@ -8399,7 +8399,7 @@ __all__: list[str] = []
 for _space, _topics in _INDEX.items():
     _names = " ".join(_topics.values()).split()
     __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
-    if _space:
+    if _space:  # Python finds a module like nanoad.optim in sys.modules
         _doc = f"Here are {', '.join(_names)}."
         _module = types.ModuleType(f"{__name__}.{_space}", _doc)
         vars(_module).update({name: _public[name] for name in _names}, __all__=_names)
@@ -8414,13 +8414,14 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *filter(None, _INDEX)]  # the names that an editor offers
+    """The names that an editor offers: the public ones, and the namespaces."""
+    return [*__all__, *(space for space in _INDEX if space)]
 
 
-# help() shows an annotation by its repr. `from __future__ import annotations` (above)
-# makes each annotation a string, whose repr has quotes. To keep the quotes out of help(),
-# we turn it into a string whose repr has none. (For an operation, help() shows the
-# annotations of the function that it computes, its `__wrapped__`.)
+# The rest is for help(), which shows an annotation by its repr. `from __future__ import
+# annotations` makes each one a string, whose repr has quotes. So we turn it into a string
+# whose repr has none. (help() shows an operation by the function that it computes, its
+# `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
