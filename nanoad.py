@@ -7610,8 +7610,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 # 2. A few have a *rule* of their own, because a composition would fail: np.sinc is
 #    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
 #
-# 3. Some give *plain values*, because their derivative is zero wherever they have one, or
-#    because they ask for a shape or an order:
+# 3. Some give *plain values*, because their derivative is zero wherever they have one,
+#    or because they ask for a shape or an order:
 #
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
@@ -7639,9 +7639,9 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #     of real input   real conjugate real_if_close copy full_like
 #     moving          roll flip fliplr flipud rot90 repeat tile resize delete insert
 #                     append take take_along_axis diag diagflat diagonal tril triu
-#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis matrix_transpose
-#                     squeeze expand_dims atleast_1d atleast_2d atleast_3d broadcast_to
-#                     broadcast_arrays meshgrid
+#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis
+#                     matrix_transpose squeeze expand_dims atleast_1d atleast_2d
+#                     atleast_3d broadcast_to broadcast_arrays meshgrid
 #     joining         concatenate stack hstack vstack row_stack dstack column_stack pad
 #     cutting         split array_split hsplit vsplit dsplit unstack
 #     reductions      sum mean average var std max amax min amin ptp prod trace nansum
@@ -7670,9 +7670,9 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 
 # ### How to read an entry
 #
-# `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2). Its
-# parameters have NumPy's names and order, and an argument that it lacks, such as `out`,
-# is refused by Python itself. Three things are the same everywhere:
+# `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2).
+# Its parameters have NumPy's names and order. Python itself refuses an argument that it
+# lacks, such as `out`. Three things are the same everywhere:
 #
 # - Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
 #   float32 leaves the result float32.
@@ -7688,7 +7688,7 @@ def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
 #
 # Most entries say what they are in a line of one table. Its lines use these helpers.
 def _with_dtype(op: Callable) -> Callable:
-    """The reduction as NumPy calls it: its third argument is the dtype to compute in."""
+    """The reduction as NumPy calls it, with a dtype to compute in as third argument."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
         return op(a if dtype is None else astype(a, dtype), axis, **more)
 
@@ -7719,10 +7719,10 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
     return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
-# A function that moves the elements of several arrays is answered as in II.4: we let it
-# move positions. They are those of the elements when all arrays are laid end to end. To
-# insert [7 8] into [4 5 6] at 1 is to insert the positions [3 4] into [0 1 2] at 1. This
-# gives [0 3 4 1 2], which picks 4 7 8 5 6 out of 4 5 6 7 8.
+# A function may also move the elements of several arrays. As in II.4, we let it move
+# positions: those that the elements have when all arrays are laid end to end. To insert
+# [7 8] into [4 5 6] at 1, we insert the positions [3 4] into [0 1 2] at 1. That gives
+# [0 3 4 1 2], which picks 4 7 8 5 6 out of 4 5 6 7 8.
 def _moves_several(move: Callable, *operands: Any) -> Tensor:
     tensors = _admit_together(*operands)
     ends = np.cumsum([t.size for t in tensors])
@@ -7738,7 +7738,7 @@ _FUNCTIONS.update({
     np.reciprocal: lambda x: 1 / x,
     np.float_power: lambda a, b: power(astype(a, np.float64), b),
     np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
-    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:  # two names for each
+    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:  # two names each
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.heaviside: lambda x, at_zero:  # 0 or 1, but `at_zero` where x is 0
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
@@ -7766,7 +7766,8 @@ _FUNCTIONS.update({
     np.column_stack: lambda tup:
         _join(lambda t: t if t.ndim > 1 else reshape(t, (-1, 1)), tup, 1),
     # cutting
-    np.split: lambda ary, indices_or_sections, axis=0: split(ary, indices_or_sections, axis),
+    np.split: lambda ary, indices_or_sections, axis=0:
+        split(ary, indices_or_sections, axis),
     np.array_split: lambda ary, indices_or_sections, axis=0:
         _cut(np.array_split, ary, indices_or_sections, axis),
     np.hsplit: lambda ary, indices_or_sections:
@@ -7797,14 +7798,14 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 
 # ### Elements
 #
-# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
-# at 0 and loses digits nearby. There we add up its series:
+# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
+# 0/0 at 0 and loses digits nearby. There we add up its series:
 #
 #     sinc(x)            1 - u^2 / 3! + u^4 / 5! - ...
 #     its derivative     pi (-2 u / 3! + 4 u^3 / 5! - 6 u^5 / 7! + ...)
 #
-# The first term is `-pi u / 3`. Term k + 1 is term k times `-u^2 / (2k (2k + 3))`: from
-# 2 / 3! to 4 / 5! it is 1 / 10. For |x| < 1/2, eleven terms give all digits of float64.
+# The first term is `-pi u / 3`, and term k + 1 is term k times `-u^2 / (2k (2k + 3))`.
+# For |x| < 1/2, eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -7825,7 +7826,7 @@ sinc = _define("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 @primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
                neginf: float | None = None) -> Tensor:
-    """A copy of x with numbers in place of nan, inf and -inf; the gradient there is 0."""
+    """A copy of x with numbers for nan, inf and -inf; the gradient there is 0."""
     return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
 
 
@@ -7847,7 +7848,7 @@ def _select(condlist, choicelist, default=0):
 
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
-    """Each function gets only those x for which its condition is the last that holds."""
+    """Each function gets only the x for which its condition is the last that holds."""
     if np.ndim(condlist) == np.ndim(x):  # one mask, not a list of masks
         condlist = [condlist]
     count = len(condlist)
@@ -7883,7 +7884,7 @@ def _broadcast_arrays(*arrays):
 
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """The coordinates, each along an axis of its own; unless `sparse`, all of one shape."""
+    """Each of xi along an axis of its own; unless `sparse`, stretched to one shape."""
     _require(indexing in ("xy", "ij"), "np.meshgrid", xi,
              f"indexing='xy' or 'ij', not {indexing!r}")
     xi = _admit_together(*xi)
@@ -7911,10 +7912,12 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
     x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
         one_axis = axis is not None and not isinstance(axis, tuple)
-        _require(one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
-                 "weights of that shape or an axis; these fit neither that nor the axis")
-        last = moveaxis(x, axis, -1)
-        weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
+        fit = one_axis and weights.shape == (x.shape[axis],)
+        _require(fit, "average", [x, weights],
+                 "weights of that shape or an axis; "
+                 "these fit neither that nor the axis")
+        moved = moveaxis(x, axis, -1)
+        weights = moveaxis(broadcast_to(weights, moved.shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # for the sums
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
@@ -7933,10 +7936,10 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
         return as_tensor(x)
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
     x = pieces[0] if prepend is None else pieces[1]
-    if len(pieces) > 1:  # something is put before x, or after it
-        edge = np.sum(_value(x), axis, keepdims=True).shape  # which a number fills
-        pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
-        x = concatenate(pieces, axis)
+    if len(pieces) > 1:
+        edge = np.sum(_value(x), axis, keepdims=True).shape  # a number fills this
+        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), edge)
+                         for a in pieces], axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
         y = y[1:] - y[:-1]
@@ -7967,12 +7970,13 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
 # through the end and the two points next to it. On a parabola, a chord's slope is the
 # mean of the slopes at its two ends, so `first = 2 chord - inner`.
 #
-# Take x^2 at the points 0, 1 and 3. The chords have lengths 1 and 2, and slopes 1 and 4.
-# So the slope at 1 is `(1 * 2 + 4 * 1) / (1 + 2) = 2`. Those at the ends are
+# Take x^2 at the points 0, 1 and 3. The chords have lengths 1 and 2, and slopes 1 and
+# 4. So the slope at 1 is `(1 * 2 + 4 * 1) / (1 + 2) = 2`. Those at the ends are
 # `2 * 1 - 2 = 0` and `2 * 4 - 2 = 6`. All three are 2 x, as they should be.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
+    # spacing holds the points, or the step between any two
     steps = diff(spacing) if spacing.ndim else broadcast_to(spacing, (len(f) - 1,))
     steps = reshape(steps, (-1,) + (1,) * (f.ndim - 1))
     chord = (f[1:] - f[:-1]) / steps  # (n - 1, ...)
@@ -7986,7 +7990,7 @@ def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
 
 @_answers(np.gradient)
 def _gradient(f, *varargs, axis=None, edge_order=1):
-    """The slopes of the samples f along each of its axes, from neighbour to neighbour."""
+    """The slopes of the samples f along each axis, from neighbour to neighbour."""
     f = as_tensor(f)
     axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
     spacings = varargs or (1.0,)
@@ -8003,10 +8007,10 @@ def _gradient(f, *varargs, axis=None, edge_order=1):
 
 @_answers(np.cov)
 def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
-    """The covariances of the variables, which are rows (columns if `rowvar` is False)."""
+    """The covariances of the variables, which are rows, or columns if not `rowvar`."""
     def as_rows(a):
         a = np.atleast_2d(astype(a, dtype))
-        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy does not transpose one row
+        return a if rowvar or len(a) == 1 else a.T  # NumPy does not transpose one row
 
     x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
     ddof = int(not bias) if ddof is None else ddof
@@ -8033,8 +8037,8 @@ def _interp(x, xp, fp, left=None, right=None):
     above = np.searchsorted(_value(xp), _value(x), side="right")
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
-    at_infinite_slope = (x == xp[i]) & ~np.isfinite(slope)
-    slope = np.where(at_infinite_slope, 0, slope)  # inf times x - xp[i] = 0 would be nan
+    inf_times_0 = (x == xp[i]) & ~np.isfinite(slope)  # in the product below
+    slope = np.where(inf_times_0, 0, slope)
     y = fp[i] + slope * (x - xp[i])
     y = np.where(x < xp[0], fp[0] if left is None else left, y)
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
@@ -8109,7 +8113,7 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
     a, b = _admit_together(a, b)
     a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
     _require(a.shape[-1] == b.shape[-1] == 3, "cross", [a, b],
-             "vectors of length 3 (here moved last); append a zero to those of length 2")
+             "vectors of length 3 (moved last here); give those of length 2 a zero")
     j, k = [1, 2, 0], [2, 0, 1]  # c_0 is a_1 b_2 - a_2 b_1, and so on around
     c = a[..., j] * b[..., k] - a[..., k] * b[..., j]
     return moveaxis(c, -1, axisc)
@@ -8130,7 +8134,8 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     where the vectors overlap fully.
     """
     a, v = _admit_together(a, v)
-    _require(a.ndim == v.ndim == 1 and mode in ("full", "same", "valid"), "convolve", [a, v],
+    known = mode in ("full", "same", "valid")
+    _require(a.ndim == v.ndim == 1 and known, "convolve", [a, v],
              f"two vectors, and the mode 'full', 'same' or 'valid'; got {mode!r}")
     short, long = sorted([len(a), len(v)])
     y = _convolve(a, v)  # (long + short - 1,)
@@ -8143,7 +8148,7 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
 
 @_answers(np.correlate)
 def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
-    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`; modes as in convolve."""
+    """The correlation of vectors, `y_k = sum_n a_(n+k) v_n`; modes as in convolve."""
     a, v = _admit_together(a, v)
     if len(a) < len(v):  # NumPy's "same" is then that of (v, a), reversed
         return correlate(v, a, mode)[::-1]
@@ -8163,7 +8168,7 @@ def _multi_dot(arrays):
 
 @_answers(np.linalg.matrix_power)
 def matrix_power(a: Any, n: int) -> Tensor:
-    """The matrix a to the power n, by squaring; for n below 0, its inverse to the -n."""
+    """The matrix a to the power n, by squaring. For n below 0, of its inverse."""
     a = as_tensor(a)
     is_square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
     _require(is_square and isinstance(n, (int, np.integer)), "matrix_power", [a],
@@ -8213,7 +8218,7 @@ def _length(x: Any) -> Tensor:
 def _norm_of_vectors(x: Any, ord: float) -> Any:
     """The norm over the last axis: the root number `ord` of `sum(abs(x) ** ord)`."""
     _require(isinstance(ord, (int, float, np.number)), "norm", [x],
-             f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
+             f"a number, not {ord!r}, for vectors; names are for matrices, so two axes")
     if ord == 2:
         return _length(x)
     if ord == 0:  # a count of the nonzero: constant nearly everywhere
@@ -8226,7 +8231,7 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
 
 
 def _norm_of_matrices(x: Any, ord: Any) -> Any:
-    """The norm over the last two axes: the largest of some sizes, the least, or the sum."""
+    """The norm over the last two axes: the largest or the least size, or their sum."""
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
     elif ord in (1, -1):
@@ -8244,7 +8249,7 @@ def _norm_of_matrices(x: Any, ord: Any) -> Any:
 @_answers(np.linalg.norm)
 def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
          keepdims: bool = False) -> Tensor:
-    """The norm of vectors along an axis, or of matrices along two; `ord` as in np.linalg.
+    """The norm of vectors along an axis, or of matrices along two; `ord` as in NumPy.
 
     At 0 the derivative of the length is 0, as in PyTorch. If several elements are the
     largest, they share the gradient.
@@ -8263,7 +8268,7 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    """The norm over one axis; over several axes, that of their elements as one vector."""
+    """The norm over one axis, or over several, whose elements are then one vector."""
     rows, axes = _joined("norm", x, axis)  # (..., n)
     y = _norm_of_vectors(rows, ord)
     return expand_dims(y, axes) if keepdims else y
@@ -8287,8 +8292,8 @@ def _matvec(x1, x2):
 
 def _vecdot(x1, x2, axis=-1):
     a, b = _admit_together(x1, x2)
-    rows = moveaxis(a, axis, -1)[..., None, :]
-    return _matvec(rows, moveaxis(b, axis, -1))[..., 0]  # (..., 1, n) @ (..., n, 1)
+    rows = moveaxis(a, axis, -1)[..., None, :]  # (..., 1, n)
+    return _matvec(rows, moveaxis(b, axis, -1))[..., 0]
 
 
 def _newer(module: Any, **answers: Callable) -> None:
@@ -8315,7 +8320,8 @@ _newer(
     matrix_transpose=lambda x: _mT(x),
     svdvals=lambda x: svd(x, compute_uv=False),
     vector_norm=_vector_norm,
-    matrix_norm=lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
+    matrix_norm=lambda x, *, keepdims=False, ord="fro":
+        norm(x, ord, (-2, -1), keepdims),
 )
 
 # Each answer gets NumPy's name, so that Python's TypeError for a wrong argument says
@@ -8327,8 +8333,8 @@ for _function, _f in _FUNCTIONS.items():
 # ## IV.12 Names: where is X?
 #
 # This is the index of the file. Every public name is a name of nanoad itself, such as
-# `nanoad.Adam`. A name listed under a namespace is also in the module of that name, such
-# as `nanoad.optim.Adam`.
+# `nanoad.Adam`. A name listed under a namespace is also in the module of that name,
+# such as `nanoad.optim.Adam`.
 _INDEX = {
     "": {
         "tensor (I.1, I.2, I.4; manual_seed III.2)":
@@ -8419,9 +8425,9 @@ def __dir__() -> list[str]:
 
 
 # The rest is for help(), which shows an annotation by its repr. `from __future__ import
-# annotations` makes each one a string, whose repr has quotes. So we turn it into a string
-# whose repr has none. (help() shows an operation by the function that it computes, its
-# `__wrapped__`.)
+# annotations` makes each one a string, whose repr has quotes. So we turn it into a
+# string whose repr has none. (help() shows an operation by the function that it
+# computes, its `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
@@ -8443,9 +8449,9 @@ _unquote_annotations()
 #
 # `python nanoad.py` shows it in a few seconds: it prints and runs each paragraph below.
 _TOUR = r"""
-# The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by the
-# tape, and draw the tape: each operation over its operands, with the gradient that reached
-# it:
+# The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by
+# the tape. We draw the tape: each operation over its operands, with the gradient that
+# reached it.
 x = Tensor(2.0, label="x")
 y = x * np.sin(x)
 y.backward(retain_grads=True)
@@ -8455,8 +8461,8 @@ print(draw(y, format="text"))
 # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
 print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
 
-# So Newton's method gets its Hessian. It fits the 50 weights of a logistic regression in
-# five steps:
+# So Newton's method gets its Hessian. It fits the 50 weights of a logistic regression
+# in five steps:
 rng = np.random.default_rng(0)
 A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
 def loss(w):
@@ -8467,8 +8473,9 @@ for newton_step in range(5):
     print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
     w = w - np.linalg.solve(hessian(loss)(w), slope).numpy()
 
-# A network learns which of two moons a point belongs to. We plot its loss, and then what
-# it learned: the region where it says 1 is shaded, and the points are o (0) and x (1).
+# A network learns which of two moons a point belongs to. We plot its loss, and then
+# what it learned: the region where it says 1 is shaded, and the points are o (0) and
+# x (1).
 manual_seed(1)
 points, labels = make_moons(200, noise=0.15)
 model = MLP(2, [16, 16, 1])
