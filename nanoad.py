@@ -8077,21 +8077,18 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
-
-    # einsum takes a number for each axis. For a (2, 3, 4), b (3, 5) and axes ([1], [0])
-    # these are [0, 1, 2] and [1, 4], and the result has the axes [0, 2, 4]: (2, 4, 5).
-    of_a = list(range(a.ndim))
-    of_b = list(range(a.ndim, a.ndim + b.ndim))
     try:
         fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
-        for i, j in zip(left, right):
-            of_b[j] = of_a[i]
     except IndexError:
         fit = False
-    shared = set(of_a) & set(of_b)
-    _require(fit and len(shared) == len(left), "tensordot", [a, b],
+    _require(fit, "tensordot", [a, b],
              f"pairs of axes of one length, each named once; not {left} and {right}")
-    return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in shared])
+
+    # In each of a and b, the n elements to be added up form a row.
+    a, _ = _joined("tensordot", a, tuple(left))  # (..., n)
+    b, _ = _joined("tensordot", b, tuple(right))  # (..., n)
+    y = matmul(_rows(a), _mT(_rows(b)))
+    return reshape(y, a.shape[:-1] + b.shape[:-1])
 
 
 @_answers(np.kron)
