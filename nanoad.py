@@ -7616,10 +7616,9 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All others are *refused* if the Tensor needs a gradient, by a TypeError that says
-#    what to use instead (II.2): `fft`, `i0`, `unwrap`, `modf`, `frexp`, `copysign`, the
-#    other nan functions, methods of ufuncs such as `np.add.reduce`, and functions that
-#    write into an array (`put`, `copyto`, `fill_diagonal`).
+# 4. All others are *refused* if the Tensor needs a gradient. The TypeError says what to
+#    use instead (II.2). Among them are `fft`, `copysign`, methods of ufuncs such as
+#    `np.add.reduce`, and what writes into an array (`put`, `copyto`).
 #
 # **You may stop here and go on with IV.12**: the rest is for looking up.
 #
@@ -7799,13 +7798,10 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 # ### Elements
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
-# 0/0 at 0 and loses digits nearby. There we add up its series:
-#
-#     sinc(x)            1 - u^2 / 3! + u^4 / 5! - ...
-#     its derivative     pi (-2 u / 3! + 4 u^3 / 5! - 6 u^5 / 7! + ...)
-#
-# The first term is `-pi u / 3`, and term k + 1 is term k times `-u^2 / (2k (2k + 3))`.
-# For |x| < 1/2, eleven terms give all digits of float64.
+# 0/0 at 0 and loses digits nearby. There we differentiate the series `1 - u^2 / 3! +
+# u^4 / 5! - ...` term by term: `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each term is the one
+# before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ..., and for |x| < 1/2, eleven
+# terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -7823,7 +7819,7 @@ sinc = _define("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 
 
 @_answers(np.nan_to_num)
-@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
+@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))  # whatever the settings
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
                neginf: float | None = None) -> Tensor:
     """A copy of x with numbers for nan, inf and -inf; the gradient there is 0."""
@@ -7832,6 +7828,7 @@ def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None
 
 @_answers(np.histogram)
 def _histogram(a, bins=10, range=None, density=None, weights=None):
+    """Plain values: the counts have no derivative by a. (By the weights they do.)"""
     if _tracked(weights):
         raise TypeError("np.histogram: no derivative by its weights; use scatter_add")
     return np.histogram(_value(a), _value(bins), range, density, _value(weights))
@@ -8213,7 +8210,7 @@ def _length(x: Any) -> Tensor:
 
 
 def _norm_of_vectors(x: Any, ord: float) -> Any:
-    """The norm over the last axis: the root number `ord` of `sum(abs(x) ** ord)`."""
+    """The norm over the last axis: `sum(abs(x) ** ord) ** (1 / ord)`."""
     _require(isinstance(ord, (int, float, np.number)), "norm", [x],
              f"a number, not {ord!r}, for vectors; names are for matrices, so two axes")
     if ord == 2:
@@ -8223,7 +8220,7 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
     total = sum_(abs_(x) ** ord, -1)
-    is_zero = total == 0  # there a root's derivative is infinite: take the root of 1
+    is_zero = total == 0  # there the root has an infinite slope, so 1 takes its place
     return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
 
 
