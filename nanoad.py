@@ -7703,14 +7703,10 @@ def _nanmean(a, axis=None, keepdims=False):
     return _nansum(a, axis, keepdims) / count
 
 
-def _at_least(function: Callable) -> Callable:
+def _at_least(function: Callable, *arrays: Any) -> Tensor | tuple:
     """np.atleast_1d or its like: each array in the shape that NumPy gives it."""
-    def answer(*arrays):
-        tensors = map(as_tensor, arrays)
-        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
-        return results[0] if len(results) == 1 else results
-
-    return answer
+    results = [reshape(t, function(_value(t)).shape) for t in map(as_tensor, arrays)]
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
@@ -7748,11 +7744,14 @@ _FUNCTIONS.update({
     np.ravel: lambda a: reshape(a, -1),
     np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
         reshape(a, newshape if shape is None else shape),
+    np.broadcast_arrays: lambda *args: tuple(
+        broadcast_to(t, np.broadcast_shapes(*map(np.shape, args)))
+        for t in _admit_together(*args)),
     np.full_like: lambda a, fill_value, dtype=None:
         broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
-    np.atleast_1d: _at_least(np.atleast_1d),
-    np.atleast_2d: _at_least(np.atleast_2d),
-    np.atleast_3d: _at_least(np.atleast_3d),
+    np.atleast_1d: lambda *arys: _at_least(np.atleast_1d, *arys),
+    np.atleast_2d: lambda *arys: _at_least(np.atleast_2d, *arys),
+    np.atleast_3d: lambda *arys: _at_least(np.atleast_3d, *arys),
     # joining
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
     np.insert: lambda arr, obj, values, axis=None:  # the values take the dtype of arr
@@ -7798,10 +7797,10 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 # ### Elements
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
-# 0/0 at 0 and loses digits nearby. There we differentiate the series `1 - u^2 / 3! +
-# u^4 / 5! - ...` term by term: `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each term is the one
-# before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ..., and for |x| < 1/2, eleven
-# terms give all digits of float64.
+# 0/0 at 0 and loses digits nearby. There we differentiate the series of sinc, which is
+# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each term
+# is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ... For |x| < 1/2,
+# eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -7819,7 +7818,7 @@ sinc = _define("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 
 
 @_answers(np.nan_to_num)
-@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))  # whatever the settings
+@primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
                neginf: float | None = None) -> Tensor:
     """A copy of x with numbers for nan, inf and -inf; the gradient there is 0."""
@@ -7873,12 +7872,6 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
     return take_along_axis(x, order, axis)
 
 
-@_answers(np.broadcast_arrays)
-def _broadcast_arrays(*arrays):
-    shape = np.broadcast_shapes(*map(np.shape, arrays))
-    return tuple(broadcast_to(t, shape) for t in _admit_together(*arrays))
-
-
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
     """Each of xi along an axis of its own; unless `sparse`, stretched to one shape."""
@@ -7887,7 +7880,7 @@ def _meshgrid(*xi, indexing="xy", sparse=False):
     xi = _admit_together(*xi)
     shaped = np.meshgrid(*map(_value, xi), indexing=indexing, sparse=True)
     grids = tuple(reshape(x, array.shape) for x, array in zip(xi, shaped))
-    return grids if sparse else _broadcast_arrays(*grids)
+    return grids if sparse else np.broadcast_arrays(*grids)
 
 
 # ### Reductions and differences
@@ -7908,11 +7901,9 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
         weights = np.ones_like(as_tensor(x))
     x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
-        one_axis = axis is not None and not isinstance(axis, tuple)
-        fit = one_axis and weights.shape == (x.shape[axis],)
-        _require(fit, "average", [x, weights],
-                 "weights of that shape or an axis; "
-                 "these fit neither that nor the axis")
+        is_one = axis is not None and not isinstance(axis, tuple)
+        _require(is_one and weights.shape == (x.shape[axis],), "average", [x, weights],
+                 "weights like x or an axis; these fit neither that nor the axis")
         moved = moveaxis(x, axis, -1)
         weights = moveaxis(broadcast_to(weights, moved.shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # for the sums
@@ -8285,9 +8276,8 @@ def _matvec(x1, x2):
 
 
 def _vecdot(x1, x2, axis=-1):
-    a, b = _admit_together(x1, x2)
-    rows = moveaxis(a, axis, -1)[..., None, :]  # (..., 1, n)
-    return _matvec(rows, moveaxis(b, axis, -1))[..., 0]
+    a, b = (moveaxis(x, axis, -1) for x in _admit_together(x1, x2))
+    return matmul(a[..., None, :], b[..., None])[..., 0, 0]  # (..., 1, n) @ (..., n, 1)
 
 
 def _newer(module: Any, **answers: Callable) -> None:
