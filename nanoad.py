@@ -8385,15 +8385,18 @@ _INDEX = {
 _ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
 _public = {**globals(), **_ALSO_OF_PYTHON}
 
+# Each namespace becomes a module. `import nanoad.optim` finds it in sys.modules, and
+# `nanoad.optim` finds it among the globals of this file.
 __all__: list[str] = []
 for _space, _topics in _INDEX.items():
     _names = " ".join(_topics.values()).split()
     __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
-    if _space:  # Python finds a module like nanoad.optim in sys.modules
-        _doc = f"Here are {', '.join(_names)}."
-        _module = types.ModuleType(f"{__name__}.{_space}", _doc)
-        vars(_module).update({name: _public[name] for name in _names}, __all__=_names)
-        globals()[_space] = sys.modules[_module.__name__] = _module
+    if _space:
+        _module = types.ModuleType(f"{__name__}.{_space}", f"Here are {', '.join(_names)}.")
+        vars(_module).update({name: _public[name] for name in _names})
+        _module.__all__ = _names
+        sys.modules[_module.__name__] = _module
+        globals()[_space] = _module
 
 
 def __getattr__(name: str) -> Any:
