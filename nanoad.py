@@ -7798,9 +7798,9 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
 # 0/0 at 0 and loses digits nearby. There we differentiate the series of sinc, which is
-# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each term
-# is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ... For |x| < 1/2,
-# eleven terms give all digits of float64.
+# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each
+# term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ... For
+# |x| < 1/2, eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -8392,7 +8392,8 @@ for _space, _topics in _INDEX.items():
     _names = " ".join(_topics.values()).split()
     __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
     if _space:
-        _module = types.ModuleType(f"{__name__}.{_space}", f"Here are {', '.join(_names)}.")
+        _doc = f"Here are {', '.join(_names)}."
+        _module = types.ModuleType(f"{__name__}.{_space}", _doc)
         vars(_module).update({name: _public[name] for name in _names})
         _module.__all__ = _names
         sys.modules[_module.__name__] = _module
