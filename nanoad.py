@@ -8296,17 +8296,15 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 # 2. A few have a *rule* of their own, because a composition would fail: np.sinc is
 #    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
 #
-# 3. Some give *plain values*, because their derivative is zero wherever they have one, or
-#    because they ask for a shape or an order:
+# 3. Some give *plain values*, because their derivative is zero wherever they have one,
+#    or because they ask for a shape or an order:
 #
 #        >>> np.floor(t / 3), np.argsort(t)
 #        (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All others are *refused* if the Tensor needs a gradient (II.2). The TypeError says
-#    what to use instead. This holds for complex numbers, `fft`, `i0`, `unwrap`,
-#    `modf`, `frexp`, `copysign`, the other nan functions, methods of ufuncs such as
-#    `np.add.reduce`, and functions that write into an array (`put`, `copyto`,
-#    `fill_diagonal`).
+# 4. All others are *refused* if the Tensor needs a gradient. The TypeError says what to
+#    use instead (II.2). Among them are `fft`, `copysign`, methods of ufuncs such as
+#    `np.add.reduce`, and what writes into an array (`put`, `copyto`).
 #
 # **You may stop here and go on with IV.12**: the rest is for looking up.
 #
@@ -8326,9 +8324,9 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #     of real input   real conjugate real_if_close copy full_like
 #     moving          roll flip fliplr flipud rot90 repeat tile resize delete insert
 #                     append take take_along_axis diag diagflat diagonal tril triu
-#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis matrix_transpose
-#                     squeeze expand_dims atleast_1d atleast_2d atleast_3d broadcast_to
-#                     broadcast_arrays meshgrid
+#     other shapes    reshape ravel transpose swapaxes moveaxis rollaxis
+#                     matrix_transpose squeeze expand_dims atleast_1d atleast_2d
+#                     atleast_3d broadcast_to broadcast_arrays meshgrid
 #     joining         concatenate stack hstack vstack row_stack dstack column_stack pad
 #     cutting         split array_split hsplit vsplit dsplit unstack
 #     reductions      sum mean average var std max amax min amin ptp prod trace nansum
@@ -8357,16 +8355,14 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 
 # ### How to read an entry
 #
-# An entry is called with NumPy's own arguments, so its parameters have their names and
-# order. Python itself refuses an argument that the entry lacks, such as `out`. Four
-# things are the same everywhere:
+# `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2).
+# Its parameters have NumPy's names and order. Python itself refuses an argument that it
+# lacks, such as `out`. Three things are the same everywhere:
 #
-# - `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes it the answer to np.x (II.2). If IV.12
-#   lists its name, it is also public, as `nanoad.median` is.
-# - Several operands first go through `_admit_together` (II.9), so that a mask beside
+# - Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
 #   float32 leaves the result float32.
 # - A step that chooses or counts has no derivative, so it uses the array, `_value(x)`.
-# - Operands that do not fit are refused by this function:
+# - Operands that do not fit are refused by `_require`.
 def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
     if not holds:
         shapes = ", ".join(str(np.shape(a)) for a in operands)
@@ -8375,9 +8371,9 @@ def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
 
 # ### In one line
 #
-# First come the helpers that the lines of the table use.
+# Most entries say what they are in a line of one table. Its lines use these helpers.
 def _with_dtype(op: Callable) -> Callable:
-    """The reduction as NumPy calls it: its third argument is the dtype to compute in."""
+    """The reduction as NumPy calls it, with a dtype to compute in as third argument."""
     def answer(a, axis=None, dtype=None, **more):  # more: keepdims, and ddof of var
         return op(a if dtype is None else astype(a, dtype), axis, **more)
 
@@ -8393,14 +8389,10 @@ def _nanmean(a, axis=None, keepdims=False):
     return _nansum(a, axis, keepdims) / count
 
 
-def _at_least(function: Callable) -> Callable:
-    """np.atleast_1d or its like, for one array or several: a reshape to its shape."""
-    def answer(*arrays):
-        tensors = map(as_tensor, arrays)
-        results = tuple(reshape(t, function(_value(t)).shape) for t in tensors)
-        return results[0] if len(results) == 1 else results
-
-    return answer
+def _at_least(function: Callable, *arrays: Any) -> Tensor | tuple:
+    """np.atleast_1d or its like: each array in the shape that NumPy gives it."""
+    results = [reshape(t, function(_value(t)).shape) for t in map(as_tensor, arrays)]
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
@@ -8408,8 +8400,10 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
     return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
-# To move elements of several arrays, lay the arrays end to end, and let `move` move the
-# positions of their elements there: for shapes (2,) and (3,) these are [0 1] and [2 3 4].
+# A function may also move the elements of several arrays. As in II.4, we let it move
+# positions: those that the elements have when all arrays are laid end to end. To insert
+# [7 8] into [4 5 6] at 1, we insert the positions [3 4] into [0 1 2] at 1. That gives
+# [0 3 4 1 2], which picks 4 7 8 5 6 out of 4 5 6 7 8.
 def _moves_several(move: Callable, *operands: Any) -> Tensor:
     tensors = _admit_together(*operands)
     ends = np.cumsum([t.size for t in tensors])
@@ -8425,7 +8419,7 @@ _FUNCTIONS.update({
     np.reciprocal: lambda x: 1 / x,
     np.float_power: lambda a, b: power(astype(a, np.float64), b),
     np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
-    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:
+    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:  # two names each
         clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.heaviside: lambda x, at_zero:  # 0 or 1, but `at_zero` where x is 0
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
@@ -8436,14 +8430,17 @@ _FUNCTIONS.update({
     np.ravel: lambda a: reshape(a, -1),
     np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
         reshape(a, newshape if shape is None else shape),
+    np.broadcast_arrays: lambda *args: tuple(
+        broadcast_to(t, np.broadcast_shapes(*map(np.shape, args)))
+        for t in _admit_together(*args)),
     np.full_like: lambda a, fill_value, dtype=None:
         broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
-    np.atleast_1d: _at_least(np.atleast_1d),
-    np.atleast_2d: _at_least(np.atleast_2d),
-    np.atleast_3d: _at_least(np.atleast_3d),
+    np.atleast_1d: lambda *arys: _at_least(np.atleast_1d, *arys),
+    np.atleast_2d: lambda *arys: _at_least(np.atleast_2d, *arys),
+    np.atleast_3d: lambda *arys: _at_least(np.atleast_3d, *arys),
     # joining
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
-    np.insert: lambda arr, obj, values, axis=None:
+    np.insert: lambda arr, obj, values, axis=None:  # the values take the dtype of arr
         _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr,
                        astype(values, np.asarray(_value(arr)).dtype)),
     np.vstack: lambda tup: _join(np.atleast_2d, tup, 0),
@@ -8476,27 +8473,27 @@ _FUNCTIONS.update({
     np.vdot: lambda a, b: matmul(*(reshape(t, -1) for t in _admit_together(a, b))),
     np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO)[0],
 })
-_FUNCTIONS[np.amax] = _FUNCTIONS[np.max]
-_FUNCTIONS[np.amin] = _FUNCTIONS[np.min]
+_FUNCTIONS.update({np.amax: _FUNCTIONS[np.max], np.amin: _FUNCTIONS[np.min]})
 
+# These move elements of one array (II.4). `_moves` enters them in the table.
 for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize):
-    _moves(_f.__name__, _f)  # enters itself in the table (II.4)
+    _moves(_f.__name__, _f)
 
 
 # ### Elements
 #
-# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is 0/0
-# at 0 and loses digits nearby. There we add up its series. The first term is `-pi u / 3`,
-# and each later term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ...
-# As nested products, this is `-pi u / 3 (1 - u^2/10 (1 - u^2/28 (...)))`, which the loop
-# computes from the inside out. For |x| < 1/2, ten factors give all digits of float64.
+# `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
+# 0/0 at 0 and loses digits nearby. There we differentiate the series of sinc, which is
+# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each
+# term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ... For
+# |x| < 1/2, eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
-    series = 1.0
-    for k in range(10, 0, -1):
-        series = 1 - u * u / (2 * k * (2 * k + 3)) * series
-    near = -np.pi * u / 3 * series
+    near = term = -np.pi * u / 3
+    for k in range(1, 11):
+        term = term * (-u * u / (2 * k * (2 * k + 3)))
+        near = near + term
 
     x = np.where(is_near, 1, x)  # so that `far` is not 0/0 where it is unused
     far = (np.cos(np.pi * x) - np.sinc(x)) / x
@@ -8510,12 +8507,13 @@ sinc = _define("sinc", np.sinc, lambda g, y, x: g * _sinc_slope(x))
 @primitive(lambda g, y, x, *_, **__: _chosen(g, np.isfinite(x)))
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None,
                neginf: float | None = None) -> Tensor:
-    """A copy of x with numbers in place of nan, inf and -inf; the gradient there is 0."""
+    """A copy of x with numbers for nan, inf and -inf; the gradient there is 0."""
     return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf)
 
 
 @_answers(np.histogram)
 def _histogram(a, bins=10, range=None, density=None, weights=None):
+    """Plain values: the counts have no derivative by a. (By the weights they do.)"""
     if _tracked(weights):
         raise TypeError("np.histogram: no derivative by its weights; use scatter_add")
     return np.histogram(_value(a), _value(bins), range, density, _value(weights))
@@ -8532,19 +8530,19 @@ def _select(condlist, choicelist, default=0):
 
 @_answers(np.piecewise)
 def _piecewise(x, condlist, funclist, *args, **kw):
-    """Each function gets only those x for which its condition is the last that holds."""
+    """Each function gets only the x for which its condition is the last that holds."""
     if np.ndim(condlist) == np.ndim(x):  # one mask, not a list of masks
         condlist = [condlist]
     count = len(condlist)
     if len(funclist) not in (count, count + 1):
         raise ValueError(f"np.piecewise: {count} conditions, {len(funclist)} functions")
-    number = np.full(np.shape(x), count)  # of each x's function; `count` if no mask holds
+    chosen = np.full(np.shape(x), count)  # each x's function; `count` if no mask holds
     for i, condition in enumerate(condlist):
-        number[np.reshape(condition, np.shape(x)).astype(bool)] = i
+        chosen[np.reshape(condition, np.shape(x)).astype(bool)] = i
 
     result = where(False, x, 0)  # zeros, tied to x
     for i, f in enumerate(funclist):
-        mask = number == i
+        mask = chosen == i
         if mask.any():
             value = f(x[mask], *args, **kw) if callable(f) else f
             result = result + scatter_add(astype(value, x.dtype), mask, x.shape)
@@ -8560,25 +8558,15 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
     return take_along_axis(x, order, axis)
 
 
-@_answers(np.broadcast_arrays)
-def _broadcast_arrays(*arrays):
-    shape = np.broadcast_shapes(*map(np.shape, arrays))
-    return tuple(broadcast_to(t, shape) for t in _admit_together(*arrays))
-
-
 @_answers(np.meshgrid)
 def _meshgrid(*xi, indexing="xy", sparse=False):
-    """A grid for each of the coordinates xi, which lie along axis i. Unless `sparse`,
-    it is stretched along the others. "xy", NumPy's default, exchanges the first two axes.
-    """
-    if indexing not in ("xy", "ij"):
-        raise ValueError(f"np.meshgrid: indexing is 'xy' or 'ij', not {indexing!r}")
-    n = len(xi)
-    grids = [reshape(x, (1,) * i + (-1,) + (1,) * (n - 1 - i))
-             for i, x in enumerate(_admit_together(*xi))]
-    if indexing == "xy" and n > 1:
-        grids = [swapaxes(grid, 0, 1) for grid in grids]
-    return tuple(grids) if sparse else np.broadcast_arrays(*grids)
+    """Each of xi along an axis of its own; unless `sparse`, stretched to one shape."""
+    _require(indexing in ("xy", "ij"), "np.meshgrid", xi,
+             f"indexing='xy' or 'ij', not {indexing!r}")
+    xi = _admit_together(*xi)
+    shaped = np.meshgrid(*map(_value, xi), indexing=indexing, sparse=True)
+    grids = tuple(reshape(x, array.shape) for x, array in zip(xi, shaped))
+    return grids if sparse else np.broadcast_arrays(*grids)
 
 
 # ### Reductions and differences
@@ -8599,11 +8587,11 @@ def average(x: Any, axis: int | tuple | None = None, weights: Any = None,
         weights = np.ones_like(as_tensor(x))
     x, weights = _admit_together(x, weights)
     if weights.shape != x.shape:
-        one_axis = axis is not None and not isinstance(axis, tuple)
-        _require(one_axis and weights.shape == (x.shape[axis],), "average", [x, weights],
-                 "weights of that shape or an axis; these fit neither that nor the axis")
-        last = moveaxis(x, axis, -1)
-        weights = moveaxis(broadcast_to(weights, last.shape), -1, axis)
+        is_one = axis is not None and not isinstance(axis, tuple)
+        _require(is_one and weights.shape == (x.shape[axis],), "average", [x, weights],
+                 "weights like x or an axis; these fit neither that nor the axis")
+        moved = moveaxis(x, axis, -1)
+        weights = moveaxis(broadcast_to(weights, moved.shape), -1, axis)
     weights = astype(weights, np.result_type(x.dtype, weights.dtype))  # for the sums
     total = sum_(weights, axis, keepdims)
     if np.any(total == 0) and x.size:
@@ -8621,11 +8609,11 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
     if n == 0:
         return as_tensor(x)
     pieces = _admit_together(*(a for a in (prepend, x, append) if a is not None))
-    x = pieces[0 if prepend is None else 1]
+    x = pieces[0] if prepend is None else pieces[1]
     if len(pieces) > 1:
         edge = np.sum(_value(x), axis, keepdims=True).shape  # a number fills this
-        pieces = [a if a.ndim else broadcast_to(astype(a, x.dtype), edge) for a in pieces]
-        x = concatenate(pieces, axis)
+        x = concatenate([a if a.ndim else broadcast_to(astype(a, x.dtype), edge)
+                         for a in pieces], axis)
     y = moveaxis(x, axis, 0)
     for _ in range(n):
         y = y[1:] - y[:-1]
@@ -8635,7 +8623,7 @@ def diff(x: Any, n: int = 1, axis: int = -1, prepend: Any = None,
 @_answers(np.ediff1d)
 def _ediff1d(ary, to_end=None, to_begin=None):
     pieces = _admit_together(*(a for a in (to_begin, ary, to_end) if a is not None))
-    i = 0 if to_begin is None else 1
+    i = 0 if to_begin is None else 1  # where ary is
     pieces[i] = diff(reshape(pieces[i], -1))
     return concatenate(pieces, axis=None)
 
@@ -8655,9 +8643,14 @@ def _trapezoid(y, x=None, dx=1.0, axis=-1):
 # slope at an end is that of its only chord. With edge_order=2, a parabola is laid
 # through the end and the two points next to it. On a parabola, a chord's slope is the
 # mean of the slopes at its two ends, so `first = 2 chord - inner`.
+#
+# Take x^2 at the points 0, 1 and 3. The chords have lengths 1 and 2, and slopes 1 and
+# 4. So the slope at 1 is `(1 * 2 + 4 * 1) / (1 + 2) = 2`. Those at the ends are
+# `2 * 1 - 2 = 0` and `2 * 4 - 2 = 6`. All three are 2 x, as they should be.
 def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
     f = moveaxis(f, axis, 0)  # (n, ...)
     spacing = astype(spacing, f.dtype)
+    # spacing holds the points, or the step between any two
     steps = diff(spacing) if spacing.ndim else broadcast_to(spacing, (len(f) - 1,))
     steps = reshape(steps, (-1,) + (1,) * (f.ndim - 1))
     chord = (f[1:] - f[:-1]) / steps  # (n - 1, ...)
@@ -8671,7 +8664,7 @@ def _slope(f: Any, spacing: Any, axis: int, edge_order: int) -> Tensor:
 
 @_answers(np.gradient)
 def _gradient(f, *varargs, axis=None, edge_order=1):
-    """The slopes of the samples f along each of its axes, from neighbour to neighbour."""
+    """The slopes of the samples f along each axis, from neighbour to neighbour."""
     f = as_tensor(f)
     axes = range(f.ndim) if axis is None else np.ravel(axis).tolist()
     spacings = varargs or (1.0,)
@@ -8688,10 +8681,10 @@ def _gradient(f, *varargs, axis=None, edge_order=1):
 
 @_answers(np.cov)
 def _cov(m, y=None, rowvar=True, bias=False, ddof=None, *, dtype=np.float64):
-    """The covariances of the variables, which are rows (columns if `rowvar` is False)."""
+    """The covariances of the variables, which are rows, or columns if not `rowvar`."""
     def as_rows(a):
         a = np.atleast_2d(astype(a, dtype))
-        return a if rowvar or a.shape[0] == 1 else a.T  # NumPy does not transpose one row
+        return a if rowvar or len(a) == 1 else a.T  # NumPy does not transpose one row
 
     x = as_rows(m) if y is None else concatenate([as_rows(m), as_rows(y)])
     ddof = int(not bias) if ddof is None else ddof
@@ -8718,8 +8711,8 @@ def _interp(x, xp, fp, left=None, right=None):
     above = np.searchsorted(_value(xp), _value(x), side="right")
     i = np.clip(above - 1, 0, len(xp) - 2)  # the last point that is not above x
     slope = (fp[i + 1] - fp[i]) / (xp[i + 1] - xp[i])
-    at_point = (x == xp[i]) & ~np.isfinite(slope)
-    slope = np.where(at_point, 0, slope)  # because inf times 0 is nan
+    inf_times_0 = (x == xp[i]) & ~np.isfinite(slope)  # in the product below
+    slope = np.where(inf_times_0, 0, slope)
     y = fp[i] + slope * (x - xp[i])
     y = np.where(x < xp[0], fp[0] if left is None else left, y)
     return np.where(x > xp[-1], fp[-1] if right is None else right, y)
@@ -8758,19 +8751,18 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
     if isinstance(axes, (int, np.integer)):
         axes = range(a.ndim - axes, a.ndim), range(axes)
     left, right = (np.ravel(one).astype(int).tolist() for one in axes)
-
-    of_a = list(range(a.ndim))  # numbers for einsum, which sums over the common ones
-    of_b = list(range(a.ndim, a.ndim + b.ndim))
     try:
         fit = [a.shape[i] for i in left] == [b.shape[j] for j in right]
-        for i, j in zip(left, right):
-            of_b[j] = of_a[i]
     except IndexError:
         fit = False
-    common = set(of_a) & set(of_b)
-    _require(fit and len(common) == len(left), "tensordot", [a, b],
+    _require(fit, "tensordot", [a, b],
              f"pairs of axes of one length, each named once; not {left} and {right}")
-    return einsum(a, of_a, b, of_b, [n for n in of_a + of_b if n not in common])
+
+    # In each of a and b, the n elements to be added up form a row.
+    a, _ = _joined("tensordot", a, tuple(left))  # (..., n)
+    b, _ = _joined("tensordot", b, tuple(right))  # (..., n)
+    y = matmul(_rows(a), _mT(_rows(b)))
+    return reshape(y, a.shape[:-1] + b.shape[:-1])
 
 
 @_answers(np.kron)
@@ -8792,9 +8784,9 @@ def cross(a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1,
     a, b = _admit_together(a, b)
     a, b = moveaxis(a, axisa, -1), moveaxis(b, axisb, -1)
     _require(a.shape[-1] == b.shape[-1] == 3, "cross", [a, b],
-             "vectors of length 3 (here moved last); append a zero to those of length 2")
-    later, last = [1, 2, 0], [2, 0, 1]
-    c = a[..., later] * b[..., last] - a[..., last] * b[..., later]
+             "vectors of length 3 (moved last here); give those of length 2 a zero")
+    j, k = [1, 2, 0], [2, 0, 1]  # c_0 is a_1 b_2 - a_2 b_1, and so on around
+    c = a[..., j] * b[..., k] - a[..., k] * b[..., j]
     return moveaxis(c, -1, axisc)
 
 
@@ -8813,28 +8805,30 @@ def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
     where the vectors overlap fully.
     """
     a, v = _admit_together(a, v)
-    _require(a.ndim == v.ndim == 1, "convolve", [a, v], "two vectors")
-    _require(mode in ("full", "same", "valid"), "convolve", [a, v],
-             f"the mode 'full', 'same' or 'valid', not {mode!r}")
+    known = mode in ("full", "same", "valid")
+    _require(a.ndim == v.ndim == 1 and known, "convolve", [a, v],
+             f"two vectors, and the mode 'full', 'same' or 'valid'; got {mode!r}")
     short, long = sorted([len(a), len(v)])
-    middle = (short - 1) // 2
-    parts = {"full": slice(None), "same": slice(middle, middle + long),
-             "valid": slice(short - 1, long)}
-    return _convolve(a, v)[parts[mode]]
+    y = _convolve(a, v)  # (long + short - 1,)
+    if mode == "valid":
+        return y[short - 1:long]
+    if mode == "same":
+        return y[(short - 1) // 2:][:long]
+    return y
 
 
 @_answers(np.correlate)
 def correlate(a: Any, v: Any, mode: str = "valid") -> Tensor:
-    """The correlation of two vectors, `y_k = sum_n a_(n+k) v_n`; modes as in convolve."""
+    """The correlation of vectors, `y_k = sum_n a_(n+k) v_n`; modes as in convolve."""
     a, v = _admit_together(a, v)
     if len(a) < len(v):  # NumPy's "same" is then that of (v, a), reversed
         return correlate(v, a, mode)[::-1]
     return convolve(a, v[::-1], mode)
 
 
-# A product of many matrices starts at its thin end, as in `(A (B v))`, which costs less.
 @_answers(np.linalg.multi_dot)
 def _multi_dot(arrays):
+    """The product, from its thinner end: `A (B v)` costs less than `(A B) v`."""
     arrays = _admit_together(*arrays)
     rows = math.prod(arrays[0].shape[:-1])  # 1 if it is a vector
     columns = math.prod(arrays[-1].shape[1:])
@@ -8845,7 +8839,7 @@ def _multi_dot(arrays):
 
 @_answers(np.linalg.matrix_power)
 def matrix_power(a: Any, n: int) -> Tensor:
-    """The matrix a to the power n, by squaring; for n below 0, its inverse to the -n."""
+    """The matrix a to the power n, by squaring. For n below 0, of its inverse."""
     a = as_tensor(a)
     is_square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
     _require(is_square and isinstance(n, (int, np.integer)), "matrix_power", [a],
@@ -8893,9 +8887,9 @@ def _length(x: Any) -> Tensor:
 
 
 def _norm_of_vectors(x: Any, ord: float) -> Any:
-    """The norm over the last axis."""
+    """The norm over the last axis: `sum(abs(x) ** ord) ** (1 / ord)`."""
     _require(isinstance(ord, (int, float, np.number)), "norm", [x],
-             f"a number, not {ord!r}, for vectors; names are for matrices, axis=(-2, -1)")
+             f"a number, not {ord!r}, for vectors; names are for matrices, so two axes")
     if ord == 2:
         return _length(x)
     if ord == 0:  # a count of the nonzero: constant nearly everywhere
@@ -8903,12 +8897,12 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
     total = sum_(abs_(x) ** ord, -1)
-    is_zero = total == 0  # there a root's derivative is infinite
+    is_zero = total == 0  # there the root has an infinite slope, so 1 takes its place
     return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
 
 
 def _norm_of_matrices(x: Any, ord: Any) -> Any:
-    """The norm over the last two axes."""
+    """The norm over the last two axes: the largest or the least size, or their sum."""
     if ord in ("nuc", 2, -2):
         sizes = svd(x, compute_uv=False)
     elif ord in (1, -1):
@@ -8926,7 +8920,7 @@ def _norm_of_matrices(x: Any, ord: Any) -> Any:
 @_answers(np.linalg.norm)
 def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
          keepdims: bool = False) -> Tensor:
-    """The norm of vectors along an axis, or of matrices along two; `ord` as in np.linalg.
+    """The norm of vectors along an axis, or of matrices along two; `ord` as in NumPy.
 
     At 0 the derivative of the length is 0, as in PyTorch. If several elements are the
     largest, they share the gradient.
@@ -8935,16 +8929,17 @@ def norm(x: Any, ord: Any = None, axis: int | tuple | None = None,
     axes = tuple(range(x.ndim)) if axis is None else tuple(np.ravel(axis).tolist())
     _require(len(axes) in (1, 2) or axis is None and ord is None, "norm", [x],
              f"one axis or two, and got {axes}")
-    if len(axes) == 2 and ord not in (None, "fro"):
+    is_matrix = len(axes) == 2
+    if is_matrix and ord not in (None, "fro"):
         y = _norm_of_matrices(moveaxis(x, axes, (-2, -1)), ord)
         return expand_dims(y, axes) if keepdims else y
-    if ord is None or len(axes) == 2:
-        ord = 2  # the length of all elements
+    if is_matrix or ord is None:
+        ord = 2  # the length of all elements, as one vector
     return _vector_norm(x, axis=axes, keepdims=keepdims, ord=ord)
 
 
 def _vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    """The norm over one axis; over several axes, that of their elements as one vector."""
+    """The norm over one axis, or over several, whose elements are then one vector."""
     rows, axes = _joined("norm", x, axis)  # (..., n)
     y = _norm_of_vectors(rows, ord)
     return expand_dims(y, axes) if keepdims else y
@@ -8967,8 +8962,8 @@ def _matvec(x1, x2):
 
 
 def _vecdot(x1, x2, axis=-1):
-    a, b = _admit_together(x1, x2)
-    return _matvec(moveaxis(a, axis, -1)[..., None, :], moveaxis(b, axis, -1))[..., 0]
+    a, b = (moveaxis(x, axis, -1) for x in _admit_together(x1, x2))
+    return matmul(a[..., None, :], b[..., None])[..., 0, 0]  # (..., 1, n) @ (..., n, 1)
 
 
 def _newer(module: Any, **answers: Callable) -> None:
@@ -8995,7 +8990,8 @@ _newer(
     matrix_transpose=lambda x: _mT(x),
     svdvals=lambda x: svd(x, compute_uv=False),
     vector_norm=_vector_norm,
-    matrix_norm=lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
+    matrix_norm=lambda x, *, keepdims=False, ord="fro":
+        norm(x, ord, (-2, -1), keepdims),
 )
 
 # Each answer gets NumPy's name, so that Python's TypeError for a wrong argument says
@@ -9007,8 +9003,8 @@ for _function, _f in _FUNCTIONS.items():
 # ## IV.12 Names: where is X?
 #
 # This is the index of the file. Every public name is a name of nanoad itself, such as
-# `nanoad.Adam`. A name listed under a namespace is also in the module of that name, such
-# as `nanoad.optim.Adam`.
+# `nanoad.Adam`. A name listed under a namespace is also in the module of that name,
+# such as `nanoad.optim.Adam`.
 _INDEX = {
     "": {
         "tensor (I.1, I.2, I.4; manual_seed III.2)":
@@ -9075,6 +9071,8 @@ _INDEX = {
 _ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
 _public = {**globals(), **_ALSO_OF_PYTHON}
 
+# Each namespace becomes a module. `import nanoad.optim` finds it in sys.modules, and
+# `nanoad.optim` finds it among the globals of this file.
 __all__: list[str] = []
 for _space, _topics in _INDEX.items():
     _names = " ".join(_topics.values()).split()
@@ -9082,8 +9080,10 @@ for _space, _topics in _INDEX.items():
     if _space:
         _doc = f"Here are {', '.join(_names)}."
         _module = types.ModuleType(f"{__name__}.{_space}", _doc)
-        vars(_module).update({name: _public[name] for name in _names}, __all__=_names)
-        globals()[_space] = sys.modules[_module.__name__] = _module
+        vars(_module).update({name: _public[name] for name in _names})
+        _module.__all__ = _names
+        sys.modules[_module.__name__] = _module
+        globals()[_space] = _module
 
 
 def __getattr__(name: str) -> Any:
@@ -9094,13 +9094,14 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *filter(None, _INDEX)]  # the names that an editor offers
+    """The names that an editor offers: the public ones, and the namespaces."""
+    return [*__all__, *(space for space in _INDEX if space)]
 
 
-# help() shows an annotation by its repr. `from __future__ import annotations` (above)
-# makes each annotation a string, whose repr has quotes. To keep the quotes out of help(),
-# we turn it into a string whose repr has none. (For an operation, help() shows the
-# annotations of the function that it computes, its `__wrapped__`.)
+# The rest is for help(), which shows an annotation by its repr. `from __future__ import
+# annotations` makes each one a string, whose repr has quotes. So we turn it into a
+# string whose repr has none. (help() shows an operation by the function that it
+# computes, its `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
@@ -9122,9 +9123,9 @@ _unquote_annotations()
 #
 # `python nanoad.py` shows it in a few seconds: it prints and runs each paragraph below.
 _TOUR = r"""
-# The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by the
-# tape, and draw the tape: each operation over its operands, with the gradient that reached
-# it:
+# The derivative of x sin x is sin x + x cos x. We compute it at x = 2, by hand and by
+# the tape. We draw the tape: each operation over its operands, with the gradient that
+# reached it.
 x = Tensor(2.0, label="x")
 y = x * np.sin(x)
 y.backward(retain_grads=True)
@@ -9134,8 +9135,8 @@ print(draw(y, format="text"))
 # A gradient is a computation too, so it has a gradient: 2 cos x - x sin x.
 print(2 * math.cos(2) - 2 * math.sin(2), grad(grad(lambda x: x * np.sin(x)))(2.0))
 
-# So Newton's method gets its Hessian. It fits the 50 weights of a logistic regression in
-# five steps:
+# So Newton's method gets its Hessian. It fits the 50 weights of a logistic regression
+# in five steps:
 rng = np.random.default_rng(0)
 A, t = rng.standard_normal((200, 50)), rng.choice([-1.0, 1.0], 200)
 def loss(w):
@@ -9146,8 +9147,9 @@ for newton_step in range(5):
     print(f"loss {loss(w):.5f}, norm of the gradient {np.linalg.norm(slope):.1e}")
     w = w - np.linalg.solve(hessian(loss)(w), slope).numpy()
 
-# A network learns which of two moons a point belongs to. We plot its loss, and then what
-# it learned: the region where it says 1 is shaded, and the points are o (0) and x (1).
+# A network learns which of two moons a point belongs to. We plot its loss, and then
+# what it learned: the region where it says 1 is shaded, and the points are o (0) and
+# x (1).
 manual_seed(1)
 points, labels = make_moons(200, noise=0.15)
 model = MLP(2, [16, 16, 1])
