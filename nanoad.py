@@ -465,7 +465,7 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 # **The walk** is the naive one with a heap instead of `max`. (Python's heap gives out the
 # smallest number, so it holds the negative times.) It does not recurse, for a tape may be
 # a million operations deep. A time serves as a tensor's name, since no two tensors have
-# the same. Its cares A to C, and one more, D, are explained below. `route` says what to
+# the same. Its cares A to D are explained below. `route` says what to
 # visit; until you come to it, read it as None, which means everything.
 
 
@@ -477,32 +477,32 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
     waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, its sum of shares)
     heap: list[int] = []  # -time of each that waits
 
-    def receive(t: Tensor, g: Any) -> None:
-        g = _fit(g, t, create_graph)  # (A)
+    def receive(t: Tensor, share: Any, g: Any) -> None:
+        share = _fit(share, t, g, create_graph)  # (A, B)
         if t._time in waiting:
-            g = waiting[t._time][1] + g
+            share = waiting[t._time][1] + share
         else:
             heapq.heappush(heap, -t._time)
-        waiting[t._time] = t, g
+        waiting[t._time] = t, share
 
     for t, g in seeds:
-        receive(t, g)
+        receive(t, g, g)
     while heap:
         t, g = waiting.pop(-heapq.heappop(heap))
         yield t, g
         if t._op is None or (route is not None and t._time not in route.through):
             continue  # a leaf, or nothing that was asked for is behind t
-        _check_tape(t)  # (B)
+        _check_tape(t)  # (C)
         operands = t._operands[:t._op.arity]  # without the settings
         wanted = [_tracked(a) and (route is None or a._time in route.times)
                   for a in operands]
         pull = t._op.pull or _pull_by_rules
         for a, share in zip(operands, pull(t, g, wanted, create_graph)):
             if share is not None:
-                receive(a, share)
-        share = None  # (C)
+                receive(a, share, g)
+        share = None  # (D)
         if not (retain_graph or create_graph):
-            t._operands = t._settings = t._pullback = None  # (C)
+            t._operands = t._settings = t._pullback = None  # (D)
 
 
 # What do the operands receive? `_pull_by_rules` asks the rules. It gives them arrays;
@@ -524,36 +524,33 @@ def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) ->
 
 # **A.** A cotangent has the shape and dtype of its tensor, even if that was stretched
 # (I.4), or the rule computed in another dtype.
+#
+# **B.** A rule may return `g` itself, as those of `add` do, or a view of it. Then two
+# leaves would be handed one array, and whoever wrote to the gradient of one would
+# change the other's. So a leaf receives a copy, unless the rule made a new array.
+# (Other tensors' cotangents may share their memory, since the walk writes to none.)
 
 
-def _fit(share: Any, t: Tensor, create_graph: bool) -> Any:
-    """What a rule returned, as its operand `t` may receive it."""
+def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
+    """What a rule returned, given `g`, as its operand `t` may receive it."""
     if isinstance(share, Tensor) and not create_graph:
         share = share._data  # a rule may call operations of ours
     if share.shape != t._data.shape:
         share = unbroadcast(share, t._data.shape)
     if share.dtype != t._data.dtype:
         share = share.astype(t._data.dtype)
+    if t._op is None and not create_graph and (share is g or share.base is not None):
+        share = share.copy()
     return share
 
 
-# **B.** The rules read the arrays that t was made of. Are these still there, and as they
-# were? An earlier walk may have let them go (C), and somebody may have written to them
+# **C.** The rules read the arrays that t was made of. Are these still there, and as they
+# were? An earlier walk may have let them go (D), and somebody may have written to them
 # since. Then `_check_tape` (IV.1) raises an error.
 #
-# **C.** When the walk has passed through a tensor, it lets go of what that was made of,
+# **D.** When the walk has passed through a tensor, it lets go of what that was made of,
 # and of the last share, so that memory falls as we go.
 #
-# **D.** A rule may return `g` itself, as those of `add` do. Then two leaves may be handed
-# one array, and whoever wrote to the gradient of one would change the other's. So whoever
-# keeps a cotangent copies it. (The walk adds by `+`, and writes to nothing.)
-
-
-def _to_keep(g: Any) -> Tensor:
-    """The cotangent `g`, an array or a Tensor, as a Tensor with memory of its own."""
-    return _copy(g) if isinstance(g, Tensor) else _wrap(np.array(g))
-
-
 # **The route.** For the derivatives of some outputs by certain inputs, a walk need only
 # visit what lies between them. Say we want the derivative of z by x:
 #
@@ -607,7 +604,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
             operands_of[t._time] = []  # turn back
             continue
         if t._operands is None:
-            _check_not_behind(t, inputs)  # they were let go (C): an error, or none (IV.3)
+            _check_not_behind(t, inputs)  # they were let go (D): an error, or none (IV.3)
         operands_of[t._time] = [a for a in t._operands or () if _tracked(a)]
         to_visit += operands_of[t._time]
 
@@ -624,6 +621,15 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
 #
 #     backward     for t, g in a walk everywhere:      if t is a leaf, add g to t.grad
 #     gradients    for t, g in a walk on the route:    if t is an input, keep g
+#
+# What they keep has memory of its own. At a leaf, that is so already (B).
+
+
+def _to_keep(t: Tensor, g: Any) -> Tensor:
+    """The cotangent `g` of `t`, to be kept: a Tensor with memory of its own."""
+    if isinstance(g, Tensor):
+        return _copy(g)
+    return _wrap(np.asarray(g) if t._op is None else np.array(g))
 
 
 def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
@@ -638,7 +644,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
             if t._op is None:
                 leaves.add(t._time)
             if t._op is None or retain_grads:
-                _accumulate(t, _to_keep(g))  # t.grad = t.grad + g; a copy (D)
+                _accumulate(t, _to_keep(t, g))  # t.grad = t.grad + g
     output._leaves = leaves  # what it was made of, for when its tape is gone (IV.3)
 
 
@@ -667,8 +673,10 @@ def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
     """The cotangents that reach `inputs`, to keep; zeros where none does."""
     reached = _walk_to(inputs, seeds, create_graph, retain_graph, route)
     with _mode.set(recording=create_graph):
-        return [_to_keep(reached[t]) if t in reached else _wrap(np.zeros_like(t._data))
-                for t in inputs]
+        slopes = {t: _to_keep(t, g) for t, g in reached.items()}
+        if len(set(inputs)) < len(inputs):  # for one that was asked for twice, two
+            return [_copy(slopes.get(t, np.zeros_like(t._data))) for t in inputs]
+    return [slopes[t] if t in slopes else _wrap(np.zeros_like(t._data)) for t in inputs]
 
 
 def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = False,
