@@ -290,7 +290,8 @@ def _operation(forward: Callable, arity: int) -> Callable:
         return _wrap(y)
 
     operation.arity = arity
-    operation.pull = None  # its way back, where the rules are not enough (II.7)
+    operation.rules = ()  # `primitive` sets them,
+    operation.pull = None  # and `fused` another way back (II.7)
     operation.__name__ = operation.__qualname__ = forward.__name__.strip("_")
     return operation
 
@@ -2700,8 +2701,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
     all_floating = kinds == {"f"}
     if not all_floating:  # there are integers or bools, or no arrays at all
-        rules = getattr(operation, "rules", ())
-        exempt = [i for i in range(len(operands)) if rules and rules[i] is None]
+        exempt = [i for i, rule in enumerate(operation.rules) if rule is None]
         operands = _to_floating(operands, exempt)  # (c)
 
     if len(args) > count or settings:
@@ -3326,9 +3326,13 @@ class Module:
 # carry over.
 
 
-# Each thread has a random generator of its own, made when it is first asked for.
-_Mode.rng = functools.cached_property(lambda mode: np.random.default_rng())
-_Mode.rng.__set_name__(_Mode, "rng")  # (Python does this by itself only inside a class)
+_Mode.rng = None  # each thread's random generator; None until it is asked for
+
+
+def _rng() -> np.random.Generator:
+    if _mode.rng is None:
+        _mode.rng = np.random.default_rng()
+    return _mode.rng
 
 
 def manual_seed(seed: int | Sequence[int]) -> None:
@@ -3338,7 +3342,7 @@ def manual_seed(seed: int | Sequence[int]) -> None:
 
 def _uniform(bound: float, *shape: int) -> Parameter:
     """A float32 parameter, drawn between -bound and bound."""
-    values = _mode.rng.uniform(-bound, bound, shape)
+    values = _rng().uniform(-bound, bound, shape)
     return Parameter(values.astype(np.float32))
 
 
@@ -3433,7 +3437,7 @@ class Embedding(Module):
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         shape = (num_embeddings, embedding_dim)
         _positive("Embedding", num_embeddings=shape[0], embedding_dim=shape[1])
-        self.weight = Parameter(_mode.rng.standard_normal(shape, np.float32))
+        self.weight = Parameter(_rng().standard_normal(shape, np.float32))
 
     def forward(self, ids: Any) -> Tensor:
         """Integers (...) -> (..., embedding_dim)."""
@@ -4938,7 +4942,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Tensor:
     x = as_tensor(x)
     if not training or p == 0:
         return x
-    keep = _mode.rng.random(x.shape, np.float32) >= p
+    keep = _rng().random(x.shape, np.float32) >= p
     return x * (keep * np.asarray(1 / (1 - p), x.dtype))
 
 
@@ -5085,7 +5089,7 @@ class GPT(Module):
             if parameter.ndim == 2:
                 makes_term = name.endswith(("attn.proj.weight", "mlp.2.weight"))
                 scale = 0.02 / math.sqrt(terms) if makes_term else 0.02
-                noise = _mode.rng.standard_normal(parameter.shape, np.float32)
+                noise = _rng().standard_normal(parameter.shape, np.float32)
                 parameter._data[...] = scale * noise
             elif name.endswith("bias"):
                 parameter._data[...] = 0
@@ -5322,7 +5326,7 @@ def _sample(logits: np.ndarray, top_k: int | None) -> np.ndarray:
         kth_largest = np.partition(logits, -top_k)[:, -top_k, None]  # (B, 1)
         logits = np.where(logits < kth_largest, -np.inf, logits)
 
-    noise = _mode.rng.gumbel(size=logits.shape)  # (B, V)
+    noise = _rng().gumbel(size=logits.shape)  # (B, V)
     return np.argmax(logits + noise, axis=1)[:, None]
 
 
@@ -5472,7 +5476,7 @@ class DataParallel:
         self._calls = 0
         # A number that manual_seed decides, drawn from a copy, so that making a
         # DataParallel does not change what the program draws later.
-        self._seed = int(copy.deepcopy(_mode.rng).integers(1 << 62))
+        self._seed = int(copy.deepcopy(_rng()).integers(1 << 62))
         self.flat_gradients: list[np.ndarray] = []
 
         _keep_freed_memory(self)  # as an optimizer does
@@ -5847,7 +5851,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
     if not callable(f) or not args:
         raise TypeError("checkpoint: takes the function and its arguments: "
                         "checkpoint(f, x)")
-    rng_before = copy.deepcopy(_mode.rng)
+    rng_before = copy.deepcopy(_rng())
     began = next(_clock)
     (y,) = _outputs("checkpoint", [f(*args)])  # as a Tensor (IV.3)
     operands = tuple(_find_route([y], [], horizon=began).older)
@@ -6970,13 +6974,13 @@ class DataLoader:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         length = len(self.x)
-        order = _mode.rng.permutation(length) if self.shuffle else np.arange(length)
+        order = _rng().permutation(length) if self.shuffle else np.arange(length)
         for i in range(len(self)):
             rows = order[i * self.batch_size:(i + 1) * self.batch_size]
             x = self.x.take(rows, axis=0)
             y = self.y.take(rows, axis=0)
             if self.transform:
-                x = self.transform(x, _mode.rng)
+                x = self.transform(x, _rng())
             yield x, y
 
 
@@ -7035,14 +7039,14 @@ def make_moons(n_samples: int = 100,
     if n_samples < 1 or noise < 0:
         raise ValueError("make_moons: needs n_samples >= 1 and noise >= 0, "
                          f"not {n_samples} and {noise}")
-    labels = _mode.rng.permutation(np.arange(n_samples) % 2)
+    labels = _rng().permutation(np.arange(n_samples) % 2)
 
     # Label 0 has the upper half circle, with the centre (0, 0). Label 1 has the lower,
     # with the centre (1, 0.5).
-    angle = np.pi * (_mode.rng.random(n_samples) + labels)  # 0 to π, or π to 2π
+    angle = np.pi * (_rng().random(n_samples) + labels)  # 0 to π, or π to 2π
     across = np.cos(angle) + labels
     up = np.sin(angle) + 0.5 * labels
-    points = _mode.rng.normal(np.stack([across, up], axis=1), noise)
+    points = _rng().normal(np.stack([across, up], axis=1), noise)
     return points.astype(np.float32), labels.astype(np.int64)
 
 
