@@ -501,7 +501,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         for a, share in zip(operands, pull(t, g, wanted, create_graph)):
             if share is not None:
                 receive(a, share, g)
-        share = None  # (D)
+        share = None  # (D) else it stays in memory while the next is computed
         if not (retain_graph or create_graph):
             t._operands = t._settings = t._pullback = None  # (D)
 
@@ -605,7 +605,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
             operands_of[t._time] = []  # turn back
             continue
         if t._operands is None:
-            _check_not_behind(t, inputs)  # they were let go (D): an error, or none (IV.3)
+            _check_not_behind(t, inputs)  # let go (D): no input may be behind t (IV.3)
         operands_of[t._time] = [a for a in t._operands or () if _tracked(a)]
         to_visit += operands_of[t._time]
 
@@ -618,7 +618,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
     return _Route(times, through, older)
 
 
-# **Two functions use the walk**, and begin with a cotangent of the output, by default 1:
+# **Users call two functions**, which begin with a cotangent of the output, by default 1:
 #
 #     backward     for t, g in a walk everywhere:      if t is a leaf, add g to t.grad
 #     gradients    for t, g in a walk on the route:    if t is an input, keep g
@@ -703,7 +703,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     3.0 Tensor(3., dtype=float64)
 #
 # `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
-# given Tensors (`_pull_by_rules`, I.2), and recording is on during the walk
+# given Tensors (`_pull_by_rules`, I.5), and recording is on during the walk
 # (`_walk_to`). The result `y`, too, is then the Tensor, so the derivative of a rule
 # that uses it goes on through y. There is no second set of rules that could be wrong.
 # The rest of the walk, `+` and the sum in `unbroadcast`, is recorded like the rules.
@@ -757,15 +757,18 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # is faster, and the gradient should be a constant. When can somebody ask?
 #
 # *When the search for the route has met a tracked tensor that is older than our inputs*
-# (`older`, I.5). Whoever asks for a derivative later asks by a tensor of their own,
-# which had a part in the result. Our inputs are made when f is called, so that tensor
-# is older. The search may not come as far as that tensor. But the path from y back to
-# it goes from younger to older, so it crosses the horizon somewhere, and the first
-# tensor beyond is met. (It is tracked, since it was made of a tracked one.) And why
-# search from y, and not from the gradient? The walk computes with y's tape alone, so
-# what had a part in the gradient had a part in y. (One exception: if f makes a tracked
-# tensor of its own and hands it out, say by appending it to a list, that is younger
-# than our inputs, and missed.)
+# (`older`, I.5). For:
+#
+# 1. Whoever asks for a derivative later asks by a tensor of their own, which had a part
+#    in the gradient. So it had a part in y, since the walk computes with y's tape
+#    alone.
+# 2. It is older than our inputs, which are made when f is called.
+# 3. The way from y back to it goes from younger to older, so one step crosses the
+#    horizon. What lies just beyond was made of a tracked tensor, or is it: so it is
+#    tracked, and the search has met it.
+#
+# (One exception: if f makes a tracked tensor of its own and hands it out, say by
+# appending it to a list, that is younger than our inputs, and missed.)
 #
 #     >>> def careful_grad(f):
 #     ...     def slope(x):
@@ -2650,8 +2653,7 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     [0.5 7. ]
 #
 # In the usual call, all arguments are Tensors and Python's numbers given by position, and
-# are used as they are. In any other call, `_operation` (I.2) has them converted by
-# `_admit`, in four parts:
+# are used as they are. In any other call, `_admit` converts them, in four steps:
 #
 # a. Operands given by name are put at their positions, because rules go by position.
 # b. A list becomes an array.
@@ -2663,17 +2665,8 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     >>> print(args[0], args[1] is t, args[2], settings)
 #     [ True False] True [7. 7.] {}
 #
-# Then `_compute` calls the function, here `np.where` of three arrays. (If it failed,
-# `_explained` would add the shapes to the error.) And because t is tracked, the result
-# remembers `where` and `args`. The functions below convert. (`as_tensor`, I.1, is for
-# what is to become a Tensor.)
-#
-#     `_admit`            all arguments of a call      a to d
-#     `_admit_operand`    one operand                  b: a Tensor, an array or a number
-#     `_to_floating`      several operands together    c
-#     `_admit_together`   several operands together    b and c, and then Tensors
-#     `_admit_setting`    one setting                  d
-#     `_float_array`      data, for `as_tensor`        b and c
+# Then `_compute` calls the function, here `np.where` of three arrays. And because t is
+# tracked, the result remembers `where` and `args`.
 
 
 # The usual call has a Tensor, and besides it only these. (An int may be a setting.)
@@ -2687,32 +2680,41 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     if is_usual:
         return args, settings
 
-    name, count = operation.__name__, operation.arity
     if settings:
-        settings = dict(settings)
-        operand_names, _ = _argument_names(operation)
-        for operand in operand_names[len(args):]:  # (a)
-            if operand not in settings:
-                break
-            args = (*args, settings.pop(operand))
+        args, settings = _by_position(operation, args, settings)  # (a)
+    name, count = operation.__name__, operation.arity
+    operands = [_admit_operand(name, a) for a in args[:count]]  # (b)
+    exempt = [i for i, rule in enumerate(operation.rules) if rule is None]
+    operands = _to_floating(operands, exempt)  # (c)
+    others = [_admit_setting(name, a) for a in args[count:]]  # (d)
+    settings = {key: _admit_setting(name, a) for key, a in settings.items()}
+    return (*operands, *others), settings
 
-    operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
-                for a in args[:count]]  # (b)
-    kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
-    all_floating = kinds == {"f"}
-    if not all_floating:  # there are integers or bools, or no arrays at all
-        exempt = [i for i, rule in enumerate(operation.rules) if rule is None]
-        operands = _to_floating(operands, exempt)  # (c)
 
-    if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]  # (d)
-        settings = {key: _admit_setting(operation, a, key)
-                    for key, a in settings.items()}
-    return tuple(operands), settings
+# **a** asks the function for the names of its arguments. (One in C does not tell.)
+
+
+def _by_position(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """Move the operands that were given by name to their positions."""
+    operand_names, setting_names = _argument_names(operation)
+    settings = dict(settings)
+    for name in operand_names[len(args):]:
+        if name not in settings:
+            break
+        args = (*args, settings.pop(name))
+
+    for name, a in settings.items():
+        if _tracked(a) and name not in setting_names:
+            known = "have no names: give by position"
+            if operand_names:
+                known = f"are {', '.join(operand_names)}, each once"
+            raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; "
+                            f"its operands {known}")
+    return args, settings
 
 
 def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
-    """The names of its operands, and of its settings. (A function in C has none.)
+    """The names of its operands, and of its settings.
 
         >>> _argument_names(where), _argument_names(sum_)
         ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
@@ -2767,6 +2769,8 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     """The operands, with integers and bools made floating except at `exempt` places."""
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
     floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
+    if arrays and len(floats) == len(arrays):
+        return operands  # the most frequent case
     floating = []
     for i, a in enumerate(operands):
         if i not in exempt:
@@ -2778,9 +2782,11 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     return floating
 
 
-# A function that calls several operations, such as `solve`, first converts its operands
-# together. Otherwise, if the first operation reshaped a bool mask alone, the mask would
-# become float64, and then so would the result with a float32 operand.
+# A function that calls several operations on its operands, such as `solve`, first
+# converts them together. Otherwise, if the first operation reshaped a bool mask alone,
+# the mask would become float64, and then so would the result with a float32 operand.
+# (Where all operands end in one operation, as in matmul, that converts them, and
+# `_with_shape`, II.6, is enough.)
 
 
 def _admit_together(*operands: Any) -> list[Tensor]:
@@ -2793,19 +2799,15 @@ def _admit_together(*operands: Any) -> list[Tensor]:
 # False))`. A Tensor that needs a gradient is refused, because a setting gets none.
 
 
-def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
-    if not _tracked(a):
-        return _value(a)
-    names, settings = _argument_names(operation)
-    if name is None or name in settings:
-        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was "
-                        "given where a setting belongs (a shape, an axis, an eps, "
-                        "integers), and would get none; use .item() or .numpy()")
-    known = "have no names: give by position"
-    if names:
-        known = f"are {', '.join(names)}, each once"
-    raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; its "
-                    f"operands {known}")
+def _admit_setting(name: str, a: Any) -> Any:
+    if _tracked(a):
+        raise TypeError(f"{name}: a Tensor that needs a gradient was given where a "
+                        "setting belongs (a shape, an axis, an eps, integers), and would "
+                        "get none; use .item() or .numpy()")
+    return _value(a)
+
+
+# Then the operation computes.
 
 
 def _compute(operation: Callable, forward: Callable, args: tuple,
@@ -2837,7 +2839,7 @@ def _explained(error: Exception, operation: Callable, arrays: list) -> Exception
     return kind(f"{operation.__name__} of {', '.join(shapes)}: {error}")
 
 
-# The data of a new Tensor (I.1) are not an operand yet, and are converted separately.
+# The data of a new Tensor (I.1) are not an operand, and are converted on their own.
 
 
 def _float_array(data: Any) -> np.ndarray:
@@ -6104,8 +6106,8 @@ def _first_cotangent(name: str, output: Tensor, cotangent: Any,
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent "
                          f"of its shape, not {given}; make a scalar of it, as by "
                          ".sum(), or give a cotangent")
-    if create_graph:  # a tracked cotangent, such as jvp's u (I.8), stays on the tape
-        with _mode.set(recording=True):
+    if create_graph:  # a tracked cotangent stays on the tape, even inside no_grad():
+        with _mode.set(recording=True):  # jvp's second walk looks for its u (I.8)
             return astype(as_tensor(cotangent), output.dtype)
     return np.asarray(_value(cotangent), output.dtype)
 
@@ -6131,9 +6133,16 @@ def _require_tracked(name: str, inputs: Iterable) -> None:
 
 # ### What do the transforms have in common?
 #
-# Each begins as `careful_grad` does (I.7): it makes fresh inputs, runs f, finds the route
-# between, and asks whether somebody may ask for more. A `_Run` does this for nests. The
-# transforms differ in the walks that follow, and these are as in I.8.
+# Each begins as `careful_grad` does (I.7). For one argument and no nests, that is
+#
+#     inputs = [a new Tensor, tied to the argument if that is tracked]
+#     output = f(*inputs)
+#     route = _find_route([output], inputs)
+#     recorded = bool(route.older)  # somebody may ask
+#
+# and a `_Run` does the same for nests. The transforms differ in the walks that follow,
+# which are those of I.8. Somebody may also ask by a tangent or a cotangent that they
+# gave, if it is tracked.
 #
 # Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but no
 # walk is, and the gradient is a constant. (So this is how to spare the second tape if f
@@ -6158,13 +6167,12 @@ class _Run:
         # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
-        self.inputs = [_fresh_input(name, item) for item in items]  # the x of I.7
+        self.inputs = [_fresh_input(name, item) for item in items]
         args = put_back(self.rebuild(self.inputs))
         with _mode.set(recording=True, runs=(*_mode.runs, self)):
-            self.output = f(*args, **kwargs or {})  # the y of I.7
+            self.output = f(*args, **kwargs or {})
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # Outside the `with`, for it is the caller's mode that counts. (Somebody may
-        # also ask by a tangent: I.8.)
+        # (Outside the `with`, for it is the caller's mode that counts.)
         self.recorded = self.must_record(tangents)
 
     def must_record(self, given: Any) -> bool:
@@ -6358,18 +6366,21 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
 
 
 def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
-    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape."""
+    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape. (The
+    route may be that of several outputs, which does no harm.)
+    """
     (y,) = _outputs(run.name, [y])
-    rows = []  # (the route may be that of several outputs, which does no harm)
+    rows = []
     for unit in np.eye(y.size).reshape(y.size, *y.shape):
         seeds = _seeds(run.name, [y], [unit], run.recorded)
         row = _gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route)
         rows.append(row)
     jacobians = []
     for i, x in enumerate(run.inputs):
-        block = np.zeros((0, *x.shape), x.dtype)
         if rows:
             block = stack([row[i] for row in rows])  # (y.size, *x.shape)
+        else:  # y has no elements
+            block = np.zeros((0, *x.shape), x.dtype)
         jacobians.append(reshape(block, y.shape + x.shape))
     return run.rebuild(jacobians)
 
