@@ -1,5 +1,4 @@
-"""nanoad: reverse-mode automatic differentiation, and what stands on it, in one file of
-NumPy.
+"""nanoad: reverse-mode automatic differentiation, in one file of NumPy.
 
 A Tensor is a NumPy array that remembers where it came from. Ask the last one of a
 computation for its derivatives, and every Tensor that it began with learns how much it
@@ -15,14 +14,13 @@ mattered:
 
 The file has four parts, and whoever stops early has something whole:
 
-    I    the idea        tensor, operations, the walk back, grad, what else a walk tells
-    II   the rule book   operations and their derivatives; how to add one and make it fast
-    III  networks        losses, modules, optimizers, convolution, normalization,
-                         attention, a GPT; many cores
-    IV   the craft       what a good tool needs and the idea does not: the watch over
-                         writes, memory, nests, the machine, workers, data, saving,
-                         drawing, plots; decompositions, NumPy's other names; an index
-                         of names; a tour
+- I, the idea: tensor, operations, the walk back, grad, and what else a walk tells;
+- II, the rule book: operations and their derivatives; how to add one and make it fast;
+- III, networks: losses, modules, optimizers, convolution, normalization, attention, a
+  GPT, many cores;
+- IV, the craft, which a good tool needs and the idea does not: the watch over writes,
+  memory, nests, the machine, workers, data, saving, drawing; decompositions, NumPy's
+  other names; an index of names; a tour.
 
 You need NumPy, calculus, and no other file. `python nanoad.py` gives the tour. (After
 the imports, which are Python's own and NumPy, the essay begins.)
@@ -104,10 +102,8 @@ class Tensor:
         "label",          # a name, for pictures and messages
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
-        "_operands",      # the arguments that the operation was given by position:
-                          # operands, then settings. () for a leaf; None once the tape
-                          # was let go (I.5)
-        "_settings",      # the operation's named arguments, such as axis=0
+        "_operands",      # its arguments by position; () for a leaf, None if let go
+        "_settings",      # its arguments by name, such as axis=0
         # Skip these: the fast way back (II.7), the watch over writes (IV.1), what an
         # earlier walk has met (IV.3), and Python's weak references.
         "_pullback", "_written", "_checksum", "_leaves", "__weakref__",
@@ -163,8 +159,7 @@ class Tensor:
 
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
-        """Add the derivative of this tensor to `.grad` of every tracked leaf it was
-        made from.
+        """Add the derivatives of this tensor to `.grad` of the leaves it was made from.
 
         `grad` says how much each element counts (I.3); a scalar counts as 1. The tape
         is let go as it is walked, unless `retain_graph`. `create_graph` makes the
@@ -205,8 +200,7 @@ def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
 
 
 def as_tensor(data: Any) -> Tensor:
-    """`data` if it is a Tensor; if not, a constant, not copied. (A list that holds
-    Tensors is stacked.)"""
+    """`data` if it is a Tensor, else a constant, not copied; a list of Tensors stacked."""
     if isinstance(data, Tensor):
         return data
     if _holds_tensor(data):
@@ -252,14 +246,14 @@ def _tracked(a: Any) -> bool:
 
 
 def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
-    """Decorate a function on arrays to make it an operation with these VJP rules, one
-    per operand.
+    """Decorate a function on arrays: it becomes an operation with these VJP rules.
 
-    A rule `(g, y, *operands, **settings) -> cotangent` is array code for ndarrays and
-    Tensors alike; it returns a new array, `g` itself or a view. None stands for an
-    operand without a gradient. Whatever else a call is given, by position or by name, are
-    settings, such as an axis. An operation on any number of operands gives one rule for
-    all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an operation.)
+    There is one per operand. A rule `(g, y, *operands, **settings) -> cotangent` is
+    array code for ndarrays and Tensors alike; it returns a new array, `g` itself or a
+    view. None stands for an operand without a gradient. Whatever else a call is given,
+    by position or by name, are settings, such as an axis. An operation on any number of
+    operands gives one rule for all, `each(i, g, y, *operands, **settings)` for operand
+    i. (II.1 adds an operation.)
     """
     def decorate(forward: Callable) -> Callable:
         arity = sys.maxsize if each else len(rules)
@@ -363,8 +357,7 @@ _mode = _Mode()
 
 
 def no_grad() -> contextlib.AbstractContextManager:
-    """A context manager (and, with its parentheses, a decorator): inside, no tape is
-    written."""
+    """A context manager or, with its parentheses, a decorator: no tape is written."""
     return _mode.set(recording=False)
 
 
@@ -412,11 +405,11 @@ def no_grad() -> contextlib.AbstractContextManager:
 # already, and the cotangent of t is complete. Take `y = a * b` and `z = y + a`, where a,
 # b, y, z have the times 1, 2, 3, 4:
 #
-#          z:4         what waits, with its cotangent     is taken
-#         /   \        z:4 <- 1                           z, whose shares go to y and a
-#       y:3    |       y:3 <- 1,  a:1 <- 1                y, whose shares go to a and b
-#      /   \   |       b:2 <- a,  a:1 <- 1 + b            b, a leaf
-#   b:2     a:1        a:1 <- 1 + b                       a, a leaf, with both its shares
+#            z:4       what waits, with its cotangent    is taken
+#           /   \      z:4 <- 1                          z, whose shares go to y and a
+#         y:3    |     y:3 <- 1,  a:1 <- 1               y, whose shares go to a and b
+#        /   \   |     b:2 <- a,  a:1 <- 1 + b           b, a leaf
+#     b:2     a:1      a:1 <- 1 + b                      a, a leaf, with both its shares
 #
 # Had `a` been taken before `y`, the share `b` would have come too late.
 #
@@ -441,8 +434,7 @@ def no_grad() -> contextlib.AbstractContextManager:
 
 
 def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
-    """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from
-    `shape`.
+    """Sum the cotangent `g` over the axes that were stretched from `shape`.
 
         >>> row = Tensor([1.0, 2.0, 3.0])
         >>> (np.ones((4, 3)) * row).sum().backward()
@@ -472,8 +464,9 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
 def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
           retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
-    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
-    first. A cotangent is an ndarray; with `create_graph`, a Tensor.
+    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs.
+
+    The youngest comes first. A cotangent is an ndarray; with `create_graph`, a Tensor.
     """
     waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, its sum of shares)
     heap: list[int] = []  # -time of each that waits
@@ -652,12 +645,11 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False,
               retain_graph: bool = False) -> tuple[Tensor, ...]:
-    """The derivatives of `output` by each of `inputs`, as a tuple; zeros for one that
-    had no part.
+    """The derivatives of `output` by each of `inputs`, as a tuple.
 
-    Touches no `.grad`; `grad`, `create_graph` and `retain_graph` are as in
-    `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.) Raises RuntimeError for an
-    input that is a constant.
+    They are zeros for an input that had no part. Touches no `.grad`; `grad`,
+    `create_graph` and `retain_graph` are as in `Tensor.backward`. (In PyTorch:
+    `torch.autograd.grad`.) Raises RuntimeError for an input that is a constant.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     _require_tracked("gradients", inputs)
@@ -6043,9 +6035,7 @@ def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
 
 
 def _fresh_input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by. It is tied to `x`, if that is tracked and a tape
-    is written.
-    """
+    """A new tensor to differentiate by; tied to `x`, if that is tracked (I.7)."""
     array = np.asarray(_value(x))
     if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
         raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which "
@@ -6176,8 +6166,9 @@ class _Run:
         self.recorded = self.must_record(tangents)
 
     def must_record(self, given: Any) -> bool:
-        """Whether somebody may ask for derivatives of what a walk gives: by an older
-        tensor, or by one of those `given` to it as cotangents or tangents.
+        """Whether somebody may ask for derivatives of what a walk gives.
+
+        By an older tensor, or by one `given` to the walk as a cotangent or a tangent.
         """
         items, _ = _flatten(given)
         return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
@@ -6191,9 +6182,7 @@ class _Run:
 
     def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence,
                   create_graph: bool, retain_graph: bool = False) -> list[Tensor]:
-        """What reaches the inputs from these cotangents of the outputs. (None is 1, for
-        a scalar.)
-        """
+        """What reaches the inputs from these cotangents of the outputs (None is 1)."""
         seeds = _seeds(self.name, outputs, cotangents, create_graph)
         return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
 
@@ -6235,12 +6224,11 @@ def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argn
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
          argnum: Any = None) -> Callable:
-    """The function that returns the gradient of f, which returns a scalar (else see
-    `jacobian`).
+    """The function that returns the gradient of f, which returns a scalar.
 
-    It returns a Tensor like the argument at `argnums` (see `value_and_grad`); with
-    `has_aux`, (gradient, aux). `.numpy()` makes an array of it; NumPy's functions take
-    it as it is.
+    (If it does not, see `jacobian`.) It returns a Tensor like the argument at `argnums`
+    (see `value_and_grad`); with `has_aux`, (gradient, aux). `.numpy()` makes an array
+    of it; NumPy's functions take it as it is.
 
         >>> slope = grad(lambda x: x * x)  # a constant, unless x is tracked
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
@@ -6257,8 +6245,7 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
-    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, a tuple with an entry per
-    primal.
+    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, like the tuple of primals.
 
     The *primals* are the arguments to differentiate at; the cotangent u is built like f's
     result. f runs once, however often vjp_fn does.
@@ -6286,8 +6273,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
 
 
 def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
-    """`(f(*primals), the directional derivative of f along tangents)`, both built like
-    f's result.
+    """`(f(*primals), J v)`, both built like f's result, where v are the tangents.
 
         >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
         2.0
@@ -6327,8 +6313,9 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
 
 def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
              argnum: Any = None) -> Callable:
-    """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk
-    per row.
+    """The function that returns the Jacobian of f: shape out.shape + in.shape.
+
+    Each row takes one walk.
 
         >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
         [2. 0.] [0. 4.]
@@ -6366,8 +6353,9 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
 
 
 def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
-    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape. (The
-    route may be that of several outputs, which does no harm.)
+    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape.
+
+    The route may be that of several outputs, which does no harm.
     """
     (y,) = _outputs(run.name, [y])
     rows = []
