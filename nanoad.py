@@ -2524,7 +2524,7 @@ def gelu(x: Any) -> Tensor:
 #     >>> print(t.sum(), t // 2, t > 1)
 #     7.0 [0. 1. 2.] [False  True  True]
 #
-# Only three of the named methods are no function of NumPy's or ours, and stand here.
+# Only three of the named methods are not functions as well. They are written here.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. Raises ValueError for any other size."""
     if self.size != 1:
@@ -2558,7 +2558,7 @@ Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
 # The other operators are set like the first ones in I.2. (Python passes self to
-# np.argmax as to any `def`. To a ufunc it does not, so the two stand in lambdas.)
+# np.argmax as to any `def`. To a ufunc it does not; hence the two lambdas.)
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
