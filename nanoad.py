@@ -1974,7 +1974,8 @@ def _mT(a: Any) -> Any:
 
 
 def _with_shape(x: Any) -> Any:
-    """x as a Tensor or an array. (The operation that takes it settles the dtype.)"""
+    """x as a Tensor or an array, for a list has no shape. (The dtype is settled later,
+    by the operation that sees all the operands.)"""
     if isinstance(x, np.generic):  # a single number of NumPy's
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -1988,8 +1989,7 @@ def _matmul(a: Any, b: Any) -> Tensor:
 
 # NumPy's `@` also takes vectors. We treat a vector as a matrix of one row or one
 # column. If a is a stack and b a single matrix, we treat a as one long matrix of all
-# its rows, which BLAS multiplies in one go. (If NumPy stretches one stack to the other,
-# I.4 sums what it receives.)
+# its rows (`_rows`, II.5), which BLAS multiplies in one go.
 @_answers(np.matmul)
 def matmul(a: Any, b: Any) -> Tensor:
     """a @ b as in NumPy, for every rank: vectors, matrices, stacks of matrices."""
@@ -2144,9 +2144,11 @@ def _einsum_add_up(pairs: list[tuple[str, Any]], output: str) -> list:
     lengths: dict[str, int] = {}  # of the letters that are not of length 1 everywhere
     for term, x in pairs:
         for letter, n in zip(term, x.shape):
-            if n != 1 and n != lengths.setdefault(letter, n):
-                raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are "
-                                 f"{letter!r}")
+            if n == 1:
+                continue
+            first = lengths.setdefault(letter, n)  # n, if the letter is new
+            if n != first:
+                raise ValueError(f"axes of sizes {first} and {n} both are {letter!r}")
 
     without_short = []
     for term, x in pairs:
@@ -2274,7 +2276,8 @@ inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # ste
 @primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 6
            lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
-    # (With one axis less than a, b would be vectors to NumPy 1. So it gets as many.)
+    # (With one axis less than a, b would be vectors to NumPy 1. So it gets as many:
+    # beside an a of (7, n, n), the b of (n, k) becomes (1, n, k).)
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
     return np.linalg.solve(a, b)
 
@@ -2286,7 +2289,7 @@ def solve(a: Any, b: Any) -> Tensor:
     """
     a, b = _admit_together(a, b)
     # A vector has one axis to NumPy 2, and one less than a to NumPy 1. We decide as the
-    # installed one does.
+    # installed one does (`_OLD_NUMPY`, IV.4).
     is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)
     columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
@@ -2383,7 +2386,7 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 
 
 def _in_float32(f: Callable) -> Callable:
-    """f, a kernel or a definition, made to compute in float32 where it gets float16."""
+    """f in float32 where it gets float16. It gives a result, or (result, pullback)."""
     @functools.wraps(f)
     def wide(*arguments: Any, **settings: Any) -> Any:
         arrays = [a for a in arguments if isinstance(a, (np.ndarray, Tensor))]
@@ -2394,10 +2397,10 @@ def _in_float32(f: Callable) -> Callable:
         result = f(*map(_widened, arguments), **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
             return result  # NumPy has given it the wider dtype
-        if not isinstance(result, tuple):  # f is a definition
+        if not isinstance(result, tuple):
             return result.astype(np.float16)
 
-        y, pullback = result  # f is a kernel; its way back is in float32, too
+        y, pullback = result  # the way back is in float32, too
         return y.astype(np.float16), lambda g, wanted: pullback(_widened(g), wanted)
 
     return wide
@@ -2410,10 +2413,9 @@ def _widened(a: Any) -> Any:
 
 # ### What NumPy is slow at
 #
-# Kernels differ from their definitions where NumPy is slow. (Those of III.5 also take
-# care of digits.) Here is where. The comments of later kernels refer to these points by
-# the words in capitals. (Times are for float32 on one core of an Intel server, Sapphire
-# Rapids, with NumPy 2.4.)
+# Kernels differ from their definitions where NumPy is slow. Here is where; the comments
+# of later kernels refer to these points by the words in capitals. (Times are for
+# float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
@@ -2466,12 +2468,9 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 #     4  and that of x p is       p + x dp/dx = p (1 + (1 - p) v)    with v = 2 x du/dx
 #     5  du/dx put in             v = x (2 scale + 6 cubic x^2)
 #
-# Without care the kernel would compute p and return `x * p`, and its pullback would be
-#
-#     g * p * (1 + (1 - p) * v)
-#
-# The real one does just that, block by block (PASSES) and in place: what it needs on
-# the way to a result stands where the result will be.
+# So the kernel returns `x * p`, and its pullback `g * p * (1 + (1 - p) * v)`. Both are
+# computed block by block (PASSES) and in place: what is needed on the way to a result
+# stands where the result will be.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2520,7 +2519,7 @@ def gelu(x: Any) -> Tensor:
 #     >>> print(t.sum(), t // 2, t > 1)
 #     7.0 [0. 1. 2.] [False  True  True]
 #
-# Three of the named methods have to be written, because their results are not Tensors.
+# Only three of the named methods are not functions as well. They are written here.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. Raises ValueError for any other size."""
     if self.size != 1:
@@ -2553,8 +2552,8 @@ for _f in _METHODS:
 Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-# The other operators are set like the first ones in I.2. (Two of them are ufuncs, which
-# stand in lambdas because Python would not pass self to a ufunc.)
+# The other operators are set like the first ones in I.2. (Python passes self to
+# np.argmax as to any `def`. To a ufunc it does not; hence the two lambdas.)
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
@@ -2563,9 +2562,8 @@ for _name, _f in dict(
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
 
 
-# Comparisons give plain bool arrays. (Defined inside the class, `__eq__` would remove
-# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not,
-# and the hash goes by identity.)
+# Comparisons give plain bool arrays. (They are set from outside the class: an `__eq__`
+# inside would remove `__hash__`, and a Tensor could not be a key of a dict.)
 def _comparison(name: str) -> Callable:
     """The method of this name: NumPy's, on the arrays."""
     def compare(self: Tensor, other: Any) -> np.ndarray:
@@ -2586,7 +2584,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
 # says that only the number is wanted.)
 def _plain_number(t: Tensor) -> float:
     """The element of t as a Python number, unless a derivative would be lost."""
-    for run in _mode.runs:  # the transforms that are running a function just now (I.7)
+    for run in _mode.runs:  # the transforms that are running a function now (IV.3)
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
             raise TypeError(f"{run.name}: float() of a tensor that is being "
                             "differentiated, as in math.sin(t) or array[0] = t, would "
@@ -8367,8 +8365,9 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 # ### How to read an entry
 #
 # `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2).
-# Its parameters have NumPy's names and order. Python itself refuses an argument that it
-# lacks, such as `out`. Three things are the same everywhere:
+# Its settings have NumPy's names and order, and Python refuses all others, such as
+# `out`. (Arrays go by position: a public function may say x where NumPy says a.) Three
+# things are the same everywhere:
 #
 # - Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
 #   float32 leaves the result float32.
@@ -8478,6 +8477,7 @@ _FUNCTIONS.update({
     np.min: lambda a, axis=None, *, keepdims=False: min_(a, axis, keepdims),
     np.ptp: lambda a, axis=None, *, keepdims=False:
         max_(a, axis, keepdims) - min_(a, axis, keepdims),
+    np.median: lambda a, axis=None, *, keepdims=False: median(a, axis, keepdims),
     np.percentile: lambda a, q, axis=None, *, method="linear", keepdims=False:
         quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims),
     # linear algebra
@@ -8581,7 +8581,6 @@ def _meshgrid(*xi, indexing="xy", sparse=False):
 
 
 # ### Reductions and differences
-@_answers(np.median)
 def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The middle element, or the mean of the two in the middle."""
     return quantile(x, 0.5, axis, keepdims=keepdims)
@@ -8891,8 +8890,9 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
 
 # ### Norms
 #
-# The length of a vector x has the derivative `x / |x|`. At its kink, x = 0, we take 0.
-@primitive(lambda g, y, x: (g / np.where(y == 0, 1, y))[..., None] * x)
+# The length of a vector x has the slope `x / |x|`, and 0 (II.3) at its kink, x = 0.
+@primitive(lambda g, y, x:
+           (_chosen(g, y != 0) / np.where(y == 0, 1, y))[..., None] * x)
 def _length(x: Any) -> Tensor:
     return np.sqrt(np.sum(x * x, axis=-1))
 
