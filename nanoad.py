@@ -847,6 +847,9 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #    linear function has the same slope everywhere: zeros will do. (One exception: equal
 #    eigenvalues, IV.10.)
 #
+# In formulas: `s = J^T u`, so the Jacobian of s by u is `J^T`, and the second walk gives
+# `(J^T)^T v = J v`.
+#
 #     >>> def naive_jvp(f, x, v):
 #     ...     x = Tensor(x)
 #     ...     y = f(x)
@@ -856,9 +859,6 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     ...
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
-#
-# In formulas: `s = J^T u`, so the Jacobian of s by u is `J^T`, and the second walk gives
-# `(J^T)^T v = J v`.
 #
 # The functions that users call are `grad`, `value_and_grad`, `vjp`, `jvp`, `hvp`,
 # `jacobian` and `hessian` (IV.3).
@@ -4461,7 +4461,7 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #    `mean(xhat * v)`.
 # 4. `xhat = c / s` moves by `dc / s - c ds / s^2 = (dc - xhat * ds) / s`, which is
 #
-#        (v - mean(v) - xhat * mean(xhat * v)) / s
+#         (v - mean(v) - xhat * mean(xhat * v)) / s
 #
 # 5. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
@@ -7705,11 +7705,11 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #    but no finite value, it stays nan, and so do the lines to both its neighbours: a
 #    gap is not bridged. Here are four steps in seven columns:
 #
-#        column       0     1     2     3     4     5     6
-#        step         0           1           2           3
-#        value        4         nan           2           1
-#        mean         4   nan   nan   nan     2   nan     1    (step 1)
-#        line         4   nan   nan   nan     2   1.5     1    (step 2)
+#         column       0     1     2     3     4     5     6
+#         step         0           1           2           3
+#         value        4         nan           2           1
+#         mean         4   nan   nan   nan     2   nan     1    (step 1)
+#         line         4   nan   nan   nan     2   1.5     1    (step 2)
 #
 # 3. The axis of values is cut into rows, and each number is rounded to a row
 #    (`_draw_curves`). A curve of marks is then complete.
@@ -8297,10 +8297,10 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 # 1. Nearly all are *compositions* of operations that we have, so their derivatives
 #    follow. For example, np.ptp, the range of the values, is a maximum minus a minimum:
 #
-#        >>> t = Tensor([4.0, 1.0, 2.0])
-#        >>> y = np.ptp(t)
-#        >>> print(y, y._op is sub, *gradients(y, [t]))
-#        3.0 True [ 1. -1.  0.]
+#         >>> t = Tensor([4.0, 1.0, 2.0])
+#         >>> y = np.ptp(t)
+#         >>> print(y, y._op is sub, *gradients(y, [t]))
+#         3.0 True [ 1. -1.  0.]
 #
 # 2. A few have a *rule* of their own, because a composition would fail: np.sinc is
 #    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
@@ -8308,8 +8308,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 # 3. Some give *plain values*, because their derivative is zero wherever they have one,
 #    or because they ask for a shape or an order:
 #
-#        >>> np.floor(t / 3), np.argsort(t)
-#        (array([1., 0., 0.]), array([1, 2, 0]))
+#         >>> np.floor(t / 3), np.argsort(t)
+#         (array([1., 0., 0.]), array([1, 2, 0]))
 #
 # 4. All others are *refused* if the Tensor needs a gradient. The TypeError says what to
 #    use instead (II.2). Among them are `fft`, `copysign`, methods of ufuncs such as
