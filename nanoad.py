@@ -1204,7 +1204,7 @@ arctan2 = _define("arctan2", np.arctan2,
 
 # *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
 # logaddexp(x, 0) is the same function and does not. (sigmoid is e^-log(1 + e^-x).) Here
-# is what defines each y, what that becomes when x moves (y' is the slope by x or a):
+# is what defines y, and its derivative by x (or a), which is then solved for y':
 #
 #     softplus    e^y = 1 + e^x     e^y y' = e^x        y' = (e^y - 1) / e^y = 1 - e^-y
 #     sigmoid     1/y = 1 + e^-x    -y' / y^2 = -e^-x   y' = y^2 (1/y - 1)   = y (1 - y)
@@ -1272,8 +1272,8 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 
 
 # At a kink any slope between the two one-sided ones is right; abs and relu take 0. But
-# the rules of abs and hypot multiply by it, in half the time: there, an infinite g
-# gives nan, as in PyTorch. (np.clip is NumPy's fastest way to do relu. `y != 0`, unlike
+# the rules of abs and hypot multiply by it, which is faster: there, an infinite g gives
+# nan, as in PyTorch. (np.clip is NumPy's fastest way to do relu. `y != 0`, unlike
 # `y > 0`, lets g pass where y is nan.)
 abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
 relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
