@@ -1085,6 +1085,9 @@ def _named(operation: Callable, name: str, doc: str = _ELEMENT_BY_ELEMENT) -> Ca
     return operation
 
 
+for _f in _FUNCTIONS.values():  # so far, the operations of part I
+    _named(_f, _f.__name__)
+
 exp2 = _define("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
 expm1 = _define("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _define("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
@@ -1116,10 +1119,6 @@ rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi),
 
 _copy = _define("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
 
-# help() describes the operations of part I in the same way.
-for _f in _FUNCTIONS.values():
-    _named(_f, _f.__name__)
-
 
 @primitive(lambda g, y, x, dtype: g)
 def astype(x: Any, dtype: Any) -> Tensor:
@@ -1140,12 +1139,12 @@ fmod = _define("fmod", np.fmod,
                lambda g, y, a, b: g,
                lambda g, y, a, b: -g * np.trunc(a / b))
 
-# *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
-# x = 0 they need care:
+# *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p:
 #
-#     by x, if p = 0     0 * 0 ** -1 would be nan; we take 0 * 0 ** 0 = 0
-#     by p, if p >= 0    y log 0 would be nan or -inf; we take y log 1 = 0
-#     by p, if p < 0     y is infinite, and so is the slope: nothing to do
+#     by x, x = p = 0         0 * 0 ** -1 would be nan; we take 0 * 0 ** 0 = 0
+#     by p, x = 0, p >= 0     y log 0 would be nan or -inf; we take y log 1 = 0
+#     by p, x = 0, p < 0      y is infinite, and so is the slope: nothing to do
+#     by p, x < 0             there is none: log x is nan, and NumPy warns
 def _to_the_power(x: Any, p: Any) -> Any:
     """x ** p. Products are ten times faster than the C library's pow."""
     if isinstance(p, (int, float)):
@@ -1199,8 +1198,8 @@ arctan2 = _define("arctan2", np.arctan2,
                   lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
 
 # *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
-# logaddexp(x, 0) is the same function and does not. Here are the equation that defines
-# each y, what it becomes when x moves (y' is the slope by x, or by a), and the slope:
+# logaddexp(x, 0) is the same function and does not. (sigmoid is e^-log(1 + e^-x).) Here
+# is what defines y, and its derivative by x (or a), which is then solved for y':
 #
 #     softplus    e^y = 1 + e^x     e^y y' = e^x        y' = (e^y - 1) / e^y = 1 - e^-y
 #     sigmoid     1/y = 1 + e^-x    -y' / y^2 = -e^-x   y' = y^2 (1/y - 1)   = y (1 - y)
@@ -1267,9 +1266,10 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     return np.where(condition, a, b)
 
 
-# At a kink any slope between the two one-sided ones is right; abs and relu take 0.
-# (np.clip is NumPy's fastest way to do relu. Its rule asks for `y != 0`, not `y > 0`,
-# so that g passes where y is nan.)
+# At a kink any slope between the two one-sided ones is right; abs and relu take 0. But
+# the rules of abs and hypot multiply by it, which is faster: there, an infinite g gives
+# nan, as in PyTorch. (np.clip is NumPy's fastest way to do relu. `y != 0`, unlike
+# `y > 0`, lets g pass where y is nan.)
 abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
 relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
                lambda g, y, x: _chosen(g, y != 0),
@@ -1409,13 +1409,13 @@ take_along_axis = _moves("take_along_axis",
                          answers=np.take_along_axis)
 
 
-# Sorting moves elements, too; argsort tells which. (Equal elements keep their order.)
+# Sorting moves elements, too; argsort tells which. (By default, ties keep their order.)
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
     """A copy of x, sorted along an axis (also as `t.sort()`); None flattens x first."""
     x = as_tensor(x)
     if axis is not None:
-        _axes("sort", x, axis)  # raises an error that names the shape
+        _axes("sort", x, axis)  # (II.5) raises an error that names the shape
     order = np.argsort(_value(x), axis, kind or "stable")
     return take_along_axis(x, order, axis)
 
@@ -1464,8 +1464,7 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     shape = np.shape(_value(x)) or (1,)  # a single number becomes a vector
     axes = range(len(shape))
     try:
-        # (axes[-1] is the number of the last axis.)
-        first, last = axes[start_dim], axes[end_dim]
+        first, last = axes[start_dim], axes[end_dim]  # axes[-1] is the last
         if first > last:
             raise IndexError
     except (IndexError, TypeError):
@@ -1785,7 +1784,6 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
     return np.cumsum(x, axis)
 
 
-# Products and quantiles work along one axis, so several axes are joined into one.
 def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
     """x with the named axes joined into one, the last; and the named axes' numbers.
 
@@ -1850,13 +1848,12 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     except ValueError as error:  # by q, or by the method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
-    y = _at_places(sort(x, -1), place)  # (..., *q's shape)
+    # The axes of q come first. Here x was (2, n, 3), axis is 1, and q is (5,):
+    y = _at_places(sort(x, -1), place)  # (2, 3, 5)
     if keepdims:
-        # (These count from the front, so the axes of q do not disturb them.)
-        y = expand_dims(y, axes)
+        y = expand_dims(y, axes)  # (2, 1, 3, 5)
     last_axes = tuple(range(-place.ndim, 0))
-    first_axes = tuple(range(place.ndim))
-    return moveaxis(y, last_axes, first_axes)  # (*q's shape, ...)
+    return moveaxis(y, last_axes, tuple(range(place.ndim)))  # (5, 2, 1, 3)
 
 
 def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
@@ -1893,9 +1890,7 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (For rows of 5, OpenBLAS 0.3.31 also reads memory that nobody has set. The sums
-    # are right, but NumPy may warn of what was read.)
-    if axis not in (-1, x.ndim - 1) or n == 5:
+    if axis not in (-1, x.ndim - 1) or n == _BLAS_READS_BEYOND:  # (IV.4)
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -1911,7 +1906,8 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
         return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
-    starts = np.arange(0, x.size, x.shape[-1])  # of the rows
+    # Of the elements [3 1 4 2], and rows that start at [0 2], reduceat makes [3 4].
+    starts = np.arange(0, x.size, x.shape[-1])
     maxima = np.maximum.reduceat(x.reshape(-1), starts)
     return maxima.reshape(*x.shape[:-1], 1)
 
@@ -1929,12 +1925,13 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
         return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
 
     n = _last_axes(x, axis) if x.dtype == np.float32 else 0
-    length = math.prod(x.shape[x.ndim - n:])
-    # (In longer rows a product rounds off too much.)
-    if n == 0 or length > 4096:
+    if n == 0:
         return np.sum(x, axis=axis, keepdims=keepdims)
 
     # A row is all that is added up: for x (2, 3, 4) and axis (1, 2), 12 elements.
+    length = math.prod(x.shape[-n:])  # 12
+    if length > 4096:  # a product would round off too much
+        return np.sum(x, axis=axis, keepdims=keepdims)
     rows = x.reshape(*x.shape[:-n], length)  # (2, 12)
     shape = x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n]
     return _row_sum(rows).reshape(shape)
@@ -6485,6 +6482,10 @@ def _openblas() -> tuple[Callable, Callable]:
                     return library[name.format("get")], library[name.format("set")]
     return lambda: None, lambda count: None
 
+
+# With rows of 5, OpenBLAS 0.3.31 also reads memory that nobody has set. The products
+# are right, but NumPy may warn of what was read. (`_row_sum`, II.5, avoids it.)
+_BLAS_READS_BEYOND = 5
 
 # **The allocator.** Each step of training makes and drops the same arrays of a few
 # megabytes. glibc, the C library of most Linuxes, gives such memory back to the system
