@@ -7797,7 +7797,7 @@ def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
         for column in np.unique(column_of[is_finite]):  # step 1
             mean[column] = values[is_finite & (column_of == column)].mean()
 
-        if i == 0:  # step 2: a line through the columns that have steps
+        if i == 0 and len(steps) > 0:  # step 2: a line through the columns with steps
             occupied = np.unique(column_of)
             mean = np.interp(np.arange(columns), occupied, mean[occupied],
                              left=np.nan, right=np.nan)

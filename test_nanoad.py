@@ -8503,6 +8503,12 @@ def test_plot_of_nothing_says_so(values):
     assert nanoad.plot(values) == "(no finite values to plot)"
 
 
+def test_plot_draws_marks_beside_a_line_that_has_no_steps_yet():
+    curves = {"training": ([], []), "validation": ([1, 2], [5, 5])}
+    assert nanoad.plot(curves, width=15, height=1).split("\n") == [
+        "   ── training   o validation", "5 ┤o o"]
+
+
 def test_plot_refuses_steps_and_values_of_different_lengths():
     with pytest.raises(ValueError, match=r"training has steps \(2,\) and values \(3,\)"):
         nanoad.plot({"training": ([1, 2], [1.0, 2.0, 3.0])})
