@@ -6416,7 +6416,7 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
 # floats, so integers and bools become float64, and complex numbers are refused. And
 # before version 2, NumPy made a float64 of `np.float32(1) * 2.0`, though not of an
 # array of float32 times 2.0. With such a version, we convert a result back to the dtype
-# of the operands, if they have only one.
+# of the operands, if they have only one (but not that of `astype`, which says its own).
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
