@@ -4736,14 +4736,13 @@ def _attention_definition(q, k, v, is_causal=False):
     return softmax(scores) @ v  # (..., T, Dv)
 
 
-# This is the way back, with Q, K, V for the operands, `S = Q K^T / sqrt(D)` for the
-# scores, `P = softmax(S)` and `Y = P V`. Each step takes a rule of part II:
+# This is the way back, with Q, K, V for the operands, `Z = Q K^T / sqrt(D)` for the
+# scores, `P = softmax(Z)` and `Y = P V`. Each step takes a rule of part II:
 #
 # 1. From the product Y = P V (II.6), V receives `P^T g`, and P receives `dP = g V^T`.
-# 2. From the softmax (II.5), the scores receive `dS = P * (dP - d)`, where d is one
-#    number for each row, `d_i = sum_j P_ij dP_ij`.
-# 3. From the product of scores, Q receives `dS K / sqrt(D)`, and K receives
-#    `dS^T Q / sqrt(D)`.
+# 2. From the softmax (II.5), Z receives `dZ = P * (dP - d)`, where d is one number for
+#    each row, `d_i = sum_j P_ij dP_ij`.
+# 3. From the product Q K^T, Q receives `dZ K / sqrt(D)`, and K `dZ^T Q / sqrt(D)`.
 #
 # The sum in step 2 runs over S positions, but there is a shorter one. By step 1,
 # `dP_ij` is the inner product of g_i, row i of g, with V_j. So (Dao and others, 2022)
@@ -4782,11 +4781,11 @@ def _attend(q, k, v, is_causal, out=None):
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
-    ds = g @ _mT(v)  # first dP, (..., T, S), which becomes dS in place
-    ds -= _row_dot(g, y)  # d
-    ds *= p
-    dq = np.matmul(ds, k * scale, out=out[0])
-    dk = np.matmul(_mT(ds), q * scale, out=out[1])
+    dz = g @ _mT(v)  # first dP, (..., T, S), which becomes dZ in place
+    dz -= _row_dot(g, y)  # d
+    dz *= p
+    dq = np.matmul(dz, k * scale, out=out[0])
+    dk = np.matmul(_mT(dz), q * scale, out=out[1])
     dv = np.matmul(_mT(p), g, out=out[2])
     return dq, dk, dv
 
@@ -5141,9 +5140,9 @@ class GPT(Module):
                             f"{type(self).__name__} has a forward of its own; write a "
                             "generate to go with it")
         ids = np.array(self._token_ids("generate", idx), np.int64)
-        # (`_write` is a generator, which begins only when a token is asked for. So the
-        # arguments are checked here.)
-        return _write(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
+        # (`_write_tokens` is a generator, which begins only when a token is asked for.
+        # So the arguments are checked here.)
+        return _write_tokens(self, ids, max_new_tokens, temperature, top_k)  # (III.8)
 
 
 # ## III.8 Writing: what need not be computed again?
@@ -5185,8 +5184,8 @@ class GPT(Module):
 #     10              2 to 9       none (moved)   2 to 9
 
 
-def _write(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
-           top_k: int | None) -> Iterator[np.ndarray]:
+def _write_tokens(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
+                  top_k: int | None) -> Iterator[np.ndarray]:
     """Yield `count` tokens (B,) that continue `ids` (B, T), one after another."""
     cache = _new_cache(gpt, len(ids)) if _can_be_cached(gpt) else None
     modules = gpt.modules()
@@ -5225,9 +5224,10 @@ def _new_cache(gpt: GPT, batch: int) -> list[np.ndarray]:
 
 def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray],
              start: int) -> np.ndarray:
-    """The logits (B, V) of what follows `ids` (B, N), whose first position is `start`.
+    """The logits (B, V) of what follows `ids` (B, N), which are added to the cache.
 
-    The cache holds the positions before `start`, and those of `ids` are added to it.
+    Either they are a whole window, and `start` is 0; or they are one token at position
+    `start`, and the cache holds those before it.
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
     x = gpt.dropout(gpt.tok_emb(ids) + gpt.pos_emb(positions))  # (B, N, C)
@@ -5379,7 +5379,7 @@ class _Job(NamedTuple):
     arrays: tuple  # the share's rows of each array
     weight: float  # the part of all rows that are its own: above, 3/5 or 2/5
     stream: tuple[int, ...]  # which random numbers to draw
-    state: tuple  # what may have changed in the parent (see `_state`)
+    state: tuple  # what may have changed in the parent (see `_state_now`)
 
 
 # **How are gradients added in step 4?** A process lays its gradients side by side in
@@ -5416,8 +5416,9 @@ class _Layout:
 
 
 # Now the class. First come the methods that a user calls. The call itself has step 4;
-# `_compute_all` has steps 1 to 3. Section IV.5 says how a worker is made, and what
-# happens when one dies.
+# `_compute_all` has steps 1 to 3. If a share fails, its answer is the exception, which
+# is raised once all have answered: an answer left in a pipe would spoil the next call.
+# Section IV.5 says how a worker is made, and what happens when one dies.
 
 
 class DataParallel:
@@ -5471,7 +5472,7 @@ class DataParallel:
         _keep_freed_memory(self)  # as an optimizer does
         self._layout = _Layout(self._params)
         # The team has the workers; a worker leaves its gradient in its `flats`. (IV.5)
-        self._team = _Team(self._params, self._layout, self.processes, self._compute)
+        self._team = _Team(self._params, self._layout, self.processes, self._answer)
 
     def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
         """Put the gradient of the batch's mean loss in each `.grad`; return that loss.
@@ -5538,7 +5539,7 @@ class DataParallel:
                                "made it, and would talk to the same workers; make "
                                "another")
 
-        first, *others = self._cut(kind, arrays, stream)  # step 1
+        first, *others = self._jobs(kind, arrays, stream)  # step 1
         busy = self._team.workers[:len(others)]
         try:
             self._team.copy_moved_parameters()
@@ -5547,8 +5548,7 @@ class DataParallel:
             answers = [self._try_first_share(first, pieces)]  # step 2
             answers += [worker.receive() for worker in busy]  # step 3
         except BaseException:
-            # Also after Ctrl-C: an answer that comes late would spoil the next call.
-            self.close()
+            self.close()  # also after Ctrl-C: there may be answers in the pipes
             raise
 
         for answer in answers:
@@ -5556,8 +5556,8 @@ class DataParallel:
                 raise answer
         return answers
 
-    def _cut(self, kind: str, arrays: tuple, stream: tuple[int, ...]) -> list[_Job]:
-        """Make a job for each share that has rows."""
+    def _jobs(self, kind: str, arrays: tuple, stream: tuple[int, ...]) -> list[_Job]:
+        """Cut the batch: a job for each share that has rows."""
         arrays = [np.asarray(_value(a)) for a in arrays]
         lengths = [a.shape[0] if a.ndim else 0 for a in arrays]
         if not arrays or lengths[0] == 0 or len(set(lengths)) > 1:
@@ -5565,12 +5565,12 @@ class DataParallel:
             raise ValueError("DataParallel: needs arrays with equally many rows, "
                              f"not {shapes}")
 
-        state = self._state() if self._team.workers else ()
+        state = self._state_now() if self._team.workers else ()
         shares = zip(*[np.array_split(a, self.processes) for a in arrays])
         return [_Job(kind, share, len(share[0]) / lengths[0], stream, state)
                 for share in shares if len(share[0]) > 0]
 
-    def _state(self) -> tuple:
+    def _state_now(self) -> tuple:
         """What may change in the parent, such as by `model.eval()` or by batch norm."""
         tracked = [p.requires_grad for p in self._params]
         training = [module.training for module in self._modules]
@@ -5578,25 +5578,24 @@ class DataParallel:
         return tracked, training, constants
 
     def _try_first_share(self, job: _Job, pieces: list | None) -> Any:
-        """The answer of the parent's share, or its exception.
-
-        An exception waits, like an answer, until all workers have answered.
-        """
+        """The answer of the parent's share, or its exception."""
         try:
-            # Listing a module's parameters takes a moment, so it is done while workers
-            # compute.
-            now = self._params if self._module is None else self._module.parameters()
-            if [id(p) for p in now] != [id(p) for p in self._params]:
-                raise RuntimeError("DataParallel: the module has other parameters than "
-                                   "it had; make a new DataParallel")
-            return self._compute(0, job, pieces)
+            self._require_same_parameters()  # now, while the workers compute
+            return self._answer(0, job, pieces)
         except Exception as error:
             return error
 
+    def _require_same_parameters(self) -> None:
+        """Raise RuntimeError if the module has other parameters than it had."""
+        now = self._params if self._module is None else self._module.parameters()
+        if [id(p) for p in now] != [id(p) for p in self._params]:
+            raise RuntimeError("DataParallel: the module has other parameters than it "
+                               "had; make a new DataParallel")
+
     # All processes run the methods below. The parent's share is number 0.
 
-    def _compute(self, share: int, job: _Job, pieces: list | None) -> Any:
-        """Return the answer to a job. A gradient goes into `pieces`."""
+    def _answer(self, share: int, job: _Job, pieces: list | None) -> Any:
+        """The answer to a job. A gradient goes into `pieces` (else None)."""
         if share > 0:
             self._take_state(*job.state)
         with _mode.set(rng=np.random.default_rng((*job.stream, share))):
@@ -6405,11 +6404,13 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
 #
 # What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
+# **Imports.** A module that is slow to load is imported in the function that uses it.
+#
 # **Dtypes.** The result of an operation may need another dtype (II.9). A Tensor holds
 # floats, so integers and bools become float64, and complex numbers are refused. And
 # before version 2, NumPy made a float64 of `np.float32(1) * 2.0`, though not of an
 # array of float32 times 2.0. With such a version, we convert a result back to the dtype
-# of the operands, if they have only one.
+# of the operands, if they have only one (but not that of `astype`, which says its own).
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
@@ -6465,8 +6466,7 @@ def _set_blas_threads(count: int | None) -> int | None:
 
 @functools.cache
 def _openblas() -> tuple[Callable, Callable]:
-    """OpenBLAS's functions to get and set its threads; without it, two that do nothing.
-    """
+    """OpenBLAS's functions to get and set its threads, or two that do nothing."""
     import ctypes
 
     names = ("scipy_openblas_{}_num_threads64_",  # as it comes with NumPy 2
@@ -6499,8 +6499,7 @@ _BLAS_READS_BEYOND = 5
 #
 # When the last optimizer and DataParallel is gone, all free memory goes back, and
 # M_TRIM_THRESHOLD is lowered to twice the other, which is glibc's own choice.
-# M_MMAP_THRESHOLD stays high. (By itself, glibc raises it when a program frees large
-# blocks. It no longer does so once mallopt has been called.)
+# (M_MMAP_THRESHOLD stays high, as glibc sets it itself when large blocks are freed.)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 _LARGEST_INT = (1 << 31) - 1  # so all free memory is kept
 _LARGEST_THRESHOLD = 32 << 20  # 32 MiB, which is glibc's limit
@@ -6564,7 +6563,7 @@ def _glibc() -> Any:
 
 def _shared(size: int, dtype: np.dtype) -> np.ndarray:
     """A flat array of zeros, common to this process and all that it forks later."""
-    import mmap  # only here, since it is slow to load, as are some below
+    import mmap
 
     num_bytes = max(1, size * dtype.itemsize)  # (mmap refuses 0)
     memory = mmap.mmap(-1, num_bytes)  # -1: it belongs to no file
@@ -7057,7 +7056,7 @@ def make_moons(n_samples: int = 100,
 # different gzip files. (CIFAR-10's archive has one source, so its SHA-256 is that of
 # the packed file.)
 #
-# `_content` looks in the data folder, `_download` tries the mirrors, and `_verified`
+# `_data_file` looks in the data folder, `_download` tries the mirrors, and `_verified`
 # compares. `_SOURCES` gives the mirrors of each file and its content's size and digest.
 _MNIST = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
@@ -7086,7 +7085,7 @@ _SOURCES: dict[str, tuple[tuple[str, ...], int, str]] = {
 
 
 def _sha256(content: bytes | memoryview) -> str:
-    import hashlib  # only here, because it is slow to load
+    import hashlib
 
     return hashlib.sha256(content).hexdigest()
 
@@ -7096,7 +7095,7 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _content(name: str) -> bytes:
+def _data_file(name: str) -> bytes:
     """The verified content of a data file, from the data folder or else a mirror."""
     beside = os.path.join(os.path.dirname(__file__), "data")
     folder = os.environ.get("NANOAD_DATA") or beside
@@ -7164,7 +7163,7 @@ def _fetch(url: str, size: int) -> bytes:
 
     (A packed file may be a little larger than its content: 4096 bytes are enough.)
     """
-    import urllib.request  # only here, because it is slow to load
+    import urllib.request
 
     received = bytearray()
     start = time.monotonic()
@@ -7205,8 +7204,8 @@ def load_mnist(split: str = "train",
     """
     _require_split(split)
     stem = "mnist/train" if split == "train" else "mnist/t10k"
-    pixels = np.frombuffer(_content(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
-    labels = np.frombuffer(_content(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
+    pixels = np.frombuffer(_data_file(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
+    labels = np.frombuffer(_data_file(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
 
     shape = (-1, 784) if flatten else (-1, 1, 28, 28)
     images = np.divide(pixels.reshape(shape), 255, dtype=np.float32)
@@ -7222,14 +7221,14 @@ def load_cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     Returns images and labels as `load_mnist` does, but images of shape (N, 3, 32, 32),
     and raises the same errors. The download is 170 MB. (Krizhevsky, 2009)
     """
-    import tarfile  # only here, because it is slow to load
+    import tarfile
 
     _require_split(split)
     batches = ["test_batch.bin"]
     if split == "train":
         batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
 
-    archive = zlib.decompress(_content("cifar10/cifar-10-binary.tar.gz"), wbits=31)
+    archive = zlib.decompress(_data_file("cifar10/cifar-10-binary.tar.gz"), wbits=31)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         paths = [f"cifar-10-batches-bin/{batch}" for batch in batches]
         raw = [tar.extractfile(path).read() for path in paths]
@@ -7245,7 +7244,7 @@ def load_tinyshakespeare() -> str:
 
     Raises OSError as `load_mnist` does.
     """
-    return _content("tinyshakespeare/input.txt").decode("utf-8")
+    return _data_file("tinyshakespeare/input.txt").decode("utf-8")
 
 
 # ## IV.7 Saving: how does a run survive a power cut?
@@ -7295,7 +7294,7 @@ def save(path: str | os.PathLike, state: Any) -> None:
     as it was, floats bit for bit. Raises a TypeError that names what cannot be saved,
     and OSError if the file cannot be written.
     """
-    import json  # both only here, because they are slow to load
+    import json
     import zipfile
 
     arrays: dict[str, np.ndarray] = {}
@@ -7384,7 +7383,7 @@ def load(path: str | os.PathLike) -> Any:
     try:
         arrays = _unpack(raw)
         description = json.loads(arrays["nanoad"].tobytes())
-        return _rebuild(description, arrays)
+        return _undescribe(description, arrays)
     except Exception as error:
         # The digest is right, so the file is undamaged, but `save` did not write it.
         message = f"{path} is not a checkpoint written by nanoad.save: {error}"
@@ -7412,10 +7411,10 @@ def _unpack(raw: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _undescribe(description: Any, arrays: dict[str, np.ndarray]) -> Any:
     """The part of a state that `_describe` described."""
     if isinstance(description, dict):
-        return {key: _rebuild(item, arrays) for key, item in description.items()}
+        return {key: _undescribe(item, arrays) for key, item in description.items()}
     if not isinstance(description, list):
         return description  # a plain value
 
@@ -7425,7 +7424,7 @@ def _rebuild(description: Any, arrays: dict[str, np.ndarray]) -> Any:
         return arrays[name]
     if kind not in ("list", "tuple"):
         raise ValueError(f"it has a {kind!r}, which is no list, tuple or array")
-    rebuilt = [_rebuild(item, arrays) for item in items]
+    rebuilt = [_undescribe(item, arrays) for item in items]
     return rebuilt if kind == "list" else tuple(rebuilt)
 
 
@@ -7491,7 +7490,7 @@ def _write_whole(path: str, content: bytes) -> None:
 # There are at most 200 rows, because a tape may be a million operations long.
 
 
-class _Row(NamedTuple):
+class _TapeRow(NamedTuple):
     """A line of the text, or an arrow of the picture."""
 
     node: Any  # a Tensor, or an array that is an operand
@@ -7501,14 +7500,14 @@ class _Row(NamedTuple):
 
 
 def _tape_rows(node: Any, result: Tensor | None, branch: str,
-               seen: set[int]) -> Iterator[_Row]:
+               seen: set[int]) -> Iterator[_TapeRow]:
     """Yield the row of `node`, and then those of its operands, each with all below it.
 
     `seen` has the ids of the nodes that have a row.
     """
     again = id(node) in seen
     seen.add(id(node))
-    yield _Row(node, result, branch, again)
+    yield _TapeRow(node, result, branch, again)
     if again:
         return
 
@@ -7618,7 +7617,7 @@ def draw(tensor: Tensor, format: str = "svg", *, rankdir: str = "TB",
     return _draw_graph(rows, names, note, format, rankdir)
 
 
-def _draw_text(rows: list[_Row], names: dict[int, str], note: str) -> str:
+def _draw_text(rows: list[_TapeRow], names: dict[int, str], note: str) -> str:
     """A line for each row. A node that occurs again is numbered and described once."""
     marks: dict[int, str] = {}  # id of a node that occurs again -> its mark
     for row in rows:
@@ -7652,7 +7651,7 @@ _STYLES = {
 _FONT = {"fontname": "Helvetica", "fontsize": "11"}
 
 
-def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
+def _draw_graph(rows: list[_TapeRow], names: dict[int, str], note: str, format: str,
                 rankdir: str) -> Any:
     """A graphviz.Digraph with an arrow from each operand to its result."""
     try:
@@ -7796,7 +7795,7 @@ def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
         for column in np.unique(column_of[is_finite]):  # step 1
             mean[column] = values[is_finite & (column_of == column)].mean()
 
-        if i == 0:  # step 2: a line through the columns that have steps
+        if i == 0 and len(steps) > 0:  # step 2: a line through the columns with steps
             occupied = np.unique(column_of)
             mean = np.interp(np.arange(columns), occupied, mean[occupied],
                              left=np.nan, right=np.nan)

@@ -59,7 +59,7 @@ Nothing here asks how the engine works inside. The private names of nanoad that 
 tables `_FUNCTIONS`, `_WITHOUT_GRADIENT`, `_INDEX` and `_STYLES`, so that nothing can be added to
 the first three without a test; `_batch_norm` and `_lookup`, which are compared with their
 definitions, and `_read_on` and its `_new_cache`, with the network that is read; `_side_by_side` and
-`_constants`; `_sample`, `_content`, `_download`, `_SOURCES`, `_STAMP`, `_TIMEOUT`,
+`_constants`; `_sample`, `_data_file`, `_download`, `_SOURCES`, `_STAMP`, `_TIMEOUT`,
 `_SECONDS_TO_BEGIN`, `_mode`, `_CAN_FORK`, `_fork` and `_set_blas_threads`, by which tests listen or
 play tricks; and `_TOUR`.
 """
@@ -7811,7 +7811,7 @@ def test_two_processes_that_download_at_once_both_get_the_file(data_folder, mirr
     program = (f"import nanoad; nanoad._SOURCES = {nanoad._SOURCES!r}\n"
                "for _ in range(20):\n"
                f"    got = nanoad._download({TEXT!r}, {str(path)!r})\n"
-               f"    if got != nanoad._content({TEXT!r}): raise SystemExit('half a file')")
+               f"    if got != nanoad._data_file({TEXT!r}): raise SystemExit('half a file')")
     command = [sys.executable, "-c", program]
     both = [subprocess.Popen(command, env=environment()) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
@@ -7891,7 +7891,7 @@ def test_a_thousand_flipped_bits_never_give_wrong_data(data_folder, kind):
     for flipped in flips(gzip.compress(content) if kind == "gzip" else content):
         path.write_bytes(flipped)
         try:
-            assert nanoad._content(name) == content
+            assert nanoad._data_file(name) == content
         except OSError as error:
             assert str(path).removesuffix(".gz") in str(error)
 
@@ -8511,6 +8511,12 @@ def test_plot_of_a_curve_without_names_has_only_its_y_axis():
                                     {"a": ([1], [np.inf])}])
 def test_plot_of_nothing_says_so(values):
     assert nanoad.plot(values) == "(no finite values to plot)"
+
+
+def test_plot_draws_marks_beside_a_line_that_has_no_steps_yet():
+    curves = {"training": ([], []), "validation": ([1, 2], [5, 5])}
+    assert nanoad.plot(curves, width=15, height=1).split("\n") == [
+        "   ── training   o validation", "5 ┤o o"]
 
 
 def test_plot_refuses_steps_and_values_of_different_lengths():
