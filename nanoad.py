@@ -2873,16 +2873,14 @@ def _require_flag(what: str, value: Any) -> None:
 #
 # 1. the loss is `-log(exp(x[target]) / sum(exp(x)))`. The logarithm of a quotient is a
 #    difference, so this is `log(sum(exp(x))) - x[target]`;
-# 2. the derivative of the first term by x is `exp(x) / sum(exp(x))`, the softmax; that
-#    of `x[target]` is 1 at the target and 0 elsewhere, a row that is called *one-hot*;
+# 2. the derivative of the first term by x is the softmax (II.5); that of `x[target]` is
+#    1 at the target and 0 elsewhere, a row that is called *one-hot*;
 # 3. so the gradient is `softmax - one_hot`: the probabilities, less what they should
-#    have been. Above it is [1/2 1/2] - [0 1]. For the mean over N rows, it is divided
-#    by N.
+#    have been. Above it is [1/2 1/2] - [0 1]. The mean over N rows divides it by N.
 #
-# The naive code fails for large scores: exp(1000) is infinite. The loss does not change
-# if all scores of a row go down by the same number, so the kernel first subtracts the
-# largest. And it uses the formula of step 1, since a probability may round to 0, and
-# log(0) is infinite.
+# The naive code fails for large scores: exp(1000) is infinite. So the kernel first
+# subtracts the largest score of each row (II.5). And it uses the formula of step 1,
+# since a probability may round to 0, and log(0) is infinite.
 #
 #     >>> print(cross_entropy(np.array([[0.0, 1000.0]]), np.array([0])))
 #     1000.0
@@ -3096,7 +3094,7 @@ class Parameter(Tensor):
     __slots__ = ()
 
 
-_PLAIN.add(Parameter)  # beside a Tensor it needs no conversion (I.2)
+_PLAIN.add(Parameter)  # beside a Tensor it needs no conversion (II.9)
 
 
 def _is_trained(value: Any) -> bool:
@@ -3597,9 +3595,6 @@ class MLP(Sequential):
     """Linear layers from nin to the sizes nouts, with relu between them.
 
     A last size of 1 is dropped, as in micrograd: (N, nin) -> (N,), (nin,) -> a scalar.
-
-        >>> MLP(2, [16, 1])(np.zeros((5, 2))).shape
-        (5,)
     """
 
     def __init__(self, nin: int, nouts: Sequence[int]) -> None:
@@ -3801,8 +3796,6 @@ class Optimizer:
     rate, and the other `settings` become attributes: numbers of at least 0, or tuples
     of these. Raises TypeError if a parameter is not a leaf Tensor; ValueError if there
     are no parameters, one is listed twice, or a setting is wrong.
-
-    While an optimizer exists, glibc keeps freed blocks below 32 MiB for this process.
     """
 
     _state_names: tuple[str, ...] = ()  # what `_update` takes after g
@@ -3826,7 +3819,9 @@ class Optimizer:
         dtype = np.result_type(*[p.dtype for p in self.params])  # the widest
         self._state = {key: np.zeros(ends[-1], dtype) for key in self._state_names}
 
-        _keep_freed_memory(self)  # (IV.4): every step allocates the same arrays
+        # Every step allocates the same arrays. While the optimizer exists, the process
+        # keeps the memory of those it has freed (IV.4).
+        _keep_freed_memory(self)
 
     def _update(self, step: int, x: np.ndarray, g: np.ndarray,
                 *states: np.ndarray) -> None:
@@ -3847,10 +3842,9 @@ class Optimizer:
         has_gradient = [p.grad is not None for p in self.params]
         self.steps += has_gradient
 
-        # A parameter without a gradient makes no step, so the counts of steps may
-        # differ, and Adam's rule needs the count. So neighbours with the same count
-        # move together. With counts 7 7 0 7, where 0 does not move, these are the first
-        # two, then the last. Usually all parameters are one group.
+        # Adam's rule needs the count of steps, and a parameter without a gradient makes
+        # none. So only neighbours with one count move together: of 7 7 0 7, where 0
+        # stays, the first two, then the last. Usually all parameters are one group.
         counts = np.where(has_gradient, self.steps, 0).tolist()
         first = 0
         for count, neighbours in itertools.groupby(counts):
@@ -3867,21 +3861,18 @@ class Optimizer:
         place = slice(self._bounds[first], self._bounds[end])
         states = [state[place] for state in self._state.values()]
 
-        # Arrays that lie end to end in memory, as DataParallel lays them, need no copy:
-        # `_side_by_side` (IV.5) returns the flat array that they are pieces of. For
-        # others it returns None. These are copied, moved, and copied back.
+        # Arrays that lie end to end in memory, as DataParallel lays them, are pieces of
+        # one flat array (IV.5), which moves in place. Others are copied there and back.
         x = _side_by_side(arrays)
         is_copy = x is None
         if is_copy:
             x = np.concatenate([a.ravel() for a in arrays])
         for block in _blocks(x, g, *states):  # each block fits the cache (II.7)
             self._update(step, *block)
+        if is_copy:
+            _copy_back(x, arrays)
 
-        start = 0
-        for p, array in zip(params, arrays):
-            if is_copy:
-                array[...] = x[start:start + array.size].reshape(array.shape)
-                start += array.size
+        for p in params:
             _note_write(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -3903,6 +3894,14 @@ class Optimizer:
         self.steps = new["steps"].copy()
         self.lr = float(new["lr"])
         self._state = {key: new[key].copy() for key in self._state}
+
+
+def _copy_back(flat: np.ndarray, arrays: list[np.ndarray]) -> None:
+    """Copy the parts of `flat` into the arrays, which are end to end in it."""
+    start = 0
+    for a in arrays:
+        a[...] = flat[start:start + a.size].reshape(a.shape)
+        start += a.size
 
 
 def _listed(name: str, params: Any) -> list[Tensor]:
@@ -3983,9 +3982,9 @@ class Adam(Optimizer):
                              f"not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # This is `naive_adam`, in place. Its corrections are c and root, as below, and its
-    # step is the first of these lines. Multiplied by root above and below the division,
-    # it is the second, in which no array is divided by a correction:
+    # This is `naive_adam`, in place. With c and root as below, its step is the first of
+    # these lines. Both sides of its division times root give the second, where c and
+    # root meet only numbers, and so cost no pass over an array:
     #
     #     lr * (mean / c) / (sqrt(square) / root + eps)
     #     = (lr * root / c) * (mean / (sqrt(square) + eps * root))
@@ -4442,10 +4441,6 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #     ...
 #     >>> h = np.array([[1.0, 0.0, 0.0]] * 3)
 #     >>> dx = normalize_back(h, xhat, s)
-#     >>> print(dx.round(3))
-#     [[ 0.176 -0.22   0.044]
-#      [ 0.176 -0.22   0.044]
-#      [ 0.088 -0.11   0.022]]
 #     >>> np.allclose(dx, grad(lambda x: (normalize(x)[0] * h).sum())(x))
 #     True
 #
@@ -4465,19 +4460,24 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #
 # **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes
 # each channel over the whole batch: an array (N, C) along axis 0, and images
-# (N, C, H, W) along the axes (0, 2, 3).
+# (N, C, H, W) along the axes (0, 2, 3). Both then scale and shift by a learned weight
+# and bias. For an array (N, C), the kernels would be these lines, without care:
 #
-#     >>> ones, zeros = np.ones(3), np.zeros(3)
-#     >>> np.allclose(layer_norm(x, ones, zeros), normalize(x, axis=-1)[0])
+#     >>> def naive_norm(x, weight, bias, axis):  # (N, C), (C,), (C,)
+#     ...     xhat, s = normalize(x, axis)
+#     ...     def pullback(g):
+#     ...         dx = normalize_back(g * weight, xhat, s, axis)  # h is g * weight
+#     ...         return dx, (g * xhat).sum(0), g.sum(0)  # for x, weight and bias
+#     ...     return xhat * weight + bias, pullback
+#     ...
+#     >>> weight, bias = np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.5, 1.0])
+#     >>> y, pullback = naive_norm(x, weight, bias, axis=-1)
+#     >>> np.allclose(y, layer_norm(x, weight, bias))
 #     True
-#     >>> running_mean, running_var = np.zeros(3), np.ones(3)
-#     >>> y = batch_norm(x, running_mean, running_var, ones, zeros, training=True)
-#     >>> np.allclose(y, normalize(x, axis=0)[0])
+#     >>> y, pullback = naive_norm(x, weight, bias, axis=0)
+#     >>> running = np.zeros(3), np.ones(3)  # see below
+#     >>> np.allclose(y, batch_norm(x, *running, weight, bias, training=True))
 #     True
-#
-# Both then scale and shift by a learned weight and bias, here 1 and 0. From `y = xhat *
-# weight + bias`, xhat receives `h = g * weight`. The weight receives the sum of
-# `g * xhat` over all the elements that it scaled, and the bias the sum of g (I.4).
 #
 # In evaluation, an image is judged by itself, without a batch. So in training, batch
 # norm also moves two arrays, the *running* mean and variance, some of the way towards
@@ -4509,7 +4509,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
                          "the input")
 
     rows = _rows(x)  # (rows, n)
-    xhat = rows - _row_sum(rows) / n
+    xhat = rows - _row_sum(rows) / n  # not yet divided by s
     xhat -= _row_sum(xhat) / n  # the error of the mean
     inverse = 1 / np.sqrt(_row_dot(xhat, xhat) / n + eps)  # 1 / s, (rows, 1)
     xhat *= inverse
@@ -4537,8 +4537,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
 
 # ### Batch norm
 #
-# The definition is the same, along other axes. (It leaves the running statistics alone,
-# because differentiating twice must not move them again.)
+# The definition is the same, along other axes. (`running` and `momentum` are unused:
+# differentiating twice must not move the running statistics again.)
 def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     last = x.swapaxes(1, -1)  # (N, W, H, C): weight and bias broadcast
     axes = tuple(range(x.ndim - 1))  # all but the channels
@@ -4551,19 +4551,20 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # The kernel sees the images as (N, C, P), with P pixels each. Layer norm's kernel
 # subtracts the mean, and then the error of the mean. Here each of these would be a pass
 # over many images (see PASSES, II.7). So we subtract only a *guess*, which is the mean
-# of a few images. The rest, c, is small, and loses no digits. Its own mean, e, is the
-# error of the guess:
+# of a few images. The `rest` is small, and loses no digits. Its own mean is the error
+# of the guess. Then the true mean, mu, and the variance are
 #
-#     c = x - guess,    e = mean(c),    mean = guess + e,    variance = mean(c*c) - e^2
+#     rest = x - guess,    error = mean(rest)
+#     mu = guess + error,  variance = mean(rest * rest) - error^2
 #
-# (As `c = (x - mean) + e`, and `x - mean` has the mean 0, `mean(c*c)` is the variance
-# plus e^2.) No pass subtracts e. It goes into the shift of each channel:
+# (As `rest = (x - mu) + error`, and `x - mu` has the mean 0, the mean of `rest * rest`
+# is the variance plus error^2.) No pass subtracts the error. It goes into the shift:
 #
-#     scale = weight / s,    shift = bias - e * scale
-#     y = (c - e) / s * weight + bias = c * scale + shift
+#     y = (rest - error) / s * weight + bias
+#       = rest * scale + shift,    scale = weight / s,    shift = bias - error * scale
 #
 # Backward, h is `g * weight`. As the weight is one number per channel, it can be taken
-# out of the means of h. As xhat is `centred / s`, with `centred = x - mean`, so can s:
+# out of the means of h. As xhat is `centred / s`, with `centred = x - mu`, so can s:
 #
 #     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
 #        = (g - mean(g) - centred * slope) * scale,    slope = mean(g * xhat) / s
@@ -4576,29 +4577,30 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     shape = x.shape
     x = x.astype(np.result_type(x, weight, bias), copy=False)
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
-    n = x.shape[0] * x.shape[2]
+    n = x.shape[0] * x.shape[2]  # numbers per channel
 
     some = x[:math.ceil(len(x) / 16)]  # the first sixteenth of the images
-    guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are e, mean, ...
-    c = x - _spread(guess, x)  # (N, C, P)
-    e = _channel_sums(c) / n
-    mean = guess + e
-    variance = _channel_sums(c, c) / n - e * e
+    guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are the next
+    rest = x - _spread(guess, x)  # (N, C, P)
+    error = _channel_sums(rest) / n
+    mu = guess + error
+    variance = _channel_sums(rest, rest) / n - error * error
     variance = np.maximum(variance, 0)  # rounding may take it below 0
 
     unbiased = variance * (n / (n - 1))
-    for average, new in zip(running, (mean, unbiased)):
+    for average, new in zip(running, (mu, unbiased)):
         average += momentum * (new - average)  # in place
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    y = c  # in place
+    shift = bias - error * scale
+    y = rest  # in place
     y *= _spread(scale, x)
-    y += _spread(bias - e * scale, x)
+    y += _spread(shift, x)
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
-        centred = x - _spread(mean, x)  # again: keeping it takes as much memory as x
+        centred = x - _spread(mu, x)  # again: keeping it takes as much memory as x
         dbias = _channel_sums(g)
         dweight = _channel_sums(g, centred) * inverse  # the sum of g * xhat
         slope = dweight / n * inverse
@@ -4623,13 +4625,10 @@ def _batch_norm_dx(g, centred, mean_g, slope, scale):
     return dx
 
 
-# How good is the guess? It is the mean of a sixteenth of the images, and lies e from
-# the mean of all.
-#
-# 1. So the mean square distance of this sixteenth from the mean of all is at least e^2.
-# 2. The variance s^2 is that distance for all images. So s^2 is at least e^2 / 16.
-# 3. `mean(c*c)` is `s^2 + e^2`, so at most 17 s^2. So the variance, found by
-#    subtracting e^2 from that, loses little more than one digit.
+# How good is the guess? It is the mean of a sixteenth of the images. So their mean
+# square distance from mu is at least error^2, and that of all images, the variance, is
+# at least error^2 / 16. Then the mean of `rest * rest`, which is the variance plus
+# error^2, is at most 17 variances. Subtracting error^2 loses little more than one digit.
 #
 # Sums need care, too. A float32 that has grown large loses what is added to it. So a
 # channel is not added up in one run of a million numbers: first the images are, up to
