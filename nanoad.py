@@ -1066,8 +1066,9 @@ _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dty
 def _define(name: str, forward: Callable, *rules: Callable,
             answers: Callable | None = None,
             doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """Make an operation. It answers for NumPy's function `answers`; and for `forward`,
-    if that is one of NumPy's.
+    """Make an operation that answers for NumPy's function `answers`.
+
+    If `forward` is one of NumPy's, it answers for that, too.
     """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
@@ -1971,8 +1972,10 @@ def _mT(a: Any) -> Any:
 
 
 def _with_shape(x: Any) -> Any:
-    """x as a Tensor or an array, for a list has no shape. (The dtype is settled later,
-    by the operation that sees all the operands.)"""
+    """x as a Tensor or an array, since a list has no shape.
+
+    The dtype is settled later, by the operation that sees all the operands.
+    """
     if isinstance(x, np.generic):  # a single number of NumPy's
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -2008,8 +2011,9 @@ def matmul(a: Any, b: Any) -> Tensor:
 
 @_answers(np.dot)
 def dot(a: Any, b: Any) -> Tensor:
-    """a * b if one is a number, else the sum over a's last axis and b's last but one
-    (a vector's only one).
+    """The sum over a's last axis and b's last but one (a vector's only one).
+
+    If one of them is a number, a * b.
     """
     a, b = _with_shape(a), _with_shape(b)
     if 0 in (a.ndim, b.ndim):
@@ -2282,6 +2286,7 @@ def _solve(a: Any, b: Any) -> Tensor:
 @_answers(np.linalg.solve)
 def solve(a: Any, b: Any) -> Tensor:
     """The x with a @ x = b, for a (..., n, n) and b (n,) or (..., n, k).
+
     Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
@@ -6439,9 +6444,7 @@ _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
 
 
 def _fork() -> int:
-    """Call os.fork, which returns twice: 0 in the new process, and in the old one the
-    number of the new.
-    """
+    """Call os.fork: it returns 0 in the new process, and its number in the old one."""
     # (stdout may be None, or closed.)
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stdout.flush()  # else the copy may print the buffer a second time
@@ -7317,8 +7320,10 @@ def save(path: str | os.PathLike, state: Any) -> None:
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
-    """What JSON stores for the part of a state at `path`: a dict, a plain value, or a
-    list ["list", ...], ["tuple", ...] or ["array", member]. Adds arrays to `arrays`.
+    """What JSON stores for the part of a state at `path`; adds its arrays to `arrays`.
+
+    That is a dict, a plain value, or a list ["list", ...], ["tuple", ...] or
+    ["array", member].
     """
     where = path or "the state"
 
@@ -8810,8 +8815,9 @@ def _convolve(a: Any, v: Any) -> Tensor:
 
 @_answers(np.convolve)
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The convolution of two vectors: "full", its middle "same", or the "valid" part,
-    where the vectors overlap fully.
+    """The "full" convolution of two vectors, or a part of it.
+
+    The part is the middle ("same"), or where the vectors overlap fully ("valid").
     """
     a, v = _admit_together(a, v)
     known = mode in ("full", "same", "valid")
