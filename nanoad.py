@@ -1,5 +1,4 @@
-"""nanoad: reverse-mode automatic differentiation, and what stands on it, in one file of
-NumPy.
+"""nanoad: reverse-mode automatic differentiation, in one file of NumPy.
 
 A Tensor is a NumPy array that remembers where it came from. Ask the last one of a
 computation for its derivatives, and every Tensor that it began with learns how much it
@@ -15,14 +14,13 @@ mattered:
 
 The file has four parts, and whoever stops early has something whole:
 
-    I    the idea        tensor, operations, the walk back, grad, what else a walk tells
-    II   the rule book   operations and their derivatives; how to add one and make it fast
-    III  networks        losses, modules, optimizers, convolution, normalization,
-                         attention, a GPT; many cores
-    IV   the craft       what a good tool needs and the idea does not: the watch over
-                         writes, memory, nests, the machine, workers, data, saving,
-                         drawing, plots; decompositions, NumPy's other names; an index
-                         of names; a tour
+- I, the idea: tensor, operations, the walk back, grad, and what else a walk tells;
+- II, the rule book: operations and their derivatives; how to add one and make it fast;
+- III, networks: losses, modules, optimizers, convolution, normalization, attention, a
+  GPT, many cores;
+- IV, the craft, which a good tool needs and the idea does not: the watch over writes,
+  memory, nests, the machine, workers, data, saving, drawing; decompositions, NumPy's
+  other names; an index of names; a tour.
 
 You need NumPy, calculus, and no other file. `python nanoad.py` gives the tour. (After
 the imports, which are Python's own and NumPy, the essay begins.)
@@ -104,10 +102,8 @@ class Tensor:
         "label",          # a name, for pictures and messages
         "_time",          # when it was made, by a counter: operands come before results
         "_op",            # the operation that made it; None for a leaf
-        "_operands",      # the arguments that the operation was given by position:
-                          # operands, then settings. () for a leaf; None once the tape
-                          # was let go (I.5)
-        "_settings",      # the operation's named arguments, such as axis=0
+        "_operands",      # its arguments by position; () for a leaf, None if let go
+        "_settings",      # its arguments by name, such as axis=0
         # Skip these: the fast way back (II.7), the watch over writes (IV.1), what an
         # earlier walk has met (IV.3), and Python's weak references.
         "_pullback", "_written", "_checksum", "_leaves", "__weakref__",
@@ -163,8 +159,7 @@ class Tensor:
 
     def backward(self, grad: Any = None, *, create_graph: bool = False,
                  retain_graph: bool = False, retain_grads: bool = False) -> None:
-        """Add the derivative of this tensor to `.grad` of every tracked leaf it was
-        made from.
+        """Add the derivatives of this tensor to `.grad` of the leaves it was made from.
 
         `grad` says how much each element counts (I.3); a scalar counts as 1. The tape
         is let go as it is walked, unless `retain_graph`. `create_graph` makes the
@@ -205,8 +200,7 @@ def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
 
 
 def as_tensor(data: Any) -> Tensor:
-    """`data` if it is a Tensor; if not, a constant, not copied. (A list that holds
-    Tensors is stacked.)"""
+    """`data` if it is a Tensor, else a constant, not copied; a list of Tensors stacked."""
     if isinstance(data, Tensor):
         return data
     if _holds_tensor(data):
@@ -252,14 +246,14 @@ def _tracked(a: Any) -> bool:
 
 
 def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable:
-    """Decorate a function on arrays to make it an operation with these VJP rules, one
-    per operand.
+    """Decorate a function on arrays: it becomes an operation with these VJP rules.
 
-    A rule `(g, y, *operands, **settings) -> cotangent` is array code for ndarrays and
-    Tensors alike; it returns a new array, `g` itself or a view. None stands for an
-    operand without a gradient. Whatever else a call is given, by position or by name, are
-    settings, such as an axis. An operation on any number of operands gives one rule for
-    all, `each(i, g, y, *operands, **settings)` for operand i. (II.1 adds an operation.)
+    There is one per operand. A rule `(g, y, *operands, **settings) -> cotangent` is
+    array code for ndarrays and Tensors alike; it returns a new array, `g` itself or a
+    view. None stands for an operand without a gradient. Whatever else a call is given,
+    by position or by name, are settings, such as an axis. An operation on any number of
+    operands gives one rule for all, `each(i, g, y, *operands, **settings)` for operand
+    i. (II.1 adds an operation.)
     """
     def decorate(forward: Callable) -> Callable:
         arity = sys.maxsize if each else len(rules)
@@ -363,8 +357,7 @@ _mode = _Mode()
 
 
 def no_grad() -> contextlib.AbstractContextManager:
-    """A context manager (and, with its parentheses, a decorator): inside, no tape is
-    written."""
+    """A context manager or, with its parentheses, a decorator: no tape is written."""
     return _mode.set(recording=False)
 
 
@@ -412,11 +405,11 @@ def no_grad() -> contextlib.AbstractContextManager:
 # already, and the cotangent of t is complete. Take `y = a * b` and `z = y + a`, where a,
 # b, y, z have the times 1, 2, 3, 4:
 #
-#          z:4         what waits, with its cotangent     is taken
-#         /   \        z:4 <- 1                           z, whose shares go to y and a
-#       y:3    |       y:3 <- 1,  a:1 <- 1                y, whose shares go to a and b
-#      /   \   |       b:2 <- a,  a:1 <- 1 + b            b, a leaf
-#   b:2     a:1        a:1 <- 1 + b                       a, a leaf, with both its shares
+#            z:4       what waits, with its cotangent    is taken
+#           /   \      z:4 <- 1                          z, whose shares go to y and a
+#         y:3    |     y:3 <- 1,  a:1 <- 1               y, whose shares go to a and b
+#        /   \   |     b:2 <- a,  a:1 <- 1 + b           b, a leaf
+#     b:2     a:1      a:1 <- 1 + b                      a, a leaf, with both its shares
 #
 # Had `a` been taken before `y`, the share `b` would have come too late.
 #
@@ -441,8 +434,7 @@ def no_grad() -> contextlib.AbstractContextManager:
 
 
 def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
-    """Sum the cotangent `g` (ndarray or Tensor) over the axes that were stretched from
-    `shape`.
+    """Sum the cotangent `g` over the axes that were stretched from `shape`.
 
         >>> row = Tensor([1.0, 2.0, 3.0])
         >>> (np.ones((4, 3)) * row).sum().backward()
@@ -472,8 +464,9 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
 def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
           retain_graph: bool) -> Iterator[tuple[Tensor, Any]]:
-    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs, youngest
-    first. A cotangent is an ndarray; with `create_graph`, a Tensor.
+    """Walk back from `seeds`, pairs (tensor, cotangent), and yield such pairs.
+
+    The youngest comes first. A cotangent is an ndarray; with `create_graph`, a Tensor.
     """
     waiting: dict[int, tuple[Tensor, Any]] = {}  # time -> (tensor, its sum of shares)
     heap: list[int] = []  # -time of each that waits
@@ -501,7 +494,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         for a, share in zip(operands, pull(t, g, wanted, create_graph)):
             if share is not None:
                 receive(a, share, g)
-        share = None  # (D)
+        share = None  # (D) else it stays in memory while the next is computed
         if not (retain_graph or create_graph):
             t._operands = t._settings = t._pullback = None  # (D)
 
@@ -605,7 +598,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
             operands_of[t._time] = []  # turn back
             continue
         if t._operands is None:
-            _check_not_behind(t, inputs)  # they were let go (D): an error, or none (IV.3)
+            _check_not_behind(t, inputs)  # let go (D): no input may be behind t (IV.3)
         operands_of[t._time] = [a for a in t._operands or () if _tracked(a)]
         to_visit += operands_of[t._time]
 
@@ -618,7 +611,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
     return _Route(times, through, older)
 
 
-# **Two functions use the walk**, and begin with a cotangent of the output, by default 1:
+# **Users call two functions**, which begin with a cotangent of the output, by default 1:
 #
 #     backward     for t, g in a walk everywhere:      if t is a leaf, add g to t.grad
 #     gradients    for t, g in a walk on the route:    if t is an input, keep g
@@ -652,12 +645,11 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
               create_graph: bool = False,
               retain_graph: bool = False) -> tuple[Tensor, ...]:
-    """The derivatives of `output` by each of `inputs`, as a tuple; zeros for one that
-    had no part.
+    """The derivatives of `output` by each of `inputs`, as a tuple.
 
-    Touches no `.grad`; `grad`, `create_graph` and `retain_graph` are as in
-    `Tensor.backward`. (In PyTorch: `torch.autograd.grad`.) Raises RuntimeError for an
-    input that is a constant.
+    They are zeros for an input that had no part. Touches no `.grad`; `grad`,
+    `create_graph` and `retain_graph` are as in `Tensor.backward`. (In PyTorch:
+    `torch.autograd.grad`.) Raises RuntimeError for an input that is a constant.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     _require_tracked("gradients", inputs)
@@ -703,7 +695,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     3.0 Tensor(3., dtype=float64)
 #
 # `create_graph` decides which: with it, the first cotangent is a Tensor, the rules are
-# given Tensors (`_pull_by_rules`, I.2), and recording is on during the walk
+# given Tensors (`_pull_by_rules`, I.5), and recording is on during the walk
 # (`_walk_to`). The result `y`, too, is then the Tensor, so the derivative of a rule
 # that uses it goes on through y. There is no second set of rules that could be wrong.
 # The rest of the walk, `+` and the sum in `unbroadcast`, is recorded like the rules.
@@ -757,15 +749,18 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # is faster, and the gradient should be a constant. When can somebody ask?
 #
 # *When the search for the route has met a tracked tensor that is older than our inputs*
-# (`older`, I.5). Whoever asks for a derivative later asks by a tensor of their own,
-# which had a part in the result. Our inputs are made when f is called, so that tensor
-# is older. The search may not come as far as that tensor. But the path from y back to
-# it goes from younger to older, so it crosses the horizon somewhere, and the first
-# tensor beyond is met. (It is tracked, since it was made of a tracked one.) And why
-# search from y, and not from the gradient? The walk computes with y's tape alone, so
-# what had a part in the gradient had a part in y. (One exception: if f makes a tracked
-# tensor of its own and hands it out, say by appending it to a list, that is younger
-# than our inputs, and missed.)
+# (`older`, I.5). For:
+#
+# 1. Whoever asks for a derivative later asks by a tensor of their own, which had a part
+#    in the gradient. So it had a part in y, since the walk computes with y's tape
+#    alone.
+# 2. It is older than our inputs, which are made when f is called.
+# 3. The way from y back to it goes from younger to older, so one step crosses the
+#    horizon. What lies just beyond was made of a tracked tensor, or is it: so it is
+#    tracked, and the search has met it.
+#
+# (One exception: if f makes a tracked tensor of its own and hands it out, say by
+# appending it to a list, that is younger than our inputs, and missed.)
 #
 #     >>> def careful_grad(f):
 #     ...     def slope(x):
@@ -2650,8 +2645,7 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     [0.5 7. ]
 #
 # In the usual call, all arguments are Tensors and Python's numbers given by position, and
-# are used as they are. In any other call, `_operation` (I.2) has them converted by
-# `_admit`, in four parts:
+# are used as they are. In any other call, `_admit` converts them, in four steps:
 #
 # a. Operands given by name are put at their positions, because rules go by position.
 # b. A list becomes an array.
@@ -2663,17 +2657,8 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     >>> print(args[0], args[1] is t, args[2], settings)
 #     [ True False] True [7. 7.] {}
 #
-# Then `_compute` calls the function, here `np.where` of three arrays. (If it failed,
-# `_explained` would add the shapes to the error.) And because t is tracked, the result
-# remembers `where` and `args`. The functions below convert. (`as_tensor`, I.1, is for
-# what is to become a Tensor.)
-#
-#     `_admit`            all arguments of a call      a to d
-#     `_admit_operand`    one operand                  b: a Tensor, an array or a number
-#     `_to_floating`      several operands together    c
-#     `_admit_together`   several operands together    b and c, and then Tensors
-#     `_admit_setting`    one setting                  d
-#     `_float_array`      data, for `as_tensor`        b and c
+# Then `_compute` calls the function, here `np.where` of three arrays. And because t is
+# tracked, the result remembers `where` and `args`.
 
 
 # The usual call has a Tensor, and besides it only these. (An int may be a setting.)
@@ -2687,32 +2672,41 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     if is_usual:
         return args, settings
 
-    name, count = operation.__name__, operation.arity
     if settings:
-        settings = dict(settings)
-        operand_names, _ = _argument_names(operation)
-        for operand in operand_names[len(args):]:  # (a)
-            if operand not in settings:
-                break
-            args = (*args, settings.pop(operand))
+        args, settings = _by_position(operation, args, settings)  # (a)
+    name, count = operation.__name__, operation.arity
+    operands = [_admit_operand(name, a) for a in args[:count]]  # (b)
+    exempt = [i for i, rule in enumerate(operation.rules) if rule is None]
+    operands = _to_floating(operands, exempt)  # (c)
+    others = [_admit_setting(name, a) for a in args[count:]]  # (d)
+    settings = {key: _admit_setting(name, a) for key, a in settings.items()}
+    return (*operands, *others), settings
 
-    operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
-                for a in args[:count]]  # (b)
-    kinds = {a.dtype.kind for a in operands if isinstance(a, (Tensor, np.ndarray))}
-    all_floating = kinds == {"f"}
-    if not all_floating:  # there are integers or bools, or no arrays at all
-        exempt = [i for i, rule in enumerate(operation.rules) if rule is None]
-        operands = _to_floating(operands, exempt)  # (c)
 
-    if len(args) > count or settings:
-        operands += [_admit_setting(operation, a) for a in args[count:]]  # (d)
-        settings = {key: _admit_setting(operation, a, key)
-                    for key, a in settings.items()}
-    return tuple(operands), settings
+# **a** asks the function for the names of its arguments. (One in C does not tell.)
+
+
+def _by_position(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """Move the operands that were given by name to their positions."""
+    operand_names, setting_names = _argument_names(operation)
+    settings = dict(settings)
+    for name in operand_names[len(args):]:
+        if name not in settings:
+            break
+        args = (*args, settings.pop(name))
+
+    for name, a in settings.items():
+        if _tracked(a) and name not in setting_names:
+            known = "have no names: give by position"
+            if operand_names:
+                known = f"are {', '.join(operand_names)}, each once"
+            raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; "
+                            f"its operands {known}")
+    return args, settings
 
 
 def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
-    """The names of its operands, and of its settings. (A function in C has none.)
+    """The names of its operands, and of its settings.
 
         >>> _argument_names(where), _argument_names(sum_)
         ((('condition', 'a', 'b'), ()), (('x',), ('axis', 'keepdims')))
@@ -2767,6 +2761,8 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     """The operands, with integers and bools made floating except at `exempt` places."""
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
     floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
+    if arrays and len(floats) == len(arrays):
+        return operands  # the most frequent case
     floating = []
     for i, a in enumerate(operands):
         if i not in exempt:
@@ -2778,9 +2774,11 @@ def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
     return floating
 
 
-# A function that calls several operations, such as `solve`, first converts its operands
-# together. Otherwise, if the first operation reshaped a bool mask alone, the mask would
-# become float64, and then so would the result with a float32 operand.
+# A function that calls several operations on its operands, such as `solve`, first
+# converts them together. Otherwise, if the first operation reshaped a bool mask alone,
+# the mask would become float64, and then so would the result with a float32 operand.
+# (Where all operands end in one operation, as in matmul, that converts them, and
+# `_with_shape`, II.6, is enough.)
 
 
 def _admit_together(*operands: Any) -> list[Tensor]:
@@ -2793,19 +2791,15 @@ def _admit_together(*operands: Any) -> list[Tensor]:
 # False))`. A Tensor that needs a gradient is refused, because a setting gets none.
 
 
-def _admit_setting(operation: Callable, a: Any, name: str | None = None) -> Any:
-    if not _tracked(a):
-        return _value(a)
-    names, settings = _argument_names(operation)
-    if name is None or name in settings:
-        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was "
-                        "given where a setting belongs (a shape, an axis, an eps, "
-                        "integers), and would get none; use .item() or .numpy()")
-    known = "have no names: give by position"
-    if names:
-        known = f"are {', '.join(names)}, each once"
-    raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; its "
-                    f"operands {known}")
+def _admit_setting(name: str, a: Any) -> Any:
+    if _tracked(a):
+        raise TypeError(f"{name}: a Tensor that needs a gradient was given where a "
+                        "setting belongs (a shape, an axis, an eps, integers), and would "
+                        "get none; use .item() or .numpy()")
+    return _value(a)
+
+
+# Then the operation computes.
 
 
 def _compute(operation: Callable, forward: Callable, args: tuple,
@@ -2837,7 +2831,7 @@ def _explained(error: Exception, operation: Callable, arrays: list) -> Exception
     return kind(f"{operation.__name__} of {', '.join(shapes)}: {error}")
 
 
-# The data of a new Tensor (I.1) are not an operand yet, and are converted separately.
+# The data of a new Tensor (I.1) are not an operand, and are converted on their own.
 
 
 def _float_array(data: Any) -> np.ndarray:
@@ -6041,9 +6035,7 @@ def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
 
 
 def _fresh_input(name: str, x: Any) -> Tensor:
-    """A new tensor to differentiate by. It is tied to `x`, if that is tracked and a tape
-    is written.
-    """
+    """A new tensor to differentiate by; tied to `x`, if that is tracked (I.7)."""
     array = np.asarray(_value(x))
     if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
         raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which "
@@ -6104,8 +6096,8 @@ def _first_cotangent(name: str, output: Tensor, cotangent: Any,
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent "
                          f"of its shape, not {given}; make a scalar of it, as by "
                          ".sum(), or give a cotangent")
-    if create_graph:  # a tracked cotangent, such as jvp's u (I.8), stays on the tape
-        with _mode.set(recording=True):
+    if create_graph:  # a tracked cotangent stays on the tape, even inside no_grad():
+        with _mode.set(recording=True):  # jvp's second walk looks for its u (I.8)
             return astype(as_tensor(cotangent), output.dtype)
     return np.asarray(_value(cotangent), output.dtype)
 
@@ -6131,9 +6123,16 @@ def _require_tracked(name: str, inputs: Iterable) -> None:
 
 # ### What do the transforms have in common?
 #
-# Each begins as `careful_grad` does (I.7): it makes fresh inputs, runs f, finds the route
-# between, and asks whether somebody may ask for more. A `_Run` does this for nests. The
-# transforms differ in the walks that follow, and these are as in I.8.
+# Each begins as `careful_grad` does (I.7). For one argument and no nests, that is
+#
+#     inputs = [a new Tensor, tied to the argument if that is tracked]
+#     output = f(*inputs)
+#     route = _find_route([output], inputs)
+#     recorded = bool(route.older)  # somebody may ask
+#
+# and a `_Run` does the same for nests. The transforms differ in the walks that follow,
+# which are those of I.8. Somebody may also ask by a tangent or a cotangent that they
+# gave, if it is tracked.
 #
 # Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but no
 # walk is, and the gradient is a constant. (So this is how to spare the second tape if f
@@ -6158,18 +6157,18 @@ class _Run:
         # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
         chosen, put_back = _choose_arguments(name, args, argnums)
         items, self.rebuild = _flatten(chosen)
-        self.inputs = [_fresh_input(name, item) for item in items]  # the x of I.7
+        self.inputs = [_fresh_input(name, item) for item in items]
         args = put_back(self.rebuild(self.inputs))
         with _mode.set(recording=True, runs=(*_mode.runs, self)):
-            self.output = f(*args, **kwargs or {})  # the y of I.7
+            self.output = f(*args, **kwargs or {})
         self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # Outside the `with`, for it is the caller's mode that counts. (Somebody may
-        # also ask by a tangent: I.8.)
+        # (Outside the `with`, for it is the caller's mode that counts.)
         self.recorded = self.must_record(tangents)
 
     def must_record(self, given: Any) -> bool:
-        """Whether somebody may ask for derivatives of what a walk gives: by an older
-        tensor, or by one of those `given` to it as cotangents or tangents.
+        """Whether somebody may ask for derivatives of what a walk gives.
+
+        By an older tensor, or by one `given` to the walk as a cotangent or a tangent.
         """
         items, _ = _flatten(given)
         return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
@@ -6183,9 +6182,7 @@ class _Run:
 
     def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence,
                   create_graph: bool, retain_graph: bool = False) -> list[Tensor]:
-        """What reaches the inputs from these cotangents of the outputs. (None is 1, for
-        a scalar.)
-        """
+        """What reaches the inputs from these cotangents of the outputs (None is 1)."""
         seeds = _seeds(self.name, outputs, cotangents, create_graph)
         return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
 
@@ -6227,12 +6224,11 @@ def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argn
 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
          argnum: Any = None) -> Callable:
-    """The function that returns the gradient of f, which returns a scalar (else see
-    `jacobian`).
+    """The function that returns the gradient of f, which returns a scalar.
 
-    It returns a Tensor like the argument at `argnums` (see `value_and_grad`); with
-    `has_aux`, (gradient, aux). `.numpy()` makes an array of it; NumPy's functions take
-    it as it is.
+    (If it does not, see `jacobian`.) It returns a Tensor like the argument at `argnums`
+    (see `value_and_grad`); with `has_aux`, (gradient, aux). `.numpy()` makes an array
+    of it; NumPy's functions take it as it is.
 
         >>> slope = grad(lambda x: x * x)  # a constant, unless x is tracked
         >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
@@ -6249,8 +6245,7 @@ def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *
 
 
 def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
-    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, a tuple with an entry per
-    primal.
+    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, like the tuple of primals.
 
     The *primals* are the arguments to differentiate at; the cotangent u is built like f's
     result. f runs once, however often vjp_fn does.
@@ -6278,8 +6273,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
 
 
 def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
-    """`(f(*primals), the directional derivative of f along tangents)`, both built like
-    f's result.
+    """`(f(*primals), J v)`, both built like f's result, where v are the tangents.
 
         >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
         2.0
@@ -6319,8 +6313,9 @@ def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple
 
 def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
              argnum: Any = None) -> Callable:
-    """The function that returns the Jacobian of f: shape out.shape + in.shape, one walk
-    per row.
+    """The function that returns the Jacobian of f: shape out.shape + in.shape.
+
+    Each row takes one walk.
 
         >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
         [2. 0.] [0. 4.]
@@ -6358,18 +6353,22 @@ def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
 
 
 def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
-    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape."""
+    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape.
+
+    The route may be that of several outputs, which does no harm.
+    """
     (y,) = _outputs(run.name, [y])
-    rows = []  # (the route may be that of several outputs, which does no harm)
+    rows = []
     for unit in np.eye(y.size).reshape(y.size, *y.shape):
         seeds = _seeds(run.name, [y], [unit], run.recorded)
         row = _gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route)
         rows.append(row)
     jacobians = []
     for i, x in enumerate(run.inputs):
-        block = np.zeros((0, *x.shape), x.dtype)
         if rows:
             block = stack([row[i] for row in rows])  # (y.size, *x.shape)
+        else:  # y has no elements
+            block = np.zeros((0, *x.shape), x.dtype)
         jacobians.append(reshape(block, y.shape + x.shape))
     return run.rebuild(jacobians)
 

@@ -9051,6 +9051,32 @@ def test_the_names_that_comments_speak_of_exist():
                 assert not unknown, f"line {line} speaks of {name}"
 
 
+def test_docstrings_begin_with_one_line_and_end_on_a_line_of_their_own():
+    """Else pycco, which sets the essay in two columns, cuts them or runs into the code."""
+    source = Path(nanoad.__file__).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            summary = ast.get_docstring(node).split("\n\n")[0]
+            assert "\n" not in summary, f"line {text.lineno}: the summary takes two lines"
+            if text.end_lineno > text.lineno:
+                assert lines[text.end_lineno - 1].strip() == '"""', f"line {text.end_lineno}"
+
+
+def test_examples_and_tables_in_comments_are_code_to_markdown():
+    """All lines of one are indented by four more than the prose, behind an empty line."""
+    before = ""
+    source = Path(nanoad.__file__).read_text(encoding="utf-8")
+    for number, line in enumerate(source.splitlines(), start=1):
+        is_code = line.startswith("#     ")
+        was_code = before.startswith("#     ")
+        if line.startswith("# ") and before.startswith("# "):
+            assert is_code == was_code, f"line {number}: {line}"
+        before = line
+
+
 # ## IV.13 Tour
 
 
