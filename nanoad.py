@@ -7885,7 +7885,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #      [-1.  2.]]
 #
 # Their transpose, the *adjugate*, can be computed by products alone. It is the last,
-# H_(n-1), of these matrices (Faddeev and LeVerrier; nothing here needs the proof):
+# H_(n-1), of these matrices (a theorem of Faddeev and LeVerrier):
 #
 #     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
@@ -8132,14 +8132,13 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 # And as low only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
 #
 #     1  A moves by                 dA = dL L^T + L dL^T
-#     2  between L^-1 and L^-T      L^-1 dA L^-T = L^-1 dL + dL^T L^-T
-#     3  in short                   L^-1 dA L^-T = X + X^T        with X = L^-1 dL
-#     4  X is lower triangular      X = low(L^-1 dA L^-T)
-#     5  the loss moves by          <gL, dL> = <gL, L X> = <L^T gL, X>
-#     6  by 4                       = <L^T gL, low(L^-1 dA L^-T)>
-#     7  low changes sides          = <low(L^T gL), L^-1 dA L^-T>
-#     8  A receives                 L^-T low(L^T gL) L^-1
-#     9  as dA is symmetric         or the symmetric part of that (as in eigh)
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T        with X = L^-1 dL
+#     3  X is lower triangular      X = low(L^-1 dA L^-T)
+#     4  the loss moves by          <gL, dL> = <gL, L X> = <L^T gL, X>
+#     5  by 3                       = <L^T gL, low(L^-1 dA L^-T)>
+#     6  low changes sides          = <low(L^T gL), L^-1 dA L^-T>
+#     7  A receives                 L^-T low(L^T gL) L^-1
+#     8  as dA is symmetric         or the symmetric part of that (as in eigh)
 def _low(x: Any) -> Any:
     """The lower triangle of x, with half of its diagonal."""
     n = x.shape[-1]
@@ -8148,10 +8147,10 @@ def _low(x: Any) -> Any:
 
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
     inside = _low(_mT(y) @ g)
-    left = np.linalg.solve(_mT(y), inside)  # step 8: L^-T before it
+    left = np.linalg.solve(_mT(y), inside)  # step 7: L^-T before it
     # L^-1 behind it, all transposed: (left L^-1)^T = L^-T left^T
     ga = np.linalg.solve(_mT(y), _mT(left))
-    return _sym(ga)  # step 9
+    return _sym(ga)  # step 8
 
 
 _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
@@ -8159,8 +8158,9 @@ _cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
 
 @_answers(np.linalg.cholesky)
 def cholesky(a: Any, *, upper: bool = False) -> Tensor:
-    """The lower triangular L with L @ L.T = a for symmetric a; with `upper`, its
-    transpose. Raises LinAlgError if a is not positive definite.
+    """The lower triangular L with L @ L.T = a for symmetric a.
+
+    With `upper`, its transpose. Raises LinAlgError if a is not positive definite.
     """
     lower = _cholesky(a)
     return _mT(lower) if upper else lower
@@ -8216,8 +8216,9 @@ def _qr(a: Any) -> Tensor:
 
 @_answers(np.linalg.qr)
 def qr(a: Any, mode: str = "reduced") -> Any:
-    """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle; for mode "r",
-    R alone. Backward raises LinAlgError if the first columns of a depend on each other.
+    """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle.
+
+    Mode "r" gives R alone. Backward raises LinAlgError where first columns are dependent.
     """
     a = as_tensor(a)
     if a.ndim < 2 or mode not in ("reduced", "r"):
@@ -8247,20 +8248,19 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 #     [[0.5 0. ]]
 #     [[0.5  0.01]]
 #
-# What P lacks of an inverse is `E = I - A P` on the one side and `F = I - P A` on the
-# other. Both are symmetric, and E A, P E, A F and F P are 0. (For example, `E A` is
-# `A - A P A`.) Since I is E + A P, and also F + P A, we can split dP by them, on the
-# right and then on the left. For each of the three pieces, one equation is enough:
+# What P lacks of an inverse is `E = I - A P` and `F = I - P A`. Both are symmetric, and
+# E A, P E, A F and F P are 0. (For example, `E A` is `A - A P A`.) Since I is E + A P,
+# and also F + P A, they split dP, on the right and then on the left. Each of the three
+# pieces has one equation:
 #
-#     dP = dP E + F dP A P + P A dP A P        from P E = 0,  F P = 0,  A P A = A
+#     dP = dP E + F dP A P + P A dP A P      by P E = 0,  F P = 0  and  A P A = A
 #
 #     1  E A = 0, transposed        A^T E = 0
 #     2  moves by                   dA^T E + A^T dE = 0
 #     3  P before A P = P^T A^T     P P^T A^T = P A P = P
 #     4  so P P^T before 2 gives    P P^T dA^T E + P dE = 0
 #     5  P E = 0 moves by           dP E = -P dE = P P^T dA^T E         the first piece
-#     6  likewise from A F = 0      F dP = F dA^T P^T P
-#        and F P = 0
+#     6  likewise by A F = F P = 0  F dP = F dA^T P^T P
 #     7  A P behind it              F dP A P = F dA^T P^T P             the second
 #     8  A P A = A moves by         dA P A + A dP A + A P dA = dA
 #     9  between P and P            P dA P + P A dP A P + P dA P = P dA P
@@ -8284,6 +8284,7 @@ def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
 @primitive(_pinv_rule)
 def pinv(a: Any, rcond: Any = None) -> Tensor:
     """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
+
     Its derivative is right for changes of a that do not change the rank.
     """
     return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
