@@ -847,6 +847,9 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #    linear function has the same slope everywhere: zeros will do. (One exception: equal
 #    eigenvalues, IV.10.)
 #
+# In formulas: `s = J^T u`, so the Jacobian of s by u is `J^T`, and the second walk gives
+# `(J^T)^T v = J v`.
+#
 #     >>> def naive_jvp(f, x, v):
 #     ...     x = Tensor(x)
 #     ...     y = f(x)
@@ -856,9 +859,6 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     ...
 #     >>> print(naive_jvp(np.sin, [0.0, np.pi], [2.0, 3.0]))  # cos(x) v
 #     [ 2. -3.]
-#
-# In formulas: `s = J^T u`, so the Jacobian of s by u is `J^T`, and the second walk gives
-# `(J^T)^T v = J v`.
 #
 # The functions that users call are `grad`, `value_and_grad`, `vjp`, `jvp`, `hvp`,
 # `jacobian` and `hessian` (IV.3).
@@ -1085,6 +1085,9 @@ def _named(operation: Callable, name: str, doc: str = _ELEMENT_BY_ELEMENT) -> Ca
     return operation
 
 
+for _f in _FUNCTIONS.values():  # so far, the operations of part I
+    _named(_f, _f.__name__)
+
 exp2 = _define("exp2", np.exp2, lambda g, y, x: g * (y * math.log(2)))
 expm1 = _define("expm1", np.expm1, lambda g, y, x: g * (y + 1))
 log2 = _define("log2", np.log2, lambda g, y, x: g / (x * math.log(2)))
@@ -1116,10 +1119,6 @@ rad2deg = _define("rad2deg", np.rad2deg, lambda g, y, x: g * (180 / math.pi),
 
 _copy = _define("copy", lambda x: np.array(x), lambda g, y, x: g, answers=np.copy)
 
-# help() describes the operations of part I in the same way.
-for _f in _FUNCTIONS.values():
-    _named(_f, _f.__name__)
-
 
 @primitive(lambda g, y, x, dtype: g)
 def astype(x: Any, dtype: Any) -> Tensor:
@@ -1140,12 +1139,12 @@ fmod = _define("fmod", np.fmod,
                lambda g, y, a, b: g,
                lambda g, y, a, b: -g * np.trunc(a / b))
 
-# *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p. At
-# x = 0 they need care:
+# *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p:
 #
-#     by x, if p = 0     0 * 0 ** -1 would be nan; we take 0 * 0 ** 0 = 0
-#     by p, if p >= 0    y log 0 would be nan or -inf; we take y log 1 = 0
-#     by p, if p < 0     y is infinite, and so is the slope: nothing to do
+#     by x, x = p = 0         0 * 0 ** -1 would be nan; we take 0 * 0 ** 0 = 0
+#     by p, x = 0, p >= 0     y log 0 would be nan or -inf; we take y log 1 = 0
+#     by p, x = 0, p < 0      y is infinite, and so is the slope: nothing to do
+#     by p, x < 0             there is none: log x is nan, and NumPy warns
 def _to_the_power(x: Any, p: Any) -> Any:
     """x ** p. Products are ten times faster than the C library's pow."""
     if isinstance(p, (int, float)):
@@ -1199,8 +1198,8 @@ arctan2 = _define("arctan2", np.arctan2,
                   lambda g, y, a, b: -g * _over_distance_twice(a, a, b))
 
 # *Logarithms of sums.* `log(1 + e^x)` overflows at x = 89 in float32; NumPy's
-# logaddexp(x, 0) is the same function and does not. Here are the equation that defines
-# each y, what it becomes when x moves (y' is the slope by x, or by a), and the slope:
+# logaddexp(x, 0) is the same function and does not. (sigmoid is e^-log(1 + e^-x).) Here
+# is what defines y, and its derivative by x (or a), which is then solved for y':
 #
 #     softplus    e^y = 1 + e^x     e^y y' = e^x        y' = (e^y - 1) / e^y = 1 - e^-y
 #     sigmoid     1/y = 1 + e^-x    -y' / y^2 = -e^-x   y' = y^2 (1/y - 1)   = y (1 - y)
@@ -1267,9 +1266,10 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     return np.where(condition, a, b)
 
 
-# At a kink any slope between the two one-sided ones is right; abs and relu take 0.
-# (np.clip is NumPy's fastest way to do relu. Its rule asks for `y != 0`, not `y > 0`,
-# so that g passes where y is nan.)
+# At a kink any slope between the two one-sided ones is right; abs and relu take 0. But
+# the rules of abs and hypot multiply by it, which is faster: there, an infinite g gives
+# nan, as in PyTorch. (np.clip is NumPy's fastest way to do relu. `y != 0`, unlike
+# `y > 0`, lets g pass where y is nan.)
 abs_ = _define("abs", np.abs, lambda g, y, x: g * np.sign(x), answers=np.fabs)
 relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
                lambda g, y, x: _chosen(g, y != 0),
@@ -1409,13 +1409,13 @@ take_along_axis = _moves("take_along_axis",
                          answers=np.take_along_axis)
 
 
-# Sorting moves elements, too; argsort tells which. (Equal elements keep their order.)
+# Sorting moves elements, too; argsort tells which. (By default, ties keep their order.)
 @_answers(np.sort)
 def sort(x: Any, axis: int | None = -1, kind: str | None = None) -> Tensor:
     """A copy of x, sorted along an axis (also as `t.sort()`); None flattens x first."""
     x = as_tensor(x)
     if axis is not None:
-        _axes("sort", x, axis)  # raises an error that names the shape
+        _axes("sort", x, axis)  # (II.5) raises an error that names the shape
     order = np.argsort(_value(x), axis, kind or "stable")
     return take_along_axis(x, order, axis)
 
@@ -1464,8 +1464,7 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     shape = np.shape(_value(x)) or (1,)  # a single number becomes a vector
     axes = range(len(shape))
     try:
-        # (axes[-1] is the number of the last axis.)
-        first, last = axes[start_dim], axes[end_dim]
+        first, last = axes[start_dim], axes[end_dim]  # axes[-1] is the last
         if first > last:
             raise IndexError
     except (IndexError, TypeError):
@@ -1785,7 +1784,6 @@ def cumsum(x: Any, axis: int | None = None) -> Tensor:
     return np.cumsum(x, axis)
 
 
-# Products and quantiles work along one axis, so several axes are joined into one.
 def _joined(name: str, x: Any, axis: int | tuple | None) -> tuple[Tensor, tuple]:
     """x with the named axes joined into one, the last; and the named axes' numbers.
 
@@ -1850,13 +1848,12 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     except ValueError as error:  # by q, or by the method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
-    y = _at_places(sort(x, -1), place)  # (..., *q's shape)
+    # The axes of q come first. Here x was (2, n, 3), axis is 1, and q is (5,):
+    y = _at_places(sort(x, -1), place)  # (2, 3, 5)
     if keepdims:
-        # (These count from the front, so the axes of q do not disturb them.)
-        y = expand_dims(y, axes)
+        y = expand_dims(y, axes)  # (2, 1, 3, 5)
     last_axes = tuple(range(-place.ndim, 0))
-    first_axes = tuple(range(place.ndim))
-    return moveaxis(y, last_axes, first_axes)  # (*q's shape, ...)
+    return moveaxis(y, last_axes, tuple(range(place.ndim)))  # (5, 2, 1, 3)
 
 
 def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
@@ -1893,9 +1890,7 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    # (For rows of 5, OpenBLAS 0.3.31 also reads memory that nobody has set. The sums
-    # are right, but NumPy may warn of what was read.)
-    if axis not in (-1, x.ndim - 1) or n == 5:
+    if axis not in (-1, x.ndim - 1) or n == _BLAS_READS_BEYOND:  # (IV.4)
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -1911,7 +1906,8 @@ def _row_max(x: np.ndarray, axis: Any = -1) -> np.ndarray:
     """max(x, axis, keepdims=True)."""
     if axis not in (-1, x.ndim - 1) or x.size == 0 or not x.flags.c_contiguous:
         return np.max(x, axis=axis, keepdims=True, initial=-np.inf)
-    starts = np.arange(0, x.size, x.shape[-1])  # of the rows
+    # Of the elements [3 1 4 2], and rows that start at [0 2], reduceat makes [3 4].
+    starts = np.arange(0, x.size, x.shape[-1])
     maxima = np.maximum.reduceat(x.reshape(-1), starts)
     return maxima.reshape(*x.shape[:-1], 1)
 
@@ -1929,12 +1925,13 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
         return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
 
     n = _last_axes(x, axis) if x.dtype == np.float32 else 0
-    length = math.prod(x.shape[x.ndim - n:])
-    # (In longer rows a product rounds off too much.)
-    if n == 0 or length > 4096:
+    if n == 0:
         return np.sum(x, axis=axis, keepdims=keepdims)
 
     # A row is all that is added up: for x (2, 3, 4) and axis (1, 2), 12 elements.
+    length = math.prod(x.shape[-n:])  # 12
+    if length > 4096:  # a product would round off too much
+        return np.sum(x, axis=axis, keepdims=keepdims)
     rows = x.reshape(*x.shape[:-n], length)  # (2, 12)
     shape = x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n]
     return _row_sum(rows).reshape(shape)
@@ -1974,7 +1971,8 @@ def _mT(a: Any) -> Any:
 
 
 def _with_shape(x: Any) -> Any:
-    """x as a Tensor or an array. (The operation that takes it settles the dtype.)"""
+    """x as a Tensor or an array, for a list has no shape. (The dtype is settled later,
+    by the operation that sees all the operands.)"""
     if isinstance(x, np.generic):  # a single number of NumPy's
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
@@ -1988,8 +1986,7 @@ def _matmul(a: Any, b: Any) -> Tensor:
 
 # NumPy's `@` also takes vectors. We treat a vector as a matrix of one row or one
 # column. If a is a stack and b a single matrix, we treat a as one long matrix of all
-# its rows, which BLAS multiplies in one go. (If NumPy stretches one stack to the other,
-# I.4 sums what it receives.)
+# its rows (`_rows`, II.5), which BLAS multiplies in one go.
 @_answers(np.matmul)
 def matmul(a: Any, b: Any) -> Tensor:
     """a @ b as in NumPy, for every rank: vectors, matrices, stacks of matrices."""
@@ -2144,9 +2141,11 @@ def _einsum_add_up(pairs: list[tuple[str, Any]], output: str) -> list:
     lengths: dict[str, int] = {}  # of the letters that are not of length 1 everywhere
     for term, x in pairs:
         for letter, n in zip(term, x.shape):
-            if n != 1 and n != lengths.setdefault(letter, n):
-                raise ValueError(f"axes of sizes {lengths[letter]} and {n} both are "
-                                 f"{letter!r}")
+            if n == 1:
+                continue
+            first = lengths.setdefault(letter, n)  # n, if the letter is new
+            if n != first:
+                raise ValueError(f"axes of sizes {first} and {n} both are {letter!r}")
 
     without_short = []
     for term, x in pairs:
@@ -2274,7 +2273,8 @@ inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # ste
 @primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 6
            lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
-    # (With one axis less than a, b would be vectors to NumPy 1. So it gets as many.)
+    # (With one axis less than a, b would be vectors to NumPy 1. So it gets as many:
+    # beside an a of (7, n, n), the b of (n, k) becomes (1, n, k).)
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
     return np.linalg.solve(a, b)
 
@@ -2286,7 +2286,7 @@ def solve(a: Any, b: Any) -> Tensor:
     """
     a, b = _admit_together(a, b)
     # A vector has one axis to NumPy 2, and one less than a to NumPy 1. We decide as the
-    # installed one does.
+    # installed one does (`_OLD_NUMPY`, IV.4).
     is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)
     columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
@@ -2383,7 +2383,7 @@ def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
 
 
 def _in_float32(f: Callable) -> Callable:
-    """f, a kernel or a definition, made to compute in float32 where it gets float16."""
+    """f in float32 where it gets float16. It gives a result, or (result, pullback)."""
     @functools.wraps(f)
     def wide(*arguments: Any, **settings: Any) -> Any:
         arrays = [a for a in arguments if isinstance(a, (np.ndarray, Tensor))]
@@ -2394,10 +2394,10 @@ def _in_float32(f: Callable) -> Callable:
         result = f(*map(_widened, arguments), **settings)
         if np.float32 in dtypes or np.float64 in dtypes:
             return result  # NumPy has given it the wider dtype
-        if not isinstance(result, tuple):  # f is a definition
+        if not isinstance(result, tuple):
             return result.astype(np.float16)
 
-        y, pullback = result  # f is a kernel; its way back is in float32, too
+        y, pullback = result  # the way back is in float32, too
         return y.astype(np.float16), lambda g, wanted: pullback(_widened(g), wanted)
 
     return wide
@@ -2410,10 +2410,9 @@ def _widened(a: Any) -> Any:
 
 # ### What NumPy is slow at
 #
-# Kernels differ from their definitions where NumPy is slow. (Those of III.5 also take
-# care of digits.) Here is where. The comments of later kernels refer to these points by
-# the words in capitals. (Times are for float32 on one core of an Intel server, Sapphire
-# Rapids, with NumPy 2.4.)
+# Kernels differ from their definitions where NumPy is slow. Here is where; the comments
+# of later kernels refer to these points by the words in capitals. (Times are for
+# float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
 #   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
@@ -2466,12 +2465,9 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 #     4  and that of x p is       p + x dp/dx = p (1 + (1 - p) v)    with v = 2 x du/dx
 #     5  du/dx put in             v = x (2 scale + 6 cubic x^2)
 #
-# Without care the kernel would compute p and return `x * p`, and its pullback would be
-#
-#     g * p * (1 + (1 - p) * v)
-#
-# The real one does just that, block by block (PASSES) and in place: what it needs on
-# the way to a result stands where the result will be.
+# So the kernel returns `x * p`, and its pullback `g * p * (1 + (1 - p) * v)`. Both are
+# computed block by block (PASSES) and in place: what is needed on the way to a result
+# stands where the result will be.
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
 
@@ -2520,7 +2516,7 @@ def gelu(x: Any) -> Tensor:
 #     >>> print(t.sum(), t // 2, t > 1)
 #     7.0 [0. 1. 2.] [False  True  True]
 #
-# Three of the named methods have to be written, because their results are not Tensors.
+# Only three of the named methods are not functions as well. They are written here.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. Raises ValueError for any other size."""
     if self.size != 1:
@@ -2553,8 +2549,8 @@ for _f in _METHODS:
 Tensor.T = property(transpose, doc="The tensor with its axes reversed.")
 Tensor.mT = property(_mT, doc="The last two axes exchanged.")
 
-# The other operators are set like the first ones in I.2. (Two of them are ufuncs, which
-# stand in lambdas because Python would not pass self to a ufunc.)
+# The other operators are set like the first ones in I.2. (Python passes self to
+# np.argmax as to any `def`. To a ufunc it does not; hence the two lambdas.)
 for _name, _f in dict(
     pow=power, matmul=matmul, mod=mod,
     floordiv=lambda a, b: np.floor_divide(a, b), divmod=lambda a, b: np.divmod(a, b),
@@ -2563,9 +2559,8 @@ for _name, _f in dict(
     setattr(Tensor, f"__r{_name}__", _reflected(_f))
 
 
-# Comparisons give plain bool arrays. (Defined inside the class, `__eq__` would remove
-# `__hash__`, and a Tensor could not be a key of a dict. Set from outside, it does not,
-# and the hash goes by identity.)
+# Comparisons give plain bool arrays. (They are set from outside the class: an `__eq__`
+# inside would remove `__hash__`, and a Tensor could not be a key of a dict.)
 def _comparison(name: str) -> Callable:
     """The method of this name: NumPy's, on the arrays."""
     def compare(self: Tensor, other: Any) -> np.ndarray:
@@ -2586,7 +2581,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
 # says that only the number is wanted.)
 def _plain_number(t: Tensor) -> float:
     """The element of t as a Python number, unless a derivative would be lost."""
-    for run in _mode.runs:  # the transforms that are running a function just now (I.7)
+    for run in _mode.runs:  # the transforms that are running a function now (IV.3)
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
             raise TypeError(f"{run.name}: float() of a tensor that is being "
                             "differentiated, as in math.sin(t) or array[0] = t, would "
@@ -4463,7 +4458,7 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #    `mean(xhat * v)`.
 # 4. `xhat = c / s` moves by `dc / s - c ds / s^2 = (dc - xhat * ds) / s`, which is
 #
-#        (v - mean(v) - xhat * mean(xhat * v)) / s
+#         (v - mean(v) - xhat * mean(xhat * v)) / s
 #
 # 5. The matrix that does this to v, `(I - 1 1^T / n - xhat xhat^T / n) / s`, is
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
@@ -6488,6 +6483,10 @@ def _openblas() -> tuple[Callable, Callable]:
     return lambda: None, lambda count: None
 
 
+# With rows of 5, OpenBLAS 0.3.31 also reads memory that nobody has set. The products
+# are right, but NumPy may warn of what was read. (`_row_sum`, II.5, avoids it.)
+_BLAS_READS_BEYOND = 5
+
 # **The allocator.** Each step of training makes and drops the same arrays of a few
 # megabytes. glibc, the C library of most Linuxes, gives such memory back to the system
 # at once, and gets it again page by page. That takes half of the time of a CNN's step.
@@ -7707,11 +7706,11 @@ def _draw_graph(rows: list[_Row], names: dict[int, str], note: str, format: str,
 #    but no finite value, it stays nan, and so do the lines to both its neighbours: a
 #    gap is not bridged. Here are four steps in seven columns:
 #
-#        column       0     1     2     3     4     5     6
-#        step         0           1           2           3
-#        value        4         nan           2           1
-#        mean         4   nan   nan   nan     2   nan     1    (step 1)
-#        line         4   nan   nan   nan     2   1.5     1    (step 2)
+#         column       0     1     2     3     4     5     6
+#         step         0           1           2           3
+#         value        4         nan           2           1
+#         mean         4   nan   nan   nan     2   nan     1    (step 1)
+#         line         4   nan   nan   nan     2   1.5     1    (step 2)
 #
 # 3. The axis of values is cut into rows, and each number is rounded to a row
 #    (`_draw_curves`). A curve of marks is then complete.
@@ -8297,10 +8296,10 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 # 1. Nearly all are *compositions* of operations that we have, so their derivatives
 #    follow. For example, np.ptp, the range of the values, is a maximum minus a minimum:
 #
-#        >>> t = Tensor([4.0, 1.0, 2.0])
-#        >>> y = np.ptp(t)
-#        >>> print(y, y._op is sub, *gradients(y, [t]))
-#        3.0 True [ 1. -1.  0.]
+#         >>> t = Tensor([4.0, 1.0, 2.0])
+#         >>> y = np.ptp(t)
+#         >>> print(y, y._op is sub, *gradients(y, [t]))
+#         3.0 True [ 1. -1.  0.]
 #
 # 2. A few have a *rule* of their own, because a composition would fail: np.sinc is
 #    `sin(u) / u` with `u = pi x`, which at 0 is 0/0.
@@ -8308,8 +8307,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 # 3. Some give *plain values*, because their derivative is zero wherever they have one,
 #    or because they ask for a shape or an order:
 #
-#        >>> np.floor(t / 3), np.argsort(t)
-#        (array([1., 0., 0.]), array([1, 2, 0]))
+#         >>> np.floor(t / 3), np.argsort(t)
+#         (array([1., 0., 0.]), array([1, 2, 0]))
 #
 # 4. All others are *refused* if the Tensor needs a gradient. The TypeError says what to
 #    use instead (II.2). Among them are `fft`, `copysign`, methods of ufuncs such as
@@ -8365,8 +8364,9 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 # ### How to read an entry
 #
 # `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2).
-# Its parameters have NumPy's names and order. Python itself refuses an argument that it
-# lacks, such as `out`. Three things are the same everywhere:
+# Its settings have NumPy's names and order, and Python refuses all others, such as
+# `out`. (Arrays go by position: a public function may say x where NumPy says a.) Three
+# things are the same everywhere:
 #
 # - Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
 #   float32 leaves the result float32.
@@ -8476,6 +8476,7 @@ _FUNCTIONS.update({
     np.min: lambda a, axis=None, *, keepdims=False: min_(a, axis, keepdims),
     np.ptp: lambda a, axis=None, *, keepdims=False:
         max_(a, axis, keepdims) - min_(a, axis, keepdims),
+    np.median: lambda a, axis=None, *, keepdims=False: median(a, axis, keepdims),
     np.percentile: lambda a, q, axis=None, *, method="linear", keepdims=False:
         quantile(a, np.true_divide(q, 100), axis, method=method, keepdims=keepdims),
     # linear algebra
@@ -8579,7 +8580,6 @@ def _meshgrid(*xi, indexing="xy", sparse=False):
 
 
 # ### Reductions and differences
-@_answers(np.median)
 def median(x: Any, axis: int | tuple | None = None, keepdims: bool = False) -> Tensor:
     """The middle element, or the mean of the two in the middle."""
     return quantile(x, 0.5, axis, keepdims=keepdims)
@@ -8889,8 +8889,9 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple:
 
 # ### Norms
 #
-# The length of a vector x has the derivative `x / |x|`. At its kink, x = 0, we take 0.
-@primitive(lambda g, y, x: (g / np.where(y == 0, 1, y))[..., None] * x)
+# The length of a vector x has the slope `x / |x|`, and 0 (II.3) at its kink, x = 0.
+@primitive(lambda g, y, x:
+           (_chosen(g, y != 0) / np.where(y == 0, 1, y))[..., None] * x)
 def _length(x: Any) -> Tensor:
     return np.sqrt(np.sum(x * x, axis=-1))
 

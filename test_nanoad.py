@@ -2158,6 +2158,7 @@ REFUSED = {
     "trace.*out": lambda x: np.trace(x, out=np.zeros(())),
     "ptp.*out": lambda x: np.ptp(x, out=np.zeros(())),
     "median.*out": lambda x: np.median(x, out=np.zeros(())),
+    "median.*positional": lambda x: np.median(x, None, np.zeros(())),  # the third is out
     "quantile.*out": lambda x: np.quantile(x, 0.5, out=np.zeros(())),
     "percentile.*out": lambda x: np.percentile(x, 50, out=np.zeros(())),
     "nansum.*out": lambda x: np.nansum(x, out=np.zeros(())),
@@ -3751,6 +3752,15 @@ def test_norms_at_zero_have_slope_zero():
     close(grad(lambda x: np.linalg.norm(x,
                                         axis=1).sum())(np.array([[0.0, 0.0], [3.0, 4.0]])),
           [[0, 0], [0.6, 0.8]])
+
+
+def test_the_norm_at_zero_takes_no_share_of_an_infinite_slope():
+    x = np.array([[0.0, 0.0], [3.0, 4.0]])
+    with np.errstate(divide="ignore"):  # the slope of sqrt at 0
+        slope = grad(lambda x: np.sqrt(np.linalg.norm(x, axis=1)).sum())(x)
+    close(slope, np.array([[0, 0], [0.6, 0.8]]) / (2 * np.sqrt(5)))
+    assert np.isfinite(hessian(np.linalg.norm)(np.zeros(2))).all()
+    assert np.isnan(grad(np.linalg.norm)(np.array([np.nan, 1.0]))).all()
 
 
 def test_decompositions_return_numpys_named_tuples():
