@@ -7972,7 +7972,7 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
 #     8  by 4 and 5                 = <M, P>                      with M_ii = gw_i
 #                                               and  M_ij = c_ij / (w_j - w_i)
 #     9  as P = V^T dA V            = <V M V^T, dA>
-#    10  as dA is symmetric         A receives V sym(M) V^T, with sym(M) = (M + M^T) / 2
+#     10 as dA is symmetric         A receives V sym(M) V^T, with sym(M) = (M + M^T) / 2
 #
 # NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half
 # in each triangle, as in PyTorch, so it is right where A stays symmetric however it
@@ -8051,26 +8051,26 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 #     8  5 minus 6                  P_ij - P_ji = (C - D)_ij (s_j + s_i)
 #
 #     9  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
-#    10  U and V move over          = <gs, ds> + <c, C> + <d, D>
+#     10 U and V move over          = <gs, ds> + <c, C> + <d, D>
 #                                   with c = U^T gU and d = V^T gV
-#    11  sums and differences       <c, C> + <d, D>
+#     11 sums and differences       <c, C> + <d, D>
 #        (c D and d C cancel)       = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
-#    12  by 7 and 8                 = <X, P + P^T> + <Z, P - P^T>
+#     12 by 7 and 8                 = <X, P + P^T> + <Z, P - P^T>
 #                                   with X_ij = (c + d)_ij / 2 / (s_j - s_i),
 #                                   Z_ij = (c - d)_ij / 2 / (s_j + s_i), X_ii = Z_ii = 0
-#    13  <X, P^T> is <X^T, P>       = <X + X^T + Z - Z^T, P>
-#    14  with 4, the loss moves by  <M, P>,   with M = diag(gs) + X + X^T + Z - Z^T
-#    15  as P = U^T dA V            A receives U M V^T
+#     13 <X, P^T> is <X^T, P>       = <X + X^T + Z - Z^T, P>
+#     14 with 4, the loss moves by  <M, P>,   with M = diag(gs) + X + X^T + Z - Z^T
+#     15 as P = U^T dA V            A receives U M V^T
 #
 # **Skip this** if A is square. If A is tall, U has fewer columns than rows, and dU also
 # has a part outside of the space that they span: `dU = U C + E dU`, with `C = U^T dU`
 # and `E = I - U U^T`. As `U^T E` is 0, that part drops out of step 2, and all that
 # follows is as before. It adds to what A receives:
 #
-#    16  E before 1, as E U = 0     E dA = E dU S V^T
-#    17  V S^-1 behind it           E dA V S^-1 = E dU,           as V^T V = I
-#    18  the loss also moves by     <gU, E dA V S^-1> = <E gU S^-1 V^T, dA>,  as E^T = E
-#    19  A also receives            E gU S^-1 V^T,  and E gU is gU - U c
+#     16 E before 1, as E U = 0     E dA = E dU S V^T
+#     17 V S^-1 behind it           E dA V S^-1 = E dU,           as V^T V = I
+#     18 the loss also moves by     <gU, E dA V S^-1> = <E gU S^-1 V^T, dA>,  as E^T = E
+#     19 A also receives            E gU S^-1 V^T,  and E gU is gU - U c
 #
 # If A is wide, the same holds for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
@@ -8182,12 +8182,12 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     7  the loss moves by          <gQ, dQ> + <gR, dR>
 #     8  by 6                       = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
 #     9  the last two terms are     <gR R^T - Q^T gQ, X>
-#    10  both sides transposed      = <Y, X^T>             with Y = R gR^T - gQ^T Q
-#    11  by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
-#    12  <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
-#    13  by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
+#     10 both sides transposed      = <Y, X^T>             with Y = R gR^T - gQ^T Q
+#     11 by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
+#     12 <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
+#     13 by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
 #        moves by                   = <gQ + Q N, dA R^-1>
-#    14  A receives                 (gQ + Q N) R^-T
+#     14 A receives                 (gQ + Q N) R^-T
 #
 # A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`,
 # and `R2 = Q^T A2` is a composition.
@@ -8217,7 +8217,7 @@ def _qr(a: Any) -> Tensor:
 def qr(a: Any, mode: str = "reduced") -> Any:
     """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle.
 
-    Mode "r" gives R alone. Backward raises LinAlgError where first columns are dependent.
+    Mode "r" gives R. Backward raises LinAlgError if the first columns are dependent.
     """
     a = as_tensor(a)
     if a.ndim < 2 or mode not in ("reduced", "r"):
@@ -8263,11 +8263,11 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 #     7  A P behind it              F dP A P = F dA^T P^T P             the second
 #     8  A P A = A moves by         dA P A + A dP A + A P dA = dA
 #     9  between P and P            P dA P + P A dP A P + P dA P = P dA P
-#    10  so                         P A dP A P = -P dA P                the third
+#     10 so                         P A dP A P = -P dA P                the third
 #
-#    11  altogether                 dP = P P^T dA^T E + F dA^T P^T P - P dA P
-#    12  the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>
-#    13  so A receives              E g^T P P^T + P^T P g^T F - P^T g P^T
+#     11 altogether                 dP = P P^T dA^T E + F dA^T P^T P - P dA P
+#     12 the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>
+#     13 so A receives              E g^T P P^T + P^T P g^T F - P^T g P^T
 #
 # In the example, only the first piece moves P: by 0.25 [0, 0.04] E, which is [0, 0.01].
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
