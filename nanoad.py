@@ -7850,9 +7850,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #
 # Each rule is found as in II.6: say how the result moves if A moves by dA, put that
 # into the motion of the loss, and read off what stands beside dA. The steps are
-# numbered, and the code points to them. **Read the determinant and, with a pencil,
-# eigh; leave the others until you need them.** The tests check each rule by finite
-# differences.
+# numbered, and the code points to them. **Read as far as eigh, with a pencil.**
 #
 # In all of them, dX is how X moves, I is the identity, and gX is the cotangent of X.
 # (If there is only one result, its cotangent is g.) `<X, Y>` is the sum of all products
@@ -7889,7 +7887,7 @@ def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
 #      [-1.  2.]]
 #
 # Their transpose, the *adjugate*, can be computed by products alone. It is the last,
-# H_(n-1), of these matrices (Faddeev and LeVerrier):
+# H_(n-1), of these matrices (a theorem of Faddeev and LeVerrier):
 #
 #     H_0 = I,    H_k = p_k I - A H_(k-1)    with p_k = trace(A H_(k-1)) / k
 #
@@ -7921,24 +7919,6 @@ def _det_rule(g: Any, y: Any, a: Any) -> Any:
 det = _define("det", np.linalg.det, _det_rule, doc="The determinant of each matrix.")
 
 
-# Why is H_(n-1) the adjugate? (Nothing later needs this.) The determinant p and the
-# adjugate H of A + t I are polynomials in t. We call their coefficients p_k and H_k:
-#
-#     p(t) = t^n + p_1 t^(n-1) + ... + p_n   and   H(t) = H_0 t^(n-1) + ... + H_(n-1)
-#
-# The adjugate of A is H(0), which is H_(n-1). Two polynomials are equal if each power
-# of t has the same coefficient in both. So the coefficients depend on each other:
-#
-#     1  Cramer's rule              (A + t I) H(t) = p(t) I
-#     2  coefficients of t^(n-k)    A H_(k-1) + H_k = p_k I    (of t^n: H_0 = I)
-#     3  the trace of 2             trace(A H_(k-1)) + trace(H_k) = n p_k
-#     4  det's step 3, dA = dt I    dp = <H(t)^T, dt I> = trace(H(t)) dt
-#     5  so the slope of p is       p'(t) = trace(H(t))
-#     6  coefficients of t^(n-k-1)  (n - k) p_k = trace(H_k)
-#     7  3 minus 6                  trace(A H_(k-1)) = n p_k - (n - k) p_k = k p_k
-#
-# Steps 2 and 7 are the two formulas above.
-#
 # ### Several results: how are they one operation?
 #
 # An operation has one result. So a decomposition packs its matrices into one array, one
@@ -7968,68 +7948,12 @@ def slogdet(a: Any) -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.slogdet)(packed[0], packed[1])
 
 
-# ### Cholesky: how does a triangle move?
-#
-# A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). For n = 1 that is
-# `A = l^2`, so `dA = 2 l dl`, and dl is *half* of dA / l. For matrices, let `low(Y)` be
-# the lower triangle of Y with half of its diagonal. It finds a triangular X if only
-# `X + X^T` is known:
-#
-#     X = [1 0]    X + X^T = [2 2]    low(X + X^T) = [1 0]
-#         [2 3]              [2 6]                   [2 3]
-#
-# And as low only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
-#
-#     1  A moves by                 dA = dL L^T + L dL^T
-#     2  between L^-1 and L^-T      L^-1 dA L^-T = L^-1 dL + dL^T L^-T
-#     3  in short                   L^-1 dA L^-T = X + X^T        with X = L^-1 dL
-#     4  X is lower triangular      X = low(L^-1 dA L^-T)
-#     5  the loss moves by          <gL, dL> = <gL, L X> = <L^T gL, X>
-#     6  by 4                       = <L^T gL, low(L^-1 dA L^-T)>
-#     7  low changes sides          = <low(L^T gL), L^-1 dA L^-T>
-#     8  A receives                 L^-T low(L^T gL) L^-1
-#     9  as dA is symmetric         or the symmetric part of that
-#
-# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half
-# in each triangle, as in PyTorch, so it is right where A stays symmetric however it
-# moves, as `x @ x.T` does.
-def _low(x: Any) -> Any:
-    """The lower triangle of x, with half of its diagonal."""
-    n = x.shape[-1]
-    return (np.tri(n, dtype=x.dtype) - np.eye(n, dtype=x.dtype) / 2) * x
-
-
-def _sym(x: Any) -> Any:
-    """The symmetric part of x."""
-    return (x + _mT(x)) / 2
-
-
-def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
-    inside = _low(_mT(y) @ g)
-    left = np.linalg.solve(_mT(y), inside)  # step 8: L^-T before it
-    # L^-1 behind it, all transposed: (left L^-1)^T = L^-T left^T
-    ga = np.linalg.solve(_mT(y), _mT(left))
-    return _sym(ga)  # step 9
-
-
-_cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
-
-
-@_answers(np.linalg.cholesky)
-def cholesky(a: Any, *, upper: bool = False) -> Tensor:
-    """The lower triangular L with L @ L.T = a for symmetric a; with `upper`, its
-    transpose. Raises LinAlgError if a is not positive definite.
-    """
-    lower = _cholesky(a)
-    return _mT(lower) if upper else lower
-
-
 # ### eigh: how do eigenvectors turn?
 #
-# A symmetric A has orthonormal eigenvectors, the columns of V: `A V = V W`, where W is
-# diag(w). Their motion is `dV = V C`, the same columns mixed by a small C, which is
-# `V^T dV` and so antisymmetric. For example, let A be diag(1, 3). Its V is I. Now both
-# elements beside the diagonal move by 0.02:
+# A symmetric A is `V W V^T`. The columns of V are its eigenvectors, which are
+# orthonormal, and W is diag(w). V moves by `dV = V C`, the same columns mixed by a
+# small C, which is `V^T dV` and so antisymmetric. For example, let A be diag(1, 3). Its
+# V is I. Now both elements beside the diagonal move by 0.02:
 #
 #     >>> w, V = np.linalg.eigh(np.array([[1.0, 0.02], [0.02, 3.0]]))
 #     >>> print(abs(V).round(3))  # (the signs are LAPACK's choice)
@@ -8037,43 +7961,49 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #      [0.01 1.  ]]
 #
 # Both eigenvectors have turned by 0.02 / (3 - 1): the closer the eigenvalues, the
-# further. That is step 6, and the rest moves it over to g.
+# further. That is step 5, and the rest moves it over to g.
 #
-#     1  A V = V W moves by         dA V + A dV = dV W + V dW
-#     2  as dV = V C                dA V + A V C = V C W + V dW
-#     3  V^T before it              P + W C = C W + dW            with P = V^T dA V
-#     4  on the diagonal            dw_i = P_ii,   as C_ii = 0
-#     5  elsewhere                  P_ij + w_i C_ij = C_ij w_j
-#     6  so                         C_ij = P_ij / (w_j - w_i)
+#     1  A = V W V^T moves by       dA = dV W V^T + V dW V^T + V W dV^T
+#     2  between V^T and V          P = V^T dV W + dW + W dV^T V  with P = V^T dA V
+#     3  as V^T dV = C = -C^T       P = C W + dW - W C
+#     4  on the diagonal            P_ii = dw_i,                  as C_ii = 0
+#     5  elsewhere                  P_ij = C_ij w_j - w_i C_ij,
+#                                   so C_ij = P_ij / (w_j - w_i)
 #
-#     7  the loss moves by          <gw, dw> + <gV, V C> = <gw, dw> + <V^T gV, C>
-#     8  in short                   = <gw, dw> + <c, C>           with c = V^T gV
-#     9  by 4 and 6                 = sum_i gw_i P_ii
-#                                     + sum_(i != j) c_ij P_ij / (w_j - w_i)
-#    10  in short                   = <M, P>    with M_ii = gw_i
+#     6  the loss moves by          <gw, dw> + <gV, V C>
+#     7  V moves over               = <gw, dw> + <c, C>           with c = V^T gV
+#     8  by 4 and 5                 = <M, P>                      with M_ii = gw_i
 #                                               and  M_ij = c_ij / (w_j - w_i)
-#    11  as P = V^T dA V            = <V M V^T, dA>
-#    12  as dA is symmetric         A receives V sym(M) V^T, with sym(M) = (M + M^T) / 2
+#     9  as P = V^T dA V            = <V M V^T, dA>
+#     10 as dA is symmetric         A receives V sym(M) V^T, with sym(M) = (M + M^T) / 2
+#
+# NumPy reads one triangle of A, and takes A for symmetric. The cotangent has one half
+# in each triangle, as in PyTorch, so it is right where A stays symmetric however it
+# moves, as `x @ x.T` does.
 #
 # If eigenvalues are equal, their eigenvectors may be any that span the same plane, and
-# have no derivative: step 6 divides by 0, and the result is inf or nan. If two are
+# have no derivative: step 5 divides by 0, and the result is inf or nan. If two are
 # close, the derivative loses digits, as w_j - w_i does. But 0 / 0 counts as 0, so that
-# whoever uses the eigenvalues alone, where gV = 0, gets no nan. (So here the rule is
-# not linear in g, on which jvp relies, I.8. It walks back with zeros, and what it then
-# says of the motion of such eigenvectors is finite, and means nothing.)
+# whoever uses the eigenvalues alone, where gV = 0, gets no nan. (jvp, too, walks back
+# with zeros, I.8. So what it says of the motion of such eigenvectors means nothing.)
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, and 0 where both are 0."""
     return a / np.where((a == 0) & (b == 0), 1, b)
 
 
+def _sym(x: Any) -> Any:
+    """The symmetric part of x."""
+    return (x + _mT(x)) / 2
+
+
 def _eigh_rule(g: Any, y: Any, a: Any, uplo: str = "L") -> Any:
     w, v = np.split(y, [1], axis=-2)  # (..., 1, n), (..., n, n)
     gw, gv = np.split(g, [1], axis=-2)
-    c = _mT(v) @ gv  # step 8
+    c = _mT(v) @ gv  # step 7
     eye = np.eye(a.shape[-1], dtype=a.dtype)
     differences = w - _mT(w)  # w_j - w_i in row i, column j
-    m = eye * gw + _ratio((1 - eye) * c, differences)  # step 10
-    return v @ _sym(m) @ _mT(v)  # step 12
+    m = eye * gw + _ratio((1 - eye) * c, differences)  # step 8
+    return v @ _sym(m) @ _mT(v)  # step 10
 
 
 @primitive(_eigh_rule)
@@ -8094,62 +8024,73 @@ def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     return _result_type(np.linalg.eigh)(packed[..., 0, :], packed[..., 1:, :])
 
 
+# **You may stop here and go on with IV.11**: the rest is for who uses these functions.
+#
 # ### svd: what if two bases turn?
 #
-# `A V = U S` and `A^T U = V S`, with `S = diag(s)` and orthonormal columns in both U
-# and V. First let A be square. Then both bases turn, `dU = U C` and `dV = V D`, with
-# antisymmetric C and D: there are two unknowns, and two equations. These are added and
-# subtracted (6 and 8), which gives C + D and C - D by one division each.
+# `A = U S V^T`, with `S = diag(s)` and orthonormal columns in U and in V. First let A
+# be square. Then both bases turn: `dU = U C` and `dV = V D`, with antisymmetric C and
+# D. For example, let A be diag(3, 1). Both elements beside the diagonal move by 0.02:
+# at first both up, then one up and one down. How far does U turn, and how far away from
+# V? (As `V V^T` is I, `U V^T` is I until they part.)
 #
-#     1  A V = U S moves by         dA V + A dV = dU S + U dS
-#     2  as dU = U C, dV = V D      dA V + A V D = U C S + U dS
-#     3  U^T before it              P + S D = C S + dS            with P = U^T dA V
-#     4  likewise for A^T U = V S   P^T + S C = D S + dS
-#     5  on the diagonal            ds_i = P_ii,   as C_ii = D_ii = 0
-#     6  elsewhere, 3 plus 4        (P + P^T)_ij + s_i (C + D)_ij = (C + D)_ij s_j
-#     7  so                         (C + D)_ij = (P + P^T)_ij / (s_j - s_i)
-#     8  and 3 minus 4              (P - P^T)_ij - s_i (C - D)_ij = (C - D)_ij s_j
-#     9  so                         (C - D)_ij = (P - P^T)_ij / (s_j + s_i)
+#     >>> for below in (0.02, -0.02):
+#     ...     U, s, Vt = np.linalg.svd(np.array([[3.0, 0.02], [below, 1.0]]))
+#     ...     print(abs(U)[0, 1].round(3), abs(U @ Vt)[0, 1].round(3))
+#     0.01 0.0
+#     0.005 0.01
 #
-#    10  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
-#    11  U and V move over          = <gs, ds> + <c, C> + <d, D>
+# A symmetric motion turns U and V together, by 0.02 / (3 - 1), as in eigh. An
+# antisymmetric one turns them apart, each by 0.02 / (3 + 1); only that is new. Any
+# motion is a sum of these two, which C + D and C - D answer in steps 7 and 8.
+#
+#     1  A = U S V^T moves by       dA = dU S V^T + U dS V^T + U S dV^T
+#     2  between U^T and V          P = C S + dS + S dV^T V       with P = U^T dA V
+#     3  as dV^T V = D^T = -D       P = C S + dS - S D
+#     4  on the diagonal            P_ii = ds_i,                  as C_ii = D_ii = 0
+#     5  elsewhere                  P_ij = C_ij s_j - s_i D_ij
+#     6  there, as C_ji = -C_ij     P_ji = -C_ij s_i + s_j D_ij
+#     7  5 plus 6                   P_ij + P_ji = (C + D)_ij (s_j - s_i)
+#     8  5 minus 6                  P_ij - P_ji = (C - D)_ij (s_j + s_i)
+#
+#     9  the loss moves by          <gs, ds> + <gU, U C> + <gV, V D>
+#     10 U and V move over          = <gs, ds> + <c, C> + <d, D>
 #                                   with c = U^T gU and d = V^T gV
-#    12  with sum and difference    <c, C> + <d, D>
-#        (the mixed terms cancel)   = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
-#    13  by 7 and 9, that is        <X / 2, P + P^T> + <Z / 2, P - P^T>
-#                                   with X_ij = (c + d)_ij / (s_j - s_i),
-#                                   Z_ij = (c - d)_ij / (s_j + s_i) and X_ii = Z_ii = 0
-#    14  <X, P^T> is <X^T, P>       = <sym(X), P> + <antisym(Z), P>
-#                                   with antisym(Z) = (Z - Z^T) / 2
-#    15  with 5, the loss moves by  <M, P>,   with M = diag(gs) + sym(X) + antisym(Z)
-#    16  as P = U^T dA V            A receives U M V^T
+#     11 sums and differences       <c, C> + <d, D>
+#        (c D and d C cancel)       = <(c + d) / 2, C + D> + <(c - d) / 2, C - D>
+#     12 by 7 and 8                 = <X, P + P^T> + <Z, P - P^T>
+#                                   with X_ij = (c + d)_ij / 2 / (s_j - s_i),
+#                                   Z_ij = (c - d)_ij / 2 / (s_j + s_i), X_ii = Z_ii = 0
+#     13 <X, P^T> is <X^T, P>       = <X + X^T + Z - Z^T, P>
+#     14 with 4, the loss moves by  <M, P>,   with M = diag(gs) + X + X^T + Z - Z^T
+#     15 as P = U^T dA V            A receives U M V^T
 #
-# If A is tall, U has fewer columns than rows, and dU also has a part outside of the
-# space that they span: `dU = U C + E dU`, with `C = U^T dU` and `E = I - U U^T`. As E U
-# is 0, so is E A, since `A = U S V^T`. (And so are U^T E and A^T E: the new part drops
-# out of 3 and 4, and steps 5 to 16 stay as they are.)
+# **Skip this** if A is square. If A is tall, U has fewer columns than rows, and dU also
+# has a part outside of the space that they span: `dU = U C + E dU`, with `C = U^T dU`
+# and `E = I - U U^T`. As `U^T E` is 0, that part drops out of step 2, and all that
+# follows is as before. It adds to what A receives:
 #
-#    17  E before 1                 E dA V + E A dV = E dU S + E U dS
-#    18  as E A = 0 and E U = 0     E dA V = E dU S
-#    19  so that part is            E dU = E dA V S^-1
-#    20  the loss also moves by     <gU, E dU> = <gU, E dA V S^-1>
-#    21  A also receives            E gU S^-1 V^T,  as E^T = E;  E gU is gU - U U^T gU
+#     16 E before 1, as E U = 0     E dA = E dU S V^T
+#     17 V S^-1 behind it           E dA V S^-1 = E dU,           as V^T V = I
+#     18 the loss also moves by     <gU, E dA V S^-1> = <E gU S^-1 V^T, dA>,  as E^T = E
+#     19 A also receives            E gU S^-1 V^T,  and E gU is gU - U c
 #
 # If A is wide, the same holds for V and A^T.
 def _svd_rule(g: Any, y: Any, a: Any) -> Any:
     m, n = a.shape[-2:]
     u, s, v = np.split(y, [m, m + 1], axis=-2)  # (..., m, k), (..., 1, k), (..., n, k)
     gu, gs, gv = np.split(g, [m, m + 1], axis=-2)
-    c, d = _mT(u) @ gu, _mT(v) @ gv  # step 11, (..., k, k)
+    c, d = _mT(u) @ gu, _mT(v) @ gv  # step 10, (..., k, k)
 
     eye = np.eye(min(m, n), dtype=a.dtype)
-    x = _ratio((1 - eye) * (c + d), s - _mT(s))  # step 13
-    z = _ratio((1 - eye) * (c - d), s + _mT(s))
-    ga = u @ (eye * gs + _sym(x) + (z - _mT(z)) / 2) @ _mT(v)  # step 16
+    x = _ratio((1 - eye) * (c + d), s - _mT(s)) / 2  # step 12
+    z = _ratio((1 - eye) * (c - d), s + _mT(s)) / 2
+    middle = eye * gs + x + _mT(x) + z - _mT(z)  # the M of step 14
+    ga = u @ middle @ _mT(v)  # step 15
     if m > n:
-        ga = ga + _ratio(gu - u @ (_mT(u) @ gu), s) @ _mT(v)  # step 21
+        ga = ga + _ratio(gu - u @ c, s) @ _mT(v)  # step 19
     if n > m:
-        ga = ga + u @ _mT(_ratio(gv - v @ (_mT(v) @ gv), s))  # step 21, transposed
+        ga = ga + u @ _mT(_ratio(gv - v @ d, s))  # step 19, transposed
     return ga
 
 
@@ -8180,12 +8121,59 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
     return _result_type(np.linalg.svd)(u, singular, _mT(v))
 
 
+# ### Cholesky: how does a triangle move?
+#
+# A symmetric A is `L L^T`, with L lower triangular (Murray, 2016). For n = 1 that is
+# `A = l^2`, so `dA = 2 l dl`, and dl is *half* of dA / l. For matrices, let `low(Y)` be
+# the lower triangle of Y with half of its diagonal. It finds a triangular X if only
+# `X + X^T` is known:
+#
+#     X = [1 0]    X + X^T = [2 2]    low(X + X^T) = [1 0]
+#         [2 3]              [2 6]                   [2 3]
+#
+# And as low only scales elements, `<X, low(Y)>` is `<low(X), Y>`.
+#
+#     1  A moves by                 dA = dL L^T + L dL^T
+#     2  between L^-1 and L^-T      L^-1 dA L^-T = X + X^T        with X = L^-1 dL
+#     3  X is lower triangular      X = low(L^-1 dA L^-T)
+#     4  the loss moves by          <gL, dL> = <gL, L X> = <L^T gL, X>
+#     5  by 3                       = <L^T gL, low(L^-1 dA L^-T)>
+#     6  low changes sides          = <low(L^T gL), L^-1 dA L^-T>
+#     7  A receives                 L^-T low(L^T gL) L^-1
+#     8  as dA is symmetric         or the symmetric part of that (as in eigh)
+def _low(x: Any) -> Any:
+    """The lower triangle of x, with half of its diagonal."""
+    n = x.shape[-1]
+    return (np.tri(n, dtype=x.dtype) - np.eye(n, dtype=x.dtype) / 2) * x
+
+
+def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
+    inside = _low(_mT(y) @ g)
+    left = np.linalg.solve(_mT(y), inside)  # step 7: L^-T before it
+    # L^-1 behind it, all transposed: (left L^-1)^T = L^-T left^T
+    ga = np.linalg.solve(_mT(y), _mT(left))
+    return _sym(ga)  # step 8
+
+
+_cholesky = primitive(_cholesky_rule)(np.linalg.cholesky)
+
+
+@_answers(np.linalg.cholesky)
+def cholesky(a: Any, *, upper: bool = False) -> Tensor:
+    """The lower triangular L with L @ L.T = a for symmetric a.
+
+    With `upper`, its transpose. Raises LinAlgError if a is not positive definite.
+    """
+    lower = _cholesky(a)
+    return _mT(lower) if upper else lower
+
+
 # ### qr: how do both kinds move together?
 #
 # `A = Q R`, with orthonormal columns in Q, so that `Q^T dQ` is antisymmetric, and R
-# upper triangular, so that `low` (of Cholesky) finds its motion (Seeger and others,
-# 2017). Step 3 has the sum of both. Plus its own transpose, the antisymmetric matrix
-# cancels, and the triangle is left:
+# upper triangular, so that `low` finds its motion (Seeger and others, 2017). Step 3 has
+# the sum of both. Plus its own transpose, the antisymmetric matrix cancels, and the
+# triangle is left:
 #
 #     1  A moves by                 dA = dQ R + Q dR
 #     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
@@ -8197,12 +8185,12 @@ def svd(a: Any, full_matrices: bool = True, compute_uv: bool = True) -> Any:
 #     7  the loss moves by          <gQ, dQ> + <gR, dR>
 #     8  by 6                       = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
 #     9  the last two terms are     <gR R^T - Q^T gQ, X>
-#    10  both sides transposed      = <Y, X^T>             with Y = R gR^T - gQ^T Q
-#    11  by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
-#    12  <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
-#    13  by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
+#     10 both sides transposed      = <Y, X^T>             with Y = R gR^T - gQ^T Q
+#     11 by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
+#     12 <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
+#     13 by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
 #        moves by                   = <gQ + Q N, dA R^-1>
-#    14  A receives                 (gQ + Q N) R^-T
+#     14 A receives                 (gQ + Q N) R^-T
 #
 # A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`,
 # and `R2 = Q^T A2` is a composition.
@@ -8230,8 +8218,9 @@ def _qr(a: Any) -> Tensor:
 
 @_answers(np.linalg.qr)
 def qr(a: Any, mode: str = "reduced") -> Any:
-    """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle; for mode "r",
-    R alone. Backward raises LinAlgError if the first columns of a depend on each other.
+    """(Q, R) with a = Q @ R, orthonormal columns times an upper triangle.
+
+    Mode "r" gives R. Backward raises LinAlgError if the first columns are dependent.
     """
     a = as_tensor(a)
     if a.ndim < 2 or mode not in ("reduced", "r"):
@@ -8247,48 +8236,57 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 
 # ### pinv: what stands for an inverse?
 #
-# Least squares are solved by the pseudo-inverse P. For a regular A it is A^-1. For any
-# A it is the one matrix with
+# Least squares are solved by the pseudo-inverse P. For a regular A it is A^-1, and
+# moves by `-P dA P` (II.6). For any A it is the one matrix with
 #
 #     A P A = A,    P A P = P,    A P and P A symmetric
 #
-# So `E = I - A P` and `F = I - P A`, by which P fails to be an inverse, are symmetric,
-# and (for example, `E A = A - A P A = 0`)
+# As long as the rank of A stays the same, P moves smoothly (Golub and Pereyra, 1973),
+# but not by `-P dA P` alone. Let A be the column [2, 0]. Its P is the row [0.5, 0]. If
+# the 0 in A moves, `P dA` is 0, but P moves:
 #
-#     E A = 0,    P E = 0,    E E = E,    A F = 0,    F P = 0,    F F = F
+#     >>> for x in (0.0, 0.04):
+#     ...     print(np.linalg.pinv(np.array([[2.0], [x]])).round(3))
+#     [[0.5 0. ]]
+#     [[0.5  0.01]]
 #
-# As long as the rank of A stays the same, P moves smoothly (Golub and Pereyra, 1973).
-# We find dP in three pieces. Since I is A P + E, and also P A + F,
+# What P lacks of an inverse is `E = I - A P` and `F = I - P A`. Both are symmetric, and
+# E A, P E, A F and F P are 0. (For example, `E A` is `A - A P A`.) Since I is E + A P,
+# and also F + P A, they split dP, on the right and then on the left. Each of the three
+# pieces has one equation:
 #
-#     dP = dP E + dP A P = dP E + F dP A P + P A dP A P
+#     dP = dP E + F dP A P + P A dP A P      by P E = 0,  F P = 0  and  A P A = A
 #
-#     1  P E = 0 moves by           dP E = -P dE = P d(A P)
-#     2  A P is its transpose       = P d(P^T A^T) = P dP^T A^T + P P^T dA^T
-#     3  E behind it, as E E = E    dP E = P dP^T A^T E + P P^T dA^T E
-#     4  A^T E = (E A)^T = 0        dP E = P P^T dA^T E                 the first piece
-#     5  likewise from F P = 0      F dP = F dA^T P^T P
-#     6  times A P, as P A P = P    F dP A P = F dA^T P^T P             the second
-#     7  A P A = A moves by         dA P A + A dP A + A P dA = dA
-#     8  between P and P            P dA P + P A dP A P + P dA P = P dA P
-#     9  so                         P A dP A P = -P dA P                the third
-#    10  altogether                 dP = P P^T dA^T E + F dA^T P^T P - P dA P
-#    11  A receives                 E g^T P P^T + P^T P g^T F - P^T g P^T
+#     1  E A = 0, transposed        A^T E = 0
+#     2  moves by                   dA^T E + A^T dE = 0
+#     3  P before A P = P^T A^T     P P^T A^T = P A P = P
+#     4  so P P^T before 2 gives    P P^T dA^T E + P dE = 0
+#     5  P E = 0 moves by           dP E = -P dE = P P^T dA^T E         the first piece
+#     6  likewise by A F = F P = 0  F dP = F dA^T P^T P
+#     7  A P behind it              F dP A P = F dA^T P^T P             the second
+#     8  A P A = A moves by         dA P A + A dP A + A P dA = dA
+#     9  between P and P            P dA P + P A dP A P + P dA P = P dA P
+#     10 so                         P A dP A P = -P dA P                the third
 #
-# In 11, the first term for example comes from `<g, P P^T dA^T E>`, which is
-# `<P P^T g E, dA^T>`, and transposed `<E g^T P P^T, dA>`.
+#     11 altogether                 dP = P P^T dA^T E + F dA^T P^T P - P dA P
+#     12 the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>
+#     13 so A receives              E g^T P P^T + P^T P g^T F - P^T g P^T
+#
+# In the example, only the first piece moves P: by 0.25 [0, 0.04] E, which is [0, 0.01].
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     first = gt @ y @ pt  # g^T P P^T
     second = pt @ y @ gt  # P^T P g^T
     by_e = first - a @ (y @ first)  # E before it
     by_f = second - (second @ y) @ a  # F behind it
-    return by_e + by_f - pt @ g @ pt  # step 11
+    return by_e + by_f - pt @ g @ pt  # step 13
 
 
 @_answers(np.linalg.pinv)
 @primitive(_pinv_rule)
 def pinv(a: Any, rcond: Any = None) -> Tensor:
     """The pseudo-inverse; singular values below `rcond` times the largest count as 0.
+
     Its derivative is right for changes of a that do not change the rank.
     """
     return np.linalg.pinv(a) if rcond is None else np.linalg.pinv(a, rcond)
@@ -9018,9 +9016,12 @@ for _function, _f in _FUNCTIONS.items():
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file. Every public name is a name of nanoad itself, such as
-# `nanoad.Adam`. A name listed under a namespace is also in the module of that name,
-# such as `nanoad.optim.Adam`.
+# This is the index of the file. Of the private names, ten are used in many sections:
+# `_fill`, `_wrap`, `_value` (I.1), `_mode` (I.2), `_walk_to` (I.5), `_answers` (II.2),
+# `_define` (II.3), `_mT` (II.6), `_admit` (II.9) and `_outputs` (IV.3).
+#
+# Every public name is a name of nanoad itself, such as `nanoad.Adam`. A name listed
+# under a namespace is also in the module of that name, such as `nanoad.optim.Adam`.
 _INDEX = {
     "": {
         "tensor (I.1, I.2, I.4; manual_seed III.2)":
@@ -9082,14 +9083,14 @@ _INDEX = {
 }
 
 
-# Four of these names are also functions of Python. In this file, and after
-# `from nanoad import *`, they mean Python's functions; ours are `nanoad.sum` and so on.
-_ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
-_public = {**globals(), **_ALSO_OF_PYTHON}
-
 # Each namespace becomes a module. `import nanoad.optim` finds it in sys.modules, and
-# `nanoad.optim` finds it among the globals of this file.
-__all__: list[str] = []
+# `nanoad.optim` finds it among the globals of this file. Four names are also Python's.
+# Here and after `from nanoad import *`, `sum` is Python's. Ours is `sum_` here, and
+# elsewhere `nanoad.sum`, by `__getattr__`.
+_ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
+_public = {**globals(), **_ALSO_OF_PYTHON}  # by the name in the index
+__all__: list[str] = []  # what `from nanoad import *` gives
+
 for _space, _topics in _INDEX.items():
     _names = " ".join(_topics.values()).split()
     __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
@@ -9098,8 +9099,7 @@ for _space, _topics in _INDEX.items():
         _module = types.ModuleType(f"{__name__}.{_space}", _doc)
         vars(_module).update({name: _public[name] for name in _names})
         _module.__all__ = _names
-        sys.modules[_module.__name__] = _module
-        globals()[_space] = _module
+        globals()[_space] = sys.modules[_module.__name__] = _module
 
 
 def __getattr__(name: str) -> Any:
@@ -9114,10 +9114,10 @@ def __dir__() -> list[str]:
     return [*__all__, *(space for space in _INDEX if space)]
 
 
-# The rest is for help(), which shows an annotation by its repr. `from __future__ import
-# annotations` makes each one a string, whose repr has quotes. So we turn it into a
-# string whose repr has none. (help() shows an operation by the function that it
-# computes, its `__wrapped__`.)
+# The rest is cosmetic: **go on with IV.13**. Because of `from __future__ import
+# annotations`, each annotation is a string, which help() shows in quotes: `x: 'Any'`.
+# In a string whose repr is its text, it is `x: Any`. (help() shows an operation by the
+# function that it computes, its `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
