@@ -494,7 +494,7 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
         for a, share in zip(operands, pull(t, g, wanted, create_graph)):
             if share is not None:
                 receive(a, share, g)
-        share = None  # (D) else it stays in memory while the next is computed
+        share = None  # (D)
         if not (retain_graph or create_graph):
             t._operands = t._settings = t._pullback = None  # (D)
 
@@ -543,7 +543,8 @@ def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
 # since. Then `_check_tape` (IV.1) raises an error.
 #
 # **D.** When the walk has passed through a tensor, it lets go of what that was made of,
-# and of the last share, so that memory falls as we go.
+# so that memory falls as we go. (It lets go of the last share, too, which its name
+# would keep while the next shares are computed.)
 #
 # **The route.** For the derivatives of some outputs by certain inputs, a walk need only
 # visit what lies between them. Say we want the derivative of z by x:
@@ -598,7 +599,7 @@ def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
             operands_of[t._time] = []  # turn back
             continue
         if t._operands is None:
-            _check_not_behind(t, inputs)  # let go (D): no input may be behind t (IV.3)
+            _check_not_behind(t, inputs)  # let go (D): raise if one may be (IV.3)
         operands_of[t._time] = [a for a in t._operands or () if _tracked(a)]
         to_visit += operands_of[t._time]
 
@@ -654,7 +655,10 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     _require_tracked("gradients", inputs)
     seed = _first_cotangent("gradients", output, grad, create_graph)
-    return tuple(_gradients([(output, seed)], inputs, create_graph, retain_graph))
+    slopes = _gradients([(output, seed)], inputs, create_graph, retain_graph)
+    if len(set(inputs)) < len(inputs):  # one was asked for twice: a gradient for each
+        slopes = [_copy(slope) for slope in slopes]
+    return tuple(slopes)
 
 
 # (In two more steps: transforms have several outputs, and begin at `_gradients`. Whoever
@@ -666,10 +670,8 @@ def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
     """The cotangents that reach `inputs`, to keep; zeros where none does."""
     reached = _walk_to(inputs, seeds, create_graph, retain_graph, route)
     with _mode.set(recording=create_graph):
-        slopes = {t: _to_keep(t, g) for t, g in reached.items()}
-        if len(set(inputs)) < len(inputs):  # for one that was asked for twice, two
-            return [_copy(slopes.get(t, np.zeros_like(t._data))) for t in inputs]
-    return [slopes[t] if t in slopes else _wrap(np.zeros_like(t._data)) for t in inputs]
+        return [_to_keep(t, reached[t]) if t in reached else _wrap(np.zeros_like(t._data))
+                for t in inputs]
 
 
 def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = False,
@@ -752,12 +754,12 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # (`older`, I.5). For:
 #
 # 1. Whoever asks for a derivative later asks by a tensor of their own, which had a part
-#    in the gradient. So it had a part in y, since the walk computes with y's tape
-#    alone.
+#    in the gradient. The walk computes with y's tape, and with a first cotangent of 1.
+#    So that tensor had a part in y.
 # 2. It is older than our inputs, which are made when f is called.
-# 3. The way from y back to it goes from younger to older, so one step crosses the
-#    horizon. What lies just beyond was made of a tracked tensor, or is it: so it is
-#    tracked, and the search has met it.
+# 3. Go from y back to it, step by step. Every tensor on this way is tracked, for it was
+#    made of theirs, or is theirs. One of them is the first that is older than our inputs:
+#    there the search turns back, and notes it.
 #
 # (One exception: if f makes a tracked tensor of its own and hands it out, say by
 # appending it to a list, that is younger than our inputs, and missed.)
@@ -787,8 +789,9 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # outer walk runs on bare arrays.
 #
 # Can an inner walk let go of a tape that an outer one needs? If it is recorded, it
-# retains the tape. If not, it lets go only of tensors made since its inputs. An outer
-# walk could come to these by the gradient alone, and that is then a constant.
+# retains the tape. If not, it lets go only of tensors made since its inputs. Who could
+# still want these? A walk that starts from the gradient; but the gradient is then a
+# constant, and no walk starts there.
 #
 # **If you have come this far, you have the whole idea.** The rest of the file uses it.
 # (The `grad` that users call is `careful_grad` for any number of arguments, which may
@@ -2661,25 +2664,27 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 # tracked, the result remembers `where` and `args`.
 
 
-# The usual call has a Tensor, and besides it only these. (An int may be a setting.)
+# The usual call has a Tensor, besides it only these, and no settings.
 _PLAIN = {Tensor, int, float}
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation, converted for its function and its rules."""
     kinds = set(map(type, args))
-    is_usual = Tensor in kinds and kinds <= _PLAIN and not settings
-    if is_usual:
-        return args, settings
+    count = operation.arity
+    if Tensor in kinds and kinds <= _PLAIN and not settings:
+        if len(args) <= count or not any(map(_tracked, args[count:])):
+            return args, settings
 
+    name = operation.__name__
     if settings:
         args, settings = _by_position(operation, args, settings)  # (a)
-    name, count = operation.__name__, operation.arity
-    operands = [_admit_operand(name, a) for a in args[:count]]  # (b)
-    exempt = [i for i, rule in enumerate(operation.rules) if rule is None]
-    operands = _to_floating(operands, exempt)  # (c)
+    operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
+                for a in args[:count]]  # (b)
+    operands = _to_floating(operands, operation.rules)  # (c)
     others = [_admit_setting(name, a) for a in args[count:]]  # (d)
-    settings = {key: _admit_setting(name, a) for key, a in settings.items()}
+    if settings:
+        settings = {key: _admit_setting(name, a) for key, a in settings.items()}
     return (*operands, *others), settings
 
 
@@ -2757,15 +2762,17 @@ def _holds_tensor(a: Any) -> bool:
 #     ['float32', 'float32', 'float64']
 
 
-def _to_floating(operands: list, exempt: Sequence[int] = ()) -> list:
-    """The operands, with integers and bools made floating except at `exempt` places."""
+def _to_floating(operands: list, rules: Sequence = ()) -> list:
+    """The operands, with integers and bools made floating, unless their rule is None."""
     arrays = [a for a in operands if isinstance(a, (Tensor, np.ndarray))]
-    floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
-    if arrays and len(floats) == len(arrays):
+    kinds = {a.dtype.kind for a in arrays}
+    if kinds == {"f"}:
         return operands  # the most frequent case
+    floats = [a.dtype for a in arrays if a.dtype.kind == "f"]
+    has_no_rule = [i for i, rule in enumerate(rules) if rule is None]
     floating = []
     for i, a in enumerate(operands):
-        if i not in exempt:
+        if i not in has_no_rule:
             if isinstance(a, np.ndarray) and a.dtype.kind in "biu":
                 a = a.astype(np.result_type(a.dtype, *floats) if floats else np.float64)
             elif not arrays and isinstance(a, (int, float)):
@@ -5892,10 +5899,19 @@ checkpoint.pull = _pull_checkpoint
 
 # ## IV.3 Transforms: what if an argument is a dict of lists?
 #
-# The transforms that users call (I.7, I.8) take more than one vector: an argument may be
-# a *nest* of dicts, lists and tuples of arrays, as the parameters of
-# a model are. A walk knows only a flat list of tensors. So we take a nest apart into
-# the list of its *items*, and put the results together in the same structure:
+# The transforms that users call take more than the one vector of I.7 and I.8. An argument
+# may be a *nest* of dicts, lists and tuples of arrays, as the parameters of a model are,
+# and the gradient is built like it:
+#
+#     >>> def loss(p, x):
+#     ...     return ((p["w"] * x + p["b"]) ** 2).sum()
+#     ...
+#     >>> p = {"w": np.array(2.0), "b": np.array(1.0)}
+#     >>> print(*grad(loss)(p, 3.0).values())  # 2 (w x + b) x, and 2 (w x + b)
+#     42.0 14.0
+#
+# A walk knows only a flat list of tensors. So we take a nest apart into the list of its
+# *items*, and put the results together in the same structure:
 #
 #     >>> items, rebuild = _flatten({"w": 1, "layers": (2, 3)})
 #     >>> print(items, rebuild([10, 20, 30]))
@@ -5938,63 +5954,304 @@ def _flatten(tree: Any) -> tuple[list, Callable[[Iterable], Any]]:
 def _is_item(tree: Any) -> bool:
     if not isinstance(tree, list):
         return not isinstance(tree, (dict, tuple))
-    if all(map(np.isscalar, tree)):
+    if all(map(np.isscalar, tree)):  # (also if it is empty)
         return True
-    rows = [row for row in tree if isinstance(row, list) and _is_item(row)]
-    return len(rows) == len(tree) and len(set(map(np.shape, rows))) == 1
+    if not all(isinstance(row, list) and _is_item(row) for row in tree):
+        return False
+    return len({np.shape(row) for row in tree}) == 1
 
 
-# A cotangent is built like its result, and a tangent like its argument. To pair them,
-# we go through both nests at once, and match dicts by key. The result or the argument
-# decides what is an item, since [1.0, 1.0] may belong to one array or to two:
+# ### What do the transforms have in common?
 #
-#     >>> for like in np.ones(2), (1.0, 1.0):
-#     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
-#     [(2,)]
-#     [(), ()]
-
-
-def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
-    """The items of `tree`, as Tensors, in the order of the items of `like`."""
-    if _is_item(like) and not isinstance(tree, dict):  # (a dict is refused below)
-        item = as_tensor(tree)
-        shape = np.shape(_value(like))
-        if item.shape != shape:
-            raise ValueError(f"{name}: needs a vector of shape {shape} here, and was "
-                             f"given one of {item.shape}")
-        return [item]
-
-    keys = _keys(like)
-    if keys is None or _keys(tree) != keys:
-        raise TypeError(f"{name}: needs {_outline(like)}, and was given "
-                        f"{_outline(tree)}")
-    items = []
-    for key in keys:
-        items += _match(name, tree[key], like[key])
-    return items
-
-
-def _keys(tree: Any) -> Any:
-    """The keys of a dict, or the positions in a list or tuple; else None."""
-    if isinstance(tree, dict):
-        return tree.keys()
-    return range(len(tree)) if isinstance(tree, (list, tuple)) else None
-
-
-def _outline(tree: Any) -> str:
-    """The structure of a nest, for messages: {'a': (2,), 'b': ()}."""
-    return str(_map_tree(lambda item: np.shape(_value(item)), tree))
-
-
-# ### What does a transform ask of its caller?
+# Each begins as `careful_grad` does (I.7). For one argument and no nests, that is
 #
-# When `grad(f)` runs f, four questions arise. Each has a function that converts what it
-# can, and refuses the rest with an error that names the transform:
+#     inputs = [a new Tensor, tied to the argument if that is tracked]
+#     output = f(*inputs)
+#     route = _find_route([output], inputs)
+#     somebody_may_ask = bool(route.older)
 #
-#     by which arguments?         `_choose_arguments`  those at `argnums`, each once
-#     do they have a derivative?  `_fresh_input`       if they are floating-point numbers
-#     did f return Tensors?       `_outputs`           numbers are taken, with a warning
-#     from which cotangents?      `_first_cotangent`   of the same shape; 1 for a scalar
+# and a `_Run` does the same for nests. (Functions such as `_choose_arguments` and
+# `_outputs` convert what a caller gave, or refuse it. They end this section.) The
+# transforms differ in the walks that follow, which are those of I.8. Somebody may also
+# ask by a tangent or a cotangent that they gave, if it is tracked.
+#
+# Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but no
+# walk is, and the gradient is a constant. (So this is how to spare the second tape if f
+# reads the parameters of a network, which are older than its inputs.)
+_Mode.runs = ()  # the runs of this thread: float(t) asks for them (II.8)
+
+
+class _Run:
+    """A function run by a transform: fresh inputs, the output, the route between."""
+
+    def __init__(self, name: str, f: Callable, args: Sequence,
+                 kwargs: dict | None = None, argnums: Any = None,
+                 tangents: Any = ()) -> None:
+        self.name = name
+        # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
+        chosen, put_back = _choose_arguments(name, args, argnums)
+        items, self.rebuild = _flatten(chosen)
+        self.inputs = [_fresh_input(name, item) for item in items]
+        args = put_back(self.rebuild(self.inputs))
+        with _mode.set(recording=True, runs=(*_mode.runs, self)):
+            self.output = f(*args, **kwargs or {})
+        self.route = _find_route(_flatten(self.output)[0], self.inputs)
+        # (Outside the `with`, for it is the caller's mode that counts.)
+        self.somebody_may_ask = self.may_be_asked(tangents)
+
+    def may_be_asked(self, given: Any) -> bool:
+        """Whether somebody may ask for derivatives of what a walk gives.
+
+        By an older tensor, or by one `given` to the walk as a cotangent or a tangent.
+        """
+        items, _ = _flatten(given)
+        return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
+
+    @property
+    def value(self) -> Any:
+        """The output for the caller: constant, if nobody else can ask."""
+        if self.somebody_may_ask:
+            return self.output
+        return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
+
+    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence,
+                  create_graph: bool, retain_graph: bool = False) -> list[Tensor]:
+        """What reaches the inputs from these cotangents of the outputs (None is 1)."""
+        seeds = _seeds(self.name, outputs, cotangents, create_graph)
+        return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
+
+    def slopes(self) -> list[Tensor]:
+        """The gradient of a scalar output, to be differentiated again (I.8)."""
+        output = _outputs(self.name, [self.output])
+        return self.walk_back(output, [None], create_graph=True)
+
+
+def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0,
+                   has_aux: bool = False, *, argnum: Any = None) -> Callable:
+    """The function that returns (f(...), gradient of f), for an f that returns a scalar.
+
+    The gradient, a Tensor, is built like the argument at `argnums` (`argnum` in HIPS
+    autograd), or is a tuple of such if that is one; zeros for an argument that has no
+    part. With `has_aux`, f returns (scalar, anything), and the value is that pair.
+    Raises ValueError if f is not scalar, TypeError for integer arguments; warns if f
+    returns a plain number, whose derivative is zero.
+
+        >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
+        10.0 [2. 6.]
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> tuple:
+        return _value_and_slopes("value_and_grad", f, args, kwargs, argnums, has_aux)
+
+    return function
+
+
+def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argnums: Any,
+                      has_aux: bool) -> tuple:
+    run = _Run(name, f, args, kwargs, argnums)
+    scalar = _first_of_pair(name, run.output) if has_aux else run.output
+    slopes = run.walk_back(_outputs(name, [scalar]), [None], run.somebody_may_ask)
+    return run.value, run.rebuild(slopes)
+
+
+def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
+         argnum: Any = None) -> Callable:
+    """The function that returns the gradient of f, which returns a scalar.
+
+    (If it does not, see `jacobian`.) It returns a Tensor like the argument at `argnums`
+    (see `value_and_grad`); with `has_aux`, (gradient, aux). `.numpy()` makes an array
+    of it; NumPy's functions take it as it is.
+
+        >>> slope = grad(lambda x: x * x)  # a constant, unless x is tracked
+        >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
+        False True
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        value, slope = _value_and_slopes("grad", f, args, kwargs, argnums, has_aux)
+        return (slope, value[1]) if has_aux else slope
+
+    return function
+
+
+def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
+    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, like the tuple of primals.
+
+    The *primals* are the arguments to differentiate at; the cotangent u is built like f's
+    result. f runs once, however often vjp_fn does.
+
+        >>> value, vjp_fn = vjp(lambda x: x ** 2, np.array([1.0, 3.0]))
+        >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
+        [1. 9.] [ 2. 60.]
+    """
+    if not primals:
+        raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
+    primals = _map_tree(_copied_argument, primals)  # callers may write to theirs
+    run = _Run("vjp", f, primals)
+    outputs = _outputs("vjp", _flatten(run.output)[0])
+
+    def vjp_fn(cotangent: Any) -> tuple:
+        if cotangent is None:  # 1 for a scalar, as in `backward`
+            cotangents = [None] * len(outputs)
+        else:
+            cotangents = _match("vjp", cotangent, run.output)
+        create_graph = run.may_be_asked(cotangents)
+        slopes = run.walk_back(outputs, cotangents, create_graph, retain_graph=True)
+        return run.rebuild(slopes)
+
+    return run.value, vjp_fn
+
+
+def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
+    """`(f(*primals), J v)`, both built like f's result, where v are the tangents.
+
+        >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
+        2.0
+    """
+    _require_tuples("jvp", primals, tangents)
+    run = _Run("jvp", f, primals, tangents=tangents)  # (which say whether to record)
+    items, rebuild = _flatten(run.output)
+    outputs = _outputs("jvp", items)
+    u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
+    s = run.walk_back(outputs, u, create_graph=True)  # walk 1
+    v = _match("jvp", tuple(tangents), tuple(primals))
+    seeds = _seeds("jvp", s, v, run.somebody_may_ask)
+    return run.value, rebuild(_gradients(seeds, u, run.somebody_may_ask))  # walk 2
+
+
+def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
+    """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`.
+
+        >>> x, v = np.array([1.0, 2.0]), np.array([1.0, 1.0])
+        >>> print(*hvp(lambda x: (x ** 3).sum(), (x,), (v,)))
+        9.0 (Tensor([ 6., 12.], dtype=float64),)
+    """
+    _require_tuples("hvp", primals, vector)
+    run = _Run("hvp", f, primals, tangents=vector)
+    slopes = run.slopes()
+    v = _match("hvp", tuple(vector), tuple(primals))
+    seeds = _seeds("hvp", slopes, v, run.somebody_may_ask)
+    return run.value, run.rebuild(_gradients(seeds, run.inputs, run.somebody_may_ask))
+
+
+# ### jacobian and hessian: what of a nest?
+#
+# Each element of the output takes one walk, as in I.8. If the output is a nest, so is
+# its Jacobian, and each item of the Jacobian is a nest built like the arguments. A
+# Hessian is the Jacobian of the slopes, which are a nest built like the arguments, too.
+
+
+def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
+             argnum: Any = None) -> Callable:
+    """The function that returns the Jacobian of f: shape out.shape + in.shape.
+
+    Each row takes one walk.
+
+        >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
+        [2. 0.] [0. 4.]
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        run = _Run("jacobian", f, args, kwargs, argnums)
+        return _map_tree(lambda y: _jacobian(run, y, run.route), run.output)
+
+    return function
+
+
+def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
+            argnum: Any = None) -> Callable:
+    """The function that returns the Hessian of a scalar f: shape in.shape + in.shape.
+
+    f runs once, and each row takes one walk. For a nest of arguments, the Hessian is a
+    nest of such nests.
+
+        >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
+        [6. 0.] [ 0. 12.]
+    """
+    argnums = argnums if argnum is None else argnum
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        run = _Run("hessian", f, args, kwargs, argnums)
+        slopes = run.slopes()
+        route = _find_route(slopes, run.inputs)  # the slopes have a new tape
+        return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
+
+    return function
+
+
+def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
+    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape.
+
+    The route may be that of several outputs, which does no harm.
+    """
+    (y,) = _outputs(run.name, [y])
+    rows = []
+    for unit in np.eye(y.size).reshape(y.size, *y.shape):
+        seeds = _seeds(run.name, [y], [unit], run.somebody_may_ask)
+        row = _gradients(seeds, run.inputs, run.somebody_may_ask, retain_graph=True, route=route)
+        rows.append(row)
+    jacobians = []
+    for i, x in enumerate(run.inputs):
+        if rows:
+            block = stack([row[i] for row in rows])  # (y.size, *x.shape)
+        else:  # y has no elements
+            block = np.zeros((0, *x.shape), x.dtype)
+        jacobians.append(reshape(block, y.shape + x.shape))
+    return run.rebuild(jacobians)
+
+
+# ### What if a tape was let go?
+#
+# The search for a route (I.5) asks each tensor for its operands. A tensor whose tape a
+# `backward` has let go no longer has them. That is an error if an input may be behind
+# that tensor. But a function may have a training loop inside, and return x times its
+# last loss. So `backward` leaves in the `_leaves` of that loss the times of the leaves
+# that it met: x is not among them. Below, s is the loss, made of w alone:
+#
+#     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
+#     >>> s = w * w  # s:3
+#     >>> s.backward()  # lets go; s._leaves is {2}
+#     >>> print(gradients(s * x, [x])[0])  # 1 is not in it, so x is not behind s
+#     4.0
+#     >>> gradients(s * x, [w])  # 2 is in it
+#     Traceback (most recent call last):
+#     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
+
+
+def _check_not_behind(t: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if an input may be behind `t`, whose operands were let go."""
+    if any(_may_be_behind(t, x) for x in inputs):
+        _check_tape(t)  # raises
+
+
+def _may_be_behind(t: Tensor, x: Tensor) -> bool:
+    """Whether `t`, whose operands were let go, may have been made of `x`."""
+    if x._time >= t._time:
+        return False  # operands are older
+    if t._leaves is None or x._op is not None:
+        return True  # nothing was noted in t; or x is no leaf, and only leaves are noted
+    return x._time in t._leaves
+
+
+# ### What is refused?
+#
+# Each of these functions converts what it can, and refuses the rest with an error that
+# names the transform:
+#
+#     `_choose_arguments`   by which arguments?        those at `argnums`, each once
+#     `_fresh_input`        have they a derivative?    if they are floating-point numbers
+#     `_outputs`            did f return Tensors?      numbers are taken, with a warning
+#     `_first_cotangent`    what does a walk begin     one of the same shape; 1 for a
+#                           with?                      scalar
+#     `_match`              is a nest built like       its items, in the other's order
+#                           another?
 #
 #     >>> chosen, put_back = _choose_arguments("grad", (1.0, 2.0, 3.0), argnums=(0, 2))
 #     >>> print(chosen, put_back((10.0, 30.0)))
@@ -6094,8 +6351,10 @@ def _first_cotangent(name: str, output: Tensor, cotangent: Any,
         raise ValueError(f"{name}: an output of shape {output.shape} needs a cotangent "
                          f"of its shape, not {given}; make a scalar of it, as by "
                          ".sum(), or give a cotangent")
-    if create_graph:  # a tracked cotangent stays on the tape, even inside no_grad():
-        with _mode.set(recording=True):  # jvp's second walk looks for its u (I.8)
+    if create_graph:
+        # A tracked cotangent stays on the tape, even inside no_grad(): jvp's second walk
+        # looks for its u there (I.8).
+        with _mode.set(recording=True):
             return astype(as_tensor(cotangent), output.dtype)
     return np.asarray(_value(cotangent), output.dtype)
 
@@ -6119,289 +6378,46 @@ def _require_tracked(name: str, inputs: Iterable) -> None:
                                "Tensor(...), outside no_grad()")
 
 
-# ### What do the transforms have in common?
+# A cotangent is built like its result, and a tangent like its argument. To pair them,
+# we go through both nests at once, and match dicts by key. The result or the argument
+# decides what is an item, since [1.0, 1.0] may belong to one array or to two:
 #
-# Each begins as `careful_grad` does (I.7). For one argument and no nests, that is
-#
-#     inputs = [a new Tensor, tied to the argument if that is tracked]
-#     output = f(*inputs)
-#     route = _find_route([output], inputs)
-#     recorded = bool(route.older)  # somebody may ask
-#
-# and a `_Run` does the same for nests. The transforms differ in the walks that follow,
-# which are those of I.8. Somebody may also ask by a tangent or a cotangent that they
-# gave, if it is tracked.
-#
-# Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but no
-# walk is, and the gradient is a constant. (So this is how to spare the second tape if f
-# reads the parameters of a network, which are older than its inputs.)
-#
-#     >>> def loss(p, x):
-#     ...     return ((p["w"] * x + p["b"]) ** 2).sum()
-#     ...
-#     >>> p = {"w": np.array(2.0), "b": np.array(1.0)}
-#     >>> print(*grad(loss)(p, 3.0).values())  # 2 (w x + b) x, and 2 (w x + b)
-#     42.0 14.0
-_Mode.runs = ()  # the runs of this thread: float(t) asks for them (II.8)
+#     >>> for like in np.ones(2), (1.0, 1.0):
+#     ...     print([item.shape for item in _match("vjp", [1.0, 1.0], like)])
+#     [(2,)]
+#     [(), ()]
 
 
-class _Run:
-    """A function run by a transform: fresh inputs, the output, the route between."""
+def _match(name: str, tree: Any, like: Any) -> list[Tensor]:
+    """The items of `tree`, as Tensors, in the order of the items of `like`."""
+    if _is_item(like) and not isinstance(tree, dict):  # (a dict is refused below)
+        item = as_tensor(tree)
+        shape = np.shape(_value(like))
+        if item.shape != shape:
+            raise ValueError(f"{name}: needs a vector of shape {shape} here, and was "
+                             f"given one of {item.shape}")
+        return [item]
 
-    def __init__(self, name: str, f: Callable, args: Sequence,
-                 kwargs: dict | None = None, argnums: Any = None,
-                 tangents: Any = ()) -> None:
-        self.name = name
-        # With args (a, {"w": b}) and argnums 1: {"w": b} is chosen, and b its only item.
-        chosen, put_back = _choose_arguments(name, args, argnums)
-        items, self.rebuild = _flatten(chosen)
-        self.inputs = [_fresh_input(name, item) for item in items]
-        args = put_back(self.rebuild(self.inputs))
-        with _mode.set(recording=True, runs=(*_mode.runs, self)):
-            self.output = f(*args, **kwargs or {})
-        self.route = _find_route(_flatten(self.output)[0], self.inputs)
-        # (Outside the `with`, for it is the caller's mode that counts.)
-        self.recorded = self.must_record(tangents)
-
-    def must_record(self, given: Any) -> bool:
-        """Whether somebody may ask for derivatives of what a walk gives.
-
-        By an older tensor, or by one `given` to the walk as a cotangent or a tangent.
-        """
-        items, _ = _flatten(given)
-        return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
-
-    @property
-    def value(self) -> Any:
-        """The output for the caller: constant, if nobody else can ask."""
-        if self.recorded:
-            return self.output
-        return _map_tree(lambda a: a.detach() if _tracked(a) else a, self.output)
-
-    def walk_back(self, outputs: Sequence[Tensor], cotangents: Sequence,
-                  create_graph: bool, retain_graph: bool = False) -> list[Tensor]:
-        """What reaches the inputs from these cotangents of the outputs (None is 1)."""
-        seeds = _seeds(self.name, outputs, cotangents, create_graph)
-        return _gradients(seeds, self.inputs, create_graph, retain_graph, self.route)
-
-    def slopes(self) -> list[Tensor]:
-        """The gradient of a scalar output, to be differentiated again (I.8)."""
-        output = _outputs(self.name, [self.output])
-        return self.walk_back(output, [None], create_graph=True)
+    keys = _keys(like)
+    if keys is None or _keys(tree) != keys:
+        raise TypeError(f"{name}: needs {_outline(like)}, and was given "
+                        f"{_outline(tree)}")
+    items = []
+    for key in keys:
+        items += _match(name, tree[key], like[key])
+    return items
 
 
-def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0,
-                   has_aux: bool = False, *, argnum: Any = None) -> Callable:
-    """The function that returns (f(...), gradient of f), for an f that returns a scalar.
-
-    The gradient, a Tensor, is built like the argument at `argnums` (`argnum` in HIPS
-    autograd), or is a tuple of such if that is one; zeros for an argument that has no
-    part. With `has_aux`, f returns (scalar, anything), and the value is that pair.
-    Raises ValueError if f is not scalar, TypeError for integer arguments; warns if f
-    returns a plain number, whose derivative is zero.
-
-        >>> print(*value_and_grad(lambda x: (x ** 2).sum())(np.array([1.0, 3.0])))
-        10.0 [2. 6.]
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> tuple:
-        return _value_and_slopes("value_and_grad", f, args, kwargs, argnums, has_aux)
-
-    return function
+def _keys(tree: Any) -> Any:
+    """The keys of a dict, or the positions in a list or tuple; else None."""
+    if isinstance(tree, dict):
+        return tree.keys()
+    return range(len(tree)) if isinstance(tree, (list, tuple)) else None
 
 
-def _value_and_slopes(name: str, f: Callable, args: Sequence, kwargs: dict, argnums: Any,
-                      has_aux: bool) -> tuple:
-    run = _Run(name, f, args, kwargs, argnums)
-    scalar = _first_of_pair(name, run.output) if has_aux else run.output
-    slopes = run.walk_back(_outputs(name, [scalar]), [None], run.recorded)
-    return run.value, run.rebuild(slopes)
-
-
-def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-         argnum: Any = None) -> Callable:
-    """The function that returns the gradient of f, which returns a scalar.
-
-    (If it does not, see `jacobian`.) It returns a Tensor like the argument at `argnums`
-    (see `value_and_grad`); with `has_aux`, (gradient, aux). `.numpy()` makes an array
-    of it; NumPy's functions take it as it is.
-
-        >>> slope = grad(lambda x: x * x)  # a constant, unless x is tracked
-        >>> print(slope(2.0).requires_grad, slope(Tensor(2.0)).requires_grad)
-        False True
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        value, slope = _value_and_slopes("grad", f, args, kwargs, argnums, has_aux)
-        return (slope, value[1]) if has_aux else slope
-
-    return function
-
-
-def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
-    """`(f(*primals), vjp_fn)`, where `vjp_fn(u)` is `J^T u`, like the tuple of primals.
-
-    The *primals* are the arguments to differentiate at; the cotangent u is built like f's
-    result. f runs once, however often vjp_fn does.
-
-        >>> value, vjp_fn = vjp(lambda x: x ** 2, np.array([1.0, 3.0]))
-        >>> print(value, *vjp_fn(np.array([1.0, 10.0])))
-        [1. 9.] [ 2. 60.]
-    """
-    if not primals:
-        raise TypeError("vjp: takes the function and its arguments: vjp(f, x)")
-    primals = _map_tree(_copied_argument, primals)  # callers may write to theirs
-    run = _Run("vjp", f, primals)
-    outputs = _outputs("vjp", _flatten(run.output)[0])
-
-    def vjp_fn(cotangent: Any) -> tuple:
-        if cotangent is None:  # 1 for a scalar, as in `backward`
-            cotangents = [None] * len(outputs)
-        else:
-            cotangents = _match("vjp", cotangent, run.output)
-        create_graph = run.must_record(cotangents)
-        slopes = run.walk_back(outputs, cotangents, create_graph, retain_graph=True)
-        return run.rebuild(slopes)
-
-    return run.value, vjp_fn
-
-
-def jvp(f: Callable, primals: Sequence, tangents: Sequence) -> tuple[Any, Any]:
-    """`(f(*primals), J v)`, both built like f's result, where v are the tangents.
-
-        >>> print(jvp(np.sin, (0.0,), (2.0,))[1])
-        2.0
-    """
-    _require_tuples("jvp", primals, tangents)
-    run = _Run("jvp", f, primals, tangents=tangents)  # (which say whether to record)
-    items, rebuild = _flatten(run.output)
-    outputs = _outputs("jvp", items)
-    u = [_wrap(np.zeros(y.shape, y.dtype), True) for y in outputs]
-    s = run.walk_back(outputs, u, create_graph=True)  # walk 1
-    v = _match("jvp", tuple(tangents), tuple(primals))
-    seeds = _seeds("jvp", s, v, run.recorded)
-    return run.value, rebuild(_gradients(seeds, u, run.recorded))  # walk 2
-
-
-def hvp(f: Callable, primals: Sequence, vector: Sequence) -> tuple[Tensor, tuple]:
-    """`(f(*primals), Hessian of f times vector)`, the product as a tuple like `primals`.
-
-        >>> x, v = np.array([1.0, 2.0]), np.array([1.0, 1.0])
-        >>> print(*hvp(lambda x: (x ** 3).sum(), (x,), (v,)))
-        9.0 (Tensor([ 6., 12.], dtype=float64),)
-    """
-    _require_tuples("hvp", primals, vector)
-    run = _Run("hvp", f, primals, tangents=vector)
-    slopes = run.slopes()
-    v = _match("hvp", tuple(vector), tuple(primals))
-    seeds = _seeds("hvp", slopes, v, run.recorded)
-    return run.value, run.rebuild(_gradients(seeds, run.inputs, run.recorded))
-
-
-# ### jacobian and hessian: what of a nest?
-#
-# Each element of the output takes one walk, as in I.8. If the output is a nest, so is
-# its Jacobian, and each item of the Jacobian is a nest built like the arguments. A
-# Hessian is the Jacobian of the slopes, which are a nest built like the arguments, too.
-
-
-def jacobian(f: Callable, argnums: int | Sequence[int] = 0, *,
-             argnum: Any = None) -> Callable:
-    """The function that returns the Jacobian of f: shape out.shape + in.shape.
-
-    Each row takes one walk.
-
-        >>> print(*jacobian(lambda x: x ** 2)(np.array([1.0, 2.0])))
-        [2. 0.] [0. 4.]
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        run = _Run("jacobian", f, args, kwargs, argnums)
-        return _map_tree(lambda y: _jacobian(run, y, run.route), run.output)
-
-    return function
-
-
-def hessian(f: Callable, argnums: int | Sequence[int] = 0, *,
-            argnum: Any = None) -> Callable:
-    """The function that returns the Hessian of a scalar f: shape in.shape + in.shape.
-
-    f runs once, and each row takes one walk. For a nest of arguments, the Hessian is a
-    nest of such nests.
-
-        >>> print(*hessian(lambda x: (x ** 3).sum())(np.array([1.0, 2.0])))
-        [6. 0.] [ 0. 12.]
-    """
-    argnums = argnums if argnum is None else argnum
-
-    @functools.wraps(f)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        run = _Run("hessian", f, args, kwargs, argnums)
-        slopes = run.slopes()
-        route = _find_route(slopes, run.inputs)  # the slopes have a new tape
-        return _map_tree(lambda y: _jacobian(run, y, route), run.rebuild(slopes))
-
-    return function
-
-
-def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
-    """The derivatives of `y` by all inputs, each of shape y.shape + input.shape.
-
-    The route may be that of several outputs, which does no harm.
-    """
-    (y,) = _outputs(run.name, [y])
-    rows = []
-    for unit in np.eye(y.size).reshape(y.size, *y.shape):
-        seeds = _seeds(run.name, [y], [unit], run.recorded)
-        row = _gradients(seeds, run.inputs, run.recorded, retain_graph=True, route=route)
-        rows.append(row)
-    jacobians = []
-    for i, x in enumerate(run.inputs):
-        if rows:
-            block = stack([row[i] for row in rows])  # (y.size, *x.shape)
-        else:  # y has no elements
-            block = np.zeros((0, *x.shape), x.dtype)
-        jacobians.append(reshape(block, y.shape + x.shape))
-    return run.rebuild(jacobians)
-
-
-# ### What if a tape was let go?
-#
-# The search for a route (I.5) asks each tensor for its operands. A tensor whose tape a
-# `backward` has let go no longer has them. That is an error if an input may be behind
-# that tensor. But a function may have a training loop inside, and return x times its
-# last loss. So `backward` leaves in the `_leaves` of that loss the times of the leaves
-# that it met: x is not among them. Below, s is the loss, made of w alone:
-#
-#     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
-#     >>> s = w * w  # s:3
-#     >>> s.backward()  # lets go; s._leaves is {2}
-#     >>> print(gradients(s * x, [x])[0])  # 1 is not in it, so x is not behind s
-#     4.0
-#     >>> gradients(s * x, [w])  # 2 is in it
-#     Traceback (most recent call last):
-#     RuntimeError: mul: the tape behind this tensor was let go by an earlier walk; to walk it twice, give the first walk retain_graph=True
-
-
-def _check_not_behind(t: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Raise RuntimeError if an input may be behind `t`, whose operands were let go."""
-    if any(_may_be_behind(t, x) for x in inputs):
-        _check_tape(t)  # raises
-
-
-def _may_be_behind(t: Tensor, x: Tensor) -> bool:
-    """Whether `t`, whose operands were let go, may have been made of `x`."""
-    if x._time >= t._time:
-        return False  # operands are older
-    if t._leaves is None or x._op is not None:
-        return True  # nothing was noted in t; or x is no leaf, and only leaves are noted
-    return x._time in t._leaves
+def _outline(tree: Any) -> str:
+    """The structure of a nest, for messages: {'a': (2,), 'b': ()}."""
+    return str(_map_tree(lambda item: np.shape(_value(item)), tree))
 
 
 # ## IV.4 The machine: what had to be measured?

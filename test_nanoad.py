@@ -4192,6 +4192,9 @@ def test_a_tensor_as_a_setting_is_refused():
     with pytest.raises(TypeError, match="setting"):
         F.layer_norm(x, np.ones(3), np.zeros(3), Tensor(1e-5))
     close(F.layer_norm(x, np.ones(3), np.zeros(3), as_tensor(1e-5)), np.zeros((2, 3)))
+    weight, bias = Tensor(np.ones(3)), Tensor(np.zeros(3))
+    with pytest.raises(TypeError, match="setting"):  # all arguments are Tensors
+        F.layer_norm(x, weight, bias, Tensor(1e-5))
 
 
 def test_operands_by_name_and_lists():
