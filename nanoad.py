@@ -265,11 +265,11 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
     return decorate
 
 
-# A call computes on bare arrays. If somebody may ask for derivatives, the result
-# remembers the operation and its arguments; else it is a constant. `_admit` makes arrays
-# of lists and the like; arrays, numbers and Tensors stay what they are. `_compute` calls
-# `forward` with the Tensors' arrays, and explains its errors. (The `pullback` that comes
-# with the result is None, but for the fused operations of II.7. Both helpers: II.9.)
+# A call computes on bare arrays. If an operand is tracked, the result remembers the
+# operation and its arguments; else it is a constant. Usually a call has Tensors and
+# Python's numbers; from any other, `_admit` makes one with arrays for lists, and so on.
+# `_compute` calls `forward` with the Tensors' arrays, and explains its errors. (Both
+# are in II.9. The `pullback` is None, but for the fused operations of II.7.)
 
 
 def _operation(forward: Callable, arity: int) -> Callable:
@@ -277,9 +277,11 @@ def _operation(forward: Callable, arity: int) -> Callable:
 
     @functools.wraps(forward)
     def operation(*args: Any, **settings: Any) -> Tensor:
-        args, settings = _admit(operation, args, settings)
-        y, pullback = _compute(operation, forward, args, settings)
-        if _mode.recording and any(map(_tracked, args)):
+        kinds = set(map(type, args))
+        if settings or not (Tensor in kinds and kinds <= _PLAIN):
+            args, settings = _admit(operation, args, settings)
+        y, pullback, tracked = _compute(operation, forward, args, settings)
+        if tracked and _mode.recording:
             return _fill(Tensor.__new__(Tensor), y, operation, args, settings, pullback)
         return _wrap(y)
 
@@ -488,8 +490,8 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
             continue  # a leaf, or nothing that was asked for is behind t
         _check_tape(t)  # (C)
         operands = t._operands[:t._op.arity]  # without the settings
-        wanted = [_tracked(a) and (route is None or a._time in route.times)
-                  for a in operands]
+        wanted = [isinstance(a, Tensor) and a.requires_grad
+                  and (route is None or a._time in route.times) for a in operands]
         pull = t._op.pull or _pull_by_rules
         for a, share in zip(operands, pull(t, g, wanted, create_graph)):
             if share is not None:
@@ -2664,19 +2666,13 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 # tracked, the result remembers `where` and `args`.
 
 
-# The usual call has a Tensor, besides it only these, and no settings.
+# The usual call (I.2) has a Tensor, and besides it only these.
 _PLAIN = {Tensor, int, float}
 
 
 def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dict]:
     """The arguments of an operation, converted for its function and its rules."""
-    kinds = set(map(type, args))
-    count = operation.arity
-    if Tensor in kinds and kinds <= _PLAIN and not settings:
-        if len(args) <= count or not any(map(_tracked, args[count:])):
-            return args, settings
-
-    name = operation.__name__
+    name, count = operation.__name__, operation.arity
     if settings:
         args, settings = _by_position(operation, args, settings)  # (a)
     operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
@@ -2810,15 +2806,19 @@ def _admit_setting(name: str, a: Any) -> Any:
 
 
 def _compute(operation: Callable, forward: Callable, args: tuple,
-             settings: dict) -> tuple[np.ndarray, Callable | None]:
-    """The result of `forward` on the arrays, and the pullback of a fused operation."""
-    arrays = []
+             settings: dict) -> tuple[np.ndarray, Callable | None, bool]:
+    """The result of `forward` on the arrays, its pullback, and whether to remember it."""
+    arrays, tracked = [], False
     for a in args:
         if isinstance(a, Tensor):
+            tracked = tracked or a.requires_grad
             if a._checksum is not None:
                 _renew_checksum(a)  # somebody has the array, and may have changed it (IV.1)
             a = a._data
         arrays.append(a)
+    if tracked and len(args) > operation.arity:  # (the usual call may have settings, too)
+        for a in args[operation.arity:]:
+            _admit_setting(operation.__name__, a)
 
     try:
         result = forward(*arrays, **settings)
@@ -2827,7 +2827,7 @@ def _compute(operation: Callable, forward: Callable, args: tuple,
             y = _settle_dtype(y, operation, arrays)  # (IV.4)
     except (ValueError, TypeError, IndexError) as error:
         raise _explained(error, operation, arrays) from None
-    return y, pullback
+    return y, pullback, tracked
 
 
 def _explained(error: Exception, operation: Callable, arrays: list) -> Exception:
@@ -5687,13 +5687,20 @@ def _check_tape(t: Tensor) -> None:
                            "by an earlier walk; to walk it twice, give the first walk "
                            "retain_graph=True")
     for a in (t, *t._operands):
-        if isinstance(a, Tensor) and a.requires_grad:
-            if a._checksum is not None:
-                _renew_checksum(a)  # (below)
-            if a._written > t._time:
-                raise RuntimeError(f"{t._op.__name__}: data of {a.label or 'a Tensor'} "
-                                   f"{a.shape} was changed between forward and "
-                                   "backward; call backward first, then write")
+        if isinstance(a, Tensor) and (a._written or a._checksum is not None):
+            _check_unwritten(a, t)
+
+
+def _check_unwritten(a: Tensor, t: Tensor) -> None:
+    """Raise RuntimeError if `a` was written to after `t`, which is made of it."""
+    if not a.requires_grad:
+        return  # a constant is not watched
+    if a._checksum is not None:
+        _renew_checksum(a)  # (below)
+    if a._written > t._time:
+        raise RuntimeError(f"{t._op.__name__}: data of {a.label or 'a Tensor'} {a.shape} was "
+                           "changed between forward and backward; call backward first, "
+                           "then write")
 
 
 # **What if NumPy writes?** NumPy can write to an array that was handed out (`x.data`),
