@@ -2679,8 +2679,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
                 for a in args[:count]]  # (b)
     operands = _to_floating(operands, operation.rules)  # (c)
     others = [_admit_setting(name, a) for a in args[count:]]  # (d)
-    if settings:
-        settings = {key: _admit_setting(name, a) for key, a in settings.items()}
+    settings = {key: _admit_setting(name, a) for key, a in settings.items()}
     return (*operands, *others), settings
 
 
@@ -2715,6 +2714,7 @@ def _argument_names(operation: Callable) -> tuple[tuple, tuple]:
     code = getattr(inspect.unwrap(operation), "__code__", None)
     if code is None:
         return (), ()
+    # (Quicker than inspect.signature: a call with a setting by name comes here.)
     names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
     count = min(operation.arity, code.co_argcount)
     return names[:count], names[count:]
