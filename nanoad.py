@@ -908,7 +908,7 @@ def check_grad(f: Callable, *args: Any, order: int = 2, rtol: float = 1e-5,
     f takes Tensors and returns one of any shape. It is tested at `args`, in float64,
     for each argument that holds floating-point numbers. Returns the largest error,
     relative to max(1, |derivative|). Raises AssertionError if that exceeds `rtol`, and
-    names the worst element and both its values.
+    names the worst element and both its values; ValueError if there is nothing to test.
     """
     which = [i for i, a in enumerate(args) if np.asarray(_value(a)).dtype.kind == "f"]
     if order < 1 or not which:
@@ -1039,7 +1039,7 @@ _INSTEAD = {
 
 def _no_derivative(module: str, name: str, options: Iterable[str] = ()) -> str:
     instead = _INSTEAD.get(name, "a function of nanoad.functional")
-    with_options = f" with {', '.join(options)}=" if options else ""
+    with_options = " with " + ", ".join(f"{o}=" for o in options) if options else ""
     return (f"{module}.{name}{with_options}: nanoad has no derivative for this; use "
             f"{instead}, or call an operation of your own (nanoad.primitive), or "
             "t.numpy() if no gradient is wanted")
@@ -1071,9 +1071,9 @@ _ELEMENT_BY_ELEMENT = "{}, element by element, with NumPy's broadcasting and dty
 def _define(name: str, forward: Callable, *rules: Callable,
             answers: Callable | None = None,
             doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
-    """Make an operation that answers for NumPy's function `answers`.
+    """Make an operation, which answers for `forward` if that is NumPy's.
 
-    If `forward` is one of NumPy's, it answers for that, too.
+    It also answers for `answers`, where `forward` is our own or has a second name.
     """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
@@ -1147,10 +1147,12 @@ fmod = _define("fmod", np.fmod,
 
 # *Powers.* The slopes of `y = x ** p` are `p x ** (p - 1)` by x, and `y log x` by p:
 #
-#     by x, x = p = 0         0 * 0 ** -1 would be nan; we take 0 * 0 ** 0 = 0
-#     by p, x = 0, p >= 0     y log 0 would be nan or -inf; we take y log 1 = 0
-#     by p, x = 0, p < 0      y is infinite, and so is the slope: nothing to do
-#     by p, x < 0             there is none: log x is nan, and NumPy warns
+#     slope    where            the formula gives           we take
+#     by x     x = p = 0        0 * 0 ** -1 = nan           0 * 0 ** 0 = 0
+#     by p     x = 0, p > 0     0 * log 0   = nan           0 * log 1  = 0
+#              x = 0, p = 0     1 * log 0   = -inf          1 * log 1  = 0
+#              x = 0, p < 0     inf * log 0 = -inf          the same
+#              x < 0            nan, and NumPy warns        the same: there is no slope
 def _to_the_power(x: Any, p: Any) -> Any:
     """x ** p. Products are ten times faster than the C library's pow."""
     if isinstance(p, (int, float)):
@@ -1286,13 +1288,16 @@ relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
 # rule asks whether the *other* differs from the result, which is also right for nan,
 # since nan differs from everything:
 #
-#                a      b      y      a receives   b receives
-#     maximum    5      3      5      g            0
-#                3      3      3      g/2          g/2
-#                nan    3      nan    g            g             (as in PyTorch)
-#     fmax       nan    3      3      0            g
+#                mine  other  y     other != y   mine == other   mine receives
+#     maximum    5     3      5     yes          no              g
+#                3     5      5     no           no              0
+#                3     3      3     no           yes             g/2
+#                nan   3      nan   yes          no              g    (as in PyTorch,
+#                3     nan    nan   yes          no              g     both get all)
+#     fmax       nan   3      3     no           no              0
+#                3     nan    3     yes          no              g
 def _to_the_chosen(g, y, mine, other):
-    """What one operand receives: g where the other is not y, half of g at a tie."""
+    """What the operand `mine` receives."""
     return _chosen(g, other != y) + _chosen(0.5 * g, mine == other)
 
 
@@ -1386,7 +1391,6 @@ _like_np = functools.partial(_define, doc="As np.{}, with the same arguments.")
 
 def _moves(name: str, move: Callable, answers: Callable | None = None) -> Callable:
     """The operation `move`, whose result holds elements of its argument, and zeros."""
-
     def send_back(g, y, x, *settings, **named_settings):
         positions = np.arange(1, x.size + 1).reshape(x.shape)
         came_from = move(positions, *settings, **named_settings)  # y's shape
@@ -1854,9 +1858,9 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
     except ValueError as error:  # by q, or by the method
         raise ValueError(f"quantile of {shape}, q = {q}: {error}") from None
 
-    # The axes of q come first. Here x was (2, n, 3), axis is 1, and q is (5,):
+    # Here x was (2, n, 3), axis is 1, and q is (5,):
     y = _at_places(sort(x, -1), place)  # (2, 3, 5)
-    if keepdims:
+    if keepdims:  # (`axes` count from the front, where q's axes are not yet)
         y = expand_dims(y, axes)  # (2, 1, 3, 5)
     last_axes = tuple(range(-place.ndim, 0))
     return moveaxis(y, last_axes, tuple(range(place.ndim)))  # (5, 2, 1, 3)
@@ -1884,7 +1888,10 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
 #
 # NumPy starts anew for each row, and for a short row that start takes most of the time.
 # So rows are summed by a product with ones, and one call of reduceat takes their maxima
-# (ROWS, II.7). Where that does not fit, we use plain np.sum and np.max.
+# (II.7 has the times). Where that does not fit, we use plain np.sum and np.max. (Rows of
+# 5 do not fit: the products are right, but OpenBLAS 0.3.31 also reads memory that nobody
+# has set, and NumPy may warn of what was read.)
+_BLAS_READS_BEYOND = 5
 _ones = functools.lru_cache(16)(np.ones)  # it keeps its last 16 results
 
 
@@ -1896,7 +1903,7 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    if axis not in (-1, x.ndim - 1) or n == _BLAS_READS_BEYOND:  # (IV.4)
+    if axis not in (-1, x.ndim - 1) or n == _BLAS_READS_BEYOND:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -1930,32 +1937,29 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
     if x.dtype == np.float16:
         return np.sum(x, axis=axis, dtype=np.float32, keepdims=keepdims)
 
-    n = _last_axes(x, axis) if x.dtype == np.float32 else 0
-    if n == 0:
+    rows = _short_rows(x, axis)  # for x (2, 3, 4) and axis (1, 2): (2, 12)
+    if rows is None:
         return np.sum(x, axis=axis, keepdims=keepdims)
-
-    # A row is all that is added up: for x (2, 3, 4) and axis (1, 2), 12 elements.
-    length = math.prod(x.shape[-n:])  # 12
-    if length > 4096:  # a product would round off too much
-        return np.sum(x, axis=axis, keepdims=keepdims)
-    rows = x.reshape(*x.shape[:-n], length)  # (2, 12)
-    shape = x.shape[:-n] + (1,) * n if keepdims else x.shape[:-n]
+    lost = x.ndim - rows.ndim + 1  # 2 axes
+    shape = rows.shape[:-1] + (1,) * lost if keepdims else rows.shape[:-1]
     return _row_sum(rows).reshape(shape)
 
 
-def _last_axes(x: np.ndarray, axis: Any) -> int:
-    """How many axes `axis` names, if they are the last ones and not all; else 0.
+def _short_rows(x: np.ndarray, axis: Any) -> np.ndarray | None:
+    """x with the named axes joined into one, if they are the last ones, but not all.
 
-        >>> x = np.ones((2, 3, 4))
-        >>> [_last_axes(x, axis) for axis in (-1, (1, 2), 0, (0, 1, 2))]
-        [1, 2, 0, 0]
+    Else None; also if x is not float32, or if the rows are longer than 4,096, since a
+    product would round off too much.
     """
-    if axis is None:
-        return 0
+    if axis is None or x.dtype != np.float32:
+        return None
     named = axis if isinstance(axis, tuple) else (axis,)
-    from_the_end = sorted(a if a < 0 else a - x.ndim for a in named)
     n = len(named)
-    return n if n < x.ndim and from_the_end == list(range(-n, 0)) else 0
+    from_the_end = sorted(a if a < 0 else a - x.ndim for a in named)
+    if not 0 < n < x.ndim or from_the_end != list(range(-n, 0)):
+        return None
+    length = math.prod(x.shape[-n:])
+    return x.reshape(*x.shape[:-n], length) if length <= 4096 else None
 
 
 # ## II.6 Linear algebra: why the transposes?
@@ -1976,6 +1980,12 @@ def _mT(a: Any) -> Any:
     return a.swapaxes(-1, -2)
 
 
+@primitive(lambda g, y, a, b: g @ _mT(b),
+           lambda g, y, a, b: _mT(a) @ g)
+def _matmul(a: Any, b: Any) -> Tensor:
+    return np.matmul(a, b)  # matrices, or stacks of them
+
+
 def _with_shape(x: Any) -> Any:
     """x as a Tensor or an array, since a list has no shape.
 
@@ -1984,12 +1994,6 @@ def _with_shape(x: Any) -> Any:
     if isinstance(x, np.generic):  # a single number of NumPy's
         return np.asarray(x)
     return x if isinstance(x, (Tensor, np.ndarray)) else as_tensor(x)
-
-
-@primitive(lambda g, y, a, b: g @ _mT(b),
-           lambda g, y, a, b: _mT(a) @ g)
-def _matmul(a: Any, b: Any) -> Tensor:
-    return np.matmul(a, b)  # matrices, or stacks of them
 
 
 # NumPy's `@` also takes vectors. We treat a vector as a matrix of one row or one
@@ -2183,19 +2187,19 @@ _LETTER_OF = {**dict(enumerate(_LETTERS)), ...: "..."}
 
 
 def _einsum_by_letters(*arguments: Any) -> tuple[str, tuple]:
-    """Turn numbers into letters: (a, [0, 1], b, [1]) becomes ("AB,B", (a, b))."""
-    count = len(arguments) // 2  # of operands, each followed by a list of its numbers
-    operands = arguments[0:2 * count:2]
-    lists = arguments[1::2] + arguments[2 * count:]  # with one for the output, if given
-    terms = []
-    for numbers in lists:
-        is_list = isinstance(numbers, (list, tuple))
-        if not is_list or not set(numbers) <= set(_LETTER_OF):
-            raise TypeError("einsum: needs a string such as 'ij,jk->ik', or a list of "
-                            "numbers from 0 to 51 after each operand")
-        terms.append("".join(_LETTER_OF[n] for n in numbers))
-    inputs = ",".join(terms[:count])
-    return "->".join([inputs, *terms[count:]]), operands
+    """Turn numbers into letters: (a, [0, 1], b, [1], [0]) is ("AB,B->A", (a, b))."""
+    subscripts = ",".join(map(_einsum_term, arguments[1::2]))  # the 2nd, 4th, ...
+    if len(arguments) % 2:  # the last one is the output's
+        subscripts += "->" + _einsum_term(arguments[-1])
+    return subscripts, arguments[:-1:2]  # the 1st, 3rd, ... are the operands
+
+
+def _einsum_term(numbers: Any) -> str:
+    """Turn one list of numbers into letters: [0, 1] is "AB"."""
+    if not isinstance(numbers, (list, tuple)) or not set(numbers) <= set(_LETTER_OF):
+        raise TypeError("einsum: needs a string such as 'ij,jk->ik', or a list of "
+                        "numbers from 0 to 51 after each operand")
+    return "".join(_LETTER_OF[n] for n in numbers)
 
 
 # Dots stand for axes without a letter, so they get letters that are not in use. If
@@ -2236,10 +2240,9 @@ def _einsum_terms(subscripts: str, shapes: tuple) -> tuple[tuple[str, ...], str]
 
 def _einsum_spell_dots(terms: list[str], shapes: tuple) -> tuple[list[str], str]:
     """The terms with letters for their dots, and the letters of the longest dots."""
-    numbers = []  # for each operand, how many axes its dots stand for
-    for term, shape in zip(terms, shapes):
-        letters = term.replace("...", "")
-        numbers.append(len(shape) - len(letters) if "..." in term else 0)
+    # For each operand, how many axes its dots stand for:
+    numbers = [len(shape) - len(term.replace("...", "")) if "..." in term else 0
+               for term, shape in zip(terms, shapes)]
 
     longest = max(0, *numbers)
     free = [c for c in _LETTERS if c not in "".join(terms)]
@@ -2295,8 +2298,7 @@ def solve(a: Any, b: Any) -> Tensor:
     Raises LinAlgError if a is singular.
     """
     a, b = _admit_together(a, b)
-    # A vector has one axis to NumPy 2, and one less than a to NumPy 1. We decide as the
-    # installed one does (`_OLD_NUMPY`, IV.4).
+    # (A vector has one axis to NumPy 2, and one axis less than a to NumPy 1: IV.4.)
     is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)
     columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
     if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
@@ -2420,8 +2422,8 @@ def _widened(a: Any) -> Any:
 
 # ### What NumPy is slow at
 #
-# Kernels differ from their definitions where NumPy is slow. Here is where; the comments
-# of later kernels refer to these points by the words in capitals. (Times are for
+# Kernels differ from their definitions where NumPy is slow. Here is where; comments in
+# the kernels refer to these points by the words in capitals. (Times are for
 # float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
@@ -2479,7 +2481,7 @@ def _dense(x: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 # computed block by block (PASSES) and in place: what is needed on the way to a result
 # stands where the result will be.
 _GELU_SCALE = math.sqrt(2 / math.pi)
-_GELU_CUBIC = math.sqrt(2 / math.pi) * 0.044715
+_GELU_CUBIC = _GELU_SCALE * 0.044715
 
 
 def _gelu_definition(x):
@@ -2526,7 +2528,7 @@ def gelu(x: Any) -> Tensor:
 #     >>> print(t.sum(), t // 2, t > 1)
 #     7.0 [0. 1. 2.] [False  True  True]
 #
-# Only three of the named methods are not functions as well. They are written here.
+# Three methods of the list below are not functions as well. They are written here.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. Raises ValueError for any other size."""
     if self.size != 1:
@@ -2592,6 +2594,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
 def _plain_number(t: Tensor) -> float:
     """The element of t as a Python number, unless a derivative would be lost."""
     for run in _mode.runs:  # the transforms that are running a function now (IV.3)
+        # t itself is on the route from t to the inputs (I.5) only if made from them.
         if t.requires_grad and t._time in _find_route([t], run.inputs).times:
             raise TypeError(f"{run.name}: float() of a tensor that is being "
                             "differentiated, as in math.sin(t) or array[0] = t, would "
@@ -6507,10 +6510,6 @@ def _openblas() -> tuple[Callable, Callable]:
                     return library[name.format("get")], library[name.format("set")]
     return lambda: None, lambda count: None
 
-
-# With rows of 5, OpenBLAS 0.3.31 also reads memory that nobody has set. The products
-# are right, but NumPy may warn of what was read. (`_row_sum`, II.5, avoids it.)
-_BLAS_READS_BEYOND = 5
 
 # **The allocator.** Each step of training makes and drops the same arrays of a few
 # megabytes. glibc, the C library of most Linuxes, gives such memory back to the system

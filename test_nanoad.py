@@ -2138,6 +2138,7 @@ REFUSED = {
     "modf": lambda x: np.modf(x),
     "add with out=": lambda x: np.add(x, 1, out=np.zeros((2, 2))),
     "exp with where=": lambda x: np.exp(x, where=np.ones((2, 2), bool)),
+    "exp with where=, out=": lambda x: np.exp(x, where=np.eye(2) > 0, out=np.eye(2)),
     "sum.*out": lambda x: np.sum(x, out=np.zeros(())),
     "sum.*where": lambda x: np.sum(x, where=np.eye(2) > 0),
     "max.*initial": lambda x: np.max(x, initial=3.0),
