@@ -1887,10 +1887,10 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
 # ### The same in less time
 #
 # NumPy starts anew for each row, and for a short row that start takes most of the time.
-# So rows are summed by a product with ones, and one call of reduceat takes their maxima
-# (II.7 has the times). Where that does not fit, we use plain np.sum and np.max. (Rows of
-# 5 do not fit: the products are right, but OpenBLAS 0.3.31 also reads memory that nobody
-# has set, and NumPy may warn of what was read.)
+# So rows are summed by a product with ones, as in `[3 4 5] @ [1 1 1] = 12`, and one
+# call of reduceat takes their maxima (II.7 has the times). Where that does not fit, we
+# use plain np.sum and np.max. (Rows of 5 do not fit: the products are right, but
+# OpenBLAS 0.3.31 also reads memory that nobody has set, and NumPy may warn of that.)
 _BLAS_READS_BEYOND = 5
 _ones = functools.lru_cache(16)(np.ones)  # it keeps its last 16 results
 
@@ -1909,7 +1909,7 @@ def _row_sum(x: Any, axis: Any = -1) -> Any:
 
 
 def _row_dot(a: Any, b: Any, axis: Any = -1) -> Any:
-    """sum(a * b, axis, keepdims=True), in array code."""
+    """sum(a * b, axis, keepdims=True), in array code; einsum makes no array a * b."""
     if axis not in (-1, a.ndim - 1):
         return np.sum(a * b, axis=axis, keepdims=True)
     return np.einsum("...i,...i->...", a, b)[..., None]
@@ -2398,8 +2398,7 @@ def _in_float32(f: Callable) -> Callable:
     """f in float32 where it gets float16. It gives a result, or (result, pullback)."""
     @functools.wraps(f)
     def wide(*arguments: Any, **settings: Any) -> Any:
-        arrays = [a for a in arguments if isinstance(a, (np.ndarray, Tensor))]
-        dtypes = [a.dtype for a in arrays]
+        dtypes = [a.dtype for a in arguments if isinstance(a, (np.ndarray, Tensor))]
         if np.float16 not in dtypes:
             return f(*arguments, **settings)
 
@@ -2427,11 +2426,9 @@ def _widened(a: Any) -> Any:
 # float32 on one core of an Intel server, Sapphire Rapids, with NumPy 2.4.)
 #
 # - ROWS. A reduction starts anew for every row. The sums of 4,096 rows of 32 numbers
-#   take 78 us by `sum(axis=1)`, and 9 us as a product with ones (`_row_sum`, II.5):
-#   `[3 4 5] @ [1 1 1] = 12`. The maxima take 330 us by `max(axis=1)`, and 200 us by
-#   reduceat (`_row_max`). The maximum of the whole array takes 9 us, and is often
-#   enough (`_is_moderate`). Inner products of rows are fast as
-#   `np.einsum("ij,ij->i", a, b)` (`_row_dot`).
+#   take 78 us by `sum(axis=1)`, and 9 us by `_row_sum` (II.5). Their maxima take 330 us
+#   by `max(axis=1)`, and 200 us by `_row_max`. The maximum of the whole array takes
+#   9 us, and is often enough (`_is_moderate`).
 # - LOOPS. An operation on a view runs an inner loop along the last axis in memory, and
 #   each start of that loop costs time. So the longest axis should lie last: adding an
 #   array (128, 16, 14, 14) to the inside of a padded one takes 340 us with lines of 14
@@ -2522,13 +2519,13 @@ def gelu(x: Any) -> Tensor:
 # ## II.8 Methods: what else can a Tensor do?
 #
 # The methods and operators that a Tensor shares with ndarray have the same names. A
-# function whose first argument is the tensor can serve as a method unchanged.
+# function whose first argument is the tensor can serve as a method unchanged. Only the
+# first three of `_METHODS`, below, are written for it.
 #
 #     >>> t = Tensor([1.0, 2.0, 4.0])
 #     >>> print(t.sum(), t // 2, t > 1)
 #     7.0 [0. 1. 2.] [False  True  True]
 #
-# Three methods of the list below are not functions as well. They are written here.
 def _item(self: Tensor) -> float:
     """The one element, as a Python number. Raises ValueError for any other size."""
     if self.size != 1:
