@@ -1073,7 +1073,7 @@ def _define(name: str, forward: Callable, *rules: Callable,
             doc: str = _ELEMENT_BY_ELEMENT) -> Callable:
     """Make an operation, which answers for `forward` if that is NumPy's.
 
-    It also answers for `answers`, where `forward` is our own or has a second name.
+    It also answers for `answers`: give that if `forward` is our own or has two names.
     """
     operation = _named(primitive(*rules)(forward), name, doc)
     if isinstance(forward, np.ufunc) or forward.__module__ in ("numpy", "numpy.linalg"):
