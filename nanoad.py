@@ -1860,7 +1860,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
 
     # Here x was (2, n, 3), axis is 1, and q is (5,):
     y = _at_places(sort(x, -1), place)  # (2, 3, 5)
-    if keepdims:  # (`axes` count from the front, where q's axes are not yet)
+    if keepdims:  # `axes` count from the front; q's, behind, do not disturb them
         y = expand_dims(y, axes)  # (2, 1, 3, 5)
     last_axes = tuple(range(-place.ndim, 0))
     return moveaxis(y, last_axes, tuple(range(place.ndim)))  # (5, 2, 1, 3)
