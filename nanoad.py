@@ -40,7 +40,6 @@ import math
 import operator
 import os
 import reprlib
-import signal
 import string
 import sys
 import threading
@@ -6614,6 +6613,8 @@ class _Process:
 
     def end(self) -> None:
         """End the process, whatever it is doing."""
+        import signal
+
         if self._still_runs():
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 os.kill(self.pid, signal.SIGKILL)
@@ -6683,6 +6684,8 @@ class _Worker(_Process):
 
     def _lost(self) -> RuntimeError:
         """The error to raise when the other end of the pipe is closed."""
+        import signal
+
         # The system closes a pipe a moment before it reports the end of the process.
         self.wait(seconds=1)
         code = self.exit_code
@@ -6734,6 +6737,8 @@ def _follow(parent: int) -> None:
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Make Ctrl-C wait until the `with` block is done."""
+    import signal
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # what is blocked now
     try:  # begins before SIG_BLOCK, so that `finally` always undoes it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -6807,6 +6812,7 @@ def _fork_worker(team: _Team, flats: list[np.ndarray], answer: Callable) -> _Wor
 def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
     """Answer jobs until the pipe is closed. Whatever happens, end the process."""
     try:
+        import signal
         import traceback
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore it (4)
@@ -7713,8 +7719,8 @@ def _draw_graph(rows: list[_TapeRow], names: dict[int, str], note: str, format: 
 #       └────────────────────────
 #        0         step         4
 #
-# The plot is made in four steps. We follow a small one, of seven columns and four rows.
-# (Step 1 of the run has two values, and step 4 has none that is finite.)
+# The plot is made in four stages. We follow them in a small one, of seven columns and
+# four rows. Its step 1 has two values, and step 4 has none that is finite:
 #
 #     >>> steps, values = [0, 1, 1, 3, 4, 6], [4, 1, 3, 4, np.nan, 1]
 #     >>> print(plot({"loss": (steps, values)}, width=19, height=4))
@@ -7735,10 +7741,10 @@ def _draw_graph(rows: list[_TapeRow], names: dict[int, str], note: str, format: 
 # 2. The first curve is drawn as a line. So a column without steps, such as 2, gets its
 #    value from the straight line between its neighbours. But a column that has steps
 #    and no finite value, such as 4, is a gap, which no line bridges.
-# 3. The axis of values is cut into rows, and each number is rounded to a row. Row 0 is
-#    the highest.
-# 4. The other curves get a mark in each of their rows. Where the line changes rows, its
-#    column gets a corner in each of the two rows, and strokes between: see column 1.
+# 3. The axis of values is cut into rows, from the highest number (row 0) to the lowest,
+#    and each number is rounded to a row. There the other curves get their marks.
+# 4. The line is drawn. Where it changes rows, as in column 1, the column gets a corner
+#    in each of the two rows, and strokes between.
 
 
 def _by_column(steps: np.ndarray, values: np.ndarray, first: float, last: float,
@@ -9034,10 +9040,11 @@ for _function, _f in _FUNCTIONS.items():
 # `_answers` (II.2), `_define` (II.3), `_row_sum` (II.5), `_mT` (II.6), `_rng` and
 # `_positive` (III.2).
 #
-# Every public name is a name of nanoad itself, such as `nanoad.Adam`. A name listed
-# under a namespace is also in the module of that name, such as `nanoad.optim.Adam`.
+# An entry is a topic, with the sections where it is told, and its public names. Each is
+# a name of nanoad itself, such as `nanoad.Adam`. A name listed under a namespace is
+# also in the module of that name, such as `nanoad.optim.Adam`.
 _INDEX = {
-    "": {
+    "": {  # in no namespace
         "tensor (I.1, I.2, I.4; manual_seed III.2)":
             "Tensor Value as_tensor unbroadcast no_grad manual_seed",
         "operations of your own (I.2, II.7)": "primitive fused",
@@ -9111,9 +9118,9 @@ def __getattr__(name: str) -> Any:
 
 # Each namespace becomes a module. For `viz`, by hand, that would be:
 #
-#     viz = types.ModuleType("nanoad.viz")  # a new global, so `nanoad.viz` finds it
+#     viz = types.ModuleType("nanoad.viz")  # a global here, so it is `nanoad.viz`
 #     viz.draw, viz.plot = draw, plot
-#     sys.modules["nanoad.viz"] = viz  # so `import nanoad.viz` finds it
+#     sys.modules["nanoad.viz"] = viz  # where `import nanoad.viz` looks
 __all__: list[str] = []  # what `from nanoad import *` gives
 
 for _space, _topics in _INDEX.items():
