@@ -6424,15 +6424,13 @@ def _outline(tree: Any) -> str:
 #
 # What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
-# **Imports.** A module that is slow to load, or that few programs need, is imported in
-# the function that uses it.
+# **Imports.** A module that few programs need is imported in the function that uses it.
 #
 # **Dtypes.** The result of an operation may need another dtype (II.9). A Tensor holds
 # floats, so integers and bools become float64, and complex numbers are refused. And
-# before version 2 (we support 1.26 and later), NumPy made a float64 of
-# `np.float32(1) * 2.0`, though not of an array of float32 times 2.0. With such a
-# version, we convert a result back to the dtype of the operands, if they have only one
-# (but not that of `astype`, which says its own).
+# NumPy 1 (we support 1.26) made a float64 of `np.float32(1) * 2.0`, though not of an
+# array of float32 times 2.0. With it, we convert a result back to the dtype of the
+# operands, if they have only one (but not that of `astype`, which says its own).
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
@@ -6852,13 +6850,13 @@ def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
 class _Team:
     """The workers of one DataParallel, and the parameters in common memory.
 
-    Each worker answers a job by `answer_share(share, job, pieces)`, which leaves the
-    gradient in `pieces` (`DataParallel._answer`). With a single process, which is the
-    parent, there are no workers, and nothing is moved.
+    Each worker answers a job by `compute_share(share, job, pieces)`, which leaves its
+    gradient in `pieces`. With a single process, which is the parent, there are no
+    workers, and nothing is moved.
     """
 
     def __init__(self, params: list, layout: _Layout, processes: int,
-                 answer_share: Callable) -> None:
+                 compute_share: Callable) -> None:
         self.parent = os.getpid()
         self.workers: list[_Worker] = []  # number k answers for share k + 1
         self.is_closed = False
@@ -6867,9 +6865,9 @@ class _Team:
         self._common: list[np.ndarray] = []  # of each parameter, with workers
         self._end: Callable | None = None  # ends the workers, if there are any
         if processes > 1:
-            self._start(processes, answer_share)
+            self._start(processes, compute_share)
 
-    def _start(self, processes: int, answer_share: Callable) -> None:
+    def _start(self, processes: int, compute_share: Callable) -> None:
         """Move the parameters into common memory, and fork the workers."""
         _, self._common = self._layout.allocate(_shared)
         for p, common in zip(self._params, self._common):
@@ -6885,7 +6883,7 @@ class _Team:
         try:
             for share in range(1, processes):
                 flats, pieces = self._layout.allocate(_shared)
-                answer = functools.partial(answer_share, share, pieces=pieces)
+                answer = functools.partial(compute_share, share, pieces=pieces)
                 _add_worker(self, flats, answer)
         except BaseException:  # such as OSError: no more processes
             self.close()
@@ -6925,11 +6923,10 @@ class _Team:
 
 # ### What an optimizer gains
 #
-# Parameters that lie side by side in common memory need not be copied together to be
-# moved: an optimizer moves their part of the flat array at once (`_move`, III.3). This
-# function finds that part. For example, `flat` is of float32 and begins at address
-# 1000. Of two views, one has the addresses 1008 to 1020, the next 1020 to 1036. It
-# begins where the other ends, so together they are `flat[8 // 4:36 // 4]`.
+# Parameters that lie side by side in common memory are a part of one flat array, which
+# an optimizer moves at once (`_move`, III.3). Say this array is of float32 and begins
+# at address 1000. One view has the addresses 1008 to 1020, the next 1020 to 1036. Each
+# begins where the one before it ends, so together they are `flat[8 // 4:36 // 4]`.
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
@@ -7663,9 +7660,7 @@ def _draw_text(rows: list[_TapeRow], names: dict[int, str], note: str) -> str:
     return "\n".join([*lines, note]).rstrip()
 
 
-# In the picture the kinds differ in shape and colour: leaves and parameters are
-# coloured boxes, operations are white boxes, and a constant, which receives no
-# gradient, is only text.
+# In the picture the kinds differ in shape and colour.
 _STYLES = {
     "operation": {"shape": "box", "style": "filled", "fillcolor": "white"},
     "leaf": {"shape": "box", "style": "rounded,filled", "fillcolor": "#cfe2ff"},
@@ -8350,7 +8345,6 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
     array2string array_repr array_str
     """.split()} | {np.linalg.matrix_rank}
 
-
 # **You may stop here and go on with IV.12**: the rest is for looking up.
 #
 # ### What is answered
@@ -8515,10 +8509,9 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
 # 0/0 at 0 and loses digits nearby. There we differentiate the series of sinc, which is
-# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each
-# term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ...: from
-# `2k u^(2k-1) / (2k+1)!` to the next, the factor 2k becomes 2k + 2, and the factorial
-# grows by 2k + 2 and 2k + 3. For |x| < 1/2, eleven terms give all digits of float64.
+# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Term k,
+# `2k u^(2k-1) / (2k+1)!`, times `-u^2 (2k+2) / (2k (2k+2) (2k+3))` is the next, and
+# 2k+2 cancels. For |x| < 1/2, eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -9037,12 +9030,12 @@ for _function, _f in _FUNCTIONS.items():
 #
 # This is the index of the file. Of the private names, eleven are used in five sections
 # or more: `_value`, `_tracked`, `_wrap` (I.1), `_mode` (I.2), `_find_route` (I.5),
-# `_answers` (II.2), `_define` (II.3), `_row_sum` (II.5), `_mT` (II.6), `_rng` and
+# `_answers` (II.2), `_define` (II.3), `_row_sum` (II.5), `_mT` (II.6), and `_rng`,
 # `_positive` (III.2).
 #
-# An entry is a topic, with the sections where it is told, and its public names. Each is
-# a name of nanoad itself, such as `nanoad.Adam`. A name listed under a namespace is
-# also in the module of that name, such as `nanoad.optim.Adam`.
+# An entry is a topic with its sections, and its public names. Each of these is a name
+# of nanoad itself, such as `nanoad.Adam`. One that is listed under a namespace is also
+# in the module of that name, such as `nanoad.optim.Adam`.
 _INDEX = {
     "": {  # in no namespace
         "tensor (I.1, I.2, I.4; manual_seed III.2)":
@@ -9127,11 +9120,11 @@ for _space, _topics in _INDEX.items():
     _names = " ".join(_topics.values()).split()
     __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
     if _space:
-        _doc = f"Here are {', '.join(_names)}."
-        _module = types.ModuleType(f"{__name__}.{_space}", _doc)
+        _module = types.ModuleType(f"{__name__}.{_space}")
+        _module.__doc__ = f"Here are {', '.join(_names)}."
+        _module.__all__ = _names
         for _name in _names:
             vars(_module)[_name] = _ALSO_OF_PYTHON.get(_name) or globals()[_name]
-        _module.__all__ = _names
         globals()[_space] = sys.modules[_module.__name__] = _module
 
 
@@ -9140,10 +9133,9 @@ def __dir__() -> list[str]:
     return [*__all__, *(space for space in _INDEX if space)]
 
 
-# The rest is cosmetic: **go on with IV.13**. Because of `from __future__ import
-# annotations`, each annotation is a string, and help() shows its repr, with quotes:
-# `x: 'Any'`. Here each becomes a string whose repr has no quotes. (help() shows an
-# operation by the function that it computes, its `__wrapped__`.)
+# The rest is cosmetic: **go on with IV.13**. By `from __future__ import annotations`
+# each annotation is a string. help() shows its repr, `x: 'Any'`. Here each becomes a
+# string whose repr has no quotes. (Of an operation, help() shows the `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
@@ -9154,8 +9146,8 @@ def _unquote_annotations() -> None:
         for f in functions:
             f = getattr(f, "__wrapped__", f)
             if inspect.isfunction(f) and f.__module__ == __name__:
-                hints = f.__annotations__
-                hints.update({name: _Unquoted(hint) for name, hint in hints.items()})
+                for name, hint in f.__annotations__.items():
+                    f.__annotations__[name] = _Unquoted(hint)
 
 
 _unquote_annotations()
