@@ -9028,9 +9028,9 @@ for _function, _f in _FUNCTIONS.items():
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file. Eleven private names are used in five sections or more:
-# `_value`, `_tracked`, `_wrap` (I.1), `_mode` (I.2), `_find_route` (I.5), `_answers`
-# (II.2), `_define` (II.3), `_row_sum` (II.5), `_mT` (II.6), `_rng`, `_positive` (III.2).
+# This is the index. Eleven private names are used in five sections or more: `_value`,
+# `_tracked`, `_wrap` (I.1), `_mode` (I.2), `_find_route` (I.5), `_answers` (II.2),
+# `_define` (II.3), `_row_sum` (II.5), `_mT` (II.6), `_rng`, `_positive` (III.2).
 #
 # An entry is a topic with its sections, and its public names. Each of these is a name
 # of nanoad itself, such as `nanoad.Adam`. One that is listed under a namespace is also
