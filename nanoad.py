@@ -6431,13 +6431,13 @@ def _outline(tree: Any) -> str:
 #
 # What do NumPy, its BLAS, the C library and the system do that we did not ask for?
 #
-# **Imports.** A module that is slow to load is imported in the function that uses it.
+# **Imports.** A module that few programs need is imported in the function that uses it.
 #
 # **Dtypes.** The result of an operation may need another dtype (II.9). A Tensor holds
 # floats, so integers and bools become float64, and complex numbers are refused. And
-# before version 2, NumPy made a float64 of `np.float32(1) * 2.0`, though not of an
-# array of float32 times 2.0. With such a version, we convert a result back to the dtype
-# of the operands, if they have only one (but not that of `astype`, which says its own).
+# NumPy 1 (we support 1.26) made a float64 of `np.float32(1) * 2.0`, though not of an
+# array of float32 times 2.0. With it, we convert a result back to the dtype of the
+# operands, if they have only one (but not that of `astype`, which says its own).
 _OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
 
 
@@ -6566,7 +6566,7 @@ def _glibc() -> Any:
 #
 #     while True:
 #         job = pipe.recv()  # waits
-#         pipe.send(compute(job))
+#         pipe.send(answer(job))
 #
 # That is all, as long as nothing happens. Five things may: we end a worker (1), a
 # worker dies (2), the parent dies (3), the user presses Ctrl-C (4), or a worker never
@@ -6853,13 +6853,13 @@ def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
 class _Team:
     """The workers of one DataParallel, and the parameters in common memory.
 
-    Each worker answers a job by `compute(share, job, pieces)`, and leaves its gradient
-    in `pieces`. With a single process, which is the parent, there are no workers, and
-    nothing is moved.
+    Each worker answers a job by `compute_share(share, job, pieces)`, which leaves its
+    gradient in `pieces`. With a single process, which is the parent, there are no
+    workers, and nothing is moved.
     """
 
     def __init__(self, params: list, layout: _Layout, processes: int,
-                 compute: Callable) -> None:
+                 compute_share: Callable) -> None:
         self.parent = os.getpid()
         self.workers: list[_Worker] = []  # number k computes share k + 1
         self.is_closed = False
@@ -6868,9 +6868,9 @@ class _Team:
         self._common: list[np.ndarray] = []  # of each parameter, with workers
         self._end: Callable | None = None  # ends the workers, if there are any
         if processes > 1:
-            self._start(processes, compute)
+            self._start(processes, compute_share)
 
-    def _start(self, processes: int, compute: Callable) -> None:
+    def _start(self, processes: int, compute_share: Callable) -> None:
         """Move the parameters into common memory, and fork the workers."""
         _, self._common = self._layout.allocate(_shared)
         for p, common in zip(self._params, self._common):
@@ -6886,7 +6886,7 @@ class _Team:
         try:
             for share in range(1, processes):
                 flats, pieces = self._layout.allocate(_shared)
-                answer = functools.partial(compute, share, pieces=pieces)
+                answer = functools.partial(compute_share, share, pieces=pieces)
                 _add_worker(self, flats, answer)
         except BaseException:  # such as OSError: no more processes
             self.close()
@@ -6926,9 +6926,10 @@ class _Team:
 
 # ### What an optimizer gains
 #
-# Parameters that lie side by side in common memory need not be copied together to be
-# moved: an optimizer moves their part of the flat array at once (`_move`, III.3). This
-# function tells it whether they do.
+# Parameters that lie side by side in common memory are a part of one flat array, which
+# an optimizer moves at once (`_move`, III.3). Say this array is of float32 and begins
+# at address 1000. One view has the addresses 1008 to 1020, the next 1020 to 1036. Each
+# begins where the one before it ends, so together they are `flat[8 // 4:36 // 4]`.
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
@@ -6937,15 +6938,15 @@ def _side_by_side(arrays: list[np.ndarray]) -> np.ndarray | None:
     if type(flat) is not np.ndarray or flat.ndim != 1:
         return None
 
-    start = end = arrays[0].ctypes.data  # its address in memory
+    start = end = arrays[0].ctypes.data  # addresses
     for a in arrays:
         is_piece = a.base is flat and a.dtype == flat.dtype and a.flags.c_contiguous
         if not is_piece or a.ctypes.data != end:
             return None
         end += a.nbytes
 
-    first = (start - flat.ctypes.data) // flat.itemsize
-    return flat[first:first + (end - start) // flat.itemsize]
+    zero = flat.ctypes.data
+    return flat[(start - zero) // flat.itemsize:(end - zero) // flat.itemsize]
 
 
 # ## IV.6 Data: is it the right data?
@@ -7662,9 +7663,7 @@ def _draw_text(rows: list[_TapeRow], names: dict[int, str], note: str) -> str:
     return "\n".join([*lines, note]).rstrip()
 
 
-# In the picture the kinds differ in shape and colour: leaves and parameters are
-# coloured boxes, operations are white boxes, and a constant, which receives no
-# gradient, is only text.
+# In the picture the kinds differ in shape and colour.
 _STYLES = {
     "operation": {"shape": "box", "style": "filled", "fillcolor": "white"},
     "leaf": {"shape": "box", "style": "rounded,filled", "fillcolor": "#cfe2ff"},
@@ -7718,25 +7717,89 @@ def _draw_graph(rows: list[_TapeRow], names: dict[int, str], note: str, format: 
 #       └────────────────────────
 #        0         step         4
 #
-# The plot is made in four steps:
+# The plot is made in four stages. We follow them in a small one, of seven columns and
+# four rows. Its step 1 has two values, and step 4 has none that is finite:
+#
+#     >>> steps, values = [0, 1, 1, 3, 4, 6], [4, 1, 3, 4, np.nan, 1]
+#     >>> print(plot({"loss": (steps, values)}, width=19, height=4))
+#        ── loss
+#     4 ┤─╮ ╭
+#     3 ┤ │╭╯
+#     2 ┤ ╰╯
+#     1 ┤      ─
+#
+#     column    0     1     2     3     4     5     6
+#     values    4    1 3          4    nan          1
+#     mean      4     2    nan    4    nan   nan    1    (1)
+#     line      4     2     3     4    nan   nan    1    (2)
+#     row       0     2     1     0    nan   nan    3    (3)
 #
 # 1. The axis of steps is cut into columns, one for each character. In each column a
-#    curve becomes one number: the mean of its finite values there, or nan
-#    (`_by_column`).
-# 2. The first curve is drawn as a line. So a column between two steps, with no step of
-#    its own, gets its value from the straight line between them. If a column has steps
-#    but no finite value, it stays nan, and so do the lines to both its neighbours: a
-#    gap is not bridged. Here are four steps in seven columns:
-#
-#         column       0     1     2     3     4     5     6
-#         step         0           1           2           3
-#         value        4         nan           2           1
-#         mean         4   nan   nan   nan     2   nan     1    (step 1)
-#         line         4   nan   nan   nan     2   1.5     1    (step 2)
-#
-# 3. The axis of values is cut into rows, and each number is rounded to a row
-#    (`_draw_curves`). A curve of marks is then complete.
-# 4. The line gets corners where it changes rows (`_draw_line`).
+#    curve becomes one number: the mean of its finite values there, or nan.
+# 2. The first curve is drawn as a line. So a column without steps, such as 2, gets its
+#    value from the straight line between its neighbours. But a column that has steps
+#    and no finite value, such as 4, is a gap, which no line bridges.
+# 3. The axis of values is cut into rows, from the highest number (row 0) to the lowest,
+#    and each number is rounded to a row. There the other curves get their marks.
+# 4. The line is drawn. Where it changes rows, as in column 1, the column gets a corner
+#    in each of the two rows, and strokes between.
+
+
+def _by_column(steps: np.ndarray, values: np.ndarray, first: float, last: float,
+               columns: int, is_line: bool) -> np.ndarray:
+    """A curve's value in each column, or nan; the axis goes from `first` to `last`."""
+    span = last - first or 1  # 1 for a single step, where 0 / 0 would be nan
+    column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
+    is_finite = np.isfinite(values)
+    mean = np.full(columns, np.nan)
+    for column in np.unique(column_of[is_finite]):  # (1)
+        mean[column] = values[is_finite & (column_of == column)].mean()
+
+    if not is_line or len(steps) == 0:
+        return mean
+    occupied = np.unique(column_of)  # the columns with steps
+    return np.interp(np.arange(columns), occupied, mean[occupied],  # (2)
+                     left=np.nan, right=np.nan)
+
+
+def _draw_curves(means: list[np.ndarray], low: float, high: float,
+                 height: int) -> list[str]:
+    """The rows of the picture, from the highest to the lowest."""
+    grid = np.full((height, len(means[0])), " ")
+    span = high - low or 1  # 1 for a constant, where 0 / 0 would be nan
+    for i, mean in enumerate(means):
+        rows = np.rint((high - mean) / span * (height - 1))  # (3)
+        if i == 0:
+            _draw_line(grid, rows)  # (4)
+        else:
+            (marked,) = np.isfinite(rows).nonzero()
+            grid[rows[marked].astype(int), marked] = _mark(i)
+    return ["".join(row) for row in grid]
+
+
+def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
+    """Draw a curve into `grid`; `rows` has its row in each column, or nan in a gap."""
+    is_drawn = np.isfinite(rows)
+    for x in is_drawn.nonzero()[0]:
+        row = int(rows[x])
+        before = int(rows[x - 1]) if x > 0 and is_drawn[x - 1] else row
+        if before == row:  # level, or at the start, or after a gap
+            grid[row, x] = "─"
+        elif before < row:  # it falls
+            grid[before, x] = "╮"
+            grid[before + 1:row, x] = "│"
+            grid[row, x] = "╰"
+        else:
+            grid[before, x] = "╯"
+            grid[row + 1:before, x] = "│"
+            grid[row, x] = "╭"
+
+
+def _mark(i: int) -> str:
+    """The mark of curve i: a line for the first, else an ASCII character."""
+    return "──" if i == 0 else "ox+*#"[(i - 1) % 5]
+
+
 def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
          xlabel: str = "") -> str:
     """Curves in `height` rows of at most `width` characters, as a str.
@@ -7754,7 +7817,10 @@ def plot(values: Any, width: int = 72, height: int = 12, *, title: str = "",
         return "(no finite values to plot)"
 
     columns = max(width - 12, 1)  # 10 characters for a tick, 2 for the axis
-    first, last, means = _by_column(curves, columns)
+    every_step = np.concatenate([steps for steps, _ in curves.values()])
+    first, last = every_step.min(), every_step.max()
+    means = [_by_column(steps, heights, first, last, columns, is_line=i == 0)
+             for i, (steps, heights) in enumerate(curves.values())]
     low, high = np.nanmin(means), np.nanmax(means)
     ticks = [f"{tick:.4g}" for tick in np.linspace(high, low, height)]
     margin = max(map(len, ticks))
@@ -7795,74 +7861,6 @@ def _curves(values: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                              "and all steps finite")
         curves[label] = steps, heights
     return curves
-
-
-def _mark(i: int) -> str:
-    """The mark of curve i: a line for the first, else an ASCII character."""
-    return "──" if i == 0 else "ox+*#"[(i - 1) % 5]
-
-
-def _by_column(curves: dict[str, tuple[np.ndarray, np.ndarray]],
-               columns: int) -> tuple[float, float, list[np.ndarray]]:
-    """The first step, the last step, and each curve's values, an array (columns,)."""
-    every_step = np.concatenate([steps for steps, _ in curves.values()])
-    first, last = every_step.min(), every_step.max()
-    span = last - first or 1  # 1 for a single step, where 0 / 0 would be nan
-
-    means = []
-    for i, (steps, values) in enumerate(curves.values()):
-        # The first step is the middle of the first column, the last that of the last.
-        column_of = np.rint((steps - first) / span * (columns - 1)).astype(int)
-        is_finite = np.isfinite(values)
-        mean = np.full(columns, np.nan)
-        for column in np.unique(column_of[is_finite]):  # step 1
-            mean[column] = values[is_finite & (column_of == column)].mean()
-
-        if i == 0 and len(steps) > 0:  # step 2: a line through the columns with steps
-            occupied = np.unique(column_of)
-            mean = np.interp(np.arange(columns), occupied, mean[occupied],
-                             left=np.nan, right=np.nan)
-        means.append(mean)
-    return first, last, means
-
-
-def _draw_curves(means: list[np.ndarray], low: float, high: float,
-                 height: int) -> list[str]:
-    """The rows of the picture, from the highest to the lowest."""
-    grid = np.full((height, len(means[0])), " ")
-    span = high - low or 1  # 1 for a constant, where 0 / 0 would be nan
-    for i, mean in enumerate(means):
-        rows = np.rint((high - mean) / span * (height - 1))  # row 0 is the highest
-        if i == 0:
-            _draw_line(grid, rows)
-        else:
-            (marked,) = np.isfinite(rows).nonzero()
-            grid[rows[marked].astype(int), marked] = _mark(i)
-    return ["".join(row) for row in grid]
-
-
-# Where the line changes rows, a column has a corner in each of the two rows, and
-# strokes in the rows between. A fall by two rows, and a rise by two, look like this:
-#
-#     ─╮           ╭─     row 0
-#      │           │      row 1
-#      ╰─         ─╯      row 2
-def _draw_line(grid: np.ndarray, rows: np.ndarray) -> None:
-    """Draw a curve into `grid`; `rows` has its row in each column, or nan in a gap."""
-    is_drawn = np.isfinite(rows)
-    for x in is_drawn.nonzero()[0]:
-        row = int(rows[x])
-        before = int(rows[x - 1]) if x > 0 and is_drawn[x - 1] else row
-        if before == row:  # level, or at the start, or after a gap
-            grid[row, x] = "─"
-        elif before < row:  # it falls: row 0 is the highest
-            grid[before, x] = "╮"
-            grid[before + 1:row, x] = "│"
-            grid[row, x] = "╰"
-        else:
-            grid[before, x] = "╯"
-            grid[row + 1:before, x] = "│"
-            grid[row, x] = "╭"
 
 
 # ## IV.10 Decompositions: what can a factor's motion be?
@@ -8336,6 +8334,20 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #    use instead (II.2). Among them are `fft`, `copysign`, methods of ufuncs such as
 #    `np.add.reduce`, and what writes into an array (`put`, `copyto`).
 #
+# These functions are of the third kind. (np.histogram is, too.)
+_WITHOUT_GRADIENT = {getattr(np, name) for name in """
+    sign floor ceil trunc rint fix round around floor_divide imag angle
+    isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
+    signbit equal not_equal less less_equal greater greater_equal
+    logical_and logical_or logical_not logical_xor
+    isclose allclose array_equal array_equiv isin any all
+    argmax argmin nanargmax nanargmin argsort argpartition argwhere lexsort searchsorted
+    nonzero flatnonzero count_nonzero digitize unique
+    shape ndim size zeros_like ones_like empty_like
+    result_type can_cast may_share_memory shares_memory
+    array2string array_repr array_str
+    """.split()} | {np.linalg.matrix_rank}
+
 # **You may stop here and go on with IV.12**: the rest is for looking up.
 #
 # ### What is answered
@@ -8367,22 +8379,6 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #     np.linalg       solve inv det slogdet cholesky eigh eigvalsh svd svdvals qr pinv
 #                     lstsq norm vector_norm matrix_norm cond matrix_power multi_dot
 #
-# These give plain values, because they round, compare, count or ask (np.histogram does,
-# too):
-_WITHOUT_GRADIENT = {getattr(np, name) for name in """
-    sign floor ceil trunc rint fix round around floor_divide imag angle
-    isnan isinf isfinite isneginf isposinf isreal iscomplex isrealobj iscomplexobj
-    signbit equal not_equal less less_equal greater greater_equal
-    logical_and logical_or logical_not logical_xor
-    isclose allclose array_equal array_equiv isin any all
-    argmax argmin nanargmax nanargmin argsort argpartition argwhere lexsort searchsorted
-    nonzero flatnonzero count_nonzero digitize unique
-    shape ndim size zeros_like ones_like empty_like
-    result_type can_cast may_share_memory shares_memory
-    array2string array_repr array_str
-    """.split()} | {np.linalg.matrix_rank}
-
-
 # ### How to read an entry
 #
 # `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2).
@@ -8516,9 +8512,9 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 #
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
 # 0/0 at 0 and loses digits nearby. There we differentiate the series of sinc, which is
-# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Each
-# term is the one before it times `-u^2 / (2k (2k + 3))`, for k = 1, 2, ... For
-# |x| < 1/2, eleven terms give all digits of float64.
+# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Term k,
+# `2k u^(2k-1) / (2k+1)!`, times `-u^2 (2k+2) / (2k (2k+2) (2k+3))` is the next, and
+# 2k+2 cancels. For |x| < 1/2, eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
@@ -9027,22 +9023,23 @@ _newer(
         norm(x, ord, (-2, -1), keepdims),
 )
 
-# Each answer gets NumPy's name, so that Python's TypeError for a wrong argument says
-# np.clip() instead of <lambda>() or _with_dtype.<locals>.answer().
+# Python's TypeError for a wrong argument gives the function's name. That of a lambda is
+# `<lambda>`, and those of helpers begin with `_`. These answers get NumPy's name.
 for _function, _f in _FUNCTIONS.items():
-    if _f.__qualname__[0] in "_<":
+    if _f.__qualname__.startswith(("<", "_")):
         _f.__qualname__ = f"np.{_function.__name__}"
 
 # ## IV.12 Names: where is X?
 #
-# This is the index of the file. Of the private names, ten are used in many sections:
-# `_fill`, `_wrap`, `_value` (I.1), `_mode` (I.2), `_walk_to` (I.5), `_answers` (II.2),
-# `_define` (II.3), `_mT` (II.6), `_admit` (II.9) and `_outputs` (IV.3).
+# This is the index. Eleven private names are used in five sections or more: `_value`,
+# `_tracked`, `_wrap` (I.1), `_mode` (I.2), `_find_route` (I.5), `_answers` (II.2),
+# `_define` (II.3), `_row_sum` (II.5), `_mT` (II.6), `_rng`, `_positive` (III.2).
 #
-# Every public name is a name of nanoad itself, such as `nanoad.Adam`. A name listed
-# under a namespace is also in the module of that name, such as `nanoad.optim.Adam`.
+# An entry is a topic with its sections, and its public names. Each of these is a name
+# of nanoad itself, such as `nanoad.Adam`. One that is listed under a namespace is also
+# in the module of that name, such as `nanoad.optim.Adam`.
 _INDEX = {
-    "": {
+    "": {  # in no namespace
         "tensor (I.1, I.2, I.4; manual_seed III.2)":
             "Tensor Value as_tensor unbroadcast no_grad manual_seed",
         "operations of your own (I.2, II.7)": "primitive fused",
@@ -9102,23 +9099,9 @@ _INDEX = {
 }
 
 
-# Each namespace becomes a module. `import nanoad.optim` finds it in sys.modules, and
-# `nanoad.optim` finds it among the globals of this file. Four names are also Python's.
-# Here and after `from nanoad import *`, `sum` is Python's. Ours is `sum_` here, and
-# elsewhere `nanoad.sum`, by `__getattr__`.
+# Four public names are also Python's. In this file, and after `from nanoad import *`,
+# `sum` is Python's. Ours is `sum_` in this file, and elsewhere `nanoad.sum`.
 _ALSO_OF_PYTHON = {"sum": sum_, "max": max_, "min": min_, "abs": abs_}
-_public = {**globals(), **_ALSO_OF_PYTHON}  # by the name in the index
-__all__: list[str] = []  # what `from nanoad import *` gives
-
-for _space, _topics in _INDEX.items():
-    _names = " ".join(_topics.values()).split()
-    __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
-    if _space:
-        _doc = f"Here are {', '.join(_names)}."
-        _module = types.ModuleType(f"{__name__}.{_space}", _doc)
-        vars(_module).update({name: _public[name] for name in _names})
-        _module.__all__ = _names
-        globals()[_space] = sys.modules[_module.__name__] = _module
 
 
 def __getattr__(name: str) -> Any:
@@ -9128,28 +9111,45 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# Each namespace becomes a module. For `viz`, by hand, that would be:
+#
+#     viz = types.ModuleType("nanoad.viz")  # a global here, so it is `nanoad.viz`
+#     viz.draw, viz.plot = draw, plot
+#     sys.modules["nanoad.viz"] = viz  # where `import nanoad.viz` looks
+__all__: list[str] = []  # what `from nanoad import *` gives
+
+for _space, _topics in _INDEX.items():
+    _names = " ".join(_topics.values()).split()
+    __all__ += [name for name in _names if name not in _ALSO_OF_PYTHON]
+    if _space:
+        _module = types.ModuleType(f"{__name__}.{_space}")
+        _module.__doc__ = f"Here are {', '.join(_names)}."
+        _module.__all__ = _names
+        for _name in _names:
+            vars(_module)[_name] = _ALSO_OF_PYTHON.get(_name) or globals()[_name]
+        globals()[_space] = sys.modules[_module.__name__] = _module
+
+
 def __dir__() -> list[str]:
     """The names that an editor offers: the public ones, and the namespaces."""
     return [*__all__, *(space for space in _INDEX if space)]
 
 
-# The rest is cosmetic: **go on with IV.13**. Because of `from __future__ import
-# annotations`, each annotation is a string, which help() shows in quotes: `x: 'Any'`.
-# In a string whose repr is its text, it is `x: Any`. (help() shows an operation by the
-# function that it computes, its `__wrapped__`.)
+# The rest is cosmetic: **go on with IV.13**. By `from __future__ import annotations`
+# each annotation is a string. help() shows its repr, `x: 'Any'`. Here each becomes a
+# string whose repr has no quotes. (Of an operation, help() shows the `__wrapped__`.)
 class _Unquoted(str):
     __repr__ = str.__str__
 
 
 def _unquote_annotations() -> None:
-    functions = list(globals().values())
-    for cls in filter(inspect.isclass, globals().values()):
-        functions += vars(cls).values()  # its methods
-    for f in functions:
-        f = getattr(f, "__wrapped__", f)
-        if inspect.isfunction(f) and f.__module__ == __name__:
-            for name, hint in f.__annotations__.items():
-                f.__annotations__[name] = _Unquoted(hint)
+    for item in list(globals().values()):
+        functions = vars(item).values() if inspect.isclass(item) else [item]
+        for f in functions:
+            f = getattr(f, "__wrapped__", f)
+            if inspect.isfunction(f) and f.__module__ == __name__:
+                for name, hint in f.__annotations__.items():
+                    f.__annotations__[name] = _Unquoted(hint)
 
 
 _unquote_annotations()
