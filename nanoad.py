@@ -3295,7 +3295,7 @@ class Module:
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         settings = [f"{name}={_brief(value)}" for name, value in vars(self).items()
-                    if name != "training" and _is_setting(value)]
+                    if name != "training" and _is_shown(value)]
         head = f"{type(self).__name__}({', '.join(settings)}"
 
         # (A layer of a Sequential, whose name is a number, may be a function.)
@@ -3653,9 +3653,8 @@ def _require_layer(i: int, layer: Any) -> None:
                         "Sequential(*layers)")
 
 
-# `repr` shows settings and shapes beside a module's name:
-def _is_setting(value: Any) -> bool:
-    """Whether an attribute is shown there."""
+def _is_shown(value: Any) -> bool:
+    """Whether `repr` shows an attribute beside its module's name."""
     if isinstance(value, tuple):
         return all(isinstance(n, (int, float)) for n in value)
     return isinstance(value, (Tensor, int, float, str))
@@ -3898,7 +3897,7 @@ class Optimizer:
         Raises KeyError if names differ, ValueError if shapes do.
         """
         state = dict(state)
-        # (A file of nanoad 1 has one number for all parameters.)
+        # (A file of the version before this one has one number for all parameters.)
         if "steps" in state and np.ndim(state["steps"]) == 0:
             state["steps"] = np.full(len(self.params), state["steps"])
         what = f"{type(self).__name__}.load_state_dict"
@@ -3995,8 +3994,8 @@ class Adam(Optimizer):
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     # This is `naive_adam`, in place. With c and root as below, its step is the first of
-    # these lines. Both sides of its division times root give the second, where c and
-    # root meet only numbers, and so cost no pass over an array:
+    # these lines. Multiply numerator and denominator by root, and take the numbers to
+    # the front. In the second line, c and root meet no array:
     #
     #     lr * (mean / c) / (sqrt(square) / root + eps)
     #     = (lr * root / c) * (mean / (sqrt(square) + eps * root))
@@ -4267,7 +4266,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         g = g.transpose(_BATCH_LAST).reshape(o, oh * ow * n)
         dx = dweight = dbias = None
         if wanted[0]:
-            shares = (matrix.T @ g).reshape(c, k, oh, ow, n)
+            shares = (matrix.T @ g).reshape(c, k, oh, ow, n)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
         if wanted[1]:  # g @ columns^T, as a transpose (see PRODUCTS, II.7)
@@ -4560,29 +4559,33 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each. Layer norm's kernel
-# subtracts the mean, and then the error of the mean. Here each of these would be a pass
-# over many images (see PASSES, II.7). So we subtract only a *guess*, which is the mean
-# of a few images. The `rest` is small, and loses no digits. Its own mean is the error
-# of the guess. Then the true mean, mu, and the variance are
+# The kernel sees the images as (N, C, P), with P pixels each. All means below are over
+# N and P: one number per channel. Layer norm's kernel centers in two passes: it
+# subtracts the mean, and then the error of the mean. Here a pass goes over many images,
+# and is slow (see PASSES, II.7). So there is only one. It subtracts a *guess* of the
+# mean, made from a few images, and its result tells all that is missing:
 #
-#     rest = x - guess,    error = mean(rest)
-#     mu = guess + error,  variance = mean(rest * rest) - error^2
+# 1. `rest = x - guess` is small, so it loses no digits.
+# 2. `gap = mean(rest)` is what the guess lacks. So the mean of x is `mu = guess + gap`.
+# 3. Since `rest = (x - mu) + gap`, and `x - mu` has the mean 0, `mean(rest * rest)` is
+#    the variance plus gap^2. So `variance = mean(rest * rest) - gap^2`.
+# 4. With `x - mu = rest - gap`, the result `(x - mu) / s * weight + bias` is
+#    `rest * scale + shift`, where `scale = weight / s` and `shift = bias - gap * scale`.
 #
-# (As `rest = (x - mu) + error`, and `x - mu` has the mean 0, the mean of `rest * rest`
-# is the variance plus error^2.) No pass subtracts the error. It goes into the shift:
+# If a channel is [3 5 7 9], and the guess 3, then `rest` is [0 2 4 6], its mean is 3,
+# mu is 6, and the variance is (0 + 4 + 16 + 36) / 4 - 3^2 = 5.
 #
-#     y = (rest - error) / s * weight + bias
-#       = rest * scale + shift,    scale = weight / s,    shift = bias - error * scale
+# Backward, x receives `(h - mean(h) - xhat * mean(h * xhat)) / s`, where h is
+# `g * weight`:
 #
-# Backward, h is `g * weight`. As the weight is one number per channel, it can be taken
-# out of the means of h. As xhat is `centred / s`, with `centred = x - mu`, so can s:
+# 5. The weight is one number per channel, and can be taken out of each term. This gives
+#    `dx = (g - mean(g) - xhat * mean(g * xhat)) * scale`.
+# 6. Let `centred = x - mu`. Since `xhat = centred / s`, the last term in the brackets
+#    is `centred * slope`, where `slope = mean(g * xhat) / s`.
 #
-#     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
-#        = (g - mean(g) - centred * slope) * scale,    slope = mean(g * xhat) / s
-#
-# Two helpers follow the kernel. `_channel_sums` adds up each channel of an array, or of
-# a product of two. `_spread` lets one number per channel broadcast with the images.
+# Three helpers stand behind the kernel. `_channel_sums` adds up each channel of an
+# array, or of a product of two. `_spread` lets one number per channel broadcast with
+# the images. `_batch_norm_dx` computes dx by step 6.
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4593,10 +4596,10 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     some = x[:math.ceil(len(x) / 16)]  # the first sixteenth of the images
     guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are the next
-    rest = x - _spread(guess, x)  # (N, C, P)
-    error = _channel_sums(rest) / n
-    mu = guess + error
-    variance = _channel_sums(rest, rest) / n - error * error
+    rest = x - _spread(guess, x)  # (N, C, P), step 1
+    gap = _channel_sums(rest) / n  # step 2
+    mu = guess + gap
+    variance = _channel_sums(rest, rest) / n - gap * gap  # step 3
     variance = np.maximum(variance, 0)  # rounding may take it below 0
 
     unbiased = variance * (n / (n - 1))
@@ -4605,8 +4608,8 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    shift = bias - error * scale
-    y = rest  # in place
+    shift = bias - gap * scale
+    y = rest  # step 4, in place
     y *= _spread(scale, x)
     y += _spread(shift, x)
 
@@ -4622,25 +4625,11 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     return y.reshape(shape), pullback
 
 
-def _batch_norm_dx(g, centred, mean_g, slope, scale):
-    """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
-    dx = centred
-    minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
-    # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
-    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK * len(dx) // dx.size)
-    for i in range(0, len(dx), step):
-        some = dx[i:i + step]
-        some *= minus_slope
-        some += g[i:i + step]
-        some -= mean_g
-        some *= scale
-    return dx
-
-
-# How good is the guess? It is the mean of a sixteenth of the images. So their mean
-# square distance from mu is at least error^2, and that of all images, the variance, is
-# at least error^2 / 16. Then the mean of `rest * rest`, which is the variance plus
-# error^2, is at most 17 variances. Subtracting error^2 loses little more than one digit.
+# How good is the guess? In the images that it was made from, `x - mu` has the mean
+# `guess - mu`, which is -gap. A mean of squares is at least the square of the mean. So
+# `(x - mu)^2` has there a mean of at least gap^2. These are a sixteenth of all images.
+# So the variance is at least gap^2 / 16, and `mean(rest * rest)`, the variance plus
+# gap^2, is at most 17 variances. Step 3 loses little more than one digit.
 #
 # Sums need care, too. A float32 that has grown large loses what is added to it. So a
 # channel is not added up in one run of a million numbers: first the images are, up to
@@ -4667,6 +4656,21 @@ def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
 def _is_batch_last(x: np.ndarray) -> bool:
     """Whether images of one channel lie closer in memory than channels of one image."""
     return x.strides[0] < x.strides[1]
+
+
+def _batch_norm_dx(g, centred, mean_g, slope, scale):
+    """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
+    dx = centred
+    minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
+    # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
+    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK * len(dx) // dx.size)
+    for i in range(0, len(dx), step):
+        some = dx[i:i + step]
+        some *= minus_slope
+        some += g[i:i + step]
+        some -= mean_g
+        some *= scale
+    return dx
 
 
 @_in_float32
@@ -4872,7 +4876,8 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
         dheads = _heads(dqkv, num_heads)
         for group, result in zip(groups, results):
             q, k, v = heads[:, group]
-            _attend_back(g[group], q, k, v, *result, out=dheads[:, group])
+            dq, dk, dv = dheads[:, group]  # views, which are written to
+            _attend_back(g[group], q, k, v, *result, out=(dq, dk, dv))
         return (dqkv,)
 
     return _merge(y), pullback
@@ -5483,7 +5488,8 @@ class DataParallel:
         _keep_freed_memory(self)  # as an optimizer does
         self._layout = _Layout(self._params)
         # The team has the workers; a worker leaves its gradient in its `flats`. (IV.5)
-        self._team = _Team(self._params, self._layout, self.processes, self._answer)
+        self._team = _Team(self._params, self._layout, self.processes,
+                           self._compute_share)
 
     def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
         """Put the gradient of the batch's mean loss in each `.grad`; return that loss.
@@ -5592,7 +5598,7 @@ class DataParallel:
         """The answer of the parent's share, or its exception."""
         try:
             self._require_same_parameters()  # now, while the workers compute
-            return self._answer(0, job, pieces)
+            return self._compute_share(0, job, pieces)
         except Exception as error:
             return error
 
@@ -5605,7 +5611,7 @@ class DataParallel:
 
     # All processes run the methods below. The parent's share is number 0.
 
-    def _answer(self, share: int, job: _Job, pieces: list | None) -> Any:
+    def _compute_share(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job. A gradient goes into `pieces` (else None)."""
         if share > 0:
             self._take_state(*job.state)
