@@ -4531,7 +4531,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
         g_xhat = g * xhat
-        dweight = _row_sum(g_xhat.T)[:, 0]
+        dweight = _row_sum(g_xhat.T)[:, 0]  # (n,), the sum of each column
         dbias = _row_sum(g.T)[:, 0]
         # As h = g * weight, the sum of h over each row is the product g @ weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
@@ -4583,9 +4583,8 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # 6. Let `centred = x - mu`. Since `xhat = centred / s`, the last term in the brackets
 #    is `centred * slope`, where `slope = mean(g * xhat) / s`.
 #
-# Three helpers stand behind the kernel. `_channel_sums` adds up each channel of an
-# array, or of a product of two. `_spread` lets one number per channel broadcast with
-# the images. `_batch_norm_dx` computes dx by step 6.
+# Below the kernel, `_channel_sums` adds up each channel of an array, or of a product of
+# two, and `_spread` lets one number per channel broadcast with the images.
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4619,7 +4618,7 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
         dbias = _channel_sums(g)
         dweight = _channel_sums(g, centred) * inverse  # the sum of g * xhat
         slope = dweight / n * inverse
-        dx = _batch_norm_dx(g, centred, dbias / n, slope, scale)
+        dx = _batch_norm_dx(g, centred, dbias / n, slope, scale)  # steps 5 and 6
         return dx.reshape(shape), dweight, dbias
 
     return y.reshape(shape), pullback
@@ -4663,7 +4662,7 @@ def _batch_norm_dx(g, centred, mean_g, slope, scale):
     dx = centred
     minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
     # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
-    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK * len(dx) // dx.size)
+    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK // dx[0].size)
     for i in range(0, len(dx), step):
         some = dx[i:i + step]
         some *= minus_slope
@@ -4694,19 +4693,18 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
     Raises ValueError for other shapes, TypeError for running statistics that are not
     arrays of floats. (Ioffe and Szegedy, 2015)
     """
-    x = as_tensor(x)
+    x, weight, bias = as_tensor(x), as_tensor(weight), as_tensor(bias)
     running_mean, running_var = _value(running_mean), _value(running_var)
-    _check_batch_norm(x, running_mean, running_var, len(weight), training)
+    _check_batch_norm(x, running_mean, running_var, weight, bias, training)
     if training:
         return _batch_norm(x, weight, bias, eps, (running_mean, running_var), momentum)
-    weight, bias = as_tensor(weight), as_tensor(bias)
     return _batch_norm_in_evaluation(x, weight, bias, running_mean=running_mean,
                                      running_var=running_var, eps=eps)
 
 
-def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
-                      training: bool) -> None:
-    """Raise an error if these arguments do not fit a weight of c numbers."""
+def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, weight: Tensor,
+                      bias: Tensor, training: bool) -> None:
+    c = weight.size
     if x.ndim < 2 or x.shape[1] != c:
         raise ValueError(f"batch_norm: needs (N, C, ...) with C = {c}, the length of "
                          f"the weight, and not {x.shape}")
@@ -4714,10 +4712,12 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
         raise ValueError(f"batch_norm: {x.shape} has one value per channel, or none, "
                          "which is too few to train on; give a larger batch, or "
                          "training=False")
-    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+    running = {"running_mean": running_mean, "running_var": running_var}
+    for name, array in running.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             raise TypeError(f"batch_norm: {name} is written to, so it must be an array "
                             f"of floats, not {array!r:.60}")
+    for name, array in dict(running, weight=weight, bias=bias).items():
         if array.shape != (c,):
             raise ValueError(f"batch_norm: {name} has shape {array.shape}, not ({c},)")
 
@@ -4796,8 +4796,8 @@ def _attend(q, k, v, is_causal, out=None):
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
-    dz = g @ _mT(v)  # first dP, (..., T, S), which becomes dZ in place
-    dz -= _row_dot(g, y)  # d
+    dz = g @ _mT(v)  # step 1: dP, (..., T, S), which becomes dZ in place
+    dz -= _row_dot(g, y)  # step 2: less d
     dz *= p
     dq = np.matmul(dz, k * scale, out=out[0])
     dk = np.matmul(_mT(dz), q * scale, out=out[1])
@@ -5559,7 +5559,7 @@ class DataParallel:
         first, *others = self._jobs(kind, arrays, stream)  # step 1
         busy = self._team.workers[:len(others)]
         try:
-            self._team.copy_moved_parameters()
+            self._team.copy_moved_parameters()  # if `.data` is another array by now
             for worker, job in zip(busy, others):
                 worker.send(job)
             answers = [self._try_first_share(first, pieces)]  # step 2
