@@ -4575,13 +4575,12 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # If a channel is [3 5 7 9], and the guess 3, then `rest` is [0 2 4 6], its mean is 3,
 # mu is 6, and the variance is (0 + 4 + 16 + 36) / 4 - 3^2 = 5.
 #
-# Backward, x receives `(h - mean(h) - xhat * mean(h * xhat)) / s`, where h is
-# `g * weight`:
+# Backward, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * weight`:
 #
-# 5. The weight is one number per channel, and can be taken out of each term. This gives
-#    `dx = (g - mean(g) - xhat * mean(g * xhat)) * scale`.
-# 6. Let `centred = x - mu`. Since `xhat = centred / s`, the last term in the brackets
-#    is `centred * slope`, where `slope = mean(g * xhat) / s`.
+# 5. The weight is one number per channel, and can be taken out of each term. So dx is
+#    `(g - mean(g) - xhat * mean(g * xhat)) * scale`.
+# 6. Since `xhat = centred / s`, with `centred = x - mu`, this is
+#    `(g - mean(g) - centred * slope) * scale`, where `slope = mean(g * xhat) / s`.
 #
 # Below the kernel, `_channel_sums` adds up each channel of an array, or of a product of
 # two, and `_spread` lets one number per channel broadcast with the images.
@@ -4625,8 +4624,8 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
 
 # How good is the guess? In the images that it was made from, `x - mu` has the mean
-# `guess - mu`, which is -gap. A mean of squares is at least the square of the mean. So
-# `(x - mu)^2` has there a mean of at least gap^2. These are a sixteenth of all images.
+# `guess - mu`, which is -gap. A mean of squares is at least the square of the mean, so
+# `(x - mu)^2` has a mean of at least gap^2 there. These are a sixteenth of all images.
 # So the variance is at least gap^2 / 16, and `mean(rest * rest)`, the variance plus
 # gap^2, is at most 17 variances. Step 3 loses little more than one digit.
 #
@@ -5001,9 +5000,8 @@ def _check_share(name: str, p: float) -> None:
 #         x = x + mlp(layer_norm(x))                   (B, T, C)
 #     scores = layer_norm(x) @ (rows of all tokens)^T  (B, T, V)
 #
-# This is nearly the decoder of "Language Models are Unsupervised Multitask Learners"
-# (Radford and others, 2019). (The attention of GPT-2 also has biases, and dropout on
-# its weights.) The modules below are these lines.
+# The modules below are these lines. They are nearly GPT-2 (Radford and others, 2019),
+# whose attention also has biases, and dropout on its weights.
 
 
 class MultiHeadAttention(Module):
@@ -5280,15 +5278,11 @@ def _attend_cached(attn: MultiHeadAttention, x: Tensor, cache: np.ndarray,
 
 def _can_be_cached(gpt: GPT) -> bool:
     """Whether `_read_on` computes the same as the network's blocks."""
-    for block in gpt.blocks:
-        if not _computes(block, Block.forward):
-            return False
-        if not _computes(block.attn, MultiHeadAttention.forward):
-            return False
-        if not block.attn.is_causal:
-            return False
+    usual = [_computes(block, Block.forward)
+             and _computes(block.attn, MultiHeadAttention.forward)
+             and block.attn.is_causal for block in gpt.blocks]
     # `_read_on` picks the last position in the last block, so there has to be one.
-    return len(gpt.blocks) > 0
+    return len(usual) > 0 and all(usual)
 
 
 def _computes(module: Module, forward: Callable) -> bool:
