@@ -3889,7 +3889,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: the parameters' steps, lr, and the states."""
         states = {key: state.copy() for key, state in self._state.items()}
-        return {"steps": self.steps.copy(), "lr": self.lr, **states}
+        return {"steps": self.steps.copy(), "lr": float(self.lr), **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict.
@@ -4559,11 +4559,10 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each. All means below are over
-# N and P: one number per channel. Layer norm's kernel centers in two passes: it
-# subtracts the mean, and then the error of the mean. Here a pass goes over many images,
-# and is slow (see PASSES, II.7). So there is only one. It subtracts a *guess* of the
-# mean, made from a few images, and its result tells all that is missing:
+# The kernel sees the images as (N, C, P), with P pixels each. All means are over N and
+# P: one number per channel. Layer norm's kernel subtracts the mean, then the error of
+# the mean. Here each would be a pass over many images (see PASSES, II.7). So one pass
+# subtracts a *guess*, the mean of a few images, and its result tells what is missing:
 #
 # 1. `rest = x - guess` is small, so it loses no digits.
 # 2. `gap = mean(rest)` is what the guess lacks. So the mean of x is `mu = guess + gap`.
@@ -5280,7 +5279,8 @@ def _can_be_cached(gpt: GPT) -> bool:
     """Whether `_read_on` computes the same as the network's blocks."""
     usual = [_computes(block, Block.forward)
              and _computes(block.attn, MultiHeadAttention.forward)
-             and block.attn.is_causal for block in gpt.blocks]
+             and block.attn.is_causal
+             for block in gpt.blocks]
     # `_read_on` picks the last position in the last block, so there has to be one.
     return len(usual) > 0 and all(usual)
 

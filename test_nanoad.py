@@ -4986,6 +4986,12 @@ def test_a_state_that_was_saved_when_all_parameters_shared_one_count_is_understo
         optimizer.load_state_dict({**optimizer.state_dict(), "steps": np.zeros(3, int)})
 
 
+def test_an_optimizer_made_with_an_integer_lr_continues_with_a_fraction():
+    optimizer = nanoad.SGD(T(3), lr=1)
+    optimizer.load_state_dict(nanoad.SGD(T(3), lr=0.5).state_dict())
+    assert optimizer.lr == 0.5
+
+
 def sources(w):
     module = nn.Module()
     module.w = w
