@@ -4569,7 +4569,7 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 # 3. Since `rest = (x - mu) + gap`, and `x - mu` has the mean 0, `mean(rest * rest)` is
 #    the variance plus gap^2. So `variance = mean(rest * rest) - gap^2`.
 # 4. With `x - mu = rest - gap`, the result `(x - mu) / s * weight + bias` is
-#    `rest * scale + shift`, where `scale = weight / s` and `shift = bias - gap * scale`.
+#    `rest * scale + shift`, with `scale = weight / s`, `shift = bias - gap * scale`.
 #
 # If a channel is [3 5 7 9], and the guess 3, then `rest` is [0 2 4 6], its mean is 3,
 # mu is 6, and the variance is (0 + 4 + 16 + 36) / 4 - 3^2 = 5.
