@@ -3295,7 +3295,7 @@ class Module:
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         settings = [f"{name}={_brief(value)}" for name, value in vars(self).items()
-                    if name != "training" and _is_setting(value)]
+                    if name != "training" and _is_shown(value)]
         head = f"{type(self).__name__}({', '.join(settings)}"
 
         # (A layer of a Sequential, whose name is a number, may be a function.)
@@ -3653,9 +3653,8 @@ def _require_layer(i: int, layer: Any) -> None:
                         "Sequential(*layers)")
 
 
-# `repr` shows settings and shapes beside a module's name:
-def _is_setting(value: Any) -> bool:
-    """Whether an attribute is shown there."""
+def _is_shown(value: Any) -> bool:
+    """Whether `repr` shows an attribute beside its module's name."""
     if isinstance(value, tuple):
         return all(isinstance(n, (int, float)) for n in value)
     return isinstance(value, (Tensor, int, float, str))
@@ -3890,7 +3889,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: the parameters' steps, lr, and the states."""
         states = {key: state.copy() for key, state in self._state.items()}
-        return {"steps": self.steps.copy(), "lr": self.lr, **states}
+        return {"steps": self.steps.copy(), "lr": float(self.lr), **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict.
@@ -3898,7 +3897,7 @@ class Optimizer:
         Raises KeyError if names differ, ValueError if shapes do.
         """
         state = dict(state)
-        # (A file of nanoad 1 has one number for all parameters.)
+        # (A file of the version before this one has one number for all parameters.)
         if "steps" in state and np.ndim(state["steps"]) == 0:
             state["steps"] = np.full(len(self.params), state["steps"])
         what = f"{type(self).__name__}.load_state_dict"
@@ -3995,8 +3994,8 @@ class Adam(Optimizer):
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     # This is `naive_adam`, in place. With c and root as below, its step is the first of
-    # these lines. Both sides of its division times root give the second, where c and
-    # root meet only numbers, and so cost no pass over an array:
+    # these lines. Multiply numerator and denominator by root, and take the numbers to
+    # the front. In the second line, c and root meet no array:
     #
     #     lr * (mean / c) / (sqrt(square) / root + eps)
     #     = (lr * root / c) * (mean / (sqrt(square) + eps * root))
@@ -4267,7 +4266,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
         g = g.transpose(_BATCH_LAST).reshape(o, oh * ow * n)
         dx = dweight = dbias = None
         if wanted[0]:
-            shares = (matrix.T @ g).reshape(c, k, oh, ow, n)
+            shares = (matrix.T @ g).reshape(c, k, oh, ow, n)  # (C, kh kw, oh, ow, N)
             shares = shares.transpose(1, 4, 0, 2, 3)  # (kh kw, N, C, oh, ow)
             dx = _scatter_back(shares, padded, kernel, stride)[inside]
         if wanted[1]:  # g @ columns^T, as a transpose (see PRODUCTS, II.7)
@@ -4532,7 +4531,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tens
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(xhat.shape)
         g_xhat = g * xhat
-        dweight = _row_sum(g_xhat.T)[:, 0]
+        dweight = _row_sum(g_xhat.T)[:, 0]  # (n,), the sum of each column
         dbias = _row_sum(g.T)[:, 0]
         # As h = g * weight, the sum of h over each row is the product g @ weight.
         mean_h = np.dot(g, weight)[:, None] / n  # (rows, 1)
@@ -4560,29 +4559,30 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each. Layer norm's kernel
-# subtracts the mean, and then the error of the mean. Here each of these would be a pass
-# over many images (see PASSES, II.7). So we subtract only a *guess*, which is the mean
-# of a few images. The `rest` is small, and loses no digits. Its own mean is the error
-# of the guess. Then the true mean, mu, and the variance are
+# The kernel sees the images as (N, C, P), with P pixels each. All means are over N and
+# P: one number per channel. Layer norm's kernel subtracts the mean, then the error of
+# the mean. Here each would be a pass over many images (see PASSES, II.7). So one pass
+# subtracts a *guess*, the mean of a few images, and its result tells what is missing:
 #
-#     rest = x - guess,    error = mean(rest)
-#     mu = guess + error,  variance = mean(rest * rest) - error^2
+# 1. `rest = x - guess` is small, so it loses no digits.
+# 2. `gap = mean(rest)` is what the guess lacks. So the mean of x is `mu = guess + gap`.
+# 3. Since `rest = (x - mu) + gap`, and `x - mu` has the mean 0, `mean(rest * rest)` is
+#    the variance plus gap^2. So `variance = mean(rest * rest) - gap^2`.
+# 4. With `x - mu = rest - gap`, the result `(x - mu) / s * weight + bias` is
+#    `rest * scale + shift`, with `scale = weight / s`, `shift = bias - gap * scale`.
 #
-# (As `rest = (x - mu) + error`, and `x - mu` has the mean 0, the mean of `rest * rest`
-# is the variance plus error^2.) No pass subtracts the error. It goes into the shift:
+# If a channel is [3 5 7 9], and the guess 3, then `rest` is [0 2 4 6], its mean is 3,
+# mu is 6, and the variance is (0 + 4 + 16 + 36) / 4 - 3^2 = 5.
 #
-#     y = (rest - error) / s * weight + bias
-#       = rest * scale + shift,    scale = weight / s,    shift = bias - error * scale
+# Backward, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * weight`:
 #
-# Backward, h is `g * weight`. As the weight is one number per channel, it can be taken
-# out of the means of h. As xhat is `centred / s`, with `centred = x - mu`, so can s:
+# 5. The weight is one number per channel, and can be taken out of each term. So dx is
+#    `(g - mean(g) - xhat * mean(g * xhat)) * scale`.
+# 6. Since `xhat = centred / s`, with `centred = x - mu`, this is
+#    `(g - mean(g) - centred * slope) * scale`, where `slope = mean(g * xhat) / s`.
 #
-#     dx = (g - mean(g) - xhat * mean(g * xhat)) * weight / s
-#        = (g - mean(g) - centred * slope) * scale,    slope = mean(g * xhat) / s
-#
-# Two helpers follow the kernel. `_channel_sums` adds up each channel of an array, or of
-# a product of two. `_spread` lets one number per channel broadcast with the images.
+# Below the kernel, `_channel_sums` adds up each channel of an array, or of a product of
+# two, and `_spread` lets one number per channel broadcast with the images.
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4593,10 +4593,10 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     some = x[:math.ceil(len(x) / 16)]  # the first sixteenth of the images
     guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are the next
-    rest = x - _spread(guess, x)  # (N, C, P)
-    error = _channel_sums(rest) / n
-    mu = guess + error
-    variance = _channel_sums(rest, rest) / n - error * error
+    rest = x - _spread(guess, x)  # (N, C, P), step 1
+    gap = _channel_sums(rest) / n  # step 2
+    mu = guess + gap
+    variance = _channel_sums(rest, rest) / n - gap * gap  # step 3
     variance = np.maximum(variance, 0)  # rounding may take it below 0
 
     unbiased = variance * (n / (n - 1))
@@ -4605,8 +4605,8 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    shift = bias - error * scale
-    y = rest  # in place
+    shift = bias - gap * scale
+    y = rest  # step 4, in place
     y *= _spread(scale, x)
     y += _spread(shift, x)
 
@@ -4616,31 +4616,17 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
         dbias = _channel_sums(g)
         dweight = _channel_sums(g, centred) * inverse  # the sum of g * xhat
         slope = dweight / n * inverse
-        dx = _batch_norm_dx(g, centred, dbias / n, slope, scale)
+        dx = _batch_norm_dx(g, centred, dbias / n, slope, scale)  # steps 5 and 6
         return dx.reshape(shape), dweight, dbias
 
     return y.reshape(shape), pullback
 
 
-def _batch_norm_dx(g, centred, mean_g, slope, scale):
-    """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
-    dx = centred
-    minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
-    # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
-    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK * len(dx) // dx.size)
-    for i in range(0, len(dx), step):
-        some = dx[i:i + step]
-        some *= minus_slope
-        some += g[i:i + step]
-        some -= mean_g
-        some *= scale
-    return dx
-
-
-# How good is the guess? It is the mean of a sixteenth of the images. So their mean
-# square distance from mu is at least error^2, and that of all images, the variance, is
-# at least error^2 / 16. Then the mean of `rest * rest`, which is the variance plus
-# error^2, is at most 17 variances. Subtracting error^2 loses little more than one digit.
+# How good is the guess? In the images that it was made from, `x - mu` has the mean
+# `guess - mu`, which is -gap. A mean of squares is at least the square of the mean, so
+# `(x - mu)^2` has a mean of at least gap^2 there. These are a sixteenth of all images.
+# So the variance is at least gap^2 / 16, and `mean(rest * rest)`, the variance plus
+# gap^2, is at most 17 variances. Step 3 loses little more than one digit.
 #
 # Sums need care, too. A float32 that has grown large loses what is added to it. So a
 # channel is not added up in one run of a million numbers: first the images are, up to
@@ -4669,6 +4655,21 @@ def _is_batch_last(x: np.ndarray) -> bool:
     return x.strides[0] < x.strides[1]
 
 
+def _batch_norm_dx(g, centred, mean_g, slope, scale):
+    """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
+    dx = centred
+    minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
+    # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
+    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK // dx[0].size)
+    for i in range(0, len(dx), step):
+        some = dx[i:i + step]
+        some *= minus_slope
+        some += g[i:i + step]
+        some -= mean_g
+        some *= scale
+    return dx
+
+
 @_in_float32
 def _batch_norm_in_evaluation(x, weight, bias, *, running_mean, running_var, eps):
     """batch_norm in evaluation: `x * scale + shift`, from the running statistics."""
@@ -4690,19 +4691,18 @@ def batch_norm(x: Any, running_mean: np.ndarray, running_var: np.ndarray, weight
     Raises ValueError for other shapes, TypeError for running statistics that are not
     arrays of floats. (Ioffe and Szegedy, 2015)
     """
-    x = as_tensor(x)
+    x, weight, bias = as_tensor(x), as_tensor(weight), as_tensor(bias)
     running_mean, running_var = _value(running_mean), _value(running_var)
-    _check_batch_norm(x, running_mean, running_var, len(weight), training)
+    _check_batch_norm(x, running_mean, running_var, weight, bias, training)
     if training:
         return _batch_norm(x, weight, bias, eps, (running_mean, running_var), momentum)
-    weight, bias = as_tensor(weight), as_tensor(bias)
     return _batch_norm_in_evaluation(x, weight, bias, running_mean=running_mean,
                                      running_var=running_var, eps=eps)
 
 
-def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
-                      training: bool) -> None:
-    """Raise an error if these arguments do not fit a weight of c numbers."""
+def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, weight: Tensor,
+                      bias: Tensor, training: bool) -> None:
+    c = weight.size
     if x.ndim < 2 or x.shape[1] != c:
         raise ValueError(f"batch_norm: needs (N, C, ...) with C = {c}, the length of "
                          f"the weight, and not {x.shape}")
@@ -4710,10 +4710,12 @@ def _check_batch_norm(x: Tensor, running_mean: Any, running_var: Any, c: int,
         raise ValueError(f"batch_norm: {x.shape} has one value per channel, or none, "
                          "which is too few to train on; give a larger batch, or "
                          "training=False")
-    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+    running = {"running_mean": running_mean, "running_var": running_var}
+    for name, array in running.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             raise TypeError(f"batch_norm: {name} is written to, so it must be an array "
                             f"of floats, not {array!r:.60}")
+    for name, array in dict(running, weight=weight, bias=bias).items():
         if array.shape != (c,):
             raise ValueError(f"batch_norm: {name} has shape {array.shape}, not ({c},)")
 
@@ -4792,8 +4794,8 @@ def _attend(q, k, v, is_causal, out=None):
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
-    dz = g @ _mT(v)  # first dP, (..., T, S), which becomes dZ in place
-    dz -= _row_dot(g, y)  # d
+    dz = g @ _mT(v)  # step 1: dP, (..., T, S), which becomes dZ in place
+    dz -= _row_dot(g, y)  # step 2: less d
     dz *= p
     dq = np.matmul(dz, k * scale, out=out[0])
     dk = np.matmul(_mT(dz), q * scale, out=out[1])
@@ -4872,7 +4874,8 @@ def causal_self_attention(qkv: Any, num_heads: int) -> Tensor:
         dheads = _heads(dqkv, num_heads)
         for group, result in zip(groups, results):
             q, k, v = heads[:, group]
-            _attend_back(g[group], q, k, v, *result, out=dheads[:, group])
+            dq, dk, dv = dheads[:, group]  # views, which are written to
+            _attend_back(g[group], q, k, v, *result, out=(dq, dk, dv))
         return (dqkv,)
 
     return _merge(y), pullback
@@ -4996,9 +4999,8 @@ def _check_share(name: str, p: float) -> None:
 #         x = x + mlp(layer_norm(x))                   (B, T, C)
 #     scores = layer_norm(x) @ (rows of all tokens)^T  (B, T, V)
 #
-# This is nearly the decoder of "Language Models are Unsupervised Multitask Learners"
-# (Radford and others, 2019). (The attention of GPT-2 also has biases, and dropout on
-# its weights.) The modules below are these lines.
+# The modules below are these lines. They are nearly GPT-2 (Radford and others, 2019),
+# whose attention also has biases, and dropout on its weights.
 
 
 class MultiHeadAttention(Module):
@@ -5275,15 +5277,12 @@ def _attend_cached(attn: MultiHeadAttention, x: Tensor, cache: np.ndarray,
 
 def _can_be_cached(gpt: GPT) -> bool:
     """Whether `_read_on` computes the same as the network's blocks."""
-    for block in gpt.blocks:
-        if not _computes(block, Block.forward):
-            return False
-        if not _computes(block.attn, MultiHeadAttention.forward):
-            return False
-        if not block.attn.is_causal:
-            return False
+    usual = [_computes(block, Block.forward)
+             and _computes(block.attn, MultiHeadAttention.forward)
+             and block.attn.is_causal
+             for block in gpt.blocks]
     # `_read_on` picks the last position in the last block, so there has to be one.
-    return len(gpt.blocks) > 0
+    return len(usual) > 0 and all(usual)
 
 
 def _computes(module: Module, forward: Callable) -> bool:
@@ -5483,7 +5482,8 @@ class DataParallel:
         _keep_freed_memory(self)  # as an optimizer does
         self._layout = _Layout(self._params)
         # The team has the workers; a worker leaves its gradient in its `flats`. (IV.5)
-        self._team = _Team(self._params, self._layout, self.processes, self._answer)
+        self._team = _Team(self._params, self._layout, self.processes,
+                           self._compute_share)
 
     def __call__(self, *arrays: Any, stream: Iterable[int] = ()) -> float:
         """Put the gradient of the batch's mean loss in each `.grad`; return that loss.
@@ -5553,7 +5553,7 @@ class DataParallel:
         first, *others = self._jobs(kind, arrays, stream)  # step 1
         busy = self._team.workers[:len(others)]
         try:
-            self._team.copy_moved_parameters()
+            self._team.copy_moved_parameters()  # if `.data` is another array by now
             for worker, job in zip(busy, others):
                 worker.send(job)
             answers = [self._try_first_share(first, pieces)]  # step 2
@@ -5592,7 +5592,7 @@ class DataParallel:
         """The answer of the parent's share, or its exception."""
         try:
             self._require_same_parameters()  # now, while the workers compute
-            return self._answer(0, job, pieces)
+            return self._compute_share(0, job, pieces)
         except Exception as error:
             return error
 
@@ -5605,7 +5605,7 @@ class DataParallel:
 
     # All processes run the methods below. The parent's share is number 0.
 
-    def _answer(self, share: int, job: _Job, pieces: list | None) -> Any:
+    def _compute_share(self, share: int, job: _Job, pieces: list | None) -> Any:
         """The answer to a job. A gradient goes into `pieces` (else None)."""
         if share > 0:
             self._take_state(*job.state)

@@ -4987,6 +4987,12 @@ def test_a_state_that_was_saved_when_all_parameters_shared_one_count_is_understo
         optimizer.load_state_dict({**optimizer.state_dict(), "steps": np.zeros(3, int)})
 
 
+def test_an_optimizer_made_with_an_integer_lr_continues_with_a_fraction():
+    optimizer = nanoad.SGD(T(3), lr=1)
+    optimizer.load_state_dict(nanoad.SGD(T(3), lr=0.5).state_dict())
+    assert optimizer.lr == 0.5
+
+
 def sources(w):
     module = nn.Module()
     module.w = w
@@ -9415,6 +9421,10 @@ WRONG = [
      "batch_norm & running_mean & array of floats"),
     (lambda: F.batch_norm(MAT, VEC, np.ones(3, int), VEC, VEC), TypeError,
      "running_var & array of floats"),
+    (lambda: F.batch_norm(MAT, VEC, VEC, VEC[:, None], VEC), ValueError,
+     "weight & (3, 1) & (3,)"),
+    (lambda: F.batch_norm(MAT, VEC, VEC, VEC, VEC[:1], training=True), ValueError,
+     "bias & (1,) & (3,)"),
     (lambda: F.batch_norm(MAT, VEC, np.ones(1), VEC, VEC), ValueError,
      "running_var & (1,), not (3,)"),
     (lambda: F.batch_norm(VEC, VEC, VEC, VEC, VEC), ValueError, "(N, C, ...) & (3,)"),
