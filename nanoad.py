@@ -457,10 +457,10 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
 
 # ## I.5 The real walk: what does care add?
 #
-# **The walk** is the naive one with a heap instead of `max`. (Python's heap gives out the
-# smallest number, so it holds the negative times.) It does not recurse, for a tape may be
-# a million operations deep. A time serves as a tensor's name, since no two tensors have
-# the same. Its cares A to D are explained below. `route` says what to
+# **The walk** is the naive one with a heap instead of `max`. (Python's heap gives out
+# the smallest number, so it holds the negative times.) It does not recurse, for a tape
+# may be a million operations deep. A time serves as a tensor's name, since no two
+# tensors have the same. Its cares A to D are explained below. `route` says what to
 # visit; until you come to it, read it as None, which means everything.
 
 
@@ -890,11 +890,10 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #
 # `check_grad` compares the first derivative with differences of the function, then the
 # second with differences of the first, and so on, up to `order`. The slope of a
-# function by one element x is nearly its *central difference*,
-# `(f(x + h) - f(x - h)) / 2h`, with a small h. What the Taylor series has beyond the
-# slope makes an error of some h^2, and rounding makes one of some 1e-16 / h. With
-# h = 1e-5 (`eps`), neither exceeds some 1e-10. A wrong rule is wrong by far more than
-# `rtol`, 1e-5.
+# function by one element x is nearly its *central difference*, `(f(x + h) - f(x - h)) /
+# 2h`, with a small h. What the Taylor series has beyond the slope makes an error of
+# some h^2, and rounding makes one of some 1e-16 / h. With h = 1e-5 (`eps`), neither
+# exceeds some 1e-10. A wrong rule is wrong by far more than `rtol`, 1e-5.
 #
 # A function that returns an array is tested as one number, a weighted sum of its
 # elements. The weights are random: the plain sum of a softmax is 1 whatever x is, so a
@@ -1136,8 +1135,8 @@ def astype(x: Any, dtype: Any) -> Tensor:
 
 # ### One word each: where would calculus alone go wrong?
 #
-# *Remainders.* Between its jumps, floor(a/b) is a constant. So the remainder
-# `a - b floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod has trunc for floor.)
+# *Remainders.* Between its jumps, floor(a/b) is a constant. So the remainder `a - b
+# floor(a/b)` has slope 1 by a, and -floor(a/b) by b. (fmod has trunc for floor.)
 mod = _define("mod", np.remainder,
               lambda g, y, a, b: g,
               lambda g, y, a, b: -g * (a // b))
@@ -1827,8 +1826,8 @@ def _axes(name: str, x: Any, axis: int | tuple | None) -> tuple[int, ...]:
 # ### Quantiles: which elements is one made of?
 #
 # A quantile is made of two neighbours in sorted order. To learn which two, we ask NumPy
-# for the same quantile of the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and
-# q = 0.75. The quantile of the places 0 to 3 is 2.25. So that of 10, 20, 40, 80 lies a
+# for the same quantile of the places 0, 1, ..., n - 1. Take 40, 10, 80, 20 and q =
+# 0.75. The quantile of the places 0 to 3 is 2.25. So that of 10, 20, 40, 80 lies a
 # quarter of the way from place 2 to place 3: it is `0.75 * 40 + 0.25 * 80`. Sorting,
 # indexing and products have rules, so nothing else is needed:
 #
@@ -2994,8 +2993,8 @@ def binary_cross_entropy_with_logits(logits: Any, target: Any) -> Tensor:
                       formula=lambda x, t: t * softplus(-x) + (1 - t) * softplus(x))
 
 
-# If the network gives a probability p instead of a score, the loss is
-# `-t log(p) - (1 - t) log(1 - p)`, whose derivative by p is
+# If the network gives a probability p instead of a score, the loss is `-t log(p) - (1 -
+# t) log(1 - p)`, whose derivative by p is
 #
 #     -t / p + (1 - t) / (1 - p) = (-t (1 - p) + (1 - t) p) / (p (1 - p))
 #                                = (p - t) / (p (1 - p))
@@ -4470,9 +4469,9 @@ def _check_conv2d(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) ->
 #    symmetric. So its transpose, which takes h back to x, does the same to h.
 #
 # **Layer norm** normalizes each row, along the last axis. **Batch norm** normalizes
-# each channel over the whole batch: an array (N, C) along axis 0, and images
-# (N, C, H, W) along the axes (0, 2, 3). Both then scale and shift by a learned weight
-# and bias. For an array (N, C), the kernels would be these lines, without care:
+# each channel over the whole batch: an array (N, C) along axis 0, and images (N, C, H,
+# W) along the axes (0, 2, 3). Both then scale and shift by a learned weight and bias.
+# For an array (N, C), the kernels would be these lines, without care:
 #
 #     >>> def naive_norm(x, weight, bias, axis):  # (N, C), (C,), (C,)
 #     ...     xhat, s = normalize(x, axis)
