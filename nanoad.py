@@ -200,7 +200,7 @@ def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
 
 
 def as_tensor(data: Any) -> Tensor:
-    """`data` if it is a Tensor, else a constant, not copied; a list of Tensors stacked."""
+    """`data` if it is a Tensor, else a constant, not copied; Tensors in a list stacked."""
     if isinstance(data, Tensor):
         return data
     if _holds_tensor(data):
@@ -672,8 +672,8 @@ def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
     """The cotangents that reach `inputs`, to keep; zeros where none does."""
     reached = _walk_to(inputs, seeds, create_graph, retain_graph, route)
     with _mode.set(recording=create_graph):
-        return [_to_keep(t, reached[t]) if t in reached else _wrap(np.zeros_like(t._data))
-                for t in inputs]
+        return [_to_keep(t, reached[t]) if t in reached
+                else _wrap(np.zeros_like(t._data)) for t in inputs]
 
 
 def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = False,
@@ -2699,8 +2699,8 @@ def _by_position(operation: Callable, args: tuple, settings: dict) -> tuple[tupl
             known = "have no names: give by position"
             if operand_names:
                 known = f"are {', '.join(operand_names)}, each once"
-            raise TypeError(f"{operation.__name__}: has no place for an operand {name!r}; "
-                            f"its operands {known}")
+            raise TypeError(f"{operation.__name__}: has no place for an operand "
+                            f"{name!r}; its operands {known}")
     return args, settings
 
 
@@ -2812,10 +2812,10 @@ def _compute(operation: Callable, forward: Callable, args: tuple,
         if isinstance(a, Tensor):
             tracked = tracked or a.requires_grad
             if a._checksum is not None:
-                _renew_checksum(a)  # somebody has the array, and may have changed it (IV.1)
+                _renew_checksum(a)  # its array was handed out (IV.1)
             a = a._data
         arrays.append(a)
-    if tracked and len(args) > operation.arity:  # (the usual call may have settings, too)
+    if tracked and len(args) > operation.arity:  # the usual call may have settings, too
         for a in args[operation.arity:]:
             _admit_setting(operation.__name__, a)
 
@@ -5697,9 +5697,9 @@ def _check_unwritten(a: Tensor, t: Tensor) -> None:
     if a._checksum is not None:
         _renew_checksum(a)  # (below)
     if a._written > t._time:
-        raise RuntimeError(f"{t._op.__name__}: data of {a.label or 'a Tensor'} {a.shape} was "
-                           "changed between forward and backward; call backward first, "
-                           "then write")
+        raise RuntimeError(f"{t._op.__name__}: data of {a.label or 'a Tensor'} {a.shape} "
+                           "was changed between forward and backward; call backward "
+                           "first, then write")
 
 
 # **What if NumPy writes?** NumPy can write to an array that was handed out (`x.data`),
@@ -6201,7 +6201,8 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
     rows = []
     for unit in np.eye(y.size).reshape(y.size, *y.shape):
         seeds = _seeds(run.name, [y], [unit], run.somebody_may_ask)
-        row = _gradients(seeds, run.inputs, run.somebody_may_ask, retain_graph=True, route=route)
+        row = _gradients(seeds, run.inputs, run.somebody_may_ask, retain_graph=True,
+                         route=route)
         rows.append(row)
     jacobians = []
     for i, x in enumerate(run.inputs):
