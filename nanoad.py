@@ -100,7 +100,7 @@ class Tensor:
         "requires_grad",  # whether it is tracked
         "_grad",          # the gradient that `backward` left here, a Tensor, or None
         "label",          # a name, for pictures and messages
-        "_time",          # when it was made, by a counter: operands come before results
+        "_time",          # when it was made: operands come before results
         "_op",            # the operation that made it; None for a leaf
         "_operands",      # its arguments by position; () for a leaf, None if let go
         "_settings",      # its arguments by name, such as axis=0
@@ -580,7 +580,7 @@ class _Route(NamedTuple):
 
     times: set[int]      # of all tensors on the route
     through: set[int]    # of those among them that have an operand on the route
-    older: list[Tensor]  # the tracked tensors beyond the horizon that the search met
+    older: list[Tensor]  # the tracked ones that the search met beyond the horizon
 
 
 def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
@@ -658,7 +658,7 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     _require_tracked("gradients", inputs)
     seed = _first_cotangent("gradients", output, grad, create_graph)
     slopes = _gradients([(output, seed)], inputs, create_graph, retain_graph)
-    if len(set(inputs)) < len(inputs):  # one was asked for twice: a gradient for each
+    if len(set(inputs)) < len(inputs):  # asked for twice: a gradient for each
         slopes = [_copy(slope) for slope in slopes]
     return tuple(slopes)
 
@@ -1859,7 +1859,7 @@ def quantile(x: Any, q: Any, axis: int | tuple | None = None, *, method: str = "
 
     # Here x was (2, n, 3), axis is 1, and q is (5,):
     y = _at_places(sort(x, -1), place)  # (2, 3, 5)
-    if keepdims:  # `axes` count from the front; q's, behind, do not disturb them
+    if keepdims:  # (`axes` count from the front, q's is the last)
         y = expand_dims(y, axes)  # (2, 1, 3, 5)
     last_axes = tuple(range(-place.ndim, 0))
     return moveaxis(y, last_axes, tuple(range(place.ndim)))  # (5, 2, 1, 3)
@@ -2377,7 +2377,7 @@ def _pull_fused(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> Se
 
 def _pull_by_definition(t: Tensor, g: Tensor, wanted: list[bool]) -> list:
     """What each wanted operand receives, as Tensors with a tape of their own."""
-    arguments = list(t._operands)  # the operands, then the settings given by position
+    arguments = list(t._operands)  # and settings given by position
     for i, is_wanted in enumerate(wanted):
         if is_wanted:
             arguments[i] = identity(arguments[i])
@@ -4224,7 +4224,7 @@ def _conv2d_definition(x, weight, bias=None, stride=1, padding=0):
 #
 # In backward, the weight receives `g @ columns^T`. The columns receive `weight^T @ g`,
 # which is scattered back to the image.
-_BATCH_LAST = (1, 2, 3, 0)   # (N, C, H, W) -> (C, H, W, N), the order in memory
+_BATCH_LAST = (1, 2, 3, 0)   # (N, C, H, W) -> (C, H, W, N)
 _BATCH_FIRST = (3, 0, 1, 2)  # and back, to the order that callers see
 
 
@@ -4254,7 +4254,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     k = len(views)  # kh kw
     _, oh, ow, n = views[0].shape  # (C, oh, ow, N)
 
-    def columns():  # made twice, as keeping them would take kh kw times x's memory
+    def columns():  # made twice: kept, they take kh kw times x's memory
         return np.stack(views, axis=1).reshape(c * k, oh * ow * n)
 
     matrix = weight.reshape(o, c * k)
@@ -4321,7 +4321,7 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None) -> Tensor:
             if has_nan:
                 chosen |= np.isnan(view)  # because nan == nan is False
             chosen &= unclaimed
-            unclaimed ^= chosen  # these were unclaimed, and are not any more
+            unclaimed ^= chosen  # these were unclaimed so far
             if overlap:
                 _write_chosen(share, g, chosen)  # g where chosen, else 0 (II.3)
                 target += share
@@ -4907,7 +4907,7 @@ def _lookup(weight, ids):
     vocabulary, width = weight.shape
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
-        if vocabulary > 1024:  # nearly all factors are 0: the product is slower
+        if vocabulary > 1024:  # nearly all factors would be 0
             return (_value(scatter_add(g, ids, weight.shape)),)
         one_hot = np.zeros((ids.size, vocabulary), g.dtype)
         one_hot[np.arange(ids.size), ids.reshape(-1)] = 1
@@ -5386,7 +5386,7 @@ class _Job(NamedTuple):
 
     kind: str  # "gradient" or "evaluate"
     arrays: tuple  # the share's rows of each array
-    weight: float  # the part of all rows that are its own: above, 3/5 or 2/5
+    weight: float  # its part of all rows: above, 3/5 or 2/5
     stream: tuple[int, ...]  # which random numbers to draw
     state: tuple  # what may have changed in the parent (see `_state_now`)
 
@@ -6243,7 +6243,7 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
     if x._time >= t._time:
         return False  # operands are older
     if t._leaves is None or x._op is not None:
-        return True  # nothing was noted in t; or x is no leaf, and only leaves are noted
+        return True  # nothing was noted, or not x, which is no leaf
     return x._time in t._leaves
 
 
@@ -6634,7 +6634,7 @@ class _Process:
         try:
             # WNOHANG means: do not wait. If the process still runs, pid is then 0.
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:  # other code has asked before, and knows how
+        except ChildProcessError:  # others have asked before, and know how
             self.has_ended = True
             return False
         if pid == 0:
@@ -6741,7 +6741,7 @@ def _interrupts_held() -> Iterator[None]:
     import signal
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # what is blocked now
-    try:  # begins before SIG_BLOCK, so that `finally` always undoes it
+    try:  # before SIG_BLOCK, so that `finally` undoes it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         yield
     finally:
@@ -7479,7 +7479,7 @@ def _write_whole(path: str, content: bytes) -> None:
     except OSError as error:
         message = f"{error.strerror}; what was there before is untouched"
         raise OSError(error.errno, message, path) from None
-    finally:  # after an error or Ctrl-C; a rename leaves nothing to remove
+    finally:  # after an error; a rename leaves nothing
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
@@ -7518,7 +7518,7 @@ class _TapeRow(NamedTuple):
     """A line of the text, or an arrow of the picture."""
 
     node: Any  # a Tensor, or an array that is an operand
-    result: Tensor | None  # the tensor computed from it; None for the tensor drawn
+    result: Tensor | None  # computed from it; None for the tensor drawn
     branch: str  # the lines that lead to it in the text, such as "│  ├─ "
     again: bool  # an earlier row already has it, with its operands below
 
@@ -8926,7 +8926,7 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
     total = sum_(abs_(x) ** ord, -1)
-    is_zero = total == 0  # there the root has an infinite slope, so 1 takes its place
+    is_zero = total == 0  # the root's slope is infinite at 0
     return where(is_zero, 0, where(is_zero, 1, total) ** (1 / ord))
 
 
