@@ -2649,13 +2649,12 @@ def _as_gradient(value: Any, t: Tensor) -> Tensor | None:
 #     [0.5 7. ]
 #
 # In the usual call, all arguments are Tensors and Python's numbers given by position, and
-# are used as they are. In any other call, `_admit` converts them, in four steps:
+# are used as they are. Any other call is made such a one by `_admit`, in three steps:
 #
 # a. Operands given by name are put at their positions, because rules go by position.
 # b. A list becomes an array.
 # c. Integers and bools become floating-point numbers. (Those of the condition stay: it
 #    has no derivative, and so its rule is None.)
-# d. All other arguments are settings, and must not need a gradient.
 #
 #     >>> args, settings = _admit(where, ([True, False],), dict(b=np.array([7, 7]), a=t))
 #     >>> print(args[0], args[1] is t, args[2], settings)
@@ -2677,9 +2676,7 @@ def _admit(operation: Callable, args: tuple, settings: dict) -> tuple[tuple, dic
     operands = [a if type(a) in _PLAIN else _admit_operand(name, a)
                 for a in args[:count]]  # (b)
     operands = _to_floating(operands, operation.rules)  # (c)
-    others = [_admit_setting(name, a) for a in args[count:]]  # (d)
-    settings = {key: _admit_setting(name, a) for key, a in settings.items()}
-    return (*operands, *others), settings
+    return (*operands, *args[count:]), settings  # after the operands come settings
 
 
 # **a** asks the function for the names of its arguments. (One in C does not tell.)
@@ -2691,7 +2688,7 @@ def _by_position(operation: Callable, args: tuple, settings: dict) -> tuple[tupl
     settings = dict(settings)
     for name in operand_names[len(args):]:
         if name not in settings:
-            break
+            break  # (those behind a gap stay, and are refused below, or by the function)
         args = (*args, settings.pop(name))
 
     for name, a in settings.items():
@@ -2701,6 +2698,7 @@ def _by_position(operation: Callable, args: tuple, settings: dict) -> tuple[tupl
                 known = f"are {', '.join(operand_names)}, each once"
             raise TypeError(f"{operation.__name__}: has no place for an operand "
                             f"{name!r}; its operands {known}")
+        settings[name] = _setting(operation, a)
     return args, settings
 
 
@@ -2789,15 +2787,15 @@ def _admit_together(*operands: Any) -> list[Tensor]:
     return [as_tensor(a) for a in _to_floating(admitted)]
 
 
-# **d** lets a constant Tensor be a setting, as in `layer_norm(x, w, b, eps=Tensor(1e-5,
-# False))`. A Tensor that needs a gradient is refused, because a setting gets none.
+# A constant Tensor may be a setting, as in `layer_norm(x, w, b, eps=Tensor(1e-5,
+# False))`. One that needs a gradient is refused, because a setting gets none.
 
 
-def _admit_setting(name: str, a: Any) -> Any:
+def _setting(operation: Callable, a: Any) -> Any:
     if _tracked(a):
-        raise TypeError(f"{name}: a Tensor that needs a gradient was given where a "
-                        "setting belongs (a shape, an axis, an eps, integers), and would "
-                        "get none; use .item() or .numpy()")
+        raise TypeError(f"{operation.__name__}: a Tensor that needs a gradient was given "
+                        "where a setting belongs (a shape, an axis, an eps, integers), "
+                        "and would get none; use .item() or .numpy()")
     return _value(a)
 
 
@@ -2815,9 +2813,9 @@ def _compute(operation: Callable, forward: Callable, args: tuple,
                 _renew_checksum(a)  # its array was handed out (IV.1)
             a = a._data
         arrays.append(a)
-    if tracked and len(args) > operation.arity:  # the usual call may have settings, too
+    if tracked and len(args) > operation.arity:
         for a in args[operation.arity:]:
-            _admit_setting(operation.__name__, a)
+            _setting(operation, a)
 
     try:
         result = forward(*arrays, **settings)
