@@ -77,8 +77,8 @@ __version__ = "2.0.0"
 # It is written forwards, and derivatives are read off it backwards.
 #
 # Three words are used from here to the end. A Tensor is *tracked* if it was made to be
-# differentiated by, or was computed from one that was. Any other is a *constant*. A
-# *leaf* remembers no operation: a walk back along the tape ends there.
+# differentiated by, or was computed from one that was while a tape was written. Any other
+# is a *constant*. A *leaf* remembers no operation: a walk back along the tape ends there.
 
 
 class Tensor:
@@ -266,10 +266,11 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 
 
 # A call computes on bare arrays. If an operand is tracked, the result remembers the
-# operation and its arguments; else it is a constant. Usually a call has Tensors and
-# Python's numbers; from any other, `_admit` makes one with arrays for lists, and so on.
-# `_compute` calls `forward` with the Tensors' arrays, and explains its errors. (Both
-# are in II.9. The `pullback` is None, but for the fused operations of II.7.)
+# operation and its arguments; else it is a constant. Usually the arguments are Tensors
+# and Python's numbers. Any other call, say with a list, is first made such a one by
+# `_admit`. Then `_compute` calls `forward` with the Tensors' arrays, and explains its
+# errors. (Both are in II.9. The `pullback` is None, but for the fused operations of
+# II.7.)
 
 
 def _operation(forward: Callable, arity: int) -> Callable:
@@ -418,13 +419,13 @@ def no_grad() -> contextlib.AbstractContextManager:
 # Where does this walk fail, or waste?
 #
 # - If `x`, of shape (3,), is added to a table (4, 3), it receives a (4, 3). (I.4)
-# - In `2 * x`, the 2 would have to wait, and it has no time. (I.5)
+# - In `2 * x`, the 2 would have to wait, and it has no time. (I.5: who receives)
 # - `max` looks at all waiting tensors at each step. (I.5: a heap)
 # - Everything stays in memory until the last tensor is dropped. (I.5: letting go)
 # - The walk goes to all leaves, even if only one was asked for. (I.5: routes)
 # - It overwrites a gradient that was there. For a batch that is too large one calls it
 #   twice, with one half each, and wants the sum. (I.5)
-# - It leaves a gradient on constants, too. (I.5: what is wanted)
+# - It leaves a gradient on constants, too. (I.5: who receives)
 # - The gradients that it leaves cannot be differentiated again. (I.6)
 #
 # ## I.4 Broadcasting: what does stretching leave behind?
@@ -501,8 +502,9 @@ def _walk(seeds: list[tuple], route: _Route | None, create_graph: bool,
             t._operands = t._settings = t._pullback = None  # (D)
 
 
-# What do the operands receive? `_pull_by_rules` asks the rules. It gives them arrays;
-# with `create_graph`, it gives them the Tensors themselves (I.6 says why).
+# Who receives? Only a tracked operand on the route is `wanted`; numbers and constants
+# receive nothing. And what? `_pull_by_rules` asks the rules. It gives them arrays; with
+# `create_graph`, it gives them the Tensors themselves (I.6 says why).
 
 
 def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
@@ -535,8 +537,9 @@ def _fit(share: Any, t: Tensor, g: Any, create_graph: bool) -> Any:
         share = unbroadcast(share, t._data.shape)
     if share.dtype != t._data.dtype:
         share = share.astype(t._data.dtype)
-    if t._op is None and not create_graph and (share is g or share.base is not None):
-        share = share.copy()
+    if t._op is None and not create_graph:  # a leaf
+        is_new = share is not g and share.base is None  # (a view has a base)
+        return share if is_new else share.copy()
     return share
 
 
@@ -635,14 +638,19 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside "
                            "no_grad(), so there is no tape to walk back on")
     seed = _first_cotangent("backward", output, grad, create_graph)
-    leaves = set()  # the times of those that the walk has met
+    leaves = set()  # the times of those that the walk meets
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
+            t._leaves = leaves  # t was made of no others; IV.3 asks, if t's tape is gone
             if t._op is None:
                 leaves.add(t._time)
             if t._op is None or retain_grads:
                 _accumulate(t, _to_keep(t, g))  # t.grad = t.grad + g
-    output._leaves = leaves  # what it was made of, for when its tape is gone (IV.3)
+
+
+# `gradients` is `_gradients` with arguments that are checked, and that is `_walk_to` with
+# zeros for what was not reached. (Transforms, whose outputs may be several, call the
+# second; whoever wants to know what was reached calls the third.)
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -661,10 +669,6 @@ def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = Non
     if len(set(inputs)) < len(inputs):  # asked for twice: a gradient for each
         slopes = [_copy(slope) for slope in slopes]
     return tuple(slopes)
-
-
-# (In two more steps: transforms have several outputs, and begin at `_gradients`. Whoever
-# wants to know which inputs had a part begins at `_walk_to`.)
 
 
 def _gradients(seeds: list[tuple], inputs: Sequence[Tensor], create_graph: bool,
@@ -756,8 +760,8 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # (`older`, I.5). For:
 #
 # 1. Whoever asks for a derivative later asks by a tensor of their own, which had a part
-#    in the gradient. The walk computes with y's tape, and with a first cotangent of 1.
-#    So that tensor had a part in y.
+#    in the gradient. The walk reads nothing but y's tape and the first cotangent, which is
+#    a constant. So that tensor is on y's tape.
 # 2. It is older than our inputs, which are made when f is called.
 # 3. Go from y back to it, step by step. Every tensor on this way is tracked, for it was
 #    made of theirs, or is theirs. One of them is the first that is older than our inputs:
@@ -783,7 +787,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     a:1    the outer input                    older than b: somebody may ask
 #     b:2    identity(a), the inner input       the horizon of the inner search
 #     y:3    b * b, the result of f             where the inner search begins
-#     s:4    1 * b + 1 * b, the slope           written by the inner walk (drawn as one)
+#     s:4    1 * b + 1 * b, the slope           written by the inner walk (three, drawn as one)
 #
 # The inner search goes from y to b, and looks at the operands of b, too, since b is not
 # older than the horizon, but just there. So it meets a, and the inner walk is recorded.
@@ -5521,7 +5525,7 @@ class DataParallel:
         """
         if self._evaluate is None:
             raise TypeError("DataParallel: has no function for it; give evaluate=...")
-        return self._compute_all("evaluate", arrays, (self._seed,), None)
+        return self._compute_all("evaluate", arrays, (self._seed, 0), None)
 
     def close(self) -> None:
         """End the workers, and move the parameters back into memory of this process."""
@@ -5704,8 +5708,8 @@ def _check_unwritten(a: Tensor, t: Tensor) -> None:
 # and nobody is told. So we take a *checksum* when we hand the array out, and again
 # whenever it is about to be read, by an operation or by a walk that needs the old
 # contents. If the checksum has changed, we note the write then. That is soon enough,
-# since nothing was made of x between the write and this moment. (Above, the second
-# `x * x` notes the 3 before its result z gets the 4.)
+# since nothing was made of x between the write and this moment. (In the list above, the
+# second `x * x` notes the 3 before its result z gets the 4.)
 #
 # As long as no caller has the array, `_checksum` is None and nothing is computed. From
 # then on, each operation on x reads the array once more, for a crc32.
@@ -6003,13 +6007,16 @@ class _Run:
         # (Outside the `with`, for it is the caller's mode that counts.)
         self.somebody_may_ask = self.may_be_asked(tangents)
 
-    def may_be_asked(self, given: Any) -> bool:
+    def may_be_asked(self, vectors: Any) -> bool:
         """Whether somebody may ask for derivatives of what a walk gives.
 
-        By an older tensor, or by one `given` to the walk as a cotangent or a tangent.
+        An older tensor can ask (I.7), and so can a tracked one among `vectors`, the
+        cotangents or tangents that the walk is given.
         """
-        items, _ = _flatten(given)
-        return _mode.recording and (bool(self.route.older) or any(map(_tracked, items)))
+        if not _mode.recording:
+            return False
+        items, _ = _flatten(vectors)
+        return bool(self.route.older) or any(map(_tracked, items))
 
     @property
     def value(self) -> Any:
@@ -6217,8 +6224,9 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 # The search for a route (I.5) asks each tensor for its operands. A tensor whose tape a
 # `backward` has let go no longer has them. That is an error if an input may be behind
 # that tensor. But a function may have a training loop inside, and return x times its
-# last loss. So `backward` leaves in the `_leaves` of that loss the times of the leaves
-# that it met: x is not among them. Below, s is the loss, made of w alone:
+# last loss. So `backward` notes, in the `_leaves` of each tensor that it passes, the
+# times of all leaves that it meets: x is not among them. Below, s is the loss, made of w
+# alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3

@@ -7425,6 +7425,19 @@ def test_a_backward_that_failed_does_not_count_as_one_that_met_all():
         gradients(y * 1.0, [x])
 
 
+def test_float_of_what_a_loop_inside_a_transform_let_go():
+    """Of no walk of the transform's own, so not an error; of its input's, still one."""
+    def f(x, uses_x):
+        w = Tensor(2.0)
+        middle = w * x if uses_x else w * w
+        (middle * 3.0).backward()
+        return x * float(middle)
+
+    assert grad(f)(1.0, False).item() == 4.0
+    with pytest.raises((RuntimeError, TypeError)):
+        grad(f)(1.0, True)
+
+
 def test_checkpoint_keeps_no_intermediate_results():
     died = []
     x = Tensor(np.ones(10))
