@@ -638,7 +638,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside "
                            "no_grad(), so there is no tape to walk back on")
     seed = _first_cotangent("backward", output, grad, create_graph)
-    leaves = set()  # the times of those that the walk meets
+    leaves = {0}  # the times of those that the walk meets, and 0 until all are met
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             t._leaves = leaves  # t was made of no others; IV.3 asks, if t's tape is gone
@@ -646,6 +646,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
                 leaves.add(t._time)
             if t._op is None or retain_grads:
                 _accumulate(t, _to_keep(t, g))  # t.grad = t.grad + g
+    leaves.remove(0)
 
 
 # `gradients` is `_gradients` with arguments that are checked, and that is `_walk_to` with
@@ -760,8 +761,8 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # (`older`, I.5). For:
 #
 # 1. Whoever asks for a derivative later asks by a tensor of their own, which had a part
-#    in the gradient. The walk reads nothing but y's tape and the first cotangent, which is
-#    a constant. So that tensor is on y's tape.
+#    in the gradient. The walk reads nothing but y's tape and the first cotangent, which
+#    is a constant. So that tensor is on y's tape.
 # 2. It is older than our inputs, which are made when f is called.
 # 3. Go from y back to it, step by step. Every tensor on this way is tracked, for it was
 #    made of theirs, or is theirs. One of them is the first that is older than our inputs:
@@ -6225,8 +6226,9 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 # `backward` has let go no longer has them. That is an error if an input may be behind
 # that tensor. But a function may have a training loop inside, and return x times its
 # last loss. So `backward` notes, in the `_leaves` of each tensor that it passes, the
-# times of all leaves that it meets: x is not among them. Below, s is the loss, made of w
-# alone:
+# times of all leaves that it meets: x is not among them. (An error may end it before it
+# has met all. So the set begins as {0}, and the 0 is removed at the end.) Below, s is the
+# loss, made of w alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
@@ -6248,8 +6250,8 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
     """Whether `t`, whose operands were let go, may have been made of `x`."""
     if x._time >= t._time:
         return False  # operands are older
-    if t._leaves is None or x._op is not None:
-        return True  # nothing was noted, or not x, which is no leaf
+    if t._leaves is None or 0 in t._leaves or x._op is not None:
+        return True  # no walk noted all leaves in t; or x is none
     return x._time in t._leaves
 
 
