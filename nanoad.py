@@ -512,10 +512,9 @@ def _pull_by_rules(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) ->
     if create_graph:
         y, args = t, t._operands
     else:
-        y, args = t._data, [_value(a) for a in t._operands]
-    rules = t._op.rules
-    if t._op.each:  # one rule for any number of operands
-        rules = [functools.partial(t._op.each, i) for i in range(len(wanted))]
+        y, args = t._data, [a._data if isinstance(a, Tensor) else a for a in t._operands]
+    # (If there are no rules, there is one for any number of operands.)
+    rules = t._op.rules or [functools.partial(t._op.each, i) for i in range(len(wanted))]
     return [rule(g, y, *args, **t._settings) if is_wanted and rule else None
             for rule, is_wanted in zip(rules, wanted)]
 
