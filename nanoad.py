@@ -3311,17 +3311,16 @@ class Module:
 #
 # A layer is a function together with the numbers it needs. `Linear` and `linear` are
 # the model for all: the class makes a weight, and `forward` gives it to the function.
-# Functions for images, for normalization, and of transformers come in III.4, III.5 and
-# III.6. Here it is enough to know which arrays their layers keep.
+# (Some functions come in III.4 to III.6; here, see which arrays their layers keep.)
 #
 # Where do the weights begin? If all were zero, all units would receive the same
 # gradient and stay alike for ever, so weights begin at random. How large should they
 # be? A unit adds up n products of weights and inputs. If their signs are random, most
 # of the sum cancels, and about sqrt(n) times one product is left. So with weights of a
 # size of about 1 / sqrt(n), the sum is about as large as one input, and through many
-# layers the numbers neither vanish nor explode. Linear and Conv2d draw weights between
-# -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and learning rates
-# carry over.
+# layers the numbers neither vanish nor explode. Linear and Conv2d draw them evenly
+# between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its learning rates fit.
+# (Their root mean square is 1 / sqrt(3 n). So numbers shrink by sqrt(3) in each layer.)
 
 
 _Mode.rng = None  # each thread's random generator; None until it is asked for
@@ -3382,8 +3381,7 @@ class Conv2d(Module):
 
         self.stride = stride
         self.padding = padding
-        # Each output adds up this many products.
-        products = in_channels * height * width
+        products = in_channels * height * width  # that each output adds up
         bound = 1 / math.sqrt(products)
         self.weight = _uniform(bound, out_channels, in_channels, height, width)
         self.bias = _uniform(bound, out_channels) if bias else None
@@ -3992,12 +3990,6 @@ class Adam(Optimizer):
                              f"not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # This is `naive_adam`, in place. With c and root as below, its step is the first of
-    # these lines. Multiply numerator and denominator by root, and take the numbers to
-    # the front. In the second line, c and root meet no array:
-    #
-    #     lr * (mean / c) / (sqrt(square) / root + eps)
-    #     = (lr * root / c) * (mean / (sqrt(square) + eps * root))
     def _update(self, step: int, x: np.ndarray, g: np.ndarray, mean: np.ndarray,
                 square: np.ndarray) -> None:
         if self._decoupled:
@@ -4013,6 +4005,8 @@ class Adam(Optimizer):
 
         c = 1 - b1 ** step
         root = math.sqrt(1 - b2 ** step)
+        # naive_adam's step is `lr * (mean / c) / (sqrt(square) / root + eps)`. Multiply
+        # numerator and denominator by root, and take the numbers to the front:
         rate = self.lr * root / c
         x -= rate * (mean / (np.sqrt(square) + self.eps * root))
 
@@ -4559,13 +4553,13 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 
 
 # Layer norm's kernel subtracts the mean, then the error of the mean. For many images,
-# each is a slow pass over memory (see PASSES, II.7). Two facts save one of them:
+# each is a slow pass over memory (see PASSES, II.7). By two facts, one pass is enough:
 #
-# 1. With `m = mean(x)`, the variance `mean((x - m)^2)` is `mean(x*x) - 2 m m + m^2`, or
+# 1. With `m = mean(x)`, the variance `mean((x - m)^2)` is `mean(x*x) - 2 m m + m m`, or
 #    `mean(x*x) - m^2`, for which x need not be centred. But digits are lost if m is
 #    large: for 1001 and 1003, the variance 1 is 1004005 - 1004004.
-# 2. Moving all numbers of a channel down by the same does not change the result. So the
-#    kernel moves them down by a *guess* of their mean, and normalizes the small `rest`:
+# 2. If all numbers of a channel move down by the same, the result stays. So the kernel
+#    subtracts a *guess* of the mean, and normalizes the `rest`, whose mean is small:
 #
 #     >>> def quick_norm(x, weight, bias, eps=1e-5):  # (N, C), (C,), (C,)
 #     ...     rest = x - x[0]  # a poor guess
@@ -4575,7 +4569,7 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 #     ...     shift = bias - mean * scale
 #     ...     return rest * scale + shift  # (rest - mean) / s * weight + bias
 #     ...
-#     >>> np.allclose(quick_norm(x, weight, bias), y)
+#     >>> np.allclose(quick_norm(x, weight, bias), y)  # the last y of naive_norm
 #     True
 #
 # The way back is `(h - mean(h) - xhat * mean(h * xhat)) / s`, where h is `g * weight`.
@@ -4584,9 +4578,8 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 #
 #     dx = (g - mean(g) - centred * slope) * scale,    slope = mean(g * xhat) / s
 #
-# The kernel does this for images (N, C, P), with P pixels each. `_guess` and
-# `_channel_means` (below) give one number per channel, (C,), and `_spread` lets these
-# broadcast with the images.
+# The kernel does this for images (N, C, P), with P pixels each. `_spread` (below) lets
+# one number per channel, (C,), broadcast with them.
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4597,7 +4590,7 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     guess = _guess(x)
     rest = x - _spread(guess, x)  # (N, C, P)
-    mean = _channel_means(rest)
+    mean = _channel_means(rest)  # (C,), as are the next
     variance = _channel_means(rest, rest) - mean * mean
     variance = np.maximum(variance, 0)  # rounding may take it below 0
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
@@ -4614,21 +4607,20 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
 
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
-        centred = x - _spread(mean_x, x)  # again: to keep it takes as much memory as x
+        centred = x - _spread(mean_x, x)  # not kept: it takes as much memory as x
         mean_g = _channel_means(g)
         mean_g_xhat = _channel_means(g, centred) * inverse
         slope = mean_g_xhat * inverse
         dx = _batch_norm_dx(g, centred, mean_g, slope, scale)
-        return dx.reshape(shape), n * mean_g_xhat, n * mean_g
+        return dx.reshape(shape), n * mean_g_xhat, n * mean_g  # sums: n times the means
 
     return y.reshape(shape), pullback
 
 
-# How good is the guess? Say it misses the mean of x by d. The images it was made from
-# then lie d off the mean on average, and the squares of their distances have a mean of
-# at least d^2. These are a sixteenth of all images, so the variance is at least
-# d^2 / 16. So the `mean * mean` that is subtracted, d^2, is at most 16 variances, and
-# little more than one digit is lost.
+# How good is the guess? Say it is d below the mean of x. The images that it was made
+# from then lie d below on average, and their squared distances have a mean of at least
+# d^2. They are a sixteenth of all, so the variance is at least d^2 / 16. In it, what is
+# subtracted, `mean * mean`, is d^2: at most 16 variances, which costs about one digit.
 def _guess(x: np.ndarray) -> np.ndarray:
     """The mean of each channel in the first sixteenth of the images, (C,)."""
     return _channel_means(x[:math.ceil(len(x) / 16)])
@@ -4665,17 +4657,16 @@ def _is_batch_last(x: np.ndarray) -> bool:
 
 def _batch_norm_dx(g, centred, mean_g, slope, scale):
     """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
-    dx = centred
-    minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
+    minus_slope, mean_g, scale = [_spread(a, centred) for a in (-slope, mean_g, scale)]
     # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
-    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK // dx[0].size)
-    for i in range(0, len(dx), step):
-        some = dx[i:i + step]
-        some *= minus_slope
-        some += g[i:i + step]
-        some -= mean_g
-        some *= scale
-    return dx
+    step = len(g) if _is_batch_last(centred) else max(1, _BLOCK // centred[0].size)
+    for i in range(0, len(g), step):
+        dx = centred[i:i + step]
+        dx *= minus_slope
+        dx += g[i:i + step]
+        dx -= mean_g
+        dx *= scale
+    return centred
 
 
 @_in_float32
@@ -5252,10 +5243,10 @@ def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray],
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
     x = gpt.dropout(gpt.tok_emb(ids) + gpt.pos_emb(positions))  # (B, N, C)
-    for block, block_cache in zip(gpt.blocks, cache):
-        x = x + _attend_cached(block.attn, block.ln1(x), block_cache, start)
-        if block_cache is cache[-1]:
-            # No later block will look at the other positions.
+    last = len(gpt.blocks) - 1
+    for i, block in enumerate(gpt.blocks):
+        x = x + _attend_cached(block.attn, block.ln1(x), cache[i], start)
+        if i == last:  # no later block will look at the other positions
             x = x[:, -1:]  # (B, 1, C)
         x = x + block.dropout(block.mlp(block.ln2(x)))
     logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
