@@ -4553,7 +4553,7 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
 
 
 # Layer norm's kernel subtracts the mean, then the error of the mean. For many images,
-# each is a slow pass over memory (see PASSES, II.7). By two facts, one subtraction will do:
+# each is a slow pass over memory (see PASSES, II.7). Two facts save one of the two:
 #
 # 1. With `m = mean(x)`, the variance `mean((x - m)^2)` is `mean(x*x) - 2 m m + m m`, or
 #    `mean(x*x) - m^2`, for which x need not be centred. But digits are lost if m is
