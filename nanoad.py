@@ -3313,17 +3313,16 @@ class Module:
 #
 # A layer is a function together with the numbers it needs. `Linear` and `linear` are
 # the model for all: the class makes a weight, and `forward` gives it to the function.
-# Functions for images, for normalization, and of transformers come in III.4, III.5 and
-# III.6. Here it is enough to know which arrays their layers keep.
+# (Some functions come in III.4 to III.6; here, see which arrays their layers keep.)
 #
 # Where do the weights begin? If all were zero, all units would receive the same
 # gradient and stay alike for ever, so weights begin at random. How large should they
 # be? A unit adds up n products of weights and inputs. If their signs are random, most
 # of the sum cancels, and about sqrt(n) times one product is left. So with weights of a
 # size of about 1 / sqrt(n), the sum is about as large as one input, and through many
-# layers the numbers neither vanish nor explode. Linear and Conv2d draw weights between
-# -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its recipes and learning rates
-# carry over.
+# layers the numbers neither vanish nor explode. Linear and Conv2d draw them evenly
+# between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its learning rates fit.
+# (Their root mean square is 1 / sqrt(3 n). So numbers shrink by sqrt(3) in each layer.)
 
 
 _Mode.rng = None  # each thread's random generator; None until it is asked for
@@ -3384,8 +3383,7 @@ class Conv2d(Module):
 
         self.stride = stride
         self.padding = padding
-        # Each output adds up this many products.
-        products = in_channels * height * width
+        products = in_channels * height * width  # that each output adds up
         bound = 1 / math.sqrt(products)
         self.weight = _uniform(bound, out_channels, in_channels, height, width)
         self.bias = _uniform(bound, out_channels) if bias else None
@@ -3994,12 +3992,6 @@ class Adam(Optimizer):
                              f"not {betas}")
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # This is `naive_adam`, in place. With c and root as below, its step is the first of
-    # these lines. Multiply numerator and denominator by root, and take the numbers to
-    # the front. In the second line, c and root meet no array:
-    #
-    #     lr * (mean / c) / (sqrt(square) / root + eps)
-    #     = (lr * root / c) * (mean / (sqrt(square) + eps * root))
     def _update(self, step: int, x: np.ndarray, g: np.ndarray, mean: np.ndarray,
                 square: np.ndarray) -> None:
         if self._decoupled:
@@ -4015,6 +4007,8 @@ class Adam(Optimizer):
 
         c = 1 - b1 ** step
         root = math.sqrt(1 - b2 ** step)
+        # naive_adam's step is `lr * (mean / c) / (sqrt(square) / root + eps)`. Multiply
+        # numerator and denominator by root, and take the numbers to the front:
         rate = self.lr * root / c
         x -= rate * (mean / (np.sqrt(square) + self.eps * root))
 
@@ -4560,30 +4554,34 @@ def _batch_norm_definition(x, weight, bias, eps, running, momentum):
     return y.swapaxes(1, -1)
 
 
-# The kernel sees the images as (N, C, P), with P pixels each. All means are over N and
-# P: one number per channel. Layer norm's kernel subtracts the mean, then the error of
-# the mean. Here each would be a pass over many images (see PASSES, II.7). So one pass
-# subtracts a *guess*, the mean of a few images, and its result tells what is missing:
+# Layer norm's kernel subtracts the mean, then the error of the mean. For many images,
+# each is a slow pass over memory (see PASSES, II.7). Two facts save one of the two:
 #
-# 1. `rest = x - guess` is small, so it loses no digits.
-# 2. `gap = mean(rest)` is what the guess lacks. So the mean of x is `mu = guess + gap`.
-# 3. Since `rest = (x - mu) + gap`, and `x - mu` has the mean 0, `mean(rest * rest)` is
-#    the variance plus gap^2. So `variance = mean(rest * rest) - gap^2`.
-# 4. With `x - mu = rest - gap`, the result `(x - mu) / s * weight + bias` is
-#    `rest * scale + shift`, with `scale = weight / s`, `shift = bias - gap * scale`.
+# 1. With `m = mean(x)`, the variance `mean((x - m)^2)` is `mean(x*x) - 2 m m + m m`, or
+#    `mean(x*x) - m^2`, for which x need not be centred. But digits are lost if m is
+#    large: for 1001 and 1003, the variance 1 is 1004005 - 1004004.
+# 2. If all numbers of a channel move down by the same, the result stays. So the kernel
+#    subtracts a *guess* of the mean, and normalizes the `rest`, whose mean is small:
 #
-# If a channel is [3 5 7 9], and the guess 3, then `rest` is [0 2 4 6], its mean is 3,
-# mu is 6, and the variance is (0 + 4 + 16 + 36) / 4 - 3^2 = 5.
+#     >>> def quick_norm(x, weight, bias, eps=1e-5):  # (N, C), (C,), (C,)
+#     ...     rest = x - x[0]  # a poor guess
+#     ...     mean = rest.mean(0)
+#     ...     variance = (rest * rest).mean(0) - mean * mean
+#     ...     scale = weight / np.sqrt(variance + eps)
+#     ...     shift = bias - mean * scale
+#     ...     return rest * scale + shift  # (rest - mean) / s * weight + bias
+#     ...
+#     >>> np.allclose(quick_norm(x, weight, bias), y)  # the last y of naive_norm
+#     True
 #
-# Backward, `dx = (h - mean(h) - xhat * mean(h * xhat)) / s`, with `h = g * weight`:
+# The way back is `(h - mean(h) - xhat * mean(h * xhat)) / s`, where h is `g * weight`.
+# The weight is one number per channel, so it can be taken out of each term. And xhat is
+# `centred / s`, where `centred` is x less its mean. So, with `scale = weight / s`,
 #
-# 5. The weight is one number per channel, and can be taken out of each term. So dx is
-#    `(g - mean(g) - xhat * mean(g * xhat)) * scale`.
-# 6. Since `xhat = centred / s`, with `centred = x - mu`, this is
-#    `(g - mean(g) - centred * slope) * scale`, where `slope = mean(g * xhat) / s`.
+#     dx = (g - mean(g) - centred * slope) * scale,    slope = mean(g * xhat) / s
 #
-# Below the kernel, `_channel_sums` adds up each channel of an array, or of a product of
-# two, and `_spread` lets one number per channel broadcast with the images.
+# The kernel does this for images (N, C, P), with P pixels each. `_spread` (below) lets
+# one number per channel, (C,), broadcast with them.
 @fused(_batch_norm_definition, operands=3)
 def _batch_norm(x, weight, bias, eps, running, momentum):
     """batch_norm in training; moves the arrays `running` towards mean and variance."""
@@ -4592,83 +4590,85 @@ def _batch_norm(x, weight, bias, eps, running, momentum):
     x = x.reshape(*shape[:2], math.prod(shape[2:]))  # (N, C, P)
     n = x.shape[0] * x.shape[2]  # numbers per channel
 
-    some = x[:math.ceil(len(x) / 16)]  # the first sixteenth of the images
-    guess = _channel_sums(some) / (len(some) * x.shape[2])  # (C,), as are the next
-    rest = x - _spread(guess, x)  # (N, C, P), step 1
-    gap = _channel_sums(rest) / n  # step 2
-    mu = guess + gap
-    variance = _channel_sums(rest, rest) / n - gap * gap  # step 3
+    guess = _guess(x)
+    rest = x - _spread(guess, x)  # (N, C, P)
+    mean = _channel_means(rest)  # (C,), as are the next
+    variance = _channel_means(rest, rest) - mean * mean
     variance = np.maximum(variance, 0)  # rounding may take it below 0
-
-    unbiased = variance * (n / (n - 1))
-    for average, new in zip(running, (mu, unbiased)):
-        average += momentum * (new - average)  # in place
-
     inverse = 1 / np.sqrt(variance + eps)  # 1 / s
     scale = inverse * weight
-    shift = bias - gap * scale
-    y = rest  # step 4, in place
+    shift = bias - mean * scale
+    y = rest  # in place
     y *= _spread(scale, x)
     y += _spread(shift, x)
 
+    mean_x = guess + mean
+    unbiased = variance * (n / (n - 1))
+    for average, new in zip(running, (mean_x, unbiased)):
+        average += momentum * (new - average)  # in place
+
     def pullback(g: np.ndarray, wanted: list) -> tuple:
         g = g.reshape(x.shape)
-        centred = x - _spread(mu, x)  # again: keeping it takes as much memory as x
-        dbias = _channel_sums(g)
-        dweight = _channel_sums(g, centred) * inverse  # the sum of g * xhat
-        slope = dweight / n * inverse
-        dx = _batch_norm_dx(g, centred, dbias / n, slope, scale)  # steps 5 and 6
-        return dx.reshape(shape), dweight, dbias
+        centred = x - _spread(mean_x, x)  # not kept: it takes as much memory as x
+        mean_g = _channel_means(g)
+        mean_g_xhat = _channel_means(g, centred) * inverse
+        slope = mean_g_xhat * inverse
+        dx = _batch_norm_dx(g, centred, mean_g, slope, scale)
+        return dx.reshape(shape), n * mean_g_xhat, n * mean_g  # sums: n times the means
 
     return y.reshape(shape), pullback
 
 
-# How good is the guess? In the images that it was made from, `x - mu` has the mean
-# `guess - mu`, which is -gap. A mean of squares is at least the square of the mean, so
-# `(x - mu)^2` has a mean of at least gap^2 there. These are a sixteenth of all images.
-# So the variance is at least gap^2 / 16, and `mean(rest * rest)`, the variance plus
-# gap^2, is at most 17 variances. Step 3 loses little more than one digit.
-#
+# How good is the guess? Say it is d below the mean of x. The images that it was made
+# from then lie d below on average, and their squared distances have a mean of at least
+# d^2. They are a sixteenth of all, so the variance is at least d^2 / 16. In it, what is
+# subtracted, `mean * mean`, is d^2: at most 16 variances, which costs about one digit.
+def _guess(x: np.ndarray) -> np.ndarray:
+    """The mean of each channel in the first sixteenth of the images, (C,)."""
+    return _channel_means(x[:math.ceil(len(x) / 16)])
+
+
 # Sums need care, too. A float32 that has grown large loses what is added to it. So a
 # channel is not added up in one run of a million numbers: first the images are, up to
 # 1,024 of them at each pixel, and then the pixels, which np.sum adds up by halves.
-def _channel_sums(*arrays: np.ndarray) -> np.ndarray:
-    """The sums over each channel, (C,), of an array (N, C, P) or a product of two."""
+def _channel_means(*arrays: np.ndarray) -> np.ndarray:
+    """The means over each channel, (C,), of an array (N, C, P) or a product of two."""
     subscripts = ",".join(["ncp"] * len(arrays)) + "->cp"
+    count, _, pixels = arrays[0].shape
     sums = 0  # (C, P)
-    for i in range(0, len(arrays[0]), 1024):
+    for i in range(0, count, 1024):
         sums = sums + np.einsum(subscripts, *(a[i:i + 1024] for a in arrays))
-    return np.sum(sums, axis=1)
+    return np.sum(sums, axis=1) / (count * pixels)
 
 
-# One number per channel broadcasts as (C, 1). If images lie in memory as a user makes
-# them, (N, C, P), NumPy's inner loop then begins anew every P pixels (see LOOPS, II.7).
-# If the numbers are spread out to (C, P), the loop runs through a whole image. (If the
-# batch comes last, as conv2d leaves it, a channel already is one long line.)
+# Images (N, C, P) lie in memory in one of two ways. For each, one shape of the numbers
+# per channel makes NumPy's inner loop long (see LOOPS, II.7):
+#
+#     made by    order in memory    shape of the numbers    the loop runs through
+#     a user     N, C, P            (C, P), repeated        an image, C P numbers
+#     conv2d     C, P, N            (C, 1)                  a channel, P N numbers
 def _spread(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(C,), one per channel -> (C, 1) or (C, P), to broadcast with x, (N, C, P)."""
+    """(C,) -> (C, P) or (C, 1), to broadcast with x, (N, C, P), by x's layout."""
     column = numbers[:, None]
     return column if _is_batch_last(x) else np.repeat(column, x.shape[2], axis=1)
 
 
 def _is_batch_last(x: np.ndarray) -> bool:
-    """Whether images of one channel lie closer in memory than channels of one image."""
     return x.strides[0] < x.strides[1]
 
 
 def _batch_norm_dx(g, centred, mean_g, slope, scale):
     """(g - mean_g - centred * slope) * scale, in the memory of `centred`."""
-    dx = centred
-    minus_slope, mean_g, scale = [_spread(a, dx) for a in (-slope, mean_g, scale)]
+    minus_slope, mean_g, scale = [_spread(a, centred) for a in (-slope, mean_g, scale)]
     # Take a few images at a time, if they lie one after the other (see PASSES, II.7).
-    step = len(dx) if _is_batch_last(dx) else max(1, _BLOCK // dx[0].size)
-    for i in range(0, len(dx), step):
-        some = dx[i:i + step]
-        some *= minus_slope
-        some += g[i:i + step]
-        some -= mean_g
-        some *= scale
-    return dx
+    step = len(g) if _is_batch_last(centred) else max(1, _BLOCK // centred[0].size)
+    for i in range(0, len(g), step):
+        dx = centred[i:i + step]
+        dx *= minus_slope
+        dx += g[i:i + step]
+        dx -= mean_g
+        dx *= scale
+    return centred
 
 
 @_in_float32
@@ -5245,10 +5245,10 @@ def _read_on(gpt: GPT, ids: np.ndarray, cache: list[np.ndarray],
     """
     positions = start + np.arange(ids.shape[1])  # (N,)
     x = gpt.dropout(gpt.tok_emb(ids) + gpt.pos_emb(positions))  # (B, N, C)
-    for block, block_cache in zip(gpt.blocks, cache):
-        x = x + _attend_cached(block.attn, block.ln1(x), block_cache, start)
-        if block_cache is cache[-1]:
-            # No later block will look at the other positions.
+    last = len(gpt.blocks) - 1
+    for i, block in enumerate(gpt.blocks):
+        x = x + _attend_cached(block.attn, block.ln1(x), cache[i], start)
+        if i == last:  # no later block will look at the other positions
             x = x[:, -1:]  # (B, 1, C)
         x = x + block.dropout(block.mlp(block.ln2(x)))
     logits = linear(gpt.ln_f(x), gpt.tok_emb.weight)  # (B, 1, V)
