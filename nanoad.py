@@ -1111,7 +1111,7 @@ sinh = _define("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
 cosh = _define("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
 tanh = _define("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
 arctanh = _define("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
-# These are divided by the roots of x^2 + 1 and x^2 - 1. As x^2 may overflow, hypot(1, x)
+# These are divided by the roots of x^2 + 1 and x^2 - 1. As x^2 may overflow, `hypot`
 # takes the first, and the second is a product of two roots.
 arcsinh = _define("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
 arccosh = _define("arccosh", np.arccosh,
@@ -1892,8 +1892,8 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
 #
 # And rounding? In a row of 131,072 equal numbers of float32, a bad case, the product is
 # wrong by 2e-5 of the sum, and np.sum, which adds in pairs, by 2e-7. In a column, which
-# layer_norm sums, they are wrong by 2e-4 and 1e-3. So the kernels of part III use the
-# product at any length; only `_fast_sum` leaves long rows to np.sum.
+# layer_norm sums, they are wrong by 2e-4 and 1e-3. So softmax and the kernels of part
+# III use the product at any length. Only `_fast_sum` leaves long rows to np.sum.
 _ones = functools.lru_cache(16)(np.ones)  # it keeps its last 16 results
 
 
@@ -1976,8 +1976,8 @@ def _short_rows(x: np.ndarray, axis: Any) -> np.ndarray | None:
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
 #
-# Part III needs what follows, down to `linear`, and what the letters of einsum mean. The
-# rest can wait. (Determinants and decompositions are in IV.10.)
+# Part III needs what follows, down to `linear`, and what the letters of einsum mean.
+# The rest can wait. (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
     """The transpose of each matrix in a stack, or of one. (NumPy 2 has it as mT.)"""
     return a.swapaxes(-1, -2)
@@ -2124,7 +2124,7 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     try:
         terms, output = _einsum_terms(subscripts, shapes)  # ("iij", "jk"), "k"
         pairs = [_einsum_diagonal(term, x) for term, x in zip(terms, operands)]
-        pairs = _einsum_drop_short(pairs)
+        pairs = _einsum_drop_short(pairs)  # (explained where it stands)
         pairs = _einsum_drop_alone(pairs, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
@@ -2165,10 +2165,10 @@ def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
     return rest, np.sum(x, axis=axes)
 
 
-# Before that, one thing more. NumPy stretches an axis of length 1 to a longer one of the
-# same letter, as j in "ij,jk->ik" of shapes (2, 1) and (3, 4). We sum such a *short*
-# axis away, since the longer one has the letter, too. That leaves "i,jk->ik" of (2,)
-# and (3, 4). Now all axes of a letter have one length, and j has no partner.
+# Before that, one thing more. NumPy stretches an axis of length 1 to a longer one of
+# the same letter, as j in "ij,jk->ik" of shapes (2, 1) and (3, 4). We sum such a
+# *short* axis away, since the longer one has the letter, too. That leaves "i,jk->ik" of
+# (2,) and (3, 4). Now all axes of a letter have one length, and j has no partner.
 def _einsum_drop_short(pairs: list[tuple[str, Any]]) -> list:
     """Sum each operand over its short axes; refuse a letter of two other lengths."""
     lengths: dict[str, int] = {}  # of the letters that are not of length 1 everywhere
