@@ -1115,8 +1115,8 @@ sinh = _define("sinh", np.sinh, lambda g, y, x: g * np.cosh(x))
 cosh = _define("cosh", np.cosh, lambda g, y, x: g * np.sinh(x))
 tanh = _define("tanh", np.tanh, lambda g, y, x: g * (1 - y * y))
 arctanh = _define("arctanh", np.arctanh, lambda g, y, x: g / ((1 - x) * (1 + x)))
-# hypot(1, x) is the root of 1 + x^2, and the two roots below are that of x^2 - 1; their
-# squares would overflow.
+# These are divided by the roots of x^2 + 1 and x^2 - 1. As x^2 may overflow, `hypot`
+# takes the first, and the second is a product of two roots.
 arcsinh = _define("arcsinh", np.arcsinh, lambda g, y, x: g / np.hypot(1, x))
 arccosh = _define("arccosh", np.arccosh,
                   lambda g, y, x: g / (np.sqrt(x - 1) * np.sqrt(x + 1)))
@@ -1287,16 +1287,16 @@ relu = _define("relu", lambda x: np.clip(x, 0, np.inf),
                doc="max(x, 0), element by element.")
 
 
-# The chosen one of two operands receives all of g; if they tie, each receives half. The
-# rule asks whether the *other* differs from the result, which is also right for nan,
-# since nan differs from everything:
+# The chosen one of two operands receives all of g; if they tie, each receives half. Of
+# nan and a number, maximum makes nan, and both receive all of g (as in PyTorch). So the
+# rule asks whether the *other* differs from the result, and nan differs from all:
 #
 #                mine  other  y     other != y   mine == other   mine receives
 #     maximum    5     3      5     yes          no              g
 #                3     5      5     no           no              0
 #                3     3      3     no           yes             g/2
-#                nan   3      nan   yes          no              g    (as in PyTorch,
-#                3     nan    nan   yes          no              g     both get all)
+#                nan   3      nan   yes          no              g
+#                3     nan    nan   yes          no              g
 #     fmax       nan   3      3     no           no              0
 #                3     nan    3     yes          no              g
 def _to_the_chosen(g, y, mine, other):
@@ -1672,7 +1672,7 @@ def std(x: Any, axis: int | tuple | None = None, ddof: int = 0,
 
 # The largest (or smallest) element receives the cotangent. Several that tie share it
 # evenly: the maximum of [3, 1, 3] hands back [g/2, 0, g/2]. If an element is nan, so is
-# the result, and all elements receive nan.
+# the result, and all receive nan. (In `maximum`, both receive g: so it is in PyTorch.)
 def _to_ties(g, y, x, axis=None, keepdims=False):
     y = _restore(y, x, axis)
     g = _restore(g, x, axis)
@@ -1892,9 +1892,12 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
 # NumPy starts anew for each row, and for a short row that start takes most of the time.
 # So rows are summed by a product with ones, as in `[3 4 5] @ [1 1 1] = 12`, and one
 # call of reduceat takes their maxima (II.7 has the times). Where that does not fit, we
-# use plain np.sum and np.max. (Rows of 5 do not fit: the products are right, but
-# OpenBLAS 0.3.31 also reads memory that nobody has set, and NumPy may warn of that.)
-_BLAS_READS_BEYOND = 5
+# use plain np.sum and np.max.
+#
+# And rounding? In a row of 131,072 equal numbers of float32, a bad case, the product is
+# wrong by 2e-5 of the sum, and np.sum, which adds in pairs, by 2e-7. In a column, which
+# layer_norm sums, they are wrong by 2e-4 and 1e-3. So softmax and the kernels of part
+# III use the product at any length. Only `_fast_sum` leaves long rows to np.sum.
 _ones = functools.lru_cache(16)(np.ones)  # it keeps its last 16 results
 
 
@@ -1906,7 +1909,9 @@ def _rows(x: Any) -> Any:
 def _row_sum(x: Any, axis: Any = -1) -> Any:
     """sum(x, axis, keepdims=True), in array code."""
     n = x.shape[-1]
-    if axis not in (-1, x.ndim - 1) or n == _BLAS_READS_BEYOND:
+    # Of rows of 5, OpenBLAS 0.3.31 makes the right product, but also reads memory that
+    # nobody has set. What it reads there may make NumPy warn.
+    if axis not in (-1, x.ndim - 1) or n == 5:
         return np.sum(x, axis=axis, keepdims=True)
     return np.dot(_rows(x), _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)
 
@@ -1951,8 +1956,7 @@ def _fast_sum(x: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
 def _short_rows(x: np.ndarray, axis: Any) -> np.ndarray | None:
     """x with the named axes joined into one, if they are the last ones, but not all.
 
-    Else None; also if x is not float32, or if the rows are longer than 4,096, since a
-    product would round off too much.
+    Else None; also if x is not float32, or the rows are longer than 4,096.
     """
     if axis is None or x.dtype != np.float32:
         return None
@@ -1976,8 +1980,8 @@ def _short_rows(x: np.ndarray, axis: Any) -> np.ndarray | None:
 #     >>> print(A.grad, B.grad.T)
 #     [[30. 50.]] [[10. 20.]]
 #
-# What follows, down to `linear`, is nearly all that the networks of part III need. So
-# einsum and the inverses can wait. (Determinants and decompositions are in IV.10.)
+# Part III needs what follows, down to `linear`, and what the letters of einsum mean.
+# The rest can wait. (Determinants and decompositions are in IV.10.)
 def _mT(a: Any) -> Any:
     """The transpose of each matrix in a stack, or of one. (NumPy 2 has it as mT.)"""
     return a.swapaxes(-1, -2)
@@ -2124,7 +2128,8 @@ def einsum(subscripts: str, *operands: Any, optimize: Any = True) -> Tensor:
     try:
         terms, output = _einsum_terms(subscripts, shapes)  # ("iij", "jk"), "k"
         pairs = [_einsum_diagonal(term, x) for term, x in zip(terms, operands)]
-        pairs = _einsum_add_up(pairs, output)
+        pairs = _einsum_drop_short(pairs)  # (explained where it stands)
+        pairs = _einsum_drop_alone(pairs, output)
     except ValueError as error:
         were = ", ".join(map(str, shapes)) or "no operands"
         raise ValueError(f"einsum of {were} by {subscripts!r}: {error}") from None
@@ -2148,12 +2153,28 @@ def _einsum_diagonal(term: str, x: Any) -> tuple[str, Any]:
     return term, x
 
 
-# One thing more: NumPy stretches an axis of length 1 to a longer one of the same
-# letter, as j in "ij,jk->ik" of shapes (2, 1) and (3, 4). Such a short axis is first
-# summed away, since the longer one has the letter, too. That leaves "i,jk->ik" of (2,)
-# and (3, 4). Then all axes of a letter have one length, and j has no partner.
-def _einsum_add_up(pairs: list[tuple[str, Any]], output: str) -> list:
-    """Sum each operand over its short axes, and over its letters without a partner."""
+def _einsum_drop_alone(pairs: list[tuple[str, Any]], output: str) -> list:
+    """Sum each operand over its letters without a partner, which occur only once."""
+    letters = "".join(term for term, _ in pairs) + output  # for "ji,jk->k", "jijkk"
+    alone = [c for c in letters if letters.count(c) == 1]  # ["i"]
+    return [_einsum_sum(term, x, alone) for term, x in pairs]
+
+
+def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
+    """Sum x over the axes that have these letters."""
+    axes = tuple(i for i, letter in enumerate(term) if letter in letters)
+    if not axes:
+        return term, x
+    rest = "".join(letter for letter in term if letter not in letters)
+    return rest, np.sum(x, axis=axes)
+
+
+# Before that, one thing more. NumPy stretches an axis of length 1 to a longer one of
+# the same letter, as j in "ij,jk->ik" of shapes (2, 1) and (3, 4). We sum such a
+# *short* axis away, since the longer one has the letter, too. That leaves "i,jk->ik" of
+# (2,) and (3, 4). Now all axes of a letter have one length, and j has no partner.
+def _einsum_drop_short(pairs: list[tuple[str, Any]]) -> list:
+    """Sum each operand over its short axes; refuse a letter of two other lengths."""
     lengths: dict[str, int] = {}  # of the letters that are not of length 1 everywhere
     for term, x in pairs:
         for letter, n in zip(term, x.shape):
@@ -2167,20 +2188,7 @@ def _einsum_add_up(pairs: list[tuple[str, Any]], output: str) -> list:
     for term, x in pairs:
         short = [c for c, n in zip(term, x.shape) if n == 1 and c in lengths]
         without_short.append(_einsum_sum(term, x, short))
-
-    # A letter without a partner occurs only once. For "ji,jk->k", that is i:
-    letters = "".join(term for term, _ in without_short) + output  # "jijkk"
-    alone = [c for c in letters if letters.count(c) == 1]  # ["i"]
-    return [_einsum_sum(term, x, alone) for term, x in without_short]
-
-
-def _einsum_sum(term: str, x: Any, letters: list[str]) -> tuple[str, Any]:
-    """Sum x over the axes that have these letters."""
-    axes = tuple(i for i, letter in enumerate(term) if letter in letters)
-    if not axes:
-        return term, x
-    rest = "".join(letter for letter in term if letter not in letters)
-    return rest, np.sum(x, axis=axes)
+    return without_short
 
 
 # The rest is notation, and can be skipped: numbers in place of letters, dots, and an
@@ -2288,9 +2296,6 @@ inv = _define("inv", np.linalg.inv, lambda g, y, a: -_mT(y) @ g @ _mT(y),  # ste
 @primitive(lambda g, y, a, b: -np.linalg.solve(_mT(a), g) @ _mT(y),  # step 6
            lambda g, y, a, b: np.linalg.solve(_mT(a), g))  # step 4
 def _solve(a: Any, b: Any) -> Tensor:
-    # (With one axis less than a, b would be vectors to NumPy 1. So it gets as many:
-    # beside an a of (7, n, n), the b of (n, k) becomes (1, n, k).)
-    b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
     return np.linalg.solve(a, b)
 
 
@@ -2304,7 +2309,8 @@ def solve(a: Any, b: Any) -> Tensor:
     # (A vector has one axis to NumPy 2, and one axis less than a to NumPy 1: IV.4.)
     is_vectors = b.ndim == (a.ndim - 1 if _OLD_NUMPY else 1)
     columns = expand_dims(b, -1) if is_vectors else b  # (..., n, k)
-    if a.ndim < 2 or b.ndim < 1 or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
+    are_matrices = a.ndim > 1 and columns.ndim > 1
+    if not are_matrices or not a.shape[-2] == a.shape[-1] == columns.shape[-2]:
         raise ValueError(f"solve of {a.shape}, {b.shape}: needs square matrices "
                          "(..., n, n) and a vector (n,) or columns (..., n, k); "
                          "else lstsq")

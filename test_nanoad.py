@@ -9360,6 +9360,8 @@ WRONG = [
      "solve & (2, 3) & square & lstsq"),
     (lambda: np.linalg.solve(T(2, 3).T @ T(2, 3), np.ones(2)), ValueError,
      "solve & (3, 3), (2,)"),
+    (lambda: np.linalg.solve(T(2, 3, 3), np.ones(2)), ValueError,
+     "solve & (2, 3, 3), (2,)"),
     (lambda: np.linalg.cholesky(T(2, 3)), ValueError, "cholesky & (2, 3) & square"),
     (lambda: np.linalg.eigh(T(2, 3)), ValueError, "eigh & (2, 3) & square"),
     (lambda: np.linalg.svd(T(2, 3)[0]), ValueError, "svd & (3,) & two-dimensional"),
