@@ -5839,9 +5839,9 @@ Tensor.__reduce__ = _reduce
 #     ['x', 'w']
 #
 # These are the operands of the checkpoint. In the backward pass f runs again, and a
-# small walk goes back along the new tape. The operands are its inputs, so it goes to
-# them. Its horizon is the moment when the second run began. They are older, so it goes
-# no further. The checkpoint hands them the cotangents that have reached them.
+# small walk goes back along the new tape to these operands. Its horizon is the moment
+# when the second run began. They are older, so it goes no further. The checkpoint hands
+# them the cotangents that have reached them.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5873,7 +5873,7 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
-    """What the operands of a checkpoint receive: f runs again, and a walk goes back."""
+    """What each operand receives, or None: f runs again, and a walk goes back."""
     began = next(_clock)
     again = t._settings["run_again"]()
     _require_same_result(again, t)
@@ -5882,7 +5882,6 @@ def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) 
     route = _find_route([again], inputs, horizon=began)
     reached = _walk_to(inputs, [(again, g)], create_graph, retain_graph=create_graph,
                        route=route)
-    # (None for an operand where no cotangent is wanted, or none arrives.)
     return [reached.get(a) for a in t._operands]
 
 
@@ -8032,9 +8031,8 @@ def _eigh(a: Any, uplo: str = "L") -> Tensor:
 def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     """(eigenvalues, eigenvectors) of symmetric a: (..., n); columns of (..., n, n).
 
-    Eigenvectors of equal eigenvalues have no derivative (inf or nan). The first
-    derivative of the equal eigenvalues themselves is right for a function that does not
-    depend on their order.
+    Where eigenvalues are equal, eigenvectors have no derivative (inf or nan). That of the
+    eigenvalues is right to first order, for functions that ignore which one is which.
     """
     packed = _eigh(a, uplo=UPLO)
     return _result_type(np.linalg.eigh)(packed[..., 0, :], packed[..., 1:, :])
@@ -8166,8 +8164,7 @@ def _low(x: Any) -> Any:
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
     inside = _low(_mT(y) @ g)
     left = np.linalg.solve(_mT(y), inside)  # step 7: L^-T before it
-    # L^-1 behind it, all transposed: (left L^-1)^T = L^-T left^T
-    ga = np.linalg.solve(_mT(y), _mT(left))
+    ga = np.linalg.solve(_mT(y), _mT(left))  # L^-1 behind it, all transposed
     return _sym(ga)  # step 8
 
 
@@ -8194,19 +8191,18 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     >>> print(*abs(Q).round(3), "and", *abs(R).round(3))  # (without LAPACK's signs)
 #     [1.   0.01] [0.01 1.  ] and [2.   0.01] [0. 1.]
 #
-# The first column has turned by 0.02 / 2, and all of Q with it. The second column of A
-# has not: in the turned Q it has 0.01 of the first, and R says so. These are the motions
-# (the numbers are those of the example, in hundredths):
+# Q has turned by 0.02 / 2, but the second column of A stayed. So it now has 0.01 of Q's
+# first column, as R says. In general, with the example's numbers in hundredths:
 #
-#     P = Q^T dA R^-1     how A moves                                [0 0] [1  0]
-#     X = dR R^-1         how R moves: an upper triangle, too        [0 1] [0  0]
-#     Q^T dQ = P - X      how Q moves: antisymmetric                 [0 -1] [1  0]
+#     P = Q^T dA R^-1    says how A moves                             [0  0]  [1  0]
+#     X = dR R^-1        says how R moves: an upper triangle, too     [0  1]  [0  0]
+#     Q^T dQ = P - X     says how Q moves: it is antisymmetric        [0 -1]  [1  0]
 #
 #     1  A = Q R moves by           dA = dQ R + Q dR
 #     2  R^-1 behind it             dA R^-1 = dQ + Q X
 #     3  Q^T before it              P = Q^T dQ + X
 #     4  plus its transpose         P + P^T = X + X^T,  as Q^T dQ cancels
-#     5  X^T is lower triangular    X^T = low(P + P^T)
+#     5  X^T is lower triangular    X^T = low(P + P^T), which is [0 0] [1 0]
 #
 #     6  the loss moves by          <gQ, dQ> + <gR, dR>
 #     7  by 2, and as dR = X R      = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
@@ -8215,8 +8211,7 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 #     10 by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
 #     11 <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
 #     12 in all, with P put in      <gQ, dA R^-1> + <N, Q^T dA R^-1>
-#     13 Q and R^-1 move over       = <(gQ + Q N) R^-T, dA>
-#     14 A receives                 (gQ + Q N) R^-T
+#     13 Q, R^-1 move over          = <(gQ + Q N) R^-T, dA>,  which A receives
 #
 # A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`,
 # and `R2 = Q^T A2` is a composition.
@@ -8224,8 +8219,7 @@ def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
 
-    # R^-1 must exist. Where R should have a 0 on its diagonal, rounding may leave a
-    # small number, which therefore counts as 0.
+    # R^-1 must exist. (What rounding makes of a 0 on the diagonal counts as 0.)
     diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
     if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
@@ -8234,7 +8228,7 @@ def _qr_rule(g: Any, y: Any, a: Any) -> Any:
 
     low = _low(r @ _mT(gr) - _mT(gq) @ q)  # low(Y), by steps 9 and 10
     left = gq + q @ (low + _mT(low))  # gQ + Q N
-    return _mT(np.linalg.solve(r, _mT(left)))  # step 14, the solve transposed
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 13, the solve transposed
 
 
 @primitive(_qr_rule)
@@ -8277,16 +8271,11 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 # only the second element. If the 0 in A moves, `P dA` is 0, but the first piece is not:
 # for a motion by 0.04, it is `0.25 [0, 0.04] E`, which is [0, 0.01].
 #
-#     >>> for x in (0.0, 0.04):
-#     ...     print(np.linalg.pinv(np.array([[2.0], [x]])).round(3))
-#     [[0.5 0. ]]
+#     >>> print(np.linalg.pinv(np.array([[2.0], [0.04]])).round(3))
 #     [[0.5  0.01]]
 #
-# Where do the pieces come from? Since I is E + A P, and also F + P A, dP is this sum:
-#
-#     dP = dP E + dP A P = dP E + F dP A P + P A dP A P
-#
-# Each of the three has an equation of its own:
+# As I is E + A P, and also F + P A, dP is `dP E + dP A P`, and dP A P is in turn
+# `F dP A P + P A dP A P`. Each of these three pieces has an equation of its own:
 #
 #     1  P E = 0 moves by           dP E = -P dE
 #     2  as A P = P^T A^T           P = P A P = P P^T A^T
@@ -8300,16 +8289,15 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 #     8  between P and P            P dA P + P A dP A P + P dA P = P dA P
 #     9  so                         P A dP A P = -P dA P
 #
-#     10 the first in <g, dP>       <g, P P^T dA^T E> = <P P^T g E, dA^T>
-#     11 both sides transposed      = <E g^T P P^T, dA>
-#     12 with the others, likewise  A receives  E g^T P P^T + P^T P g^T F - P^T g P^T
+#     10 the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>
+#     11 likewise all; A receives   E g^T P P^T + P^T P g^T F - P^T g P^T
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     first = gt @ y @ pt  # g^T P P^T
     second = pt @ y @ gt  # P^T P g^T
     by_e = first - a @ (y @ first)  # E before it
     by_f = second - (second @ y) @ a  # F behind it
-    return by_e + by_f - pt @ g @ pt  # step 12
+    return by_e + by_f - pt @ g @ pt  # step 11
 
 
 @_answers(np.linalg.pinv)
@@ -8343,9 +8331,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #         >>> np.floor(t / 3), np.argsort(t)
 #         (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All others are *refused* if the Tensor needs a gradient. The TypeError says what to
-#    use instead (II.2). Among them are `fft`, `copysign`, methods of ufuncs such as
-#    `np.add.reduce`, and what writes into an array (`put`, `copyto`).
+# 4. All others, such as `np.fft.fft` and `np.put`, are *refused* if the Tensor needs a
+#    gradient. The TypeError says what to use instead (II.2).
 #
 # These functions are of the third kind. (np.histogram is, too.)
 _WITHOUT_GRADIENT = {getattr(np, name) for name in """
@@ -8368,12 +8355,10 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 # NumPy code may use these functions, which are of the first two kinds:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
-#                     positive square reciprocal power float_power
+#                     positive square reciprocal power float_power sqrt cbrt hypot
 #     exponentials    exp exp2 expm1 log log2 log10 log1p logaddexp logaddexp2
-#     roots           sqrt cbrt hypot
-#     angles          sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg
-#                     degrees radians
-#     hyperbolic      sinh cosh tanh arcsinh arccosh arctanh
+#     trigonometry    sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg
+#                     degrees radians sinh cosh tanh arcsinh arccosh arctanh
 #     choosing        where maximum minimum fmax fmin absolute fabs clip heaviside
 #                     nan_to_num choose select piecewise sort partition
 #     of real input   real conjugate real_if_close copy full_like
@@ -8396,13 +8381,10 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 #
 # `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2).
 # Its settings have NumPy's names and order, and Python refuses all others, such as
-# `out`. (Arrays go by position: a public function may say x where NumPy says a.) Three
-# things are the same everywhere:
-#
-# - Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
-#   float32 leaves the result float32.
-# - A step that chooses or counts has no derivative, so it uses the array, `_value(x)`.
-# - Operands that do not fit are refused by `_require`.
+# `out`. (Arrays go by position: a public function may say x where NumPy says a.)
+# Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
+# float32 leaves the result float32. A step that chooses or counts has no derivative, so
+# it uses the array, `_value(x)`. `_require` refuses operands that do not fit.
 def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
     if not holds:
         shapes = ", ".join(str(np.shape(a)) for a in operands)
@@ -8447,6 +8429,8 @@ _FUNCTIONS.update({
     np.reciprocal: lambda x: 1 / x,
     np.float_power: lambda a, b: power(astype(a, np.float64), b),
     np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
+    np.heaviside: lambda x, at_zero:  # 0 or 1, but `at_zero` where x is 0
+        where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
     # shapes
     np.transpose: lambda a, axes=None: transpose(a, axes),
     np.ravel: lambda a: reshape(a, -1),
@@ -8498,14 +8482,7 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 # ### Elements
 @_answers(np.clip)
 def _clip_by_name(a, a_min=None, a_max=None, *, min=None, max=None):
-    """clip, whose bounds have two names each since NumPy 2.1."""
     return clip(a, min if a_min is None else a_min, max if a_max is None else a_max)
-
-
-@_answers(np.heaviside)
-def _heaviside(x, at_zero):
-    """0 where x is negative, 1 where it is positive, and `at_zero` where it is 0."""
-    return where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0))
 
 
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
@@ -8615,9 +8592,8 @@ def _full_like(a, fill_value, dtype=None):
 
 @_answers(np.broadcast_arrays)
 def _broadcast_arrays(*args):
-    arrays = _admit_together(*args)
-    shape = np.broadcast_shapes(*(a.shape for a in arrays))
-    return tuple(broadcast_to(a, shape) for a in arrays)
+    shape = np.broadcast_shapes(*map(np.shape, args))
+    return tuple(broadcast_to(a, shape) for a in _admit_together(*args))
 
 
 @_answers(np.meshgrid)
@@ -8862,10 +8838,7 @@ def _convolve(a: Any, v: Any) -> Tensor:
 
 @_answers(np.convolve)
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The "full" convolution of two vectors, or a part of it.
-
-    The part is the middle ("same"), or where the vectors overlap fully ("valid").
-    """
+    """The "full" convolution, its middle ("same"), or the full overlap ("valid")."""
     a, v = _admit_together(a, v)
     known = mode in ("full", "same", "valid")
     _require(a.ndim == v.ndim == 1 and known, "convolve", [a, v],
@@ -9035,27 +9008,22 @@ def _newer(module: Any, **answers: Callable) -> None:
         _answers(getattr(module, name, None))(answer)
 
 
-_newer(
-    np,
-    row_stack=_FUNCTIONS[np.vstack],
-    unstack=lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
-    matrix_transpose=lambda x: _mT(x),
-    vecdot=_vecdot,
-    matvec=_matvec,
-    vecmat=lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1),
-)
-_newer(
-    np.linalg,
-    matmul=matmul, outer=outer, tensordot=tensordot, vecdot=_vecdot,
-    cross=lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
-    diagonal=lambda x, *, offset=0: diagonal(x, offset, -2, -1),
-    trace=lambda x, *, offset=0: trace(x, offset, -2, -1),
-    matrix_transpose=lambda x: _mT(x),
-    svdvals=lambda x: svd(x, compute_uv=False),
-    vector_norm=_vector_norm,
-    matrix_norm=lambda x, *, keepdims=False, ord="fro":
-        norm(x, ord, (-2, -1), keepdims),
-)
+_newer(np,
+       row_stack=_FUNCTIONS[np.vstack],
+       unstack=lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+       matrix_transpose=lambda x: _mT(x),
+       vecdot=_vecdot, matvec=_matvec,
+       vecmat=lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1))
+_newer(np.linalg,
+       matmul=matmul, outer=outer, tensordot=tensordot, vecdot=_vecdot,
+       cross=lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+       diagonal=lambda x, *, offset=0: diagonal(x, offset, -2, -1),
+       trace=lambda x, *, offset=0: trace(x, offset, -2, -1),
+       matrix_transpose=lambda x: _mT(x),
+       svdvals=lambda x: svd(x, compute_uv=False),
+       vector_norm=_vector_norm,
+       matrix_norm=lambda x, *, keepdims=False, ord="fro":
+           norm(x, ord, (-2, -1), keepdims))
 
 # Python's TypeError for a wrong argument gives the function's name. That of a lambda is
 # `<lambda>`, and those of helpers begin with `_`. These answers get NumPy's name.
