@@ -5839,9 +5839,8 @@ Tensor.__reduce__ = _reduce
 #     ['x', 'w']
 #
 # These are the operands of the checkpoint. In the backward pass f runs again, and a
-# small walk goes back along the new tape to these operands. Its horizon is the moment
-# when the second run began. They are older, so it goes no further. The checkpoint hands
-# them the cotangents that have reached them.
+# small walk goes back along the new tape to them. They are older than its horizon, the
+# moment when the second run began, so it goes no further. They receive what it brings.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -8031,8 +8030,8 @@ def _eigh(a: Any, uplo: str = "L") -> Tensor:
 def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     """(eigenvalues, eigenvectors) of symmetric a: (..., n); columns of (..., n, n).
 
-    Where eigenvalues are equal, eigenvectors have no derivative (inf or nan). That of the
-    eigenvalues is right to first order, for functions that ignore which one is which.
+    Eigenvectors of equal eigenvalues have no derivative (inf or nan). The eigenvalues
+    themselves have a first one, for functions that do not depend on their order.
     """
     packed = _eigh(a, uplo=UPLO)
     return _result_type(np.linalg.eigh)(packed[..., 0, :], packed[..., 1:, :])
@@ -8265,7 +8264,8 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 # E A, P E, A F and F P are 0. (For example, `E A` is `A - A P A`.) As long as the rank
 # of A stays the same, P moves smoothly (Golub and Pereyra, 1973), by three pieces:
 #
-#     dP = P P^T dA^T E + F dA^T P^T P - P dA P
+#     dP =          P P^T dA^T E  +  F dA^T P^T P  -  P dA P
+#     A receives    E g^T P P^T   +  P^T P g^T F   -  P^T g P^T
 #
 # Let A be the column [2, 0]. Its P is the row [0.5, 0], so P A = 1, F = 0, and E keeps
 # only the second element. If the 0 in A moves, `P dA` is 0, but the first piece is not:
@@ -8274,7 +8274,7 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 #     >>> print(np.linalg.pinv(np.array([[2.0], [0.04]])).round(3))
 #     [[0.5  0.01]]
 #
-# As I is E + A P, and also F + P A, dP is `dP E + dP A P`, and dP A P is in turn
+# Why? I is E + A P, and also F + P A. So dP is `dP E + dP A P`, and dP A P is in turn
 # `F dP A P + P A dP A P`. Each of these three pieces has an equation of its own:
 #
 #     1  P E = 0 moves by           dP E = -P dE
@@ -8289,15 +8289,14 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 #     8  between P and P            P dA P + P A dP A P + P dA P = P dA P
 #     9  so                         P A dP A P = -P dA P
 #
-#     10 the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>
-#     11 likewise all; A receives   E g^T P P^T + P^T P g^T F - P^T g P^T
+#     10 the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>, and so on
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     first = gt @ y @ pt  # g^T P P^T
     second = pt @ y @ gt  # P^T P g^T
     by_e = first - a @ (y @ first)  # E before it
     by_f = second - (second @ y) @ a  # F behind it
-    return by_e + by_f - pt @ g @ pt  # step 11
+    return by_e + by_f - pt @ g @ pt
 
 
 @_answers(np.linalg.pinv)
@@ -8585,8 +8584,7 @@ def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
 
 
 @_answers(np.full_like)
-def _full_like(a, fill_value, dtype=None):
-    """The number `fill_value`, which may be a Tensor, in the shape of a."""
+def _full_like(a, fill_value, dtype=None):  # the fill may be a Tensor
     return broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a))
 
 
