@@ -5847,9 +5847,8 @@ Tensor.__reduce__ = _reduce
 #     ['x', 'w']
 #
 # These are the operands of the checkpoint. In the backward pass f runs again, and a
-# small walk goes back along the new tape. The operands are its inputs, so it goes to
-# them. Its horizon is the moment when the second run began. They are older, so it goes
-# no further. The checkpoint hands them the cotangents that have reached them.
+# small walk goes back along the new tape to them. They are older than its horizon, the
+# moment when the second run began, so it goes no further. They receive what it brings.
 
 
 def checkpoint(f: Callable, *args: Any) -> Tensor:
@@ -5875,23 +5874,21 @@ def checkpoint(f: Callable, *args: Any) -> Tensor:
         with _mode.set(recording=True, rng=copy.deepcopy(rng_before)):
             return f(*args)
 
-    # The result remembers `checkpoint` itself as its operation, and `run_again` where
-    # that of a fused operation has its pullback (II.7).
+    # The result remembers `checkpoint` as its operation, and `run_again` as a setting.
     return _fill(Tensor.__new__(Tensor), y._data, checkpoint, operands,
-                 pullback=run_again)
+                 {"run_again": run_again})
 
 
 def _pull_checkpoint(t: Tensor, g: Any, wanted: list[bool], create_graph: bool) -> list:
-    """What the operands of a checkpoint receive: f runs again, and a walk goes back."""
+    """What each operand receives, or None: f runs again, and a walk goes back."""
     began = next(_clock)
-    again = t._pullback()  # `run_again`
+    again = t._settings["run_again"]()
     _require_same_result(again, t)
 
     inputs = [a for a, is_wanted in zip(t._operands, wanted) if is_wanted]
     route = _find_route([again], inputs, horizon=began)
     reached = _walk_to(inputs, [(again, g)], create_graph, retain_graph=create_graph,
                        route=route)
-    # (None for an operand where no cotangent is wanted, or none arrives.)
     return [reached.get(a) for a in t._operands]
 
 
@@ -8046,9 +8043,8 @@ def _eigh(a: Any, uplo: str = "L") -> Tensor:
 def eigh(a: Any, UPLO: str = "L") -> tuple[Tensor, Tensor]:
     """(eigenvalues, eigenvectors) of symmetric a: (..., n); columns of (..., n, n).
 
-    Eigenvectors of equal eigenvalues have no derivative (inf or nan). The first
-    derivative of the equal eigenvalues themselves is right for a function that does not
-    depend on their order.
+    Eigenvectors of equal eigenvalues have no derivative (inf or nan). The eigenvalues
+    themselves have a first one, for functions that do not depend on their order.
     """
     packed = _eigh(a, uplo=UPLO)
     return _result_type(np.linalg.eigh)(packed[..., 0, :], packed[..., 1:, :])
@@ -8180,8 +8176,7 @@ def _low(x: Any) -> Any:
 def _cholesky_rule(g: Any, y: Any, a: Any) -> Any:
     inside = _low(_mT(y) @ g)
     left = np.linalg.solve(_mT(y), inside)  # step 7: L^-T before it
-    # L^-1 behind it, all transposed: (left L^-1)^T = L^-T left^T
-    ga = np.linalg.solve(_mT(y), _mT(left))
+    ga = np.linalg.solve(_mT(y), _mT(left))  # L^-1 behind it, all transposed
     return _sym(ga)  # step 8
 
 
@@ -8201,26 +8196,34 @@ def cholesky(a: Any, *, upper: bool = False) -> Tensor:
 # ### qr: how do both kinds move together?
 #
 # `A = Q R`, with orthonormal columns in Q, so that `Q^T dQ` is antisymmetric, and R
-# upper triangular, so that `low` finds its motion (Seeger and others, 2017). Step 3 has
-# the sum of both. Plus its own transpose, the antisymmetric matrix cancels, and the
-# triangle is left:
+# upper triangular, so that `low` finds its motion (Seeger and others, 2017). For
+# example, let A be diag(2, 1), so that Q is I. The 0 below the diagonal moves by 0.02:
 #
-#     1  A moves by                 dA = dQ R + Q dR
-#     2  R^-1 behind it             dA R^-1 = dQ + Q X            with X = dR R^-1
-#     3  Q^T before it              P = Q^T dQ + X                with P = Q^T dA R^-1
+#     >>> Q, R = np.linalg.qr(np.array([[2.0, 0.0], [0.02, 1.0]]))
+#     >>> print(*abs(Q).round(3), "and", *abs(R).round(3))  # (without LAPACK's signs)
+#     [1.   0.01] [0.01 1.  ] and [2.   0.01] [0. 1.]
+#
+# Q has turned by 0.02 / 2, but the second column of A stayed. So it now has 0.01 of Q's
+# first column, as R says. In general, with the example's numbers in hundredths:
+#
+#     P = Q^T dA R^-1    says how A moves                             [0  0]  [1  0]
+#     X = dR R^-1        says how R moves: an upper triangle, too     [0  1]  [0  0]
+#     Q^T dQ = P - X     says how Q moves: it is antisymmetric        [0 -1]  [1  0]
+#
+#     1  A = Q R moves by           dA = dQ R + Q dR
+#     2  R^-1 behind it             dA R^-1 = dQ + Q X
+#     3  Q^T before it              P = Q^T dQ + X
 #     4  plus its transpose         P + P^T = X + X^T,  as Q^T dQ cancels
-#     5  X^T is lower triangular    X^T = low(P + P^T)
-#     6  by 2                       dQ = dA R^-1 - Q X            and dR = X R
+#     5  X^T is lower triangular    X^T = low(P + P^T), which is [0 0] [1 0]
 #
-#     7  the loss moves by          <gQ, dQ> + <gR, dR>
-#     8  by 6                       = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
-#     9  the last two terms are     <gR R^T - Q^T gQ, X>
-#     10 both sides transposed      = <Y, X^T>             with Y = R gR^T - gQ^T Q
-#     11 by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
-#     12 <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
-#     13 by 8 and 3, the loss       <gQ, dA R^-1> + <N, Q^T dA R^-1>
-#        moves by                   = <gQ + Q N, dA R^-1>
-#     14 A receives                 (gQ + Q N) R^-T
+#     6  the loss moves by          <gQ, dQ> + <gR, dR>
+#     7  by 2, and as dR = X R      = <gQ, dA R^-1> - <gQ, Q X> + <gR, X R>
+#     8  the last two terms are     <gR R^T - Q^T gQ, X>
+#     9  both sides transposed      = <Y, X^T>             with Y = R gR^T - gQ^T Q
+#     10 by 5                       = <Y, low(P + P^T)> = <low(Y), P + P^T>
+#     11 <Z, P^T> is <Z^T, P>       = <N, P>               with N = low(Y) + low(Y)^T
+#     12 in all, with P put in      <gQ, dA R^-1> + <N, Q^T dA R^-1>
+#     13 Q, R^-1 move over          = <(gQ + Q N) R^-T, dA>,  which A receives
 #
 # A wide A is `[A1 A2] = Q [R1 R2]`, where A1 is square. The rule is for `A1 = Q R1`,
 # and `R2 = Q^T A2` is a composition.
@@ -8228,17 +8231,16 @@ def _qr_rule(g: Any, y: Any, a: Any) -> Any:
     q, r = np.split(y, [a.shape[-2]], axis=-2)  # (..., m, n), (..., n, n)
     gq, gr = np.split(g, [a.shape[-2]], axis=-2)
 
-    # R^-1 must exist. Where R should have a 0 on its diagonal, rounding may leave a
-    # small number, which therefore counts as 0.
+    # R^-1 must exist. (What rounding makes of a 0 on the diagonal counts as 0.)
     diagonal = np.abs(np.diagonal(_value(r), axis1=-2, axis2=-1))  # (..., n)
     largest = np.max(diagonal, axis=-1, keepdims=True, initial=0)
     if np.any(diagonal <= max(a.shape[-2:]) * np.finfo(a.dtype).eps * largest):
         raise np.linalg.LinAlgError("qr: no derivative where columns depend on each "
                                     "other (R has a 0 on its diagonal, up to rounding)")
 
-    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # low(Y), by steps 10 and 11
-    left = gq + q @ (low + _mT(low))  # step 13
-    return _mT(np.linalg.solve(r, _mT(left)))  # step 14, the solve transposed
+    low = _low(r @ _mT(gr) - _mT(gq) @ q)  # low(Y), by steps 9 and 10
+    left = gq + q @ (low + _mT(low))  # gQ + Q N
+    return _mT(np.linalg.solve(r, _mT(left)))  # step 13, the solve transposed
 
 
 @primitive(_qr_rule)
@@ -8271,45 +8273,43 @@ def qr(a: Any, mode: str = "reduced") -> Any:
 #
 #     A P A = A,    P A P = P,    A P and P A symmetric
 #
-# As long as the rank of A stays the same, P moves smoothly (Golub and Pereyra, 1973),
-# but not by `-P dA P` alone. Let A be the column [2, 0]. Its P is the row [0.5, 0]. If
-# the 0 in A moves, `P dA` is 0, but P moves:
+# What P lacks of an inverse is `E = I - A P` and `F = I - P A`. Both are symmetric, and
+# E A, P E, A F and F P are 0. (For example, `E A` is `A - A P A`.) As long as the rank
+# of A stays the same, P moves smoothly (Golub and Pereyra, 1973), by three pieces:
 #
-#     >>> for x in (0.0, 0.04):
-#     ...     print(np.linalg.pinv(np.array([[2.0], [x]])).round(3))
-#     [[0.5 0. ]]
+#     dP =          P P^T dA^T E  +  F dA^T P^T P  -  P dA P
+#     A receives    E g^T P P^T   +  P^T P g^T F   -  P^T g P^T
+#
+# Let A be the column [2, 0]. Its P is the row [0.5, 0], so P A = 1, F = 0, and E keeps
+# only the second element. If the 0 in A moves, `P dA` is 0, but the first piece is not:
+# for a motion by 0.04, it is `0.25 [0, 0.04] E`, which is [0, 0.01].
+#
+#     >>> print(np.linalg.pinv(np.array([[2.0], [0.04]])).round(3))
 #     [[0.5  0.01]]
 #
-# What P lacks of an inverse is `E = I - A P` and `F = I - P A`. Both are symmetric, and
-# E A, P E, A F and F P are 0. (For example, `E A` is `A - A P A`.) Since I is E + A P,
-# and also F + P A, they split dP, on the right and then on the left. Each of the three
-# pieces has one equation:
+# Why? I is E + A P, and also F + P A. So dP is `dP E + dP A P`, and dP A P is in turn
+# `F dP A P + P A dP A P`. Each of these three pieces has an equation of its own:
 #
-#     dP = dP E + F dP A P + P A dP A P      by P E = 0,  F P = 0  and  A P A = A
+#     1  P E = 0 moves by           dP E = -P dE
+#     2  as A P = P^T A^T           P = P A P = P P^T A^T
+#     3  (E A)^T = A^T E = 0, too   A^T dE = -dA^T E
+#     4  2 and 3 put into 1         dP E = -P P^T A^T dE = P P^T dA^T E
 #
-#     1  E A = 0, transposed        A^T E = 0
-#     2  moves by                   dA^T E + A^T dE = 0
-#     3  P before A P = P^T A^T     P P^T A^T = P A P = P
-#     4  so P P^T before 2 gives    P P^T dA^T E + P dE = 0
-#     5  P E = 0 moves by           dP E = -P dE = P P^T dA^T E         the first piece
-#     6  likewise by A F = F P = 0  F dP = F dA^T P^T P
-#     7  A P behind it              F dP A P = F dA^T P^T P             the second
-#     8  A P A = A moves by         dA P A + A dP A + A P dA = dA
-#     9  between P and P            P dA P + P A dP A P + P dA P = P dA P
-#     10 so                         P A dP A P = -P dA P                the third
+#     5  likewise by F P = A F = 0  F dP = F dA^T P^T P
+#     6  A P behind it              F dP A P = F dA^T P^T P,      as P A P = P
 #
-#     11 altogether                 dP = P P^T dA^T E + F dA^T P^T P - P dA P
-#     12 the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>
-#     13 so A receives              E g^T P P^T + P^T P g^T F - P^T g P^T
+#     7  A P A = A moves by         dA P A + A dP A + A P dA = dA
+#     8  between P and P            P dA P + P A dP A P + P dA P = P dA P
+#     9  so                         P A dP A P = -P dA P
 #
-# In the example, only the first piece moves P: by 0.25 [0, 0.04] E, which is [0, 0.01].
+#     10 the first in <g, dP>       <P P^T g E, dA^T> = <E g^T P P^T, dA>, and so on
 def _pinv_rule(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
     gt, pt = _mT(g), _mT(y)
     first = gt @ y @ pt  # g^T P P^T
     second = pt @ y @ gt  # P^T P g^T
     by_e = first - a @ (y @ first)  # E before it
     by_f = second - (second @ y) @ a  # F behind it
-    return by_e + by_f - pt @ g @ pt  # step 13
+    return by_e + by_f - pt @ g @ pt
 
 
 @_answers(np.linalg.pinv)
@@ -8343,9 +8343,8 @@ def pinv(a: Any, rcond: Any = None) -> Tensor:
 #         >>> np.floor(t / 3), np.argsort(t)
 #         (array([1., 0., 0.]), array([1, 2, 0]))
 #
-# 4. All others are *refused* if the Tensor needs a gradient. The TypeError says what to
-#    use instead (II.2). Among them are `fft`, `copysign`, methods of ufuncs such as
-#    `np.add.reduce`, and what writes into an array (`put`, `copyto`).
+# 4. All others, such as `np.fft.fft` and `np.put`, are *refused* if the Tensor needs a
+#    gradient. The TypeError says what to use instead (II.2).
 #
 # These functions are of the third kind. (np.histogram is, too.)
 _WITHOUT_GRADIENT = {getattr(np, name) for name in """
@@ -8368,12 +8367,10 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 # NumPy code may use these functions, which are of the first two kinds:
 #
 #     arithmetic      add subtract multiply divide remainder fmod divmod negative
-#                     positive square reciprocal power float_power
+#                     positive square reciprocal power float_power sqrt cbrt hypot
 #     exponentials    exp exp2 expm1 log log2 log10 log1p logaddexp logaddexp2
-#     roots           sqrt cbrt hypot
-#     angles          sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg
-#                     degrees radians
-#     hyperbolic      sinh cosh tanh arcsinh arccosh arctanh
+#     trigonometry    sin cos tan arcsin arccos arctan arctan2 sinc deg2rad rad2deg
+#                     degrees radians sinh cosh tanh arcsinh arccosh arctanh
 #     choosing        where maximum minimum fmax fmin absolute fabs clip heaviside
 #                     nan_to_num choose select piecewise sort partition
 #     of real input   real conjugate real_if_close copy full_like
@@ -8396,13 +8393,10 @@ _WITHOUT_GRADIENT = {getattr(np, name) for name in """
 #
 # `_FUNCTIONS[np.x]`, or `@_answers(np.x)`, makes an entry the answer to np.x (II.2).
 # Its settings have NumPy's names and order, and Python refuses all others, such as
-# `out`. (Arrays go by position: a public function may say x where NumPy says a.) Three
-# things are the same everywhere:
-#
-# - Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
-#   float32 leaves the result float32.
-# - A step that chooses or counts has no derivative, so it uses the array, `_value(x)`.
-# - Operands that do not fit are refused by `_require`.
+# `out`. (Arrays go by position: a public function may say x where NumPy says a.)
+# Several operands become Tensors by `_admit_together` (II.9), so that a mask beside
+# float32 leaves the result float32. A step that chooses or counts has no derivative, so
+# it uses the array, `_value(x)`. `_require` refuses operands that do not fit.
 def _require(holds: bool, name: str, operands: Sequence, needs: str) -> None:
     if not holds:
         shapes = ", ".join(str(np.shape(a)) for a in operands)
@@ -8440,18 +8434,6 @@ def _join(prepare: Callable, arrays: Sequence, axis: int) -> Tensor:
     return concatenate([prepare(t) for t in _admit_together(*arrays)], axis)
 
 
-# A function may also move the elements of several arrays. As in II.4, we let it move
-# positions: those that the elements have when all arrays are laid end to end. To insert
-# [7 8] into [4 5 6] at 1, we insert the positions [3 4] into [0 1 2] at 1. That gives
-# [0 3 4 1 2], which picks 4 7 8 5 6 out of 4 5 6 7 8.
-def _moves_several(move: Callable, *operands: Any) -> Tensor:
-    tensors = _admit_together(*operands)
-    ends = np.cumsum([t.size for t in tensors])
-    positions = [np.arange(end - t.size, end).reshape(t.shape)
-                 for t, end in zip(tensors, ends)]
-    return concatenate(tensors, axis=None)[move(*positions)]
-
-
 _FUNCTIONS.update({
     # elements (all numbers are real here)
     np.conjugate: identity, np.real: identity, np.real_if_close: identity,
@@ -8459,30 +8441,18 @@ _FUNCTIONS.update({
     np.reciprocal: lambda x: 1 / x,
     np.float_power: lambda a, b: power(astype(a, np.float64), b),
     np.divmod: lambda a, b: (np.floor_divide(_value(a), _value(b)), mod(a, b)),
-    np.clip: lambda a, a_min=None, a_max=None, *, min=None, max=None:  # two names each
-        clip(a, min if a_min is None else a_min, max if a_max is None else a_max),
     np.heaviside: lambda x, at_zero:  # 0 or 1, but `at_zero` where x is 0
         where(np.equal(x, 0), at_zero, np.heaviside(_value(x), 0)),
-    np.choose: lambda a, choices, *, mode="raise":
-        _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices),
     # shapes
     np.transpose: lambda a, axes=None: transpose(a, axes),
     np.ravel: lambda a: reshape(a, -1),
     np.reshape: lambda a, shape=None, *, newshape=None:  # its name before NumPy 2.1
         reshape(a, newshape if shape is None else shape),
-    np.broadcast_arrays: lambda *args: tuple(
-        broadcast_to(t, np.broadcast_shapes(*map(np.shape, args)))
-        for t in _admit_together(*args)),
-    np.full_like: lambda a, fill_value, dtype=None:
-        broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a)),
     np.atleast_1d: lambda *arys: _at_least(np.atleast_1d, *arys),
     np.atleast_2d: lambda *arys: _at_least(np.atleast_2d, *arys),
     np.atleast_3d: lambda *arys: _at_least(np.atleast_3d, *arys),
     # joining
     np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
-    np.insert: lambda arr, obj, values, axis=None:  # the values take the dtype of arr
-        _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr,
-                       astype(values, np.asarray(_value(arr)).dtype)),
     np.vstack: lambda tup: _join(np.atleast_2d, tup, 0),
     np.dstack: lambda tup: _join(np.atleast_3d, tup, 2),
     np.hstack: lambda tup:  # vectors along their only axis
@@ -8522,19 +8492,22 @@ for _f in (np.fliplr, np.flipud, np.diagflat, np.rollaxis, np.delete, np.resize)
 
 
 # ### Elements
-#
+@_answers(np.clip)
+def _clip_by_name(a, a_min=None, a_max=None, *, min=None, max=None):
+    return clip(a, min if a_min is None else a_min, max if a_max is None else a_max)
+
+
 # `sinc(x) = sin(u) / u` with `u = pi x`. Its derivative, `(cos(u) - sinc(x)) / x`, is
 # 0/0 at 0 and loses digits nearby. There we differentiate the series of sinc, which is
-# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. Term k,
-# `2k u^(2k-1) / (2k+1)!`, times `-u^2 (2k+2) / (2k (2k+2) (2k+3))` is the next, and
-# 2k+2 cancels. For |x| < 1/2, eleven terms give all digits of float64.
+# `1 - u^2 / 3! + u^4 / 5! - ...`, and get `pi (-2 u / 3! + 4 u^3 / 5! - ...)`. For
+# |x| < 1/2, eleven terms give all digits of float64.
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
-    near = term = -np.pi * u / 3
-    for k in range(1, 11):
-        term = term * (-u * u / (2 * k * (2 * k + 3)))
-        near = near + term
+    near = 0  # the series divided by pi u, from its last term to its first (Horner)
+    for k in range(11, 0, -1):
+        near = near * u * u + (-1) ** k * 2 * k / math.factorial(2 * k + 1)
+    near = np.pi * u * near
 
     x = np.where(is_near, 1, x)  # so that `far` is not 0/0 where it is unused
     far = (np.cos(np.pi * x) - np.sinc(x)) / x
@@ -8591,12 +8564,47 @@ def _piecewise(x, condlist, funclist, *args, **kw):
 
 
 # ### Moves and shapes
+#
+# A function may also move the elements of several arrays. As in II.4, we let it move
+# positions: those that the elements have when all arrays are laid end to end. To insert
+# [7 8] into [4 5 6] at 1, we insert the positions [3 4] into [0 1 2] at 1. That gives
+# [0 3 4 1 2], which picks 4 7 8 5 6 out of 4 5 6 7 8.
+def _moves_several(move: Callable, *operands: Any) -> Tensor:
+    tensors = _admit_together(*operands)
+    ends = np.cumsum([t.size for t in tensors])
+    positions = [np.arange(end - t.size, end).reshape(t.shape)
+                 for t, end in zip(tensors, ends)]
+    return concatenate(tensors, axis=None)[move(*positions)]
+
+
+@_answers(np.insert)
+def _insert(arr, obj, values, axis=None):
+    values = astype(values, np.asarray(_value(arr)).dtype)
+    return _moves_several(lambda a, v: np.insert(a, obj, v, axis), arr, values)
+
+
+@_answers(np.choose)
+def _choose(a, choices, *, mode="raise"):
+    return _moves_several(lambda *c: np.choose(_value(a), c, mode=mode), *choices)
+
+
 @_answers(np.partition)
 def partition(x: Any, kth: int | Sequence[int], axis: int | None = -1,
               kind: str = "introselect") -> Tensor:
     """x with element number `kth` where sorting would put it, as by np.partition."""
     order = np.argpartition(_value(x), kth, axis, kind)
     return take_along_axis(x, order, axis)
+
+
+@_answers(np.full_like)
+def _full_like(a, fill_value, dtype=None):  # the fill may be a Tensor
+    return broadcast_to(astype(fill_value, dtype or a.dtype), np.shape(a))
+
+
+@_answers(np.broadcast_arrays)
+def _broadcast_arrays(*args):
+    shape = np.broadcast_shapes(*map(np.shape, args))
+    return tuple(broadcast_to(a, shape) for a in _admit_together(*args))
 
 
 @_answers(np.meshgrid)
@@ -8841,10 +8849,7 @@ def _convolve(a: Any, v: Any) -> Tensor:
 
 @_answers(np.convolve)
 def convolve(a: Any, v: Any, mode: str = "full") -> Tensor:
-    """The "full" convolution of two vectors, or a part of it.
-
-    The part is the middle ("same"), or where the vectors overlap fully ("valid").
-    """
+    """The "full" convolution, its middle ("same"), or the full overlap ("valid")."""
     a, v = _admit_together(a, v)
     known = mode in ("full", "same", "valid")
     _require(a.ndim == v.ndim == 1 and known, "convolve", [a, v],
@@ -9014,27 +9019,22 @@ def _newer(module: Any, **answers: Callable) -> None:
         _answers(getattr(module, name, None))(answer)
 
 
-_newer(
-    np,
-    row_stack=_FUNCTIONS[np.vstack],
-    unstack=lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
-    matrix_transpose=lambda x: _mT(x),
-    vecdot=_vecdot,
-    matvec=_matvec,
-    vecmat=lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1),
-)
-_newer(
-    np.linalg,
-    matmul=matmul, outer=outer, tensordot=tensordot, vecdot=_vecdot,
-    cross=lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
-    diagonal=lambda x, *, offset=0: diagonal(x, offset, -2, -1),
-    trace=lambda x, *, offset=0: trace(x, offset, -2, -1),
-    matrix_transpose=lambda x: _mT(x),
-    svdvals=lambda x: svd(x, compute_uv=False),
-    vector_norm=_vector_norm,
-    matrix_norm=lambda x, *, keepdims=False, ord="fro":
-        norm(x, ord, (-2, -1), keepdims),
-)
+_newer(np,
+       row_stack=_FUNCTIONS[np.vstack],
+       unstack=lambda x, *, axis=0: tuple(moveaxis(x, axis, 0)),
+       matrix_transpose=lambda x: _mT(x),
+       vecdot=_vecdot, matvec=_matvec,
+       vecmat=lambda x1, x2: _matvec(np.swapaxes(x2, -1, -2), x1))
+_newer(np.linalg,
+       matmul=matmul, outer=outer, tensordot=tensordot, vecdot=_vecdot,
+       cross=lambda x1, x2, *, axis=-1: cross(x1, x2, axis=axis),
+       diagonal=lambda x, *, offset=0: diagonal(x, offset, -2, -1),
+       trace=lambda x, *, offset=0: trace(x, offset, -2, -1),
+       matrix_transpose=lambda x: _mT(x),
+       svdvals=lambda x: svd(x, compute_uv=False),
+       vector_norm=_vector_norm,
+       matrix_norm=lambda x, *, keepdims=False, ord="fro":
+           norm(x, ord, (-2, -1), keepdims))
 
 # Python's TypeError for a wrong argument gives the function's name. That of a lambda is
 # `<lambda>`, and those of helpers begin with `_`. These answers get NumPy's name.
