@@ -250,10 +250,10 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 
     There is one per operand. A rule `(g, y, *operands, **settings) -> cotangent` is
     array code for ndarrays and Tensors alike; it returns a new array, `g` itself or a
-    view. None stands for an operand without a gradient. Whatever else a call is given,
-    by position or by name, are settings, such as an axis. An operation on any number of
-    operands gives one rule for all, `each(i, g, y, *operands, **settings)` for operand
-    i. (II.1 adds an operation.)
+    view of it, and never an operand itself. None stands for an operand without a
+    gradient. Whatever else a call is given, by position or by name, are settings, such
+    as an axis. An operation on any number of operands gives one rule for all, `each(i,
+    g, y, *operands, **settings)` for operand i. (II.1 adds an operation.)
     """
     def decorate(forward: Callable) -> Callable:
         arity = sys.maxsize if each else len(rules)
@@ -266,11 +266,15 @@ def primitive(*rules: Callable | None, each: Callable | None = None) -> Callable
 
 
 # A call computes on bare arrays. If an operand is tracked, the result remembers the
-# operation and its arguments; else it is a constant. Usually the arguments are Tensors
-# and Python's numbers. Any other call, say with a list, is first made such a one by
-# `_admit`. Then `_compute` calls `forward` with the Tensors' arrays, and explains its
-# errors. (Both are in II.9. The `pullback` is None, but for the fused operations of
-# II.7.)
+# operation and its arguments; else it is a constant:
+#
+#     y = forward(*map(_value, args))
+#     return _fill(..., y, operation, args) if any(map(_tracked, args)) else _wrap(y)
+#
+# The real one does this in two steps more. Usually the arguments are Tensors and
+# Python's numbers. Any other call, say with a list, is first made such a one by
+# `_admit`. And it is `_compute` that calls `forward`, and explains its errors. (Both
+# are in II.9. The `pullback` is None, but for the fused operations of II.7.)
 
 
 def _operation(forward: Callable, arity: int) -> Callable:
@@ -395,10 +399,11 @@ def no_grad() -> contextlib.AbstractContextManager:
 #
 # (As keys of a dict, two tensors are two, however equal their values: II.8.)
 #
-# That is reverse-mode differentiation. Each operation is visited once, and its rules cost
-# about what it cost itself: so, however many inputs there are, the walk costs a small
-# multiple of the forward pass. That one fact is why neural networks can be trained. (One
-# exception is `x[i]`: a view, which costs nothing, but has a cotangent as large as x.)
+# That is reverse-mode differentiation. Each operation is visited once, and its rules
+# cost about what it cost itself: so, however many inputs there are, the walk costs a
+# small multiple of the forward pass. That one fact is why neural networks can be
+# trained. (An exception are views, such as `x[i]`: it costs nothing, but has a
+# cotangent as large as x.)
 #
 # Why is the youngest right? A result is made after its operands, so *whatever uses t is
 # younger than t*. When t is the youngest that waits, nothing that uses it is waiting. And
@@ -637,20 +642,21 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside "
                            "no_grad(), so there is no tape to walk back on")
     seed = _first_cotangent("backward", output, grad, create_graph)
-    leaves = {0}  # the times of those that the walk meets, and 0 until all are met
+    leaves = types.SimpleNamespace(times=set(), complete=False)  # those that the walk meets
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             t._leaves = leaves  # t was made of no others; IV.3 asks, if t's tape is gone
             if t._op is None:
-                leaves.add(t._time)
+                leaves.times.add(t._time)
             if t._op is None or retain_grads:
                 _accumulate(t, _to_keep(t, g))  # t.grad = t.grad + g
-    leaves.remove(0)
+    leaves.complete = True
 
 
-# `gradients` is `_gradients` with arguments that are checked, and that is `_walk_to` with
-# zeros for what was not reached. (Transforms, whose outputs may be several, call the
-# second; whoever wants to know what was reached calls the third.)
+#     function       what it adds                               who calls it
+#     `gradients`    checks what it is given                    users
+#     `_gradients`   zeros for an input that is not reached     transforms (IV.3)
+#     `_walk_to`     finds the route, keeps what is asked for   whoever wants no zeros
 
 
 def gradients(output: Tensor, inputs: Tensor | Sequence[Tensor], grad: Any = None, *,
@@ -760,8 +766,8 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 # (`older`, I.5). For:
 #
 # 1. Whoever asks for a derivative later asks by a tensor of their own, which had a part
-#    in the gradient. The walk reads nothing but y's tape and the first cotangent, which
-#    is a constant. So that tensor is on y's tape.
+#    in the gradient. That was computed from y's tape and a constant, the first cotangent.
+#    So their tensor is on y's tape, or behind something there.
 # 2. It is older than our inputs, which are made when f is called.
 # 3. Go from y back to it, step by step. Every tensor on this way is tracked, for it was
 #    made of theirs, or is theirs. One of them is the first that is older than our inputs:
@@ -3325,10 +3331,10 @@ class Module:
 # gradient and stay alike for ever, so weights begin at random. How large should they
 # be? A unit adds up n products of weights and inputs. If their signs are random, most
 # of the sum cancels, and about sqrt(n) times one product is left. So with weights of a
-# size of about 1 / sqrt(n), the sum is about as large as one input, and through many
-# layers the numbers neither vanish nor explode. Linear and Conv2d draw them evenly
-# between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch does, so that its learning rates fit.
-# (Their root mean square is 1 / sqrt(3 n). So numbers shrink by sqrt(3) in each layer.)
+# size of about 1 / sqrt(n), the sum is about as large as one input, through many layers.
+# Linear and Conv2d draw them evenly between -1 / sqrt(n) and 1 / sqrt(n), as PyTorch
+# does, so that its learning rates fit. (That is a little less: their root mean square is
+# 1 / sqrt(3 n), and numbers shrink by sqrt(3) in each layer.)
 
 
 _Mode.rng = None  # each thread's random generator; None until it is asked for
@@ -3794,8 +3800,8 @@ def _overwrite(target: Tensor | np.ndarray, array: np.ndarray) -> None:
 #
 # The classes mainly add speed. A network may have fifty small arrays of parameters, and
 # calling NumPy ten times on each takes longer than the arithmetic. So the parameters
-# are laid end to end in one flat array, the gradients in a second, and each state in
-# one more. For the network above:
+# are copied end to end into one flat array, the gradients into a second, and each state
+# into one more. For the network above:
 #
 #     weight (16, 2)    bias (16,)    weight (1, 16)    bias (1,)
 #     |-----------------|-------------|-----------------|----------|
@@ -5214,7 +5220,7 @@ def _write_tokens(gpt: GPT, ids: np.ndarray, count: int, temperature: float,
         window = ids[:, -gpt.block_size:]  # (B, T), T <= block_size
         if ids.shape[1] > gpt.block_size:
             start = 0  # the window has moved
-        # (For each token anew, since the caller may train the network in between.)
+        # (For each token anew, since the caller may use the network in between.)
         with _evaluating(modules), no_grad():
             if cache is None:
                 logits = gpt(window).numpy()[:, -1]  # (B, V)
@@ -5758,8 +5764,8 @@ def _replace_data(t: Tensor, value: Any) -> None:
 
 
 # **Gradients are written to, too,** for example by a user who clips them in place. So
-# each has memory of its own (`_to_keep`, I.5), and what is added to one makes a new
-# array.
+# each has memory of its own (`_to_keep`, I.5; or its part of DataParallel's, III.9), and
+# what is added to one makes a new array.
 _accumulating = threading.Lock()  # several threads may walk back to the same leaves
 
 
@@ -5986,9 +5992,9 @@ def _is_item(tree: Any) -> bool:
 # transforms differ in the walks that follow, which are those of I.8. Somebody may also
 # ask by a tangent or a cotangent that they gave, if it is tracked.
 #
-# Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but no
-# walk is, and the gradient is a constant. (So this is how to spare the second tape if f
-# reads the parameters of a network, which are older than its inputs.)
+# Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but
+# the last walk is not, and the gradient is a constant. (So this is how to spare its
+# tape if f reads the parameters of a network, which are older than its inputs.)
 _Mode.runs = ()  # the runs of this thread: float(t) asks for them (II.8)
 
 
@@ -6228,13 +6234,12 @@ def _jacobian(run: _Run, y: Any, route: _Route) -> Any:
 # `backward` has let go no longer has them. That is an error if an input may be behind
 # that tensor. But a function may have a training loop inside, and return x times its
 # last loss. So `backward` notes, in the `_leaves` of each tensor that it passes, the
-# times of all leaves that it meets: x is not among them. (An error may end it before it
-# has met all. So the set begins as {0}, and the 0 is removed at the end.) Below, s is the
-# loss, made of w alone:
+# times of all leaves that it meets: x is not among them. (They count as `complete` if
+# no error ended it before.) Below, s is the loss, made of w alone:
 #
 #     >>> x, w = Tensor(3.0), Tensor(2.0)  # x:1, w:2
 #     >>> s = w * w  # s:3
-#     >>> s.backward()  # lets go; s._leaves is {2}
+#     >>> s.backward()  # lets go; s._leaves.times is {2}
 #     >>> print(gradients(s * x, [x])[0])  # 1 is not in it, so x is not behind s
 #     4.0
 #     >>> gradients(s * x, [w])  # 2 is in it
@@ -6252,9 +6257,9 @@ def _may_be_behind(t: Tensor, x: Tensor) -> bool:
     """Whether `t`, whose operands were let go, may have been made of `x`."""
     if x._time >= t._time:
         return False  # operands are older
-    if t._leaves is None or 0 in t._leaves or x._op is not None:
-        return True  # no walk noted all leaves in t; or x is none
-    return x._time in t._leaves
+    is_known = t._leaves is not None and t._leaves.complete
+    is_leaf = x._op is None
+    return not (is_known and is_leaf) or x._time in t._leaves.times
 
 
 # ### What is refused?
@@ -9044,7 +9049,7 @@ for _function, _f in _FUNCTIONS.items():
 
 # ## IV.12 Names: where is X?
 #
-# This is the index. Eleven private names are used in five sections or more: `_value`,
+# This is the index. These private names are met everywhere: `_value`,
 # `_tracked`, `_wrap` (I.1), `_mode` (I.2), `_find_route` (I.5), `_answers` (II.2),
 # `_define` (II.3), `_row_sum` (II.5), `_mT` (II.6), `_rng`, `_positive` (III.2).
 #
