@@ -98,7 +98,7 @@ class Tensor:
     __slots__ = (
         "_data",          # the array (a single number may be a NumPy scalar)
         "requires_grad",  # whether it is tracked
-        "_grad",          # the gradient that `backward` left here, a Tensor, or None
+        "_grad",          # what `backward` left here, a Tensor, or None
         "label",          # a name, for pictures and messages
         "_time",          # when it was made: operands come before results
         "_op",            # the operation that made it; None for a leaf
@@ -587,7 +587,7 @@ class _Route(NamedTuple):
 
     times: set[int]      # of all tensors on the route
     through: set[int]    # of those among them that have an operand on the route
-    older: list[Tensor]  # the tracked ones that the search met beyond the horizon
+    older: list[Tensor]  # the tracked ones, met beyond the horizon
 
 
 def _find_route(outputs: Iterable, inputs: Sequence[Tensor],
@@ -645,7 +645,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
     leaves = types.SimpleNamespace(times=set(), complete=False)  # those that the walk meets
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
-            t._leaves = leaves  # t was made of no others; IV.3 asks, if t's tape is gone
+            t._leaves = leaves  # t was made of no others (IV.3)
             if t._op is None:
                 leaves.times.add(t._time)
             if t._op is None or retain_grads:
@@ -986,7 +986,7 @@ def _largest_error(f: Callable, slopes: tuple, args: tuple, which: list[int],
 #   to lose.
 # - Every other call raises TypeError: going on with bare arrays would cut the tape, and
 #   the gradient would be wrong.
-_FUNCTIONS = {  # a function of NumPy -> our function that answers for it
+_FUNCTIONS = {  # a function of NumPy -> ours that answers for it
     np.positive: identity, np.negative: neg,
     np.add: add, np.subtract: sub, np.multiply: mul, np.true_divide: div,
     np.exp: exp, np.log: log, np.sin: sin, np.cos: cos,
@@ -2458,7 +2458,7 @@ def _widened(a: Any) -> Any:
 #   fast at the one whose product has more rows.
 # - SCATTER. When several rows are added to one place, NumPy goes element by element,
 #   even in bincount (II.4). A product with one-hot rows is several times faster.
-_BLOCK = 1 << 16  # elements: four float32 blocks fill a level-2 cache of 1 MiB
+_BLOCK = 1 << 16  # elements: four blocks fill a cache of 1 MiB
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[list]:
@@ -2704,7 +2704,7 @@ def _by_position(operation: Callable, args: tuple, settings: dict) -> tuple[tupl
     settings = dict(settings)
     for name in operand_names[len(args):]:
         if name not in settings:
-            break  # (those behind a gap stay, and are refused below, or by the function)
+            break  # (those behind a gap are refused later)
         args = (*args, settings.pop(name))
 
     for name, a in settings.items():
@@ -3337,7 +3337,7 @@ class Module:
 # 1 / sqrt(3 n), and numbers shrink by sqrt(3) in each layer.)
 
 
-_Mode.rng = None  # each thread's random generator; None until it is asked for
+_Mode.rng = None  # each thread's; None until it is asked for
 
 
 def _rng() -> np.random.Generator:
@@ -4262,7 +4262,7 @@ def conv2d(x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     k = len(views)  # kh kw
     _, oh, ow, n = views[0].shape  # (C, oh, ow, N)
 
-    def columns():  # made twice: kept, they take kh kw times x's memory
+    def columns():  # made twice, for kept they take too much memory
         return np.stack(views, axis=1).reshape(c * k, oh * ow * n)
 
     matrix = weight.reshape(o, c * k)
@@ -4807,7 +4807,7 @@ def _attend(q, k, v, is_causal, out=None):
 def _attend_back(g, q, k, v, y, p, out=(None, None, None)):
     """Return the gradients of q, k and v, written to `out`."""
     scale = 1 / math.sqrt(q.shape[-1])
-    dz = g @ _mT(v)  # step 1: dP, (..., T, S), which becomes dZ in place
+    dz = g @ _mT(v)  # step 1: dP, (..., T, S), soon dZ
     dz -= _row_dot(g, y)  # step 2: less d
     dz *= p
     dq = np.matmul(dz, k * scale, out=out[0])
@@ -5402,7 +5402,7 @@ class _Job(NamedTuple):
     arrays: tuple  # the share's rows of each array
     weight: float  # its part of all rows: above, 3/5 or 2/5
     stream: tuple[int, ...]  # which random numbers to draw
-    state: tuple  # what may have changed in the parent (see `_state_now`)
+    state: tuple  # what may have changed (see `_state_now`)
 
 
 # **How are gradients added in step 4?** A process lays its gradients side by side in
@@ -5572,7 +5572,7 @@ class DataParallel:
             answers = [self._try_first_share(first, pieces)]  # step 2
             answers += [worker.receive() for worker in busy]  # step 3
         except BaseException:
-            self.close()  # also after Ctrl-C: there may be answers in the pipes
+            self.close()  # also after Ctrl-C: answers may be in the pipes
             raise
 
         for answer in answers:
@@ -5995,7 +5995,7 @@ def _is_item(tree: Any) -> bool:
 # Inside no_grad(), f is still recorded, since one cannot walk back without a tape; but
 # the last walk is not, and the gradient is a constant. (So this is how to spare its
 # tape if f reads the parameters of a network, which are older than its inputs.)
-_Mode.runs = ()  # the runs of this thread: float(t) asks for them (II.8)
+_Mode.runs = ()  # this thread's; float(t) asks for them (II.8)
 
 
 class _Run:
@@ -6314,7 +6314,7 @@ def _require_tuples(name: str, primals: Any, tangents: Any) -> None:
 def _fresh_input(name: str, x: Any) -> Tensor:
     """A new tensor to differentiate by; tied to `x`, if that is tracked (I.7)."""
     array = np.asarray(_value(x))
-    if array.dtype.kind != "f":  # Tensor(3) is 3.0, but here 3 may be meant as a count
+    if array.dtype.kind != "f":  # Tensor(3) is 3.0, but 3 may be a count here
         raise TypeError(f"{name}: the argument {str(x)[:40]} is {array.dtype}, which "
                         "has no derivative; make it floating-point, as in 3.0")
     return identity(x) if _tracked(x) and _mode.recording else _wrap(array, True)
@@ -6551,7 +6551,7 @@ def _keep_freed_memory(trainer: Any) -> None:
     _glibc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _trainers.add(id(trainer))
     when_gone = weakref.finalize(trainer, _give_back, id(trainer))
-    when_gone.atexit = False  # when Python ends, the system takes everything back
+    when_gone.atexit = False  # at Python's end the system takes all back
 
 
 def _give_back(trainer_id: int) -> None:
@@ -7534,8 +7534,8 @@ class _TapeRow(NamedTuple):
 
     node: Any  # a Tensor, or an array that is an operand
     result: Tensor | None  # computed from it; None for the tensor drawn
-    branch: str  # the lines that lead to it in the text, such as "│  ├─ "
-    again: bool  # an earlier row already has it, with its operands below
+    branch: str  # the lines that lead to it, such as "│  ├─ "
+    again: bool  # an earlier row has it, and its operands
 
 
 def _tape_rows(node: Any, result: Tensor | None, branch: str,
@@ -8509,7 +8509,7 @@ def _clip_by_name(a, a_min=None, a_max=None, *, min=None, max=None):
 def _sinc_slope(x: Any) -> Any:
     is_near = np.abs(_value(x)) < 0.5
     u = np.pi * np.where(is_near, x, 0)
-    near = 0  # the series divided by pi u, from its last term to its first (Horner)
+    near = 0  # the series over pi u, by Horner's rule
     for k in range(11, 0, -1):
         near = near * u * u + (-1) ** k * 2 * k / math.factorial(2 * k + 1)
     near = np.pi * u * near
@@ -8944,7 +8944,7 @@ def _norm_of_vectors(x: Any, ord: float) -> Any:
              f"a number, not {ord!r}, for vectors; names are for matrices, so two axes")
     if ord == 2:
         return _length(x)
-    if ord == 0:  # a count of the nonzero: constant nearly everywhere
+    if ord == 0:  # a count: constant nearly everywhere
         return as_tensor(np.sum(x != 0, axis=-1, dtype=x.dtype))
     if abs(ord) == np.inf:
         return max_(abs_(x), -1) if ord > 0 else min_(abs_(x), -1)
