@@ -200,7 +200,7 @@ def _wrap(array: np.ndarray, requires_grad: bool = False) -> Tensor:
 
 
 def as_tensor(data: Any) -> Tensor:
-    """`data` if it is a Tensor, else a constant, not copied; Tensors in a list stacked."""
+    """`data` if it is a Tensor, else a constant, not copied. Lists of Tensors stack."""
     if isinstance(data, Tensor):
         return data
     if _holds_tensor(data):
@@ -642,7 +642,7 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
         raise RuntimeError("backward: this tensor was made of constants or inside "
                            "no_grad(), so there is no tape to walk back on")
     seed = _first_cotangent("backward", output, grad, create_graph)
-    leaves = types.SimpleNamespace(times=set(), complete=False)  # those that the walk meets
+    leaves = types.SimpleNamespace(times=set(), complete=False)  # that the walk meets
     with _mode.set(recording=create_graph):
         for t, g in _walk([(output, seed)], None, create_graph, retain_graph):
             t._leaves = leaves  # t was made of no others (IV.3)
@@ -793,7 +793,7 @@ def _walk_to(inputs: Sequence[Tensor], seeds: list[tuple], create_graph: bool = 
 #     a:1    the outer input                    older than b: somebody may ask
 #     b:2    identity(a), the inner input       the horizon of the inner search
 #     y:3    b * b, the result of f             where the inner search begins
-#     s:4    1 * b + 1 * b, the slope           written by the inner walk (three, drawn as one)
+#     s:4    1 * b + 1 * b, the slope           written by the inner walk (three in one)
 #
 # The inner search goes from y to b, and looks at the operands of b, too, since b is not
 # older than the horizon, but just there. So it meets a, and the inner walk is recorded.
@@ -1367,7 +1367,7 @@ def scatter_add(x: Any, index: Any, shape: tuple) -> Tensor:
         out[index] = x
         return out
     if x.dtype.itemsize > 8:
-        np.add.at(out, index, x)  # slow, but bincount would round a longdouble
+        np.add.at(out, index, x)  # bincount would round a longdouble
         return out
 
     places = np.arange(out.size).reshape(shape)[index]
@@ -6756,7 +6756,7 @@ def _interrupts_held() -> Iterator[None]:
     import signal
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # what is blocked now
-    try:  # before SIG_BLOCK, so that `finally` undoes it
+    try:  # first, so that `finally` undoes it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         yield
     finally:
@@ -6854,7 +6854,7 @@ def _live_as_worker(team: _Team, pipe: Any, answer: Callable) -> NoReturn:
                 message = f"DataParallel: in a worker\n\n{traceback.format_exc()}"
                 pipe.send(RuntimeError(message))
     finally:
-        os._exit(1)  # (without the program's own `finally` and `atexit`)
+        os._exit(1)  # (without `finally` and `atexit`)
 
 
 # ### The team
