@@ -653,6 +653,8 @@ def _backward(output: Tensor, grad: Any, create_graph: bool, retain_graph: bool,
     leaves.complete = True
 
 
+# The second comes in three layers:
+#
 #     function       what it adds                               who calls it
 #     `gradients`    checks what it is given                    users
 #     `_gradients`   zeros for an input that is not reached     transforms (IV.3)
