@@ -1903,9 +1903,9 @@ def _at_places(ordered: Tensor, place: np.ndarray) -> Tensor:
 # use plain np.sum and np.max.
 #
 # And rounding? In a row of 131,072 equal numbers of float32, a bad case, the product is
-# wrong by 2e-5 of the sum, and np.sum, which adds in pairs, by 2e-7. In a column, which
-# layer_norm sums, they are wrong by 2e-4 and 1e-3. So softmax and the kernels of part
-# III use the product at any length. Only `_fast_sum` leaves long rows to np.sum.
+# wrong by some 1e-6 of the sum, and np.sum, which adds in pairs, by 1e-7. In a column,
+# which layer_norm sums, they are wrong by some 1e-5 and 1e-3. So softmax and the kernels
+# of part III use the product at any length. Only `_fast_sum` leaves long rows to np.sum.
 _ones = functools.lru_cache(16)(np.ones)  # it keeps its last 16 results
 
 
@@ -2833,7 +2833,7 @@ def _compute(operation: Callable, forward: Callable, args: tuple,
         arrays.append(a)
     if tracked and len(args) > operation.arity:
         for a in args[operation.arity:]:
-            _setting(operation, a)
+            _setting(operation, a)  # raises if it is tracked
 
     try:
         result = forward(*arrays, **settings)

@@ -6030,6 +6030,22 @@ def test_random_numbers_are_named_by_stream_and_share_and_leave_the_callers_alon
         assert gradient() not in unnamed
 
 
+def test_evaluate_draws_other_numbers_than_any_step():
+    """NumPy seeds (1, 2) and (1, 2, 0) alike, so a name that is shorter is no other."""
+    w, drawn = Tensor(1.0), []
+
+    def draw(x):
+        return nanoad.dropout(np.ones((1, 50)), 0.5).numpy()
+
+    def loss(x):
+        drawn.append(draw(x))
+        return w * x.mean()
+
+    with DataParallel(w, loss, evaluate=draw, processes=2) as parallel:
+        parallel(np.ones(2))  # the first step; here its first share, in this process
+        assert not any(np.array_equal(a, drawn[0]) for a in parallel.evaluate(np.ones(2)))
+
+
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_training_flags_and_running_statistics_are_the_parents(processes):
     manual_seed(0)
